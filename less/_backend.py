@@ -1,0 +1,253 @@
+"""Who computes a cache's step: the compiled kernels or the plain-torch reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from less import ops, reference
+from less.policies import Rule
+
+Maps = Mapping[str, Tensor]
+Step = reference.Attended
+
+
+@dataclass
+class Layer:
+    """Everything that one layer of a cache holds; allocated once, written in place."""
+
+    slot_k: Tensor  # [B, K, S, D]
+    slot_v: Tensor  # [B, K, S, D]
+    position: Tensor  # [B, K, S] int32, -1 empty
+    score: Tensor  # [B, K, S] float32
+    weight: Tensor  # [B, K, S] float32, log
+    seen: Tensor  # [B] int64
+    H: Tensor | None  # [B, K, R, D] float32
+    z: Tensor | None  # [B, K, R] float32
+    share: Tensor  # [B] float64: sum over queries and heads of the low-rank part's mass
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, of those that exist."""
+        return {n: t for n, t in vars(self).items() if t is not None}
+
+
+class Backend(Protocol):
+    """The two halves of ``LessKVCache.attend``; shapes as in ``less.reference``."""
+
+    name: str
+
+    def attend(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        scale: float,
+        decay: float,
+        scores: bool,
+    ) -> Step:
+        """Attend over slots, state and the call's tokens; writes nothing but its result."""
+
+    def compact(
+        self,
+        layer: Layer,
+        step: Step,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        rule: Rule | None,
+        rank: Tensor | None,
+    ) -> None:
+        """Insert the call's tokens, evict and fold: writes the layer's tensors in place."""
+
+
+class ReferenceBackend:
+    """``less.reference``, written back into the layer."""
+
+    name = "reference"
+
+    def attend(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        scale: float,
+        decay: float,
+        scores: bool,
+    ) -> Step:
+        """Attend; scores stay as they are where the policy has no use for them."""
+        step = reference.chunk_attention(
+            q,
+            k,
+            v,
+            valid,
+            layer.slot_k,
+            layer.slot_v,
+            layer.position,
+            layer.score,
+            layer.weight,
+            phi_q=reference.phi(q, maps, kind) if maps is not None else None,
+            H=layer.H,
+            z=layer.z,
+            scale=scale,
+            decay=decay,
+        )
+        chunk_score = step.chunk_score.to(layer.score.dtype)
+        if not scores:
+            return Step(step.out, layer.score, torch.zeros_like(chunk_score), step.share)
+        return Step(step.out, step.slot_score, chunk_score, step.share)
+
+    def compact(
+        self,
+        layer: Layer,
+        step: Step,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        rule: Rule | None,
+        rank: Tensor | None,
+    ) -> None:
+        """Insert, evict, fold."""
+        after = reference.compact(
+            k,
+            v,
+            step.chunk_score,
+            valid,
+            layer.slot_k,
+            layer.slot_v,
+            layer.position,
+            step.slot_score,
+            layer.weight,
+            layer.seen,
+            rule=rule,
+            rank=rank,
+            H=layer.H,
+            z=layer.z,
+            maps=maps,
+            kind=kind,
+        )
+        for name, mine in layer.tensors().items():
+            if name != "share":
+                mine.copy_(getattr(after, name))
+
+
+class NativeBackend:
+    """The compiled ops."""
+
+    name = "native"
+
+    def attend(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        scale: float,
+        decay: float,
+        scores: bool,
+    ) -> Step:
+        """Attend."""
+        return Step(
+            *ops.chunk_attention(
+                q,
+                k,
+                v,
+                valid,
+                layer.slot_k,
+                layer.slot_v,
+                layer.position,
+                layer.score,
+                layer.weight,
+                phi_q=ops.phi(q, maps, kind) if maps is not None else None,
+                H=layer.H,
+                z=layer.z,
+                scale=scale,
+                decay=decay,
+                scores=scores,
+            )
+        )
+
+    def compact(
+        self,
+        layer: Layer,
+        step: Step,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        rule: Rule | None,
+        rank: Tensor | None,
+    ) -> None:
+        """Insert, evict, fold."""
+        ops.compact(
+            k,
+            v,
+            step.chunk_score,
+            step.slot_score,
+            valid,
+            layer.slot_k,
+            layer.slot_v,
+            layer.position,
+            layer.score,
+            layer.weight,
+            layer.seen,
+            H=layer.H,
+            z=layer.z,
+            maps=maps,
+            kind=kind,
+            rule=rule,
+            rank=rank,
+        )
+
+
+def choose(backend: str | None, device: torch.device) -> Backend:
+    """Pick the backend for a device.
+
+    Raises:
+        ValueError: The name is unknown, or the native kernels were asked for and are not there;
+            the message says what is missing.
+    """
+    if backend not in (None, "native", "reference"):
+        raise ValueError(
+            f"LessKVCache: backend must be 'native', 'reference' or None, got {backend!r}"
+        )
+    if backend == "reference":
+        return ReferenceBackend()
+    missing = ops.missing(device)
+    if missing is None:
+        return NativeBackend()
+    if backend == "native":
+        raise ValueError(f"LessKVCache: backend 'native' is not available on {device}: {missing}")
+    warnings.warn(
+        f"less: {missing}; using the plain-torch reference, which is slow. "
+        "Pass backend='reference' to choose it without this warning.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return ReferenceBackend()

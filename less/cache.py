@@ -1,0 +1,458 @@
+"""``LessKVCache``: bounded slots, a low-rank state for what leaves them, and the step between."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from less import _backend
+from less._backend import Layer, Step
+from less._check import require_int, require_shape, require_tensor, shape_text
+from less.hf.protocol import CacheProtocol
+from less.policies import Candidates, Policy
+from less.reference import chunk_position
+from less.sidekick import Sidekick
+
+SLOT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STATE_FORMAT = 1
+
+
+class LessKVCache(CacheProtocol):
+    """A KV cache of fixed size: S slots per kv head, and a low-rank state of what was evicted.
+
+    Memory is allocated here, once; no call ever grows it. Use ``attend`` in place of writing to
+    the cache and calling attention, with any number of tokens per call::
+
+        cache = LessKVCache(layers=32, q_heads=32, kv_heads=8, head_dim=128, batch=4,
+                            policy=H2O(heavy=128, recent=128), sidekick=sidekick)
+        out = cache.attend(layer, q, k, v)
+
+    Args:
+        layers: Number of layers.
+        q_heads: Query heads Q.
+        kv_heads: Key-value heads K; Q must be a multiple.
+        head_dim: Head dim D.
+        batch: Batch rows B. Rows are independent and may hold different numbers of tokens.
+        policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own.
+        sidekick: Feature maps of the low-rank state; None is eviction alone.
+        dtype: Of the slots: float32, bfloat16 or float16 (float64 with the reference backend).
+            k and v are rounded to it on entry. State, scores and log-weights are float32.
+        device: Where the cache lives.
+        scale: Factor of q.k; 1/sqrt(D) by default.
+        backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
+            device) or None: native where it was built for the device, else the reference with a
+            warning.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
+
+    Source: arXiv:2402.09398.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        batch: int,
+        policy: Policy,
+        sidekick: Sidekick | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """See the class."""
+        op = "LessKVCache"
+        self.layers = require_int(op, "layers", layers, 1)
+        self.q_heads = require_int(op, "q_heads", q_heads, 1)
+        self.kv_heads = require_int(op, "kv_heads", kv_heads, 1)
+        self.head_dim = require_int(op, "head_dim", head_dim, 1)
+        self.batch = require_int(op, "batch", batch, 1)
+        if q_heads % kv_heads:
+            raise ValueError(
+                f"{op}: q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}"
+            )
+        if not isinstance(policy, Policy):
+            raise ValueError(f"{op}: policy must be a Policy, got {type(policy).__name__}")
+        require_int(op, "policy.capacity", policy.capacity, 1)
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError) as e:
+            raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
+        self._backend = _backend.choose(backend, self.device)
+        self.backend = self._backend.name
+        wanted = SLOT_DTYPES + ((torch.float64,) if self.backend == "reference" else ())
+        if dtype not in wanted:
+            names = ", ".join(str(d) for d in wanted)
+            raise ValueError(
+                f"{op}: dtype must be one of {names} with the {self.backend} backend, got {dtype}"
+            )
+        if scale is None:
+            scale = 1.0 / math.sqrt(head_dim)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ValueError(f"{op}: scale must be a number, got {scale!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"{op}: scale must be finite and positive, got {scale}")
+        self.scale = float(scale)
+        self.policy = policy
+        self.dtype = dtype
+        self.sidekick = sidekick
+        self._kind = ""
+        self._maps: list[dict[str, Tensor]] | None = None
+        if sidekick is not None:
+            self._take_sidekick(sidekick)
+        self._layers = [self._new_layer(i) for i in range(layers)]
+        self._columns = [0] * layers
+
+    def _take_sidekick(self, sidekick: Sidekick) -> None:
+        if not isinstance(sidekick, Sidekick):
+            raise ValueError(
+                f"LessKVCache: sidekick must be a Sidekick, got {type(sidekick).__name__}"
+            )
+        for name, wanted, got in (
+            ("layers", self.layers, len(sidekick)),
+            ("q_heads", self.q_heads, sidekick.q_heads),
+            ("kv_heads", self.kv_heads, sidekick.kv_heads),
+            ("head_dim", self.head_dim, sidekick.head_dim),
+        ):
+            if wanted != got:
+                raise ValueError(
+                    f"LessKVCache: sidekick must have {name}={wanted}, got {name}={got}"
+                )
+        self._kind = sidekick.kind
+        self._maps = [
+            {n: t.to(self.device, torch.float32).contiguous() for n, t in sidekick[i].items()}
+            for i in range(self.layers)
+        ]
+
+    def _new_layer(self, layer: int) -> Layer:
+        B, K, S, D = self.batch, self.kv_heads, self.policy.capacity, self.head_dim
+        state = torch.float64 if self.dtype == torch.float64 else torch.float32
+        at = self.device
+        H = z = None
+        if self._maps is not None:
+            R = self._maps[layer]["q_w2"].shape[-1]
+            H = torch.zeros(B, K, R, D, dtype=state, device=at)
+            z = torch.zeros(B, K, R, dtype=state, device=at)
+        return Layer(
+            slot_k=torch.zeros(B, K, S, D, dtype=self.dtype, device=at),
+            slot_v=torch.zeros(B, K, S, D, dtype=self.dtype, device=at),
+            position=torch.full((B, K, S), -1, dtype=torch.int32, device=at),
+            score=torch.zeros(B, K, S, dtype=state, device=at),
+            weight=torch.zeros(B, K, S, dtype=state, device=at),
+            seen=torch.zeros(B, dtype=torch.int64, device=at),
+            H=H,
+            z=z,
+            share=torch.zeros(B, dtype=torch.float64, device=at),
+        )
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """Attend with T new tokens, which then join the cache; evict and fold down to capacity.
+
+        The queries attend to the kept slots, to the low-rank state and, causally, to the call's
+        own tokens. A first call is a prompt (exact causal attention), T = 1 a decode step,
+        anything else a chunk. Keys and queries come after the rotary embedding.
+
+        Args:
+            layer: Index of the layer.
+            q: [B, Q, T, D], float32, bfloat16 or float16.
+            k: [B, K, T, D], rounded to the cache's dtype.
+            v: [B, K, T, D], rounded to the cache's dtype.
+            valid: bool [B, T], False for padding, which never enters the cache and whose output
+                is zero. None: all valid.
+
+        Returns:
+            [B, Q, T, D] in q's dtype.
+
+        Raises:
+            ValueError: An argument is wrong; the cache is as it was.
+        """
+        self._check_attend(layer, q, k, v, valid)
+        at = self._layers[layer]
+        k, v = k.to(self.dtype), v.to(self.dtype)
+        maps = self._maps[layer] if self._maps is not None else None
+        step = self._backend.attend(
+            at,
+            q,
+            k,
+            v,
+            valid,
+            maps=maps,
+            kind=self._kind,
+            scale=self.scale,
+            decay=self.policy.decay,
+            scores=self.policy.needs_scores,
+        )
+        rule = self.policy.rule
+        rank = None if rule is not None else self._rank(at, step, k, v, valid)
+        self._backend.compact(
+            at, step, k, v, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
+        )
+        if maps is not None:
+            at.share += step.share.sum((1, 2), dtype=torch.float64)
+        self._columns[layer] += q.shape[2]
+        return step.out
+
+    def _check_attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+    ) -> None:
+        op = "attend"
+        self._check_layer(op, layer)
+        B, Q, K, D = self.batch, self.q_heads, self.kv_heads, self.head_dim
+        q = require_tensor(op, "q", q)
+        require_shape(op, "q", q, [B, Q, "T", D])
+        T = q.shape[2]
+        for name, x in (("k", k), ("v", v)):
+            x = require_tensor(op, name, x)
+            if x.shape != (B, K, T, D):
+                # k's T is the caller's to choose, so a message about heads says T, not a number.
+                require_shape(op, name, x, [B, K, "T", D])
+                require_shape(op, name, x, [B, K, T, D])
+        wanted = SLOT_DTYPES + ((torch.float64,) if self.dtype == torch.float64 else ())
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.dtype not in wanted:
+                raise ValueError(
+                    f"{op}: {name} must have dtype {', '.join(map(str, wanted))}, got {x.dtype}"
+                )
+            self._check_device(op, name, x)
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{op}: {name} requires grad, but the cache has no backward; "
+                    "call it under torch.no_grad()"
+                )
+        if k.dtype != v.dtype:
+            raise ValueError(f"{op}: v must have k's dtype {k.dtype}, got {v.dtype}")
+        if valid is not None:
+            valid = require_tensor(op, "valid", valid)
+            require_shape(op, "valid", valid, [B, T])
+            if valid.dtype != torch.bool:
+                raise ValueError(f"{op}: valid must have dtype torch.bool, got {valid.dtype}")
+            self._check_device(op, "valid", valid)
+
+    def _check_device(self, op: str, name: str, x: Tensor) -> None:
+        want = self._layers[0].seen.device
+        if x.device != want:
+            raise ValueError(f"{op}: {name} must be on {want}, got {x.device}")
+
+    def _check_layer(self, op: str, layer: object) -> None:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise ValueError(f"{op}: layer must be a whole number, got {layer!r}")
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"{op}: layer must be in 0 .. {self.layers - 1}, got {layer}")
+
+    def _rank(
+        self, at: Layer, step: Step, k: Tensor, v: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        B, K, T, _ = k.shape
+        position, seen = chunk_position(at.seen, valid, B, T)
+        tokens = Candidates(
+            position=torch.cat([at.position, position[:, None].expand(B, K, T)], 2),
+            score=torch.cat([step.slot_score, step.chunk_score], 2),
+            weight=torch.cat([at.weight, torch.zeros_like(step.chunk_score)], 2),
+            seen=seen,
+            k=torch.cat([at.slot_k, k], 2),
+            v=torch.cat([at.slot_v, v], 2),
+        )
+        name = f"{type(self.policy).__name__}.rank"
+        rank = require_tensor(name, "its result", self.policy.rank(tokens))
+        if rank.shape != tokens.score.shape:
+            raise ValueError(
+                f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
+                f"got {shape_text(rank.shape)}"
+            )
+        if not rank.is_floating_point():
+            raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
+        return rank.to(tokens.score.dtype).contiguous()
+
+    def positions(self, layer: int) -> Tensor:
+        """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty."""
+        self._check_layer("positions", layer)
+        return self._layers[layer].position.clone()
+
+    def scores(self, layer: int) -> Tensor:
+        """Scores of the kept tokens, float32 [B, K, S]; 0 where the policy uses none."""
+        self._check_layer("scores", layer)
+        return self._layers[layer].score.clone()
+
+    def weights(self, layer: int) -> Tensor:
+        """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""
+        self._check_layer("weights", layer)
+        return self._layers[layer].weight.clone()
+
+    def state(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
+
+        Raises:
+            ValueError: The cache has no sidekick, hence no state.
+        """
+        self._check_layer("state", layer)
+        at = self._layers[layer]
+        if at.H is None or at.z is None:
+            raise ValueError("state: this cache has no sidekick, hence no low-rank state")
+        return at.H.clone(), at.z.clone()
+
+    @property
+    def seen(self) -> Tensor:
+        """Tokens seen by each row, padding left out, int64 [B]; of the layer that is furthest."""
+        return self._layers[self._columns.index(max(self._columns))].seen.clone()
+
+    @property
+    def columns(self) -> int:
+        """Tokens per row that were passed in, padding included; of the layer that is furthest."""
+        return max(self._columns)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: ``slots`` (k, v, positions, scores, log-weights), ``state`` (H, z), ``maps``
+        (the sidekick's weights), ``workspace`` (counters), ``total``, and ``full``: the k and v
+        that a full cache of this dtype would hold of the same tokens now."""
+        slots = state = workspace = 0
+        for at in self._layers:
+            for name, x in at.tensors().items():
+                if name in ("H", "z"):
+                    state += x.nbytes
+                elif name in ("seen", "share"):
+                    workspace += x.nbytes
+                else:
+                    slots += x.nbytes
+        maps = sum(x.nbytes for m in self._maps or [] for x in m.values())
+        per_token = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        tokens = sum(int(at.seen.sum()) for at in self._layers)
+        return {
+            "slots": slots,
+            "state": state,
+            "maps": maps,
+            "workspace": workspace,
+            "total": slots + state + maps + workspace,
+            "full": tokens * per_token,
+        }
+
+    def stats(self) -> dict[str, list[int] | list[float]]:
+        """What happened so far, a list over layers each.
+
+        Returns:
+            ``seen``: tokens, summed over rows; ``kept``: tokens in slots, summed over rows, mean
+            over kv heads; ``evictions``: their difference; ``memory_share``: mean part of a
+            query's attention mass that the low-rank state took.
+        """
+        seen = [int(at.seen.sum()) for at in self._layers]
+        held = [int((at.position >= 0).sum()) for at in self._layers]
+        kept = [h // self.kv_heads for h in held]
+        share = [
+            float(at.share.sum()) / (n * self.q_heads) if n else 0.0
+            for at, n in zip(self._layers, seen, strict=True)
+        ]
+        return {
+            "seen": seen,
+            "kept": kept,
+            "evictions": [n - h for n, h in zip(seen, kept, strict=True)],
+            "memory_share": share,
+        }
+
+    def reset(self) -> None:
+        """Forget everything; keep the memory."""
+        for at in self._layers:
+            for name, x in at.tensors().items():
+                x.fill_(-1 if name == "position" else 0)
+        self._columns = [0] * self.layers
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i what row ``rows[i]`` was, as beam search does.
+
+        Args:
+            rows: int64 [B], each in 0 .. B - 1.
+
+        Raises:
+            ValueError: ``rows`` is wrong; the cache is as it was.
+        """
+        rows = require_tensor("reorder", "rows", rows)
+        require_shape("reorder", "rows", rows, [self.batch])
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"reorder: rows must be integers, got {rows.dtype}")
+        if bool(((rows < 0) | (rows >= self.batch)).any()):
+            raise ValueError(
+                f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}"
+            )
+        rows = rows.to(self.device, torch.int64)
+        for at in self._layers:
+            for x in at.tensors().values():
+                x.copy_(x.index_select(0, rows))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "format": _STATE_FORMAT,
+            "layers": self.layers,
+            "q_heads": self.q_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "batch": self.batch,
+            "dtype": str(self.dtype),
+            "scale": self.scale,
+            "policy": repr(self.policy),
+            "kind": self._kind,
+            "rank": self.sidekick.rank if self.sidekick is not None else 0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: ``tensors`` (``"<layer>.<name>"`` -> copy), ``columns`` and ``cache``, the
+        settings that a cache must share to load it. The sidekick's weights are not in it."""
+        return {
+            "cache": self._identity(),
+            "columns": list(self._columns),
+            "tensors": {
+                f"{i}.{name}": x.detach().clone()
+                for i, at in enumerate(self._layers)
+                for name, x in at.tensors().items()
+            },
+        }
+
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        """Continue from a snapshot; decoding goes on bit for bit.
+
+        Raises:
+            ValueError: The snapshot is of another kind of cache, incomplete or damaged; the
+                message names what differs and the cache is as it was.
+        """
+        op = "load_state_dict"
+        if not isinstance(d, dict) or not {"cache", "columns", "tensors"} <= d.keys():
+            raise ValueError(f"{op}: d must be a result of LessKVCache.state_dict")
+        for name, want in self._identity().items():
+            got = d["cache"].get(name)
+            if got != want:
+                raise ValueError(f"{op}: {name} must be {want!r}, got {got!r}")
+        mine = {
+            f"{i}.{name}": x
+            for i, at in enumerate(self._layers)
+            for name, x in at.tensors().items()
+        }
+        missing, unknown = mine.keys() - d["tensors"].keys(), d["tensors"].keys() - mine.keys()
+        if missing or unknown:
+            raise ValueError(
+                f"{op}: tensors missing: {sorted(missing)}, unknown: {sorted(unknown)}"
+            )
+        for name, x in mine.items():
+            got = require_tensor(op, name, d["tensors"][name])
+            require_shape(op, name, got, list(x.shape))
+            if got.dtype != x.dtype:
+                raise ValueError(f"{op}: {name} must have dtype {x.dtype}, got {got.dtype}")
+        columns = d["columns"]
+        if not isinstance(columns, list) or len(columns) != self.layers:
+            raise ValueError(f"{op}: columns must list {self.layers} numbers, got {columns!r}")
+        for name, x in mine.items():
+            x.copy_(d["tensors"][name])
+        self._columns = [int(c) for c in columns]
+
+    def __repr__(self) -> str:
+        """Shape, policy and backend."""
+        return (
+            f"LessKVCache(layers={self.layers}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, "
+            f"head_dim={self.head_dim}, batch={self.batch}, policy={self.policy}, "
+            f"sidekick={self._kind or None}, dtype={self.dtype}, device={self.device}, "
+            f"backend={self.backend})"
+        )

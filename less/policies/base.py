@@ -1,0 +1,117 @@
+"""What a policy is: how many tokens a head keeps, and which."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that compete for the slots of a layer after one call of ``attend``.
+
+    N counts the slots first, then the tokens of the call. An entry with ``position == -1`` is an
+    empty slot or padding: it is never kept, whatever its rank.
+
+    Attributes:
+        position: Row-local position of each token, int32 [B, K, N], -1 where there is none.
+        score: Attention received so far, decayed by the policy, float32 [B, K, N].
+        weight: Log-weight of each token, float32 [B, K, N]; 0 stands for one token.
+        seen: Tokens seen by each row, those of this call included, int64 [B].
+        k: Keys after the rotary embedding [B, K, N, D].
+        v: Values [B, K, N, D].
+    """
+
+    position: Tensor
+    score: Tensor
+    weight: Tensor
+    seen: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A ranking that the native kernels compute themselves.
+
+    Tokens at positions >= seen - recent or < sinks are protected. The others rank by score, by
+    score per token of age (``per_age``), or all alike where ``by_score`` is false.
+    """
+
+    recent: int
+    sinks: int
+    by_score: bool
+    per_age: bool
+
+
+class Policy(ABC):
+    """Base of every policy: a frozen dataclass that says who stays.
+
+    Subclasses define ``capacity`` and ``rank``; ``needs_scores`` tells the cache whether to
+    accumulate attention scores at all (a prompt is cheaper without).
+    """
+
+    decay: float = 1.0
+    needs_scores: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Tokens that each kv head keeps, at least 1."""
+
+    @abstractmethod
+    def rank(self, tokens: Candidates) -> Tensor:
+        """Rank the candidates: the ``capacity`` highest stay, of equals the older leaves first.
+
+        Args:
+            tokens: All tokens that compete for the slots.
+
+        Returns:
+            float32 [B, K, N]. NaN ranks lowest.
+        """
+
+    @property
+    def rule(self) -> Rule | None:
+        """The native form of ``rank``, or None where only ``rank`` itself defines it."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy's name and settings, as JSON-ready values."""
+        if not dataclasses.is_dataclass(self):
+            raise TypeError(f"{type(self).__name__} must be a dataclass to be written down")
+        return {"name": type(self).__name__, **dataclasses.asdict(self)}
+
+
+def check_count(policy: str, name: str, value: object) -> None:
+    """Refuse a token count that is not a whole number >= 0, by name."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{policy}: {name} must be a whole number of tokens, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{policy}: {name} must be 0 or more, got {value}")
+
+
+def rank_by_rule(rule: Rule, position: Tensor, score: Tensor, seen: Tensor) -> Tensor:
+    """Evaluate a ``Rule``: the executable definition that the native kernels are held to.
+
+    Args:
+        rule: The rule.
+        position: int32 [B, K, N], -1 where there is no token.
+        score: float32 [B, K, N].
+        seen: int64 [B], tokens seen, those of this call included.
+
+    Returns:
+        float32 [B, K, N]: +inf for protected tokens.
+    """
+    n = seen.view(-1, 1, 1)
+    if rule.by_score:
+        age = (n - position).clamp(min=1).to(score.dtype)
+        rank = score / age if rule.per_age else score
+    else:
+        rank = torch.full_like(score, -torch.inf)
+    protected = (position >= n - rule.recent) | (position < rule.sinks)
+    return torch.where(protected, torch.inf, rank)
