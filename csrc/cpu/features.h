@@ -1,0 +1,132 @@
+// One row through a feature map, by the kernels that evaluate maps.
+//
+//   hidden = gelu(x W1)     paper: y = gelu(hidden W2); psi: |h + (h A) s2|, h = |s1| y; phi: |y|
+//                           exp:   y = exp(clamp(hidden W2 + bias, +-15))
+//
+// Order: d, e and r ascending in four interleaved sums, the same for every row and any batch.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/simd.h"
+#include "params.h"
+
+namespace less::cpu::LESS_ISA {
+
+constexpr float kExpClamp = 15.0f;
+
+// out[0..n) = sum_i x[i] w[i, 0..n), w row-major [count, n].
+LESS_INLINE void row_times_matrix(const float* x, const float* w, int64_t count, int64_t n,
+                                  float* out) {
+  constexpr int kVec = Vec::kSize;
+  int64_t c = 0;
+  for (; c + 4 * kVec <= n; c += 4 * kVec) {
+    Vec a[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec xi(x[i]);
+      const float* row = w + i * n + c;
+      for (int j = 0; j < 4; ++j) a[j] = fma(xi, Vec::load(row + j * kVec), a[j]);
+    }
+    for (int j = 0; j < 4; ++j) a[j].store(out + c + j * kVec);
+  }
+  for (; c < n; c += kVec) {
+    const int width = n - c < kVec ? int(n - c) : kVec;
+    Vec a[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+    int64_t i = 0;
+    if (width == kVec) {
+      for (; i + 4 <= count; i += 4) {
+        for (int j = 0; j < 4; ++j) {
+          a[j] = fma(Vec(x[i + j]), Vec::load(w + (i + j) * n + c), a[j]);
+        }
+      }
+    } else {
+      for (; i + 4 <= count; i += 4) {
+        for (int j = 0; j < 4; ++j) {
+          a[j] = fma(Vec(x[i + j]), Vec::load(w + (i + j) * n + c, width), a[j]);
+        }
+      }
+    }
+    for (; i < count; ++i) a[0] = fma(Vec(x[i]), Vec::load(w + i * n + c, width), a[0]);
+    const Vec total = (a[0] + a[1]) + (a[2] + a[3]);
+    total.store(out + c, width);
+  }
+}
+
+template <typename F>
+LESS_INLINE void for_each(float* x, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) f(Vec::load(x + i), i, Vec::kSize).store(x + i);
+  if (i < n) {
+    const int tail = int(n - i);
+    f(Vec::load(x + i, tail), i, tail).store(x + i, tail);
+  }
+}
+
+// y [R] = map of head `head` at x [D]; scratch holds E + 2 R floats.
+inline void features(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
+  float* hidden = scratch;
+  row_times_matrix(x, m.w1 + head * m.D * m.E, m.D, m.E, hidden);
+  for_each(hidden, m.E, [](Vec a, int64_t, int) { return gelu(a); });
+  row_times_matrix(hidden, m.w2 + head * m.E * m.R, m.E, m.R, y);
+  if (m.kind == MapKind::exp) {
+    const float* bias = m.bias == nullptr ? nullptr : m.bias + head * m.R;
+    for_each(y, m.R, [bias](Vec a, int64_t i, int n) {
+      if (bias != nullptr) a = a + Vec::load(bias + i, n);
+      return exp(min(Vec(kExpClamp), max(Vec(-kExpClamp), a)));
+    });
+    return;
+  }
+  if (m.mix == nullptr) {
+    for_each(y, m.R, [](Vec a, int64_t, int) { return abs(gelu(a)); });
+    return;
+  }
+  const float* s1 = m.scale + head * m.R;
+  const float* s2 = m.mix_scale + head * m.R;
+  for_each(y, m.R, [s1](Vec a, int64_t i, int n) { return abs(Vec::load(s1 + i, n)) * gelu(a); });
+  float* mixed = scratch + m.E;
+  row_times_matrix(y, m.mix + head * m.R * m.R, m.R, m.R, mixed);
+  for_each(y, m.R, [s2, mixed](Vec h, int64_t i, int n) {
+    return abs(fma(Vec::load(mixed + i, n), Vec::load(s2 + i, n), h));
+  });
+}
+
+inline int64_t features_scratch(const FeatureMaps& m) { return m.E + 2 * m.R; }
+
+// out[0..n) = x[0..n), widened.
+template <typename T>
+LESS_INLINE void widen(const T* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) Vec::load(x + i).store(out + i);
+  for (; i < n; ++i) out[i] = to_float(x[i]);
+}
+
+inline void widen(const void* x, DType dtype, int64_t offset, int64_t n, float* out) {
+  switch (dtype) {
+    case DType::f32:
+      return widen(static_cast<const float*>(x) + offset, n, out);
+    case DType::bf16:
+      return widen(static_cast<const bf16*>(x) + offset, n, out);
+    case DType::fp16:
+      return widen(static_cast<const fp16*>(x) + offset, n, out);
+  }
+}
+
+template <typename T>
+LESS_INLINE void narrow(const float* x, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) Vec::load(x + i).store(out + i);
+  for (; i < n; ++i) out[i] = from_float<T>(x[i]);
+}
+
+inline void narrow(const float* x, int64_t n, DType dtype, int64_t offset, void* out) {
+  switch (dtype) {
+    case DType::f32:
+      return narrow(x, n, static_cast<float*>(out) + offset);
+    case DType::bf16:
+      return narrow(x, n, static_cast<bf16*>(out) + offset);
+    case DType::fp16:
+      return narrow(x, n, static_cast<fp16*>(out) + offset);
+  }
+}
+
+}  // namespace less::cpu::LESS_ISA

@@ -1,0 +1,119 @@
+// One plain struct per op: what its kernels read and write. No torch here, and nothing that a CUDA
+// kernel could not take by value. Arrays are contiguous, in the order of their shape.
+//
+// B batch rows, Q query heads, K kv heads, G = Q / K, T tokens of a call, S slots, N tokens, R rank,
+// E hidden width of a feature map, D head dim.
+#pragma once
+
+#include <cstdint>
+
+namespace less {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, fp16 = 2 };
+
+// H[b,k,r,:] += sum_n psi_k[b,k,n,r] v[b,k,n,:]     z[b,k,r] += sum_n psi_k[b,k,n,r]
+struct FoldParams {
+  float* H;            // [B, K, R, D]  running sum of psi(k) v^T; written
+  float* z;            // [B, K, R]     running sum of psi(k); written
+  const float* psi_k;  // [B, K, N, R]  features of the evicted keys, >= 0
+  const void* v;       // [B, K, N, D]  their values, of v_dtype
+  const bool* keep;    // [B, K, N]     false: this token is not folded, nor read; null: fold all
+  DType v_dtype;
+  int64_t heads;  // B * K
+  int64_t N;
+  int64_t R;
+  int64_t D;
+};
+
+enum class MapKind : int32_t { paper = 0, exp = 1 };
+
+// The weights of phi (one set per query head) or psi (one per kv head); design.md, section 2.
+struct FeatureMaps {
+  const float* w1;         // [heads, D, E]
+  const float* w2;         // [heads, E, R]
+  const float* bias;       // [heads, R]     exp; null: 0
+  const float* mix;        // [heads, R, R]  A of the paper's psi; null: this is phi, or exp
+  const float* scale;      // [heads, R]     s1, with mix
+  const float* mix_scale;  // [heads, R]     s2, with mix
+  MapKind kind;
+  int64_t D;
+  int64_t E;
+  int64_t R;
+};
+
+// y[b,n,t,:] = map_n(x[b,n,t,:])
+struct FeatureMapParams {
+  FeatureMaps maps;
+  const void* x;  // [B, heads, T, D]  queries or keys after the rotary embedding, of x_dtype
+  float* y;       // [B, heads, T, R]  features, >= 0; written
+  DType x_dtype;
+  int64_t B;
+  int64_t heads;
+  int64_t T;
+};
+
+// out = (phi H + sum e^l v) / (phi z + sum e^l) over slots, state and, causally, the call's tokens;
+// scores: what each of them received, by the softmax over slots and call alone.
+struct ChunkAttentionParams {
+  const void* q;            // [B, Q, T, D]  of q_dtype
+  const void* k;            // [B, K, T, D]  of slot_dtype, as v and the slots
+  const void* v;            // [B, K, T, D]
+  const bool* valid;        // [B, T]        false: padding; null: all valid
+  const void* slot_k;       // [B, K, S, D]
+  const void* slot_v;       // [B, K, S, D]
+  const int32_t* position;  // [B, K, S]     -1: empty
+  const float* score;       // [B, K, S]     before the call
+  const float* weight;      // [B, K, S]     log-weights, added to the logits
+  const float* phi_q;       // [B, Q, T, R]  null: no state
+  const float* H;           // [B, K, R, D]  with phi_q
+  const float* z;           // [B, K, R]     with phi_q
+  void* out;                // [B, Q, T, D]  of q_dtype; written, 0 for padding
+  float* slot_score;        // [B, K, S]     after the call; written
+  float* chunk_score;       // [B, K, T]     of the call's tokens; written
+  float* share;             // [B, Q, T]     mass taken by the state, of 1; written
+  float* softmax;           // [B, Q, T, 2]  scratch: maximum and 1 / sum of each query's softmax
+  DType q_dtype;
+  DType slot_dtype;
+  bool scores;  // false: slot_score is score, chunk_score is 0
+  float scale;
+  float decay;  // what a score keeps per token
+  int64_t B;
+  int64_t Q;
+  int64_t K;
+  int64_t T;
+  int64_t S;
+  int64_t D;
+  int64_t R;
+};
+
+// The call's tokens join the slots; what no longer fits is folded into H, z and forgotten.
+struct CompactParams {
+  const void* k;            // [B, K, T, D]  of slot_dtype, as v and the slots
+  const void* v;            // [B, K, T, D]
+  const float* chunk_score;  // [B, K, T]
+  const float* slot_score;   // [B, K, S]    the slots' scores after the call
+  const bool* valid;        // [B, T]        false: padding; null: all valid
+  const float* rank;        // [B, K, S + T] the policy's own ranks; null: by the rule below
+  void* slot_k;             // [B, K, S, D]  written
+  void* slot_v;             // [B, K, S, D]  written
+  int32_t* position;        // [B, K, S]     written
+  float* score;             // [B, K, S]     written
+  float* weight;            // [B, K, S]     written
+  const int64_t* seen;      // [B]           tokens seen before the call
+  float* H;                 // [B, K, R, D]  written; null: eviction alone
+  float* z;                 // [B, K, R]     written
+  FeatureMaps psi;
+  DType slot_dtype;
+  bool by_score;
+  bool per_age;
+  int64_t recent;
+  int64_t sinks;
+  int64_t B;
+  int64_t K;
+  int64_t T;
+  int64_t S;
+  int64_t D;
+  int64_t R;
+};
+
+}  // namespace less

@@ -1,0 +1,105 @@
+"""Finds torch and CMake, then hands over: all native build logic is in CMakeLists.txt.
+
+Environment:
+    LESS_NATIVE      on (default) | off: off installs the pure-torch reference alone
+    LESS_CUDA        auto (default) | on | off: decided by nvcc's presence, never by a GPU's
+    LESS_CUDA_ARCHS  e.g. "80 90a 100 120+PTX" (default)
+    LESS_WERROR      1: compiler warnings are errors
+    LESS_TORCH_ROOT  the torch package folder to build against
+    MAX_JOBS         parallel compile jobs, default all cores
+
+`python setup.py build_ext --inplace` builds into less/ incrementally; it is what `make dev` runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "tools"))
+
+import native  # noqa: E402
+
+
+class CMakeBuild(build_ext):
+    """Builds less/_C.*.so, and less/_cuda.*.so where CUDA is on, through CMake."""
+
+    def run(self) -> None:
+        """Configure, build, install into the package folder."""
+        native.require_compiler()
+        torch_root = native.require_torch()
+        cmake = native.require_cmake()
+        # An editable build keeps its folder, so that the next one compiles only what changed; a
+        # wheel's starts afresh, because isolation gives every build other tools.
+        kept = self.inplace or self.editable_mode
+        tree = HERE / "build" / "native" if kept else Path(self.build_temp).resolve() / "native"
+        if not kept or self._tools_are_gone(tree):
+            shutil.rmtree(tree, ignore_errors=True)
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "LESS_TORCH_ROOT": torch_root,
+            "LESS_VERSION": self.distribution.get_version(),
+            "LESS_CUDA": os.environ.get("LESS_CUDA", "auto"),
+            "LESS_CUDA_ARCHS": os.environ.get("LESS_CUDA_ARCHS", ""),
+            "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
+        }
+        configure = [cmake, "-S", HERE, "-B", tree, "-Wno-dev"]
+        ninja = native.find_ninja()
+        if ninja and not (tree / "CMakeCache.txt").exists():
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        configure += [f"-D{key}={value}" for key, value in options.items()]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        self._call(configure)
+        self._call([cmake, "--build", tree, "--parallel", jobs])
+        self._call([cmake, "--install", tree, "--prefix", self._package_folder()])
+
+    def _package_folder(self) -> Path:
+        kept = self.inplace or self.editable_mode
+        return HERE / "less" if kept else Path(self.build_lib).resolve() / "less"
+
+    @staticmethod
+    def _tools_are_gone(tree: Path) -> bool:
+        """Whether the folder was configured by a CMake or Ninja of a finished isolated build."""
+        cache = tree / "CMakeCache.txt"
+        if not cache.exists():
+            return True
+        tools = re.findall(
+            r"^CMAKE_(?:COMMAND|MAKE_PROGRAM):\w+=(.*)$", cache.read_text(), flags=re.M
+        )
+        return not all(Path(tool).exists() for tool in tools)
+
+    @staticmethod
+    def _call(command: list[object]) -> None:
+        words = [str(word) for word in command]
+        if subprocess.run(words, check=False).returncode:
+            raise native.BuildError(
+                f"less: the native build failed in `{words[0]} {words[1]}` (its messages are "
+                "above). LESS_NATIVE=off installs the slower pure-torch reference alone."
+            )
+
+    def get_outputs(self) -> list[str]:
+        """The libraries that were built."""
+        names = [Path(self.get_ext_filename(name)).name for name in ("_C", "_cuda")]
+        folder = self._package_folder()
+        return [str(folder / name) for name in names if (folder / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For editable installs: where a built file would lie, and where it does lie."""
+        if not (self.inplace or self.editable_mode):
+            return {}
+        outputs = map(Path, self.get_outputs())
+        return {str(Path(self.build_lib) / "less" / path.name): str(path) for path in outputs}
+
+
+# The name alone matters: it makes the wheel a platform wheel. CMake knows the sources.
+extensions = [Extension("less._C", sources=[])] if native.native_wanted() else []
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
