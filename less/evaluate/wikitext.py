@@ -106,7 +106,7 @@ def _lines(text: str) -> Iterator[str]:
 def _tidy(text: str) -> str:
     text = re.sub(r"[ \t]+", " ", text)
     for _ in range(2):  # what a dropped template leaves: "( ; , born", "()"
-        text = re.sub(r"\(\s*(?:[,;:–]\s*)+", "(", text)
+        text = re.sub(r"\(\s*(?:[,;:\u2013]\s*)+", "(", text)
         text = re.sub(r"(?:\s*[,;:])*\s*\)", ")", text)
         text = re.sub(r" ?\( ?\)", "", text)
     text = re.sub(r" +([,.;:])(?=\s|$)", r"\1", text)
@@ -157,10 +157,10 @@ def _template(inner: str) -> str:
     named = re.compile(r"[a-z_ ]+\d*\s*=", re.IGNORECASE)
     plain = [field for field in fields[1:] if not named.match(field)]
     if name in ("convert", "cvt") and len(plain) >= 2:
-        if plain[1] in ("to", "-", "–", "and") and len(plain) >= 4:
+        if plain[1] in ("to", "-", "\u2013", "and") and len(plain) >= 4:
             return " ".join(plain[:4])
         return f"{plain[0]} {plain[1]}"
     if name in ("ndash", "spaced ndash", "snd", "mdash", "spd"):
-        return " – "
+        return " \u2013 "
     index = 1 if name.startswith("lang-") else _SPOKEN.get(name, 0)
     return plain[index - 1] if 0 < index <= len(plain) else ""

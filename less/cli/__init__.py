@@ -1,0 +1,64 @@
+"""The command ``less-kv``: one file per subcommand, imported only when it is called.
+
+Each module has ``add_parser(subparsers)`` and ``run(args) -> int``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# name -> (module, what it does)
+COMMANDS = {
+    "demo": ("less.cli.demo", "a real model under a bounded cache: text, one table, one plot"),
+    "train": ("less.cli.train", "train a sidekick for a model"),
+    "evaluate": ("less.cli.evaluate", "the full measurement: several budgets, more text"),
+    "info": ("less.cli.info", "what was built, versions, shipped sidekicks"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``less-kv``; returns the exit status: 0, 2 for a bad call, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="less-kv",
+        description="A bounded KV cache that remembers what it evicts. (The pager is `less`.)",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (module_name, summary) in COMMANDS.items():
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    args = parser.parse_args(arguments)
+    if args.version:
+        from less._version import __version__
+
+        print(f"less-kv {__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    module = importlib.import_module(COMMANDS[args.command][0])
+    try:
+        status: int = module.run(args)
+    except KeyboardInterrupt:
+        print(f"\nless-kv {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("LESS_DEBUG"):
+            raise
+        print(f"less-kv {args.command}: error: {error}", file=sys.stderr)
+        print("  (LESS_DEBUG=1 shows where)", file=sys.stderr)
+        return 2
+    return status

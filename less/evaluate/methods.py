@@ -1,0 +1,158 @@
+"""What is compared: eviction and LESS at one budget, and eviction at equal bytes.
+
+A *method* is a policy and, perhaps, a sidekick. "Equal bytes" gives eviction, beside its budget,
+the tokens that the low-rank state's bytes would have bought, rounded up in eviction's favour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from less import H2O, Policy, Sidekick, SinkRecent
+from less.policies import policy_from_dict
+
+SINKS = 4  # a window without the first tokens measures the lost sink, not lost context
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: As it is printed.
+        policy: Who stays in the slots; None is the full cache.
+        sidekick: Feature maps, None for eviction alone.
+        extra: Tokens beyond the budget, bought with the bytes named in ``name``.
+    """
+
+    name: str
+    policy: Policy | None
+    sidekick: Sidekick | None = None
+    extra: int = 0
+
+
+FULL = Method("full cache", None)
+BASELINE = "H2O"  # the row whose loss to full attention the others recover
+
+
+def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one token of one kv head: key, value, position, score, log-weight."""
+    return 2 * head_dim * dtype.itemsize + 12
+
+
+def state_bytes(head_dim: int, rank: int) -> int:
+    """Bytes of the low-rank state of one kv head: H and z, float32."""
+    return 4 * rank * (head_dim + 1)
+
+
+def tokens_bought(bytes_per_head: float, head_dim: int, dtype: torch.dtype) -> int:
+    """Tokens per kv head that so many bytes buy, rounded up."""
+    return -int(-bytes_per_head // slot_bytes(head_dim, dtype))
+
+
+def at_capacity(policy: Policy, capacity: int) -> Policy:
+    """The same policy at another capacity, its parts in proportion.
+
+    Raises:
+        ValueError: a policy whose parts are unknown, at a capacity that is not its own.
+    """
+    if capacity == policy.capacity:
+        return policy
+    if isinstance(policy, H2O):
+        recent = round(capacity * policy.recent / policy.capacity)
+        return dataclasses.replace(policy, heavy=capacity - recent, recent=recent)
+    if isinstance(policy, SinkRecent):
+        return SinkRecent(sinks=policy.sinks, recent=capacity - policy.sinks)
+    raise ValueError(
+        f"at_capacity: {type(policy).__name__} keeps {policy.capacity} tokens and does not say how "
+        f"to keep {capacity}"
+    )
+
+
+def standard_methods(
+    budget: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    sidekick: Sidekick | None = None,
+    sidekick_policy: Policy | None = None,
+    paper: Sidekick | None = None,
+) -> list[Method]:
+    """The rows of the table, the full cache first.
+
+    Args:
+        budget: Tokens per head, C.
+        head_dim: D.
+        dtype: Of the slots.
+        sidekick: The one under test; None leaves out LESS and the rows at its bytes.
+        sidekick_policy: The score rule that it was trained with; it is brought to `budget`.
+            Plain H2O if None.
+        paper: Sidekick of the paper's own recipe, shown under plain H2O.
+    """
+    plain = H2O(heavy=budget - budget // 2, recent=budget // 2)
+    methods = [FULL]
+    if budget > SINKS:
+        methods.append(Method("sinks + recent", SinkRecent(sinks=SINKS, recent=budget - SINKS)))
+    methods.append(Method(BASELINE, plain))
+    if sidekick is None:
+        return methods
+    rule = at_capacity(sidekick_policy or plain, budget)
+    extra = tokens_bought(state_bytes(head_dim, sidekick.rank), head_dim, dtype)
+    methods.append(Method("H2O, equal bytes", at_capacity(plain, budget + extra), extra=extra))
+    if rule != plain:
+        name = f"{rule_name(rule)}, equal bytes"
+        methods.append(Method(name, at_capacity(rule, budget + extra), extra=extra))
+    if paper is not None:
+        methods.append(Method("LESS, paper's recipe", plain, paper))
+    methods.append(Method("LESS", rule, sidekick))
+    return methods
+
+
+def equal_bytes_with_maps(
+    policy: Policy, sidekick: Sidekick, dtype: torch.dtype, batch: int = 1
+) -> Method:
+    """Eviction that also gets the tokens that the maps' weights would buy.
+
+    The maps are weights: one copy serves every row of the batch, so they count 1/batch a row.
+
+    Args:
+        policy: Eviction at the budget.
+        sidekick: The one whose bytes are matched.
+        dtype: Of the slots.
+        batch: Rows that share the maps.
+    """
+    maps = sidekick.nbytes / (sidekick.layers * sidekick.kv_heads * batch)
+    state = state_bytes(sidekick.head_dim, sidekick.rank)
+    extra = tokens_bought(maps + state, sidekick.head_dim, dtype)
+    name = f"{rule_name(policy)}, equal bytes + maps"
+    return Method(name, at_capacity(policy, policy.capacity + extra), extra=extra)
+
+
+def rule_name(policy: Policy) -> str:
+    """Short name of an eviction rule, for the table."""
+    if isinstance(policy, SinkRecent):
+        return "sinks + recent"
+    if isinstance(policy, H2O):
+        decayed = "decayed " if policy.decay != 1.0 else ""
+        return decayed + "H2O" + (" per age" if policy.per_age else "")
+    return type(policy).__name__
+
+
+def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
+    """The policy that a sidekick was trained with, brought to `budget`; None where it names none.
+
+    Of several, the one whose own budget is nearest.
+
+    Raises:
+        ValueError: the sidekick's config names a policy that this library does not have.
+    """
+    listed = sidekick.config.get("policies") or sidekick.config.get("policy") or []
+    if isinstance(listed, dict):
+        listed = [listed]
+    policies = [policy_from_dict(entry) for entry in listed]
+    if not policies:
+        return None
+    nearest = min(policies, key=lambda policy: abs(policy.capacity - budget))
+    return at_capacity(nearest, budget)

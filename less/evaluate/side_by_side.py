@@ -1,0 +1,99 @@
+"""Several caches under one pass of a model: each takes a block of the batch's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from less.cache import LessKVCache
+
+
+class SideBySide(LessKVCache):
+    """Stands where one ``LessKVCache`` would, and deals the rows to its members in order.
+
+    A model step at batch 1 mostly reads the weights; comparing seven methods one after the other
+    reads them seven times. Here every method is a block of rows of one batch: the model's layers
+    run once for all, and each member attends to its own rows with its own slots, policy and maps.
+
+    Args:
+        caches: Of one model shape, device and scale; batches may differ.
+
+    Raises:
+        ValueError: no cache, or two that do not fit the same model.
+    """
+
+    def __init__(self, caches: Sequence[LessKVCache]) -> None:
+        if not caches:
+            raise ValueError("SideBySide: caches must hold at least one cache, got none")
+        first = caches[0]
+        for name in ("layers", "q_heads", "kv_heads", "head_dim", "device", "scale"):
+            for i, cache in enumerate(caches):
+                if getattr(cache, name) != getattr(first, name):
+                    raise ValueError(
+                        f"SideBySide: caches[{i}] must have {name}={getattr(first, name)} like "
+                        f"caches[0], got {getattr(cache, name)}"
+                    )
+        # Not LessKVCache.__init__: that would allocate slots of its own.
+        self.caches = list(caches)
+        self.layers = first.layers
+        self.q_heads, self.kv_heads = first.q_heads, first.kv_heads
+        self.head_dim, self.scale = first.head_dim, first.scale
+        self.dtype, self.device = first.dtype, first.device
+        self.policy, self.sidekick, self.backend = first.policy, None, first.backend
+        self.batch = sum(cache.batch for cache in caches)
+        self._columns = [cache.columns for cache in caches[:1] for _ in range(self.layers)]
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """``LessKVCache.attend`` of every member on its rows; shapes as there, B of all."""
+        out = torch.empty_like(q)
+        row = 0
+        for cache in self.caches:
+            rows = slice(row, row + cache.batch)
+            mine = valid[rows] if valid is not None else None
+            out[rows] = cache.attend(layer, q[rows], k[rows], v[rows], mine)
+            row += cache.batch
+        self._columns[layer] += q.shape[2]
+        return out
+
+    @property
+    def seen(self) -> Tensor:
+        """Tokens seen by each row of each member, int64 [B]."""
+        return torch.cat([cache.seen for cache in self.caches])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of all members together, as ``LessKVCache.memory`` counts them."""
+        each = [cache.memory() for cache in self.caches]
+        return {name: sum(bytes_[name] for bytes_ in each) for name in each[0]}
+
+    def reset(self) -> None:
+        """Reset every member."""
+        for cache in self.caches:
+            cache.reset()
+        self._columns = [0] * self.layers
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise NotImplementedError(f"SideBySide: {name}: ask the members, `.caches`")
+
+    def _check_layer(self, op: str, layer: object) -> None:
+        self._refuse(op)
+
+    def stats(self) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("stats")
+
+    def reorder(self, rows: Tensor) -> NoReturn:
+        """Refuse: rows never leave their member, so there is no beam search."""
+        self._refuse("reorder")
+
+    def state_dict(self) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("state_dict")
+
+    def load_state_dict(self, d: object) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("load_state_dict")
