@@ -1,0 +1,57 @@
+"""A random Llama of two layers with a byte tokenizer: no download, fractions of a second."""
+
+import torch
+
+TEXT = (
+    "The cache keeps a few tokens of every head and folds the others into a small state, so that "
+    "later queries still see them, if only through a glass and darkly. "
+)
+
+
+def tiny_model(seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"<end>": 256, "<pad>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def save_tiny(folder):
+    """The model and its tokenizer as a folder that ``--model`` takes."""
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_sidekick(rank=4, hidden=8, decay=0.98):
+    from less import Sidekick
+
+    sidekick = Sidekick.random(2, 4, 2, 16, rank, hidden, "exp", torch.Generator().manual_seed(0))
+    policy = {"name": "H2O", "heavy": 8, "recent": 8, "decay": decay}
+    sidekick.config["policies"] = [policy]
+    return sidekick
