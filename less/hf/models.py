@@ -1,0 +1,239 @@
+"""Which models can run on a bounded cache: one table of facts, and the checks that go with it.
+
+A model is in the table when tests/test_hf.py runs it. Others are refused by name: a model that
+scores its keys in another way (soft-cap, sinks, alibi) or forgets them itself (sliding window)
+would run without an error and be wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from less.cache import LessKVCache
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot run on a bounded cache; the message says why."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model type.
+
+    Attributes:
+        attention: Class name of its attention modules, which must carry ``layer_idx``, call
+            ``past_key_values.update`` and go through transformers' attention interface.
+        scale: Attribute of such a module that holds the factor of q.k.
+        dropout: Attribute that holds its dropout rate.
+    """
+
+    attention: str
+    scale: str = "scaling"
+    dropout: str = "attention_dropout"
+
+
+# model_type -> facts
+ARCHITECTURES: dict[str, Architecture] = {
+    "granite": Architecture("GraniteAttention"),
+    "llama": Architecture("LlamaAttention"),
+    "mistral": Architecture("MistralAttention"),
+    "olmo2": Architecture("Olmo2Attention"),
+    "phi3": Architecture("Phi3Attention"),
+    "qwen2": Architecture("Qwen2Attention"),
+    "qwen3": Architecture("Qwen3Attention"),
+    "smollm3": Architecture("SmolLM3Attention"),
+}
+SUPPORTED = tuple(sorted(ARCHITECTURES))
+
+# model_type -> why not
+_OWN_ATTENTION = "its attention does not go through transformers' attention interface"
+_SOFT_CAP = "it caps its attention logits (attn_logit_softcapping)"
+_LATENT = "its keys are compressed latents whose head dim differs from the values'"
+_STATE = "some of its layers are linear (state-space) and keep no keys"
+REFUSED: dict[str, str] = {
+    "bloom": _OWN_ATTENTION + ", and it adds alibi to its logits",
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "falcon": _OWN_ATTENTION,
+    "falcon_h1": _STATE,
+    "gemma2": _SOFT_CAP + " and some of its layers slide",
+    "gemma3_text": "some of its layers slide",
+    "gpt_oss": "its attention has learned sinks, and some of its layers slide",
+    "jamba": _STATE,
+    "mamba": _STATE,
+    "mamba2": _STATE,
+    "mpt": _OWN_ATTENTION + ", and it adds alibi to its logits",
+    "qwen3_next": _STATE,
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as the cache sees it; ``modules[i]`` is the attention of layer i."""
+
+    name: str
+    config: Any
+    decoder: nn.Module
+    modules: tuple[nn.Module, ...]
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def layers(self) -> int:
+        """Number of attention layers."""
+        return len(self.modules)
+
+
+def describe(model: nn.Module, op: str) -> ModelFacts:
+    """Read a transformers model's shape and refuse what cannot work.
+
+    Args:
+        model: A decoder, with or without its language-model head.
+        op: Caller's name, for messages.
+
+    Raises:
+        TypeError: It is no transformers model.
+        UnsupportedModelError: It cannot run on a bounded cache; the message says why.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        hint = ""
+        if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
+            hint = "; attach the model that was compiled, not torch.compile's wrapper"
+        elif callable(getattr(model, "get_base_model", None)):
+            hint = "; pass model.get_base_model(), the adapters stay in it"
+        raise TypeError(
+            f"{op}: model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}"
+        )
+    config = model.config
+    kind = str(getattr(config, "model_type", ""))
+    name = f"{type(model).__name__} (model_type {kind!r})"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{op}: {name} is an encoder-decoder; only decoders work")
+    if kind not in ARCHITECTURES:
+        why = REFUSED.get(kind, "it is not among the tested models")
+        raise UnsupportedModelError(f"{op}: {name}: {why}. Supported: {', '.join(SUPPORTED)}")
+    facts = ARCHITECTURES[kind]
+    _check_config(op, name, config)
+    decoder = model.base_model
+    modules = _attention_modules(op, name, decoder, facts)
+    scales = {float(getattr(m, facts.scale)) for m in modules}
+    if len(scales) != 1:
+        raise UnsupportedModelError(f"{op}: {name}: its layers scale q.k by {sorted(scales)}")
+    for i, module in enumerate(modules):
+        if getattr(module, "sliding_window", None) is not None:
+            raise UnsupportedModelError(
+                f"{op}: {name}: layer {i} slides (sliding_window={module.sliding_window})"
+            )
+        rate = getattr(module, facts.dropout, 0.0)
+        if model.training and rate:
+            raise UnsupportedModelError(
+                f"{op}: {name} is in training mode with {facts.dropout}={rate}; call model.eval()"
+            )
+    where = {p.device for m in modules for p in m.parameters()}
+    if len(where) != 1:
+        raise UnsupportedModelError(
+            f"{op}: {name}: its attention layers are spread over {sorted(map(str, where))}; "
+            "a cache lives on one device"
+        )
+    q_heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    return ModelFacts(
+        name=name,
+        config=config,
+        decoder=decoder,
+        modules=modules,
+        q_heads=q_heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or q_heads),
+        head_dim=int(head_dim),
+        scale=scales.pop(),
+        dtype=next(modules[0].parameters()).dtype,
+        device=where.pop(),
+    )
+
+
+def _check_config(op: str, name: str, config: Any) -> None:
+    """Refuse what a supported model type may still be configured to do."""
+    kinds = getattr(config, "layer_types", None) or []
+    others = sorted({str(k) for k in kinds} - {"full_attention"})
+    if others:
+        raise UnsupportedModelError(f"{op}: {name}: it has layers of other kinds: {others}")
+    # Where a config lists its layers' kinds, they decide; otherwise the window is for all.
+    if not kinds and getattr(config, "sliding_window", None) is not None:
+        raise UnsupportedModelError(
+            f"{op}: {name}: its layers slide (config.sliding_window={config.sliding_window})"
+        )
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{op}: {name}: its attention is not causal")
+    for field, why in (
+        ("attn_logit_softcapping", "caps its attention logits"),
+        ("attention_chunk_size", "attends within chunks"),
+        ("num_kv_shared_layers", "shares keys between layers"),
+    ):
+        if getattr(config, field, None):
+            raise UnsupportedModelError(
+                f"{op}: {name}: it {why} (config.{field}={getattr(config, field)})"
+            )
+
+
+def _attention_modules(
+    op: str, name: str, decoder: nn.Module, facts: Architecture
+) -> tuple[nn.Module, ...]:
+    found = {
+        int(m.layer_idx): m  # type: ignore[arg-type]
+        for m in decoder.modules()
+        if type(m).__name__ == facts.attention
+    }
+    if not found or sorted(found) != list(range(len(found))):
+        raise UnsupportedModelError(
+            f"{op}: {name}: expected one {facts.attention} for each layer from 0 on, "
+            f"got layers {sorted(found)}"
+        )
+    return tuple(found[i] for i in range(len(found)))
+
+
+def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
+    """Refuse a cache of another shape, scale, device or sidekick than the model's.
+
+    Raises:
+        ValueError: The message names the field and both values.
+    """
+    for field in ("layers", "q_heads", "kv_heads", "head_dim"):
+        wanted, got = getattr(facts, field), getattr(cache, field)
+        if wanted != got:
+            raise ValueError(
+                f"{op}: cache.{field} must be {wanted} for {facts.name}, got {got}; "
+                "less.hf.cache_for builds a cache that fits"
+            )
+    if abs(cache.scale - facts.scale) > 1e-6 * facts.scale:
+        raise ValueError(
+            f"{op}: cache.scale must be {facts.scale!r} for {facts.name}, got {cache.scale!r}"
+        )
+    if _full(torch.device(cache.device)) != _full(facts.device):
+        raise ValueError(
+            f"{op}: cache must be on {facts.device} where the model's attention is, "
+            f"got {cache.device}"
+        )
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if facts.dtype not in floats and facts.dtype != cache.dtype:
+        raise ValueError(
+            f"{op}: model's dtype must be float32, bfloat16 or float16 (or the cache's, "
+            f"{cache.dtype}), got {facts.dtype}"
+        )
+    if cache.sidekick is not None:
+        cache.sidekick.check_model(facts.config)
+
+
+def _full(device: torch.device) -> torch.device:
+    """``cuda`` as ``cuda:<current>``, so that devices compare."""
+    return torch.empty(0, device=device).device
