@@ -52,6 +52,11 @@ struct FeatureMapParams {
   int64_t T;
 };
 
+// Query rows (query heads of one kv head, times tokens) that the CPU attends with at once.
+constexpr int64_t kAttentionBlock = 16;
+// Keys whose scores one work item of the CPU sums up.
+constexpr int64_t kScoreTile = 64;
+
 // out = (phi H + sum e^l v) / (phi z + sum e^l) over slots, state and, causally, the call's tokens;
 // scores: what each of them received, by the softmax over slots and call alone.
 struct ChunkAttentionParams {

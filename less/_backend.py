@@ -220,7 +220,7 @@ class NativeBackend:
             H=layer.H,
             z=layer.z,
             maps=maps,
-            kind=kind,
+            kind=kind or "exp",
             rule=rule,
             rank=rank,
         )

@@ -8,8 +8,12 @@ each computes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from less.policies import Rule
 
 _native = True
 try:
@@ -52,10 +56,238 @@ def fold(H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = N
     torch.ops.less.fold(H, z, psi_k, v, keep)
 
 
+_KINDS = {"paper": 0, "exp": 1}
+
+
+def _kind(op: str, kind: str) -> int:
+    if kind not in _KINDS:
+        raise ValueError(f"{op}: kind must be 'paper' or 'exp', got {kind!r}")
+    return _KINDS[kind]
+
+
+def feature_map(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    kind: str,
+    *,
+    bias: Tensor | None = None,
+    mix: Tensor | None = None,
+    scale: Tensor | None = None,
+    mix_scale: Tensor | None = None,
+) -> Tensor:
+    """Evaluate a feature map, head by head; ``less.reference.feature_map`` defines it.
+
+    Args:
+        x: Queries or keys, float32, bfloat16 or float16 [B, N, T, D].
+        w1: float32 [N, D, E].
+        w2: float32 [N, E, R].
+        kind: ``"paper"`` or ``"exp"``.
+        bias: float32 [N, R], ``exp`` only.
+        mix: float32 [N, R, R], ``paper`` psi only.
+        scale: float32 [N, R], with ``mix``.
+        mix_scale: float32 [N, R], with ``mix``.
+
+    Returns:
+        float32 [B, N, T, R], all >= 0.
+
+    Raises:
+        RuntimeError: A shape, dtype or layout differs from the above.
+    """
+    op = _kind("feature_map", kind)
+    y: Tensor = torch.ops.less.feature_map(x.contiguous(), w1, w2, bias, mix, scale, mix_scale, op)
+    return y
+
+
+def phi(q: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
+    """Features of queries [B, Q, T, D] -> float32 [B, Q, T, R], from a layer of a sidekick."""
+    return feature_map(q, maps["q_w1"], maps["q_w2"], kind, bias=maps.get("q_bias"))
+
+
+def psi(k: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
+    """Features of keys [B, K, T, D] -> float32 [B, K, T, R], from a layer of a sidekick."""
+    return feature_map(
+        k,
+        maps["k_w1"],
+        maps["k_w2"],
+        kind,
+        bias=maps.get("k_bias"),
+        mix=maps.get("k_mix"),
+        scale=maps.get("k_scale"),
+        mix_scale=maps.get("k_mix_scale"),
+    )
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    position: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    *,
+    phi_q: Tensor | None = None,
+    H: Tensor | None = None,
+    z: Tensor | None = None,
+    scale: float,
+    decay: float = 1.0,
+    scores: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attend over slots, state and the call's tokens; see ``less.reference.chunk_attention``.
+
+    Args:
+        q: [B, Q, T, D], float32, bfloat16 or float16.
+        k: [B, K, T, D] in the slots' dtype.
+        v: [B, K, T, D] in the slots' dtype.
+        valid: bool [B, T] or None.
+        slot_k: [B, K, S, D], float32, bfloat16 or float16.
+        slot_v: [B, K, S, D], likewise.
+        position: int32 [B, K, S], -1 where empty.
+        score: float32 [B, K, S].
+        weight: float32 [B, K, S].
+        phi_q: float32 [B, Q, T, R], with H and z.
+        H: float32 [B, K, R, D].
+        z: float32 [B, K, R].
+        scale: Factor of q.k.
+        decay: What a score keeps per token.
+        scores: False leaves the scores as they are, and those of the call at 0.
+
+    Returns:
+        out [B, Q, T, D] in q's dtype; the slots' new scores [B, K, S]; the scores of the call's
+        tokens [B, K, T]; the state's share of each query's mass [B, Q, T].
+
+    Raises:
+        RuntimeError: A shape, dtype or layout differs from the above.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.less.chunk_attention(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        valid if valid is None else valid.contiguous(),
+        slot_k,
+        slot_v,
+        position,
+        score,
+        weight,
+        phi_q,
+        H,
+        z,
+        scale,
+        decay,
+        scores,
+    )
+    return result
+
+
+def compact(
+    k: Tensor,
+    v: Tensor,
+    chunk_score: Tensor,
+    slot_score: Tensor,
+    valid: Tensor | None,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    position: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    *,
+    H: Tensor | None = None,
+    z: Tensor | None = None,
+    maps: Mapping[str, Tensor] | None = None,
+    kind: str = "exp",
+    rule: Rule | None = None,
+    rank: Tensor | None = None,
+) -> None:
+    """Let a call's tokens join the slots, fold and forget the rest, in place.
+
+    ``less.reference.compact`` defines it.
+
+    Args:
+        k: [B, K, T, D] in the slots' dtype.
+        v: [B, K, T, D] in the slots' dtype.
+        chunk_score: float32 [B, K, T].
+        slot_score: float32 [B, K, S], the slots' scores after the call.
+        valid: bool [B, T] or None.
+        slot_k: [B, K, S, D]. Written.
+        slot_v: [B, K, S, D]. Written.
+        position: int32 [B, K, S]. Written.
+        score: float32 [B, K, S]. Written.
+        weight: float32 [B, K, S]. Written.
+        seen: int64 [B]: tokens seen before the call. Written: after it.
+        H: float32 [B, K, R, D], with z and maps. Written.
+        z: float32 [B, K, R]. Written.
+        maps: The layer's feature maps.
+        kind: Their kind.
+        rule: The policy's native ranking, or
+        rank: its ranks themselves, float32 [B, K, S + T].
+
+    Raises:
+        RuntimeError: A shape, dtype or layout differs from the above; nothing is written.
+        ValueError: Neither ``rule`` nor ``rank`` is given, or both are.
+    """
+    if (rule is None) == (rank is None):
+        raise ValueError("compact: exactly one of rule and rank must be given")
+    weights = maps or {}
+    by = rule or Rule(recent=0, sinks=0, by_score=False, per_age=False)
+    torch.ops.less.compact(
+        k.contiguous(),
+        v.contiguous(),
+        chunk_score,
+        slot_score,
+        valid if valid is None else valid.contiguous(),
+        rank,
+        slot_k,
+        slot_v,
+        position,
+        score,
+        weight,
+        seen,
+        H,
+        z,
+        weights.get("k_w1"),
+        weights.get("k_w2"),
+        weights.get("k_bias"),
+        weights.get("k_mix"),
+        weights.get("k_scale"),
+        weights.get("k_mix_scale"),
+        _kind("compact", kind),
+        by.recent,
+        by.sinks,
+        by.by_score,
+        by.per_age,
+    )
+
+
 if _native:
 
     @torch.library.register_fake("less::fold")
     def _fold_fake(
         H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = None
     ) -> None:
+        return None
+
+    @torch.library.register_fake("less::feature_map")
+    def _feature_map_fake(x: Tensor, w1: Tensor, w2: Tensor, *rest: object) -> Tensor:
+        return x.new_empty((*x.shape[:3], w2.shape[2]), dtype=torch.float32)
+
+    @torch.library.register_fake("less::chunk_attention")
+    def _chunk_attention_fake(
+        q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, slot_k: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        B, Q, T, _ = q.shape
+        _, K, S, _ = slot_k.shape
+        f32 = torch.float32
+        return (
+            torch.empty_like(q),
+            q.new_empty((B, K, S), dtype=f32),
+            q.new_empty((B, K, T), dtype=f32),
+            q.new_empty((B, Q, T), dtype=f32),
+        )
+
+    @torch.library.register_fake("less::compact")
+    def _compact_fake(*args: object) -> None:
         return None

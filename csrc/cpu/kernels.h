@@ -5,5 +5,9 @@
 #include "cpu/simd_test.h"
 #include "params.h"
 
+LESS_CPU_KERNEL(chunk_attention, ChunkAttentionParams)
+LESS_CPU_KERNEL(chunk_scores, ChunkAttentionParams)
+LESS_CPU_KERNEL(compact, CompactParams)
+LESS_CPU_KERNEL(feature_map, FeatureMapParams)
 LESS_CPU_KERNEL(fold, FoldParams)
 LESS_CPU_KERNEL(simd_test, SimdTestParams)

@@ -110,4 +110,11 @@ inline DType slot_dtype(const char* op, const char* name, const Tensor& tensor) 
   }
 }
 
+// Work items per thread at least, so that a fork-join (tens of microseconds) pays: `work` is the
+// multiply-adds of one item.
+inline int64_t grain(int64_t work) {
+  constexpr int64_t kWorthAFork = 1 << 19;
+  return work >= kWorthAFork ? 1 : kWorthAFork / (work < 1 ? 1 : work);
+}
+
 }  // namespace less::ops

@@ -1,0 +1,113 @@
+// less::chunk_attention: schema, checks, and its CPU and CUDA implementations.
+//
+// This file is compiled into less._C, and once more, with LESS_CUDA_HALF, into less._cuda.
+#include <algorithm>
+#include <tuple>
+
+#include "ops/maps.h"
+
+#ifndef LESS_CUDA_HALF
+#include "cpu/kernels.h"
+
+namespace less::ops {
+namespace {
+
+constexpr const char* kOp = "chunk_attention";
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
+    Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor slot_k, Tensor slot_v,
+    Tensor position, Tensor score, Tensor weight, OptionalTensor phi_q, OptionalTensor H,
+    OptionalTensor z, double scale, double decay, bool scores) {
+  check_dim(kOp, "q", q, 4, "[B, Q, T, D]");
+  check_dim(kOp, "slot_k", slot_k, 4, "[B, K, S, D]");
+  const int64_t B = q.size(0), Q = q.size(1), T = q.size(2), D = q.size(3);
+  const int64_t K = slot_k.size(1), S = slot_k.size(2);
+  const ScalarType slot = slot_k.scalar_type();
+  const DType slot_type = slot_dtype(kOp, "slot_k", slot_k);
+  const DType q_type = slot_dtype(kOp, "q", q);
+  if (K == 0 || Q % K != 0) fail(kOp, ": q's heads must be a multiple of ", K, ", got ", Q);
+  check(kOp, "q", q, q.scalar_type(), {B, Q, T, D});
+  check(kOp, "k", k, slot, {B, K, T, D});
+  check(kOp, "v", v, slot, {B, K, T, D});
+  check(kOp, "slot_k", slot_k, slot, {B, K, S, D});
+  check(kOp, "slot_v", slot_v, slot, {B, K, S, D});
+  check(kOp, "position", position, ScalarType::Int, {B, K, S});
+  check(kOp, "score", score, ScalarType::Float, {B, K, S});
+  check(kOp, "weight", weight, ScalarType::Float, {B, K, S});
+  if (valid) check(kOp, "valid", *valid, ScalarType::Bool, {B, T});
+  if (bool(phi_q) != bool(H) || bool(phi_q) != bool(z)) {
+    fail(kOp, ": phi_q, H and z must be given together");
+  }
+  int64_t R = 0;
+  if (phi_q) {
+    check_dim(kOp, "phi_q", *phi_q, 4, "[B, Q, T, R]");
+    R = phi_q->size(3);
+    check(kOp, "phi_q", *phi_q, ScalarType::Float, {B, Q, T, R});
+    check(kOp, "H", *H, ScalarType::Float, {B, K, R, D});
+    check(kOp, "z", *z, ScalarType::Float, {B, K, R});
+  }
+  Tensor out = torch::stable::new_empty(q, {B, Q, T, D});
+  Tensor slot_score = torch::stable::new_empty(score, {B, K, S});
+  Tensor chunk_score = torch::stable::new_empty(score, {B, K, T});
+  Tensor share = torch::stable::new_empty(score, {B, Q, T});
+  Tensor softmax = torch::stable::new_empty(score, {B, Q, T, 2});
+  const ChunkAttentionParams params{
+      .q = q.const_data_ptr(),
+      .k = k.const_data_ptr(),
+      .v = v.const_data_ptr(),
+      .valid = valid ? valid->const_data_ptr<bool>() : nullptr,
+      .slot_k = slot_k.const_data_ptr(),
+      .slot_v = slot_v.const_data_ptr(),
+      .position = position.const_data_ptr<int32_t>(),
+      .score = score.const_data_ptr<float>(),
+      .weight = weight.const_data_ptr<float>(),
+      .phi_q = optional_floats(phi_q),
+      .H = optional_floats(H),
+      .z = optional_floats(z),
+      .out = out.mutable_data_ptr(),
+      .slot_score = slot_score.mutable_data_ptr<float>(),
+      .chunk_score = chunk_score.mutable_data_ptr<float>(),
+      .share = share.mutable_data_ptr<float>(),
+      .softmax = softmax.mutable_data_ptr<float>(),
+      .q_dtype = q_type,
+      .slot_dtype = slot_type,
+      .scores = scores,
+      .scale = float(scale),
+      .decay = float(decay),
+      .B = B,
+      .Q = Q,
+      .K = K,
+      .T = T,
+      .S = S,
+      .D = D,
+      .R = R,
+  };
+  const int64_t G = Q / K, per_block = std::max<int64_t>(1, kAttentionBlock / G);
+  const int64_t blocks = (T + per_block - 1) / per_block;
+  const int64_t rows = std::min(T, per_block) * G;
+  torch::stable::parallel_for(
+      0, B * K * blocks, grain(rows * (S + T / 2 + 1) * 2 * D),
+      [&](int64_t begin, int64_t end) { cpu::chunk_attention(params, begin, end); });
+  if (scores && blocks > 1) {
+    const int64_t tiles = (S + T + kScoreTile - 1) / kScoreTile;
+    torch::stable::parallel_for(
+        0, B * K * tiles, grain(kScoreTile * T * G * D),
+        [&](int64_t begin, int64_t end) { cpu::chunk_scores(params, begin, end); });
+  }
+  return {out, slot_score, chunk_score, share};
+}
+
+}  // namespace
+}  // namespace less::ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(less, m) {
+  m.def(
+      "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor slot_k, Tensor slot_v, "
+      "Tensor position, Tensor score, Tensor weight, Tensor? phi_q, Tensor? H, Tensor? z, "
+      "float scale, float decay, bool scores) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(less, CPU, m) {
+  m.impl("chunk_attention", TORCH_BOX(&less::ops::chunk_attention_cpu));
+}
+#endif
