@@ -60,7 +60,13 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self._call(configure)
         self._call([cmake, "--build", tree, "--parallel", jobs])
-        self._call([cmake, "--install", tree, "--prefix", self._package_folder()])
+        package = self._package_folder()
+        self._call([cmake, "--install", tree, "--prefix", package])
+        # An earlier build into the same folder may have left a library that this one has not.
+        installed = {Path(line.strip()).name for line in (tree / "install_manifest.txt").open()}
+        for output in self.get_outputs():
+            if Path(output).name not in installed:
+                Path(output).unlink()
 
     def _package_folder(self) -> Path:
         kept = self.inplace or self.editable_mode

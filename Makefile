@@ -1,0 +1,84 @@
+# What a person types. Each target works from a bare clone with Python, a C++ compiler and make:
+# it creates $(VENV), installs the pinned requirements and the package, and runs.
+#
+#   make demo     a real language model: full cache, eviction alone, LESS
+#   make test     all tests (make test ARGS="-k fold -m 'not slow'" for some)
+#   make lint     formatting, style, types, spelling; make format repairs what can be repaired
+#   make bench    kernels and cache, timed
+#   make dev      rebuild the native code into less/, compiling only what changed (seconds);
+#                 in another environment the same is: python setup.py build_ext --inplace
+#   make sdist    the source distribution, in dist/
+#   make clean    remove everything that make made
+#
+# PYTHON=python3.12 picks the interpreter, VENV=folder the environment; LESS_CUDA, LESS_CUDA_ARCHS
+# and the other settings of setup.py are read from the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type f 2>/dev/null)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PY := setup.py tools less tests $(wildcard bench)
+
+.PHONY: demo test lint format bench dev sdist clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/package.stamp $(VENV)/assets.stamp
+	$(BIN)/less-kv demo $(ARGS)
+
+test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/requirements.stamp $(VENV)/dev.stamp
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/ruff check $(PY)
+	$(BIN)/ruff format --check $(PY)
+	$(BIN)/mypy
+	$(BIN)/gersemi --check CMakeLists.txt
+	$(BIN)/codespell $(PY) csrc docs README.md Makefile CMakeLists.txt pyproject.toml .ci/run
+	$(BIN)/shellcheck .ci/run
+
+format: $(VENV)/dev.stamp
+	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/ruff check --fix $(PY)
+	$(BIN)/ruff format $(PY)
+	$(BIN)/gersemi -i CMakeLists.txt
+
+bench: $(VENV)/package.stamp $(VENV)/assets.stamp
+	$(BIN)/python bench/run.py $(ARGS)
+
+dev: $(VENV)/requirements.stamp
+	$(BIN)/python setup.py -q build_ext --inplace
+	@test -e $(VENV)/package.stamp && touch $(VENV)/package.stamp || true
+
+sdist: $(VENV)/dev.stamp
+	$(BIN)/python -m build --sdist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info less/*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- the environment, in layers: each stamp is remade when its list changes ------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is wanted, got %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/requirements.stamp: requirements.txt | $(BIN)/python
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/assets.stamp: requirements-assets.txt | $(BIN)/python
+	$(PIP) install --no-deps -r requirements-assets.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/requirements.stamp
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/package.stamp: pyproject.toml less/_version.py $(NATIVE) $(VENV)/requirements.stamp
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,9 @@
+from typing import Any
+
+def build_facts() -> dict[str, Any]: ...
+
+class _test:  # noqa: N801
+    @staticmethod
+    def simd(what: str, src: Any, dst: Any) -> None: ...
+    @staticmethod
+    def set_simd(level: str) -> None: ...

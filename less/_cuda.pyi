@@ -1,0 +1,3 @@
+from typing import Any
+
+def build_facts() -> dict[str, Any]: ...
