@@ -1,0 +1,34 @@
+"""A layer of a cache in mid-life, as keyword tensors for the ops."""
+
+import torch
+
+from tests.helpers import random_maps, random_qkv
+
+
+def layer(B=2, Q=6, K=2, T=5, S=9, D=16, R=4, E=10, kind="exp", dtype=torch.float32, seed=0):
+    """Slots of which some are empty, a call of T tokens, state and maps."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = random_qkv(B, Q, K, T, D, seed=seed, dtype=dtype)
+    _, slot_k, slot_v = random_qkv(B, Q, K, S, D, seed=seed + 1, dtype=dtype)
+    seen = torch.full((B,), 3 * S, dtype=torch.int64)
+    position = torch.stack(
+        [torch.randperm(3 * S, generator=g)[:S] for _ in range(B * K)]
+    ).reshape(B, K, S)
+    position = torch.where(torch.rand(B, K, S, generator=g) < 0.2, -1, position)
+    valid = torch.rand(B, T, generator=g) < 0.8
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "valid": valid,
+        "slot_k": slot_k,
+        "slot_v": slot_v,
+        "position": position.to(torch.int32),
+        "score": torch.where(position >= 0, torch.rand(B, K, S, generator=g), 0.0),
+        "weight": torch.where(position >= 0, torch.rand(B, K, S, generator=g), 0.0),
+        "seen": seen,
+        "phi_q": torch.rand(B, Q, T, R, generator=g),
+        "H": torch.randn(B, K, R, D, generator=g) * 3,
+        "z": torch.rand(B, K, R, generator=g) * 3,
+        "maps": random_maps(Q, K, D, E, R, kind, seed=seed),
+    }
