@@ -390,6 +390,15 @@ def test_chunked_turns_continue_on_one_cache(model):
     assert torch.equal(generate(model, cache, text, new=5, prefill_chunk_size=4), want)
 
 
+def test_inference_mode_and_no_grad_may_alternate(model):
+    cache = new_cache(model, WIDE)
+    with less.hf.attach(model, cache), torch.inference_mode():
+        model(prompt(9), past_key_values=cache)
+    text = torch.cat([prompt(9), prompt(4, seed=1)], 1)
+    want = model.generate(text, max_new_tokens=12, do_sample=False)
+    assert torch.equal(generate(model, cache, text), want)
+
+
 def test_a_base_model_without_a_head_runs_too(model):
     ids = prompt(9)
     cache = new_cache(model.model, WIDE)

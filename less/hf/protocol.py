@@ -244,7 +244,8 @@ class CacheProtocol:
 
     def _fed_tokens(self) -> Tensor:
         if self._fed is None:
-            self._fed = torch.zeros(self.batch, 2, dtype=torch.int64, device=self.device)
+            with torch.inference_mode(False):  # whatever mode later calls run in
+                self._fed = torch.zeros(self.batch, 2, dtype=torch.int64, device=self.device)
         elif self.columns == 0:  # reset
             self._fed.zero_()
         return self._fed
