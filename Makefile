@@ -24,6 +24,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 PY := setup.py tools less tests $(wildcard bench)
 
 .PHONY: demo test lint format bench dev sdist clean
+.PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/package.stamp $(VENV)/assets.stamp
@@ -32,13 +33,26 @@ demo: $(VENV)/package.stamp $(VENV)/assets.stamp
 test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/requirements.stamp $(VENV)/dev.stamp
+# `make -k lint` goes on after the first tool that complains.
+lint: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
+
+lint-cpp: $(VENV)/dev.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+lint-python: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
+
+lint-types: $(VENV)/dev.stamp
 	$(BIN)/mypy
+
+lint-cmake: $(VENV)/dev.stamp
 	$(BIN)/gersemi --check CMakeLists.txt
-	$(BIN)/codespell $(PY) csrc docs README.md Makefile CMakeLists.txt pyproject.toml .ci/run
+
+lint-spelling: $(VENV)/dev.stamp
+	$(BIN)/codespell $(PY) csrc $(wildcard docs) README.md Makefile CMakeLists.txt .ci/run
+
+lint-shell: $(VENV)/dev.stamp
 	$(BIN)/shellcheck .ci/run
 
 format: $(VENV)/dev.stamp

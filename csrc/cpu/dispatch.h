@@ -43,16 +43,17 @@ void set_level(const std::string& name);
 #define LESS_IF_AVX2(...)
 #endif
 
-#define LESS_CPU_KERNEL(op, Params)                                             \
-  namespace less::cpu {                                                         \
-  namespace portable {                                                          \
-  void op(const Params&, int64_t begin, int64_t end);                           \
-  }                                                                             \
-  LESS_IF_AVX2(namespace avx2 { void op(const Params&, int64_t, int64_t); })    \
-  inline void op(const Params& params, int64_t begin, int64_t end) {            \
-    switch (level()) {                                                          \
-      LESS_IF_AVX2(case Level::avx2 : return avx2::op(params, begin, end);)     \
-      default: return portable::op(params, begin, end);                         \
-    }                                                                           \
-  }                                                                             \
+#define LESS_CPU_KERNEL(op, Params)                                          \
+  namespace less::cpu {                                                      \
+  namespace portable {                                                       \
+  void op(const Params&, int64_t begin, int64_t end);                        \
+  }                                                                          \
+  LESS_IF_AVX2(namespace avx2 { void op(const Params&, int64_t, int64_t); }) \
+  inline void op(const Params& params, int64_t begin, int64_t end) {         \
+    switch (level()) {                                                       \
+      LESS_IF_AVX2(case Level::avx2 : return avx2::op(params, begin, end);)  \
+      default:                                                               \
+        return portable::op(params, begin, end);                             \
+    }                                                                        \
+  }                                                                          \
   }

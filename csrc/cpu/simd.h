@@ -157,8 +157,7 @@ struct Vec {
 
   Vec() = default;
   LESS_INLINE Vec(Float4 low, Float4 high) : lo(low), hi(high) {}
-  LESS_INLINE Vec(float all)
-      : lo(Float4{all, all, all, all}), hi(Float4{all, all, all, all}) {}
+  LESS_INLINE Vec(float all) : lo(Float4{all, all, all, all}), hi(Float4{all, all, all, all}) {}
 
   static LESS_INLINE Vec load(const float* p) {
     Vec v;
@@ -220,8 +219,8 @@ LESS_INLINE Vec Vec::load(const fp16* p) {  // as to_float(fp16) in half.h
   const Int small = as_int(to_vec(magnitude) * Vec(0x1p-24f));
   const Int normal = shift_left<13>(magnitude) + Int(112 << 23);
   const Int special = shift_left<13>(magnitude) | Int(255 << 23);
-  const Int bits = select(Int(0x400) > magnitude, small,
-                          select(magnitude > Int(0x7bff), special, normal));
+  const Int bits =
+      select(Int(0x400) > magnitude, small, select(magnitude > Int(0x7bff), special, normal));
   return as_vec(bits | sign);
 }
 
@@ -234,8 +233,7 @@ LESS_INLINE void Vec::store(fp16* p) const {  // as from_float<fp16>() in half.h
   const Int normal = shift_right<13>(a - Int(0x38000000) + Int(0xfff) + odd);
   const Int nan = (shift_right<13>(a) & Int(0x3ff)) | Int(0x7e00);
   const Int large = select(a > Int(0x7f800000), nan, Int(0x7c00));
-  const Int half =
-      select(a > Int(0x477fffff), large, select(Int(0x38800000) > a, small, normal));
+  const Int half = select(a > Int(0x477fffff), large, select(Int(0x38800000) > a, small, normal));
   store_low_halves(half | sign, p);
 }
 

@@ -1,7 +1,7 @@
 // Facts that only the CUDA compiler knows.
-#include "cuda/build_facts.h"
-
 #include <cuda_runtime.h>
+
+#include "cuda/build_facts.h"
 
 namespace less::cuda {
 
