@@ -1,0 +1,19 @@
+"""Training of sidekicks: capture q, k, v; train each layer's maps; see docs/training.md."""
+
+from less.fit.capture import Captured, LayerWalk
+from less.fit.schedule import schedule
+from less.fit.text import read_stream, sample_chunks
+from less.fit.train import LayerRecord, Progress, Recipe, fit_layer, train
+
+__all__ = [
+    "Captured",
+    "LayerRecord",
+    "LayerWalk",
+    "Progress",
+    "Recipe",
+    "fit_layer",
+    "read_stream",
+    "sample_chunks",
+    "schedule",
+    "train",
+]

@@ -1,0 +1,89 @@
+"""The maps under training, and the point that training starts from.
+
+The start matters on short runs. Published maps start with s1 = s2 = 1e-4: their low-rank part has
+next to no mass, and since its gradient is proportional to that mass, the first hundreds of steps
+only make it grow. Here the start is *mass-matched*: before the first step the low-rank part's mass
+phi.psi, summed over what was evicted, equals on (geometric) average what the evicted tokens weigh
+in full attention, per query head. For "exp" the biases are set so, for "paper" the scale s1.
+
+The inputs are divided by their root mean square, one number per head, which makes one learning rate
+fit every layer and model; the divisors are folded into W1 and V1 of the maps that leave. (One
+number per dimension, which flattens the directions that carry the attention, trained worse.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from less.fit.objective import Rows, low_rank
+from less.sidekick import TENSORS
+
+
+class Trainable:
+    """A layer's maps as leaf tensors in normalised inputs.
+
+    Args:
+        kind: "exp" or "paper".
+        q: Queries to take the root mean square of, [N, Q, T, D].
+        k: Keys likewise, [N, K, T, D].
+        rank: R.
+        hidden: E.
+        generator: Draws the weights; on the CPU whatever the device, so that devices agree.
+    """
+
+    def __init__(
+        self, kind: str, q: Tensor, k: Tensor, rank: int, hidden: int, generator: torch.Generator
+    ) -> None:
+        self.kind = kind
+        sizes = {"Q": q.shape[1], "K": k.shape[1], "D": q.shape[3], "E": hidden, "R": rank}
+        self._divisor = {"q_w1": _rms(q), "k_w1": _rms(k)}
+        self.leaves: dict[str, Tensor] = {}
+        for name, letters in TENSORS[kind].items():
+            shape = [sizes[c] for c in letters]
+            x = torch.zeros(shape)
+            if name.endswith(("w1", "w2", "mix")):
+                x = torch.randn(shape, generator=generator) * sizes[letters[1]] ** -0.5
+            elif name == "k_scale":
+                x = torch.ones(shape)
+            elif name == "k_mix_scale":
+                x = torch.full(shape, 0.1)
+            self.leaves[name] = x.to(q.device).requires_grad_()
+
+    def maps(self) -> dict[str, Tensor]:
+        """The maps on inputs as they are: what the cache evaluates."""
+        return {
+            name: x / self._divisor[name] if name in self._divisor else x
+            for name, x in self.leaves.items()
+        }
+
+    @torch.no_grad()
+    def match_mass(self, batches: Sequence[Rows]) -> None:
+        """Set biases or scales so that phi z meets the mass of what was evicted."""
+        total, count = torch.zeros(1), torch.zeros(1)
+        for rows in batches:
+            if rows.gone_log_mass is None:
+                raise ValueError("match_mass: the batches must be prepared with gone_mass=True")
+            mass, _ = low_rank(rows, self.maps(), self.kind)
+            B, K = mass.shape[:2]
+            gap = rows.gone_log_mass - mass[..., 0].clamp(min=1e-30).log()
+            gap = gap.view(B, K, -1, rows.q.shape[2])  # [B, K, G, n]
+            counted = gap.isfinite()  # rows that have lost something
+            total = total.to(gap) + gap.where(counted, 0.0).sum((0, 3))
+            count = count.to(gap) + counted.sum((0, 3))
+        gap = total / count.clamp(min=1)  # [K, G], in nats
+        shared = gap.mean(1, keepdim=True)  # [K, 1]
+        if self.kind == "exp":
+            self.leaves["k_bias"] += shared / 2
+            self.leaves["q_bias"] += (gap - shared / 2).reshape(-1, 1)
+        else:
+            self.leaves["k_scale"] *= shared.exp()
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square per head [H, 1, 1], never 0."""
+    # Chunk by chunk: x is the largest tensor there is, and squaring it whole would double it.
+    mean = torch.stack([c.float().square().mean((1, 2)) for c in x]).mean(0)
+    return mean.sqrt().clamp(min=1e-6)[:, None, None]

@@ -1,0 +1,619 @@
+"""The sidekick: the feature maps' weights of every layer, built, checked, loaded and saved.
+
+A sidekick holds, per layer, the tensors of phi (per query head) and psi (per kv head). What they
+compute is in ``less.reference.phi`` and ``less.reference.psi``; this file knows their names, shapes
+and files only.
+
+    kind "paper"   q_w1 [Q,D,E]  q_w2 [Q,E,R]  k_w1 [K,D,E]  k_w2 [K,E,R]
+                   k_mix [K,R,R]  k_scale [K,R]  k_mix_scale [K,R]
+    kind "exp"     q_w1 [Q,D,E]  q_w2 [Q,E,R]  q_bias [Q,R]
+                   k_w1 [K,D,E]  k_w2 [K,E,R]  k_bias [K,R]
+
+A saved sidekick is a folder: ``model.safetensors`` (tensors named ``layers.<i>.<name>``) and
+``config.json`` (shapes, the model it belongs to, the policies and the text it was trained with).
+
+Source: arXiv:2402.09398, section 3.2 (the paper's maps); docs/training.md (the exp maps).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "less-sidekick"
+FORMAT_VERSION = 1
+TENSORS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+#: Tensor name -> shape in letters, per kind. The order is the order of the files.
+TENSORS: dict[str, dict[str, str]] = {
+    "paper": {
+        "q_w1": "QDE",
+        "q_w2": "QER",
+        "k_w1": "KDE",
+        "k_w2": "KER",
+        "k_mix": "KRR",
+        "k_scale": "KR",
+        "k_mix_scale": "KR",
+    },
+    "exp": {
+        "q_w1": "QDE",
+        "q_w2": "QER",
+        "q_bias": "QR",
+        "k_w1": "KDE",
+        "k_w2": "KER",
+        "k_bias": "KR",
+    },
+}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: What config.json says of the tensors, and Sidekick's attribute of the same name must confirm.
+_SHAPE_FIELDS = ("kind", "layers", "q_heads", "kv_heads", "head_dim", "rank", "hidden")
+#: The authors' names -> ours, and whether a plain tensor or an nn.Linear's (transposed) weight.
+_REFERENCE_NAMES = {
+    "kernel_q_mat1": "q_w1",
+    "kernel_q_mat2": "q_w2",
+    "kernel_k_mat1": "k_w1",
+    "kernel_k_mat2": "k_w2",
+    "interaction_k": "k_mix",
+    "scalingD": "k_scale",
+    "scalingD2": "k_mix_scale",
+}
+
+
+class Sidekick:
+    """Feature maps of every layer: what turns an eviction policy into LESS.
+
+    Args:
+        layers: One dict of tensors per layer, names and shapes as in this module's docstring. Any
+            floating dtype; held as contiguous float32 copies on the device they came on.
+        kind: "paper" or "exp".
+        config: What is known beside the tensors, saved with them: "model" (identity of the model,
+            see `model_identity`), "policies", "budgets", "training". Anything JSON can hold.
+
+    Raises:
+        ValueError: a kind, name, shape, dtype or value is wrong; the message says which and where.
+        TypeError: `layers` is no sequence of dicts of tensors.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Mapping[str, Tensor]],
+        kind: str = "paper",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if kind not in TENSORS:
+            raise ValueError(f"Sidekick: kind must be one of {sorted(TENSORS)}, got {kind!r}")
+        if isinstance(layers, Mapping) or not isinstance(layers, Sequence):
+            raise TypeError(
+                f"Sidekick: layers must be a sequence of dicts of tensors, got {_type(layers)}"
+            )
+        if len(layers) == 0:
+            raise ValueError("Sidekick: layers must hold at least one layer, got none")
+        self.kind = kind
+        self.config: dict[str, Any] = dict(config or {})
+        sizes: dict[str, int] = {}
+        where: dict[str, str] = {}
+        self._layers = [
+            _checked_layer(i, layer, kind, sizes, where) for i, layer in enumerate(layers)
+        ]
+        self.q_heads, self.kv_heads = sizes["Q"], sizes["K"]
+        self.head_dim, self.hidden, self.rank = sizes["D"], sizes["E"], sizes["R"]
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"Sidekick: query heads must be a multiple of kv heads, got {self.q_heads} (q_w1) "
+                f"and {self.kv_heads} (k_w1)"
+            )
+        devices = {t.device for layer in self._layers for t in layer.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                "Sidekick: all tensors must lie on one device, got "
+                + ", ".join(sorted(str(d) for d in devices))
+            )
+        self.device = devices.pop()
+
+    # -- reading -----------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    def __getitem__(self, layer: int) -> dict[str, Tensor]:
+        """The float32 tensors of one layer, by name (a fresh dict of the held tensors).
+
+        Raises:
+            IndexError: there is no such layer (negative indices do not count from the end).
+        """
+        if not 0 <= layer < len(self._layers):
+            raise IndexError(f"Sidekick: layer must be in 0..{len(self._layers) - 1}, got {layer}")
+        return dict(self._layers[layer])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The layers' dicts in order."""
+        return (dict(layer) for layer in self._layers)
+
+    def __repr__(self) -> str:
+        """Kind, sizes and bytes on one line."""
+        return (
+            f"Sidekick(kind={self.kind!r}, layers={self.layers}, q_heads={self.q_heads}, "
+            f"kv_heads={self.kv_heads}, head_dim={self.head_dim}, rank={self.rank}, "
+            f"hidden={self.hidden}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as held (float32)."""
+        return sum(t.numel() * t.element_size() for layer in self._layers for t in layer.values())
+
+    def to(self, device: torch.device | str) -> Sidekick:
+        """The same sidekick with its tensors on another device."""
+        moved = [{n: t.to(device) for n, t in layer.items()} for layer in self._layers]
+        return Sidekick(moved, kind=self.kind, config=self.config)
+
+    # -- building ----------------------------------------------------------------------------
+
+    @classmethod
+    def random(
+        cls,
+        layers: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rank: int = 8,
+        hidden: int = 64,
+        kind: str = "paper",
+        generator: torch.Generator | int | None = None,
+    ) -> Sidekick:
+        """Random maps whose every term matters on inputs of unit variance; for tests and examples.
+
+        Not a start for training (see ``less.fit.start``): scales and biases are drawn of order one.
+
+        Args:
+            layers: Number of layers.
+            q_heads: Query heads Q.
+            kv_heads: Kv heads K, a divisor of Q.
+            head_dim: Head dim D.
+            rank: Features R.
+            hidden: Hidden width E.
+            kind: "paper" or "exp".
+            generator: A torch generator, a seed, or None for torch's own state.
+        """
+        if kind not in TENSORS:
+            raise ValueError(
+                f"Sidekick.random: kind must be one of {sorted(TENSORS)}, got {kind!r}"
+            )
+        if isinstance(generator, int):
+            generator = torch.Generator().manual_seed(generator)
+        sizes = {"Q": q_heads, "K": kv_heads, "D": head_dim, "E": hidden, "R": rank}
+        words = {"Q": "q_heads", "K": "kv_heads", "D": "head_dim", "E": "hidden", "R": "rank"}
+        for letter, size in {**sizes, "L": layers}.items():
+            if size < 1:
+                name = words.get(letter, "layers")
+                raise ValueError(f"Sidekick.random: {name} must be at least 1, got {size}")
+
+        def draw(name: str, letters: str) -> Tensor:
+            x = torch.rand([sizes[c] for c in letters], generator=generator) * 2 - 1
+            if name.endswith(("w1", "w2", "mix")):
+                return x * math.sqrt(3 / sizes[letters[1]]) * (2 if name.endswith("w2") else 1)
+            return 1 + x / 2 if name == "k_scale" else x / 2
+
+        names = TENSORS[kind]
+        return cls([{n: draw(n, s) for n, s in names.items()} for _ in range(layers)], kind=kind)
+
+    @classmethod
+    def from_reference_checkpoints(
+        cls, folder: str | os.PathLike[str], kv_heads: int | None = None
+    ) -> Sidekick:
+        """Read the per-layer files that the paper's released code trains (hdong920/LESS).
+
+        The folder holds ``layer_0.pth``, ``layer_1.pth``, ...: each a dict whose
+        "model_state_dict" has kernel_q_mat1 [Q,D,E], kernel_q_mat2 [Q,E,R], kernel_k_mat1,
+        kernel_k_mat2, interaction_k and scalingD, scalingD2 [1,K,1,R]. For multi-query models
+        the key side is three linear layers (``kernel_k_mat1.weight`` [E,D], ...): they become kv
+        head 0, transposed. The maps are the paper's, on keys after the rotary embedding, as here.
+
+        Their code keeps keys per query head, so for a model with fewer kv heads than query heads
+        such files hold Q psi maps where this library has K. Give `kv_heads` to say so: if the maps
+        within each group are equal they are one map and load exactly; if they differ they are
+        refused, since no single psi computes what several did.
+
+        Files are read with ``weights_only=True``: no code of theirs can run.
+
+        Args:
+            folder: Where the files lie.
+            kv_heads: The model's kv heads; None takes the number that the files hold.
+
+        Raises:
+            FileNotFoundError: no such folder, no layer files, or a layer missing between others.
+            ValueError: a file is truncated, foreign or of other shapes.
+        """
+        root = Path(folder)
+        layers = [_reference_layer(path, kv_heads) for path in _reference_files(root)]
+        try:
+            return cls(layers, kind="paper", config={"training": {"source": "hdong920/LESS files"}})
+        except ValueError as error:
+            raise ValueError(f"from_reference_checkpoints: {root}: {error}") from None
+
+    # -- files -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Sidekick:
+        """Load a folder written by `save_pretrained`, or a shipped sidekick by its name.
+
+        Args:
+            path: The folder; or a name in `shipped_names()`, such as "smollm2-135m-instruct".
+
+        Raises:
+            FileNotFoundError: neither a folder nor a shipped name, or a file is missing in it.
+            ValueError: a file is truncated, foreign, of another format version, or the two files
+                do not belong together. The message names the file.
+        """
+        root = Path(path)
+        if not root.is_dir() and str(path) in shipped_names():
+            root = shipped(str(path))
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"Sidekick.from_pretrained: no folder {str(path)!r}, nor a shipped sidekick of "
+                f"that name (shipped: {', '.join(shipped_names()) or 'none'})"
+            )
+        header = _read_config(root / CONFIG_FILE)
+        layers = _read_tensors(root / TENSORS_FILE)
+        try:
+            sidekick = cls(layers, kind=header["kind"], config=_extra(header))
+        except ValueError as error:
+            raise ValueError(f"Sidekick.from_pretrained: {root / TENSORS_FILE}: {error}") from None
+        for field in _SHAPE_FIELDS:
+            if header.get(field) != getattr(sidekick, field):
+                raise ValueError(
+                    f"Sidekick.from_pretrained: {root}: the files do not belong together: "
+                    f"{CONFIG_FILE} says {field} = {header.get(field)!r}, {TENSORS_FILE} holds "
+                    f"{getattr(sidekick, field)!r}"
+                )
+        return sidekick
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    ) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, each one atomically.
+
+        Args:
+            path: The folder; made if missing.
+            dtype: float32, or float16 for half the bytes. Scales and biases, a few numbers per
+                head whose size runs from 1e-8 up, stay float32 in either case.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: another dtype, or a weight too large for float16.
+        """
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(
+                f"Sidekick.save_pretrained: dtype must be float32 or float16, got {dtype}"
+            )
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for i, layer in enumerate(self._layers):
+            for name, tensor in layer.items():
+                stored = tensor.detach().cpu()
+                if tensor.dim() > 2:
+                    stored = stored.to(dtype)
+                    if not bool(torch.isfinite(stored).all()):
+                        raise ValueError(
+                            f"Sidekick.save_pretrained: layers[{i}]['{name}'] has a value of "
+                            f"{float(tensor.abs().max()):.4g}, beyond float16; save as float32"
+                        )
+                tensors[f"layers.{i}.{name}"] = stored.contiguous()
+        root = Path(path)
+        root.mkdir(parents=True, exist_ok=True)
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        header |= {field: getattr(self, field) for field in _SHAPE_FIELDS}
+        header |= {"dtype": str(dtype).removeprefix("torch."), **self.config}
+        text = json.dumps(header, indent=2, allow_nan=False) + "\n"
+        part = root / f".{TENSORS_FILE}.{os.getpid()}"
+        save_file(tensors, part, metadata={"format": FORMAT, "version": str(FORMAT_VERSION)})
+        os.replace(part, root / TENSORS_FILE)
+        part = root / f".{CONFIG_FILE}.{os.getpid()}"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, root / CONFIG_FILE)
+        return root
+
+    # -- belonging ---------------------------------------------------------------------------
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that these maps were not trained for.
+
+        The head shapes are always compared; where the sidekick records its model ("model" in
+        `config`), so is every field of `model_identity` but the name (a copy in another folder is
+        the same model).
+
+        Args:
+            model: A transformers model or its config.
+
+        Raises:
+            ValueError: something differs; the message lists each field with both values.
+        """
+        got = model_identity(model)
+        wanted: dict[str, Any] = dict(self.config.get("model") or {})
+        wanted |= {f: getattr(self, f) for f in ("layers", "q_heads", "kv_heads", "head_dim")}
+        differing = [
+            f"{field}: sidekick {wanted[field]!r}, model {got.get(field)!r}"
+            for field in wanted
+            if field not in ("name", "fingerprint") and wanted[field] != got.get(field)
+        ]
+        if not differing:
+            return
+        hint = ""
+        if self.kv_heads == self.q_heads != got["kv_heads"]:
+            hint = (
+                " (this sidekick keeps psi per query head; the model shares keys among a group: "
+                "from_reference_checkpoints(folder, kv_heads=...) says whether it can be reduced)"
+            )
+        name = wanted.get("name") or "unknown"
+        raise ValueError(
+            f"Sidekick.check_model: trained for {name!r}, does not fit {got['name']!r}: "
+            + "; ".join(differing)
+            + hint
+        )
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """What makes a sidekick belong to a model: the fields that shape its q and k.
+
+    Args:
+        model: A transformers model or its config (for a composed model the text config counts).
+
+    Returns:
+        name, model_type, layers, q_heads, kv_heads, head_dim, hidden_size, vocab_size, rope (its
+        parameters), and fingerprint, a sha256 over all of them but the name.
+
+    Raises:
+        ValueError: a needed field is missing: this is no decoder's config.
+    """
+    config = getattr(model, "config", model)
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    found: dict[str, int] = {}
+    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        value = getattr(config, field, None)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"model_identity: {_type(config)}.{field} must be a positive int, got {value!r}"
+            )
+        found[field] = value
+    q_heads = found["num_attention_heads"]
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:  # transformers before 5 keeps the two apart
+        rope = dict(getattr(config, "rope_scaling", None) or {})
+        if getattr(config, "rope_theta", None) is not None:
+            rope["rope_theta"] = config.rope_theta
+    identity: dict[str, Any] = {
+        "model_type": str(getattr(config, "model_type", "")),
+        "layers": found["num_hidden_layers"],
+        "q_heads": q_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or q_heads,
+        "head_dim": getattr(config, "head_dim", None) or found["hidden_size"] // q_heads,
+        "hidden_size": found["hidden_size"],
+        "vocab_size": getattr(config, "vocab_size", None),
+        "rope": _plain({"rope_type": "default", **rope}),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return {"name": Path(name).name or name, **identity, "fingerprint": digest}
+
+
+def shipped_names() -> list[str]:
+    """Names of the sidekicks that come with the package."""
+    root = Path(__file__).parent / "sidekicks"
+    if not root.is_dir():
+        return []
+    return sorted(p.name for p in root.iterdir() if (p / CONFIG_FILE).is_file())
+
+
+def shipped(name: str) -> Path:
+    """Folder of a sidekick that comes with the package, for `Sidekick.from_pretrained`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in shipped_names():
+        raise ValueError(
+            f"shipped: no sidekick named {name!r}; there are: "
+            + (", ".join(shipped_names()) or "none")
+        )
+    return Path(__file__).parent / "sidekicks" / name
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
+def _type(x: object) -> str:
+    return type(x).__name__
+
+
+def _plain(x: Any) -> Any:
+    """Config values as JSON gives them back: numbers as they are, None dropped, keys sorted."""
+    if isinstance(x, Mapping):
+        return {str(k): _plain(v) for k, v in sorted(x.items()) if v is not None}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v) for v in x]
+    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else x
+
+
+def _checked_layer(
+    index: int,
+    layer: Mapping[str, Tensor],
+    kind: str,
+    sizes: dict[str, int],
+    where: dict[str, str],
+) -> dict[str, Tensor]:
+    """One layer as float32 copies. `sizes` (letter -> size) grows with the first layer's shapes."""
+    at = f"Sidekick: layers[{index}]"
+    if not isinstance(layer, Mapping):
+        raise TypeError(f"{at} must be a dict of tensors, got {_type(layer)}")
+    names = TENSORS[kind]
+    missing = [n for n in names if n not in layer]
+    unknown = [n for n in layer if n not in names]
+    if missing or unknown:
+        others = [k for k in TENSORS if k != kind and set(layer) == set(TENSORS[k])]
+        hint = f"; these are the tensors of kind {others[0]!r}" if others else ""
+        raise ValueError(
+            f"{at}: kind {kind!r} has tensors {', '.join(names)}; missing: "
+            f"{', '.join(missing) or 'none'}, unknown: "
+            f"{', '.join(map(str, unknown)) or 'none'}{hint}"
+        )
+    held: dict[str, Tensor] = {}
+    for name, letters in names.items():
+        tensor = layer[name]
+        here = f"{at}['{name}']"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{here} must be a tensor, got {_type(tensor)}")
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{here} must be float16/bfloat16/float32/float64, got {tensor.dtype}")
+        shape = list(tensor.shape)
+        wanted = "[" + ", ".join(letters) + "]"
+        if len(shape) != len(letters) or 0 in shape:
+            raise ValueError(f"{here} must have shape {wanted}, none of them 0, got {shape}")
+        for letter, size in zip(letters, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"{here} must have shape {wanted} with {letter} = {sizes[letter]} as in "
+                    f"{where[letter]}, got {shape}"
+                )
+            where.setdefault(letter, f"layers[{index}]['{name}']")
+        copy = tensor.detach().to(torch.float32, copy=True).contiguous()
+        if not bool(torch.isfinite(copy).all()):
+            bad = int((~torch.isfinite(copy)).sum())
+            raise ValueError(f"{here} must be finite, got {bad} NaN or infinite values")
+        held[name] = copy
+    return held
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    at = f"Sidekick.from_pretrained: {path}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{at}: no such file; a sidekick's folder has one")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{at}: truncated or not JSON ({error})") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f'{at}: not a sidekick\'s config: wanted "format": "{FORMAT}"')
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{at}: format version {header.get('format_version')!r}; this library reads "
+            f"version {FORMAT_VERSION}"
+        )
+    if header.get("kind") not in TENSORS:
+        raise ValueError(f"{at}: kind must be one of {sorted(TENSORS)}, got {header.get('kind')!r}")
+    return header
+
+
+def _extra(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of config.json that the tensors do not say themselves."""
+    derived = ("format", "format_version", "dtype", *_SHAPE_FIELDS)
+    return {k: v for k, v in header.items() if k not in derived}
+
+
+def _read_tensors(path: Path) -> list[dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    at = f"Sidekick.from_pretrained: {path}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{at}: no such file; a sidekick's folder has one")
+    layers: dict[int, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise ValueError(f"{at}: a safetensors file, but not a sidekick's")
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                match = re.fullmatch(r"layers\.(\d+)\.(\w+)", key)
+                if match is None:
+                    raise ValueError(f"{at}: unknown tensor {key!r}, wanted layers.<i>.<name>")
+                layers.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{at}: truncated or not a safetensors file ({error})") from None
+    if sorted(layers) != list(range(len(layers))):
+        raise ValueError(f"{at}: layers must be numbered 0.. without a gap, got {sorted(layers)}")
+    return [layers[i] for i in range(len(layers))]
+
+
+def _reference_files(root: Path) -> list[Path]:
+    """layer_0.pth, layer_1.pth, ... in the order of their numbers, none missing."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"from_reference_checkpoints: no folder {str(root)!r}")
+    numbered: dict[int, Path] = {}
+    for path in root.iterdir():
+        match = re.fullmatch(r"layer_(\d+)\.pth", path.name)
+        if match:
+            numbered[int(match[1])] = path
+    if not numbered:
+        raise FileNotFoundError(
+            f"from_reference_checkpoints: {root}: no files named layer_<i>.pth in it"
+        )
+    gaps = [i for i in range(max(numbered) + 1) if i not in numbered]
+    if gaps:
+        raise FileNotFoundError(
+            f"from_reference_checkpoints: {root}: layer files missing: "
+            + ", ".join(f"layer_{i}.pth" for i in gaps)
+        )
+    return [numbered[i] for i in sorted(numbered)]
+
+
+def _reference_layer(path: Path, kv_heads: int | None) -> dict[str, Tensor]:
+    """One of the authors' files as this library's tensors."""
+    at = f"from_reference_checkpoints: {path}"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken or a foreign pickle
+        reason = str(error).splitlines()[0] if str(error) else _type(error)
+        raise ValueError(f"{at}: truncated, or not a file of tensors alone ({reason})") from None
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{at}: wanted a dict with 'model_state_dict', got {_type(content)}")
+    layer: dict[str, Tensor] = {}
+    for theirs, ours in _REFERENCE_NAMES.items():
+        tensor, linear = state.get(theirs), state.get(f"{theirs}.weight")
+        if isinstance(linear, Tensor) and linear.dim() == 2:
+            tensor = linear.t()[None]  # y = x Wt: one kv head, [out, in] -> [1, in, out]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{at}: 'model_state_dict' must hold a tensor {theirs!r}")
+        if ours in ("k_scale", "k_mix_scale"):
+            if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != 1:
+                raise ValueError(
+                    f"{at}: {theirs} must have shape [1, K, 1, R], got {list(tensor.shape)}"
+                )
+            tensor = tensor[0, :, 0]
+        layer[ours] = tensor
+    held = layer["k_w1"].shape[0]
+    if kv_heads is None or kv_heads == held:
+        return layer
+    if held % kv_heads:
+        raise ValueError(f"{at}: {held} psi maps cannot be shared among {kv_heads} kv heads")
+    for name in [n for n in layer if n.startswith("k_")]:
+        groups = layer[name].unflatten(0, (kv_heads, held // kv_heads))
+        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            raise ValueError(
+                f"{at}: holds psi per query head ({held}), and the maps of a group differ in "
+                f"{name}: they cannot become one map for each of {kv_heads} kv heads. Use them "
+                f"with a cache of kv_heads={held} (keys repeated), or train anew (less-kv train)"
+            )
+        layer[name] = groups[:, 0]
+    return layer
