@@ -383,6 +383,7 @@ class LessKVCache(CacheProtocol):
         for at in self._layers:
             for x in at.tensors().values():
                 x.copy_(x.index_select(0, rows))
+        self._reorder_fed(rows)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -400,11 +401,13 @@ class LessKVCache(CacheProtocol):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: ``tensors`` (``"<layer>.<name>"`` -> copy), ``columns`` and ``cache``, the
-        settings that a cache must share to load it. The sidekick's weights are not in it."""
+        """A snapshot: ``tensors`` (``"<layer>.<name>"`` -> copy), ``columns``, ``fed`` (which text
+        a model was fed, as counts and digests) and ``cache``, the settings that a cache must share
+        to load it. The sidekick's weights are not in it."""
         return {
             "cache": self._identity(),
             "columns": list(self._columns),
+            "fed": self._fed_state(),
             "tensors": {
                 f"{i}.{name}": x.detach().clone()
                 for i, at in enumerate(self._layers)
@@ -420,7 +423,7 @@ class LessKVCache(CacheProtocol):
                 message names what differs and the cache is as it was.
         """
         op = "load_state_dict"
-        if not isinstance(d, dict) or not {"cache", "columns", "tensors"} <= d.keys():
+        if not isinstance(d, dict) or not {"cache", "columns", "fed", "tensors"} <= d.keys():
             raise ValueError(f"{op}: d must be a result of LessKVCache.state_dict")
         for name, want in self._identity().items():
             got = d["cache"].get(name)
@@ -444,9 +447,14 @@ class LessKVCache(CacheProtocol):
         columns = d["columns"]
         if not isinstance(columns, list) or len(columns) != self.layers:
             raise ValueError(f"{op}: columns must list {self.layers} numbers, got {columns!r}")
+        fed = require_tensor(op, "fed", d["fed"])
+        require_shape(op, "fed", fed, [self.batch, 2])
+        if fed.dtype != torch.int64:
+            raise ValueError(f"{op}: fed must have dtype torch.int64, got {fed.dtype}")
         for name, x in mine.items():
             x.copy_(d["tensors"][name])
         self._columns = [int(c) for c in columns]
+        self._load_fed(fed)
 
     def __repr__(self) -> str:
         """Shape, policy and backend."""

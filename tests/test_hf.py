@@ -51,18 +51,6 @@ FAMILIES = {
 }
 SMALL = H2O(heavy=4, recent=4)
 WIDE = H2O(heavy=64, recent=64)  # no test's text is longer
-# LessKVCache.reorder, state_dict and load_state_dict must carry the record of the text along.
-HOOKS = pytest.mark.xfail(
-    not all(
-        hook in getattr(LessKVCache, method).__code__.co_names
-        for method, hook in (
-            ("reorder", "_reorder_fed"),
-            ("state_dict", "_fed_state"),
-            ("load_state_dict", "_load_fed"),
-        )
-    ),
-    reason="the cache does not carry the record of its text along yet",
-)
 
 
 def build(family="llama", dtype=torch.float32, **changes):
@@ -807,7 +795,6 @@ def test_a_copy_of_an_attached_cache_is_not_attached(model):
     assert torch.equal(generate(model, kept, text), generate(model, cache, text))
 
 
-@HOOKS
 def test_a_snapshot_brings_its_text_with_it(model):
     cache = new_cache(model, SMALL, sidekick_for(model))
     text = torch.cat([generate(model, cache, prompt(10), new=4), prompt(5)], 1)
@@ -824,7 +811,6 @@ def test_a_snapshot_brings_its_text_with_it(model):
     assert torch.equal(generate(model, other, text), want)
 
 
-@HOOKS
 def test_reordered_rows_keep_their_text(model):
     cache = new_cache(model, WIDE, batch=2)
     inputs = left_padded([prompt(9)[0], prompt(9, seed=1)[0]])
