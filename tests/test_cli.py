@@ -152,6 +152,15 @@ def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
     assert "## Continuations" in (out / "report.md").read_text()
 
 
+def test_evaluate_measures_speed_with_more_text(folder, text, tmp_path):
+    arguments = tiny(folder, text, tmp_path / "out", "--budgets", "16", "--contexts", "128,256")
+    assert main(["evaluate", *arguments]) == 0
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "| 128 | full cache |" in written
+    assert "| 256 | H2O |" in written
+    assert main(["evaluate", *arguments, "--contexts", "9999"]) == 2
+
+
 def test_evaluate_measures_every_budget(folder, text, tmp_path, capsys):
     tiny_sidekick().save_pretrained(tmp_path / "sidekick")
     arguments = tiny(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from less.cli import measuring
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from less.evaluate.compare import Result
 
 _NAME = "less-evaluate"
@@ -28,6 +30,10 @@ def add_parser(subparsers: Any) -> None:
         help="tokens kept per head (default: 32,64,128)",
     )  # fmt: skip
     parser.add_argument("--probes", type=int, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--contexts", type=_budgets, default=[4096], metavar="N,N,…",
+        help="lengths of text at which speed is measured besides (default: 4096)",
+    )  # fmt: skip
     parser.add_argument(
         "--no-speed", action="store_true", help="leave out the speed (on a busy machine)"
     )
@@ -55,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     subject = measuring.load(args, console)
+    if not args.no_speed:
+        for context in args.contexts:
+            measuring.check_length("--contexts", context, subject.model)
     chunks = measuring.cut(subject, args.length, args.chunks)
     facts = {
         "command": "less-kv evaluate",
@@ -92,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         f"Command: `less-kv evaluate --chunks {args.chunks} --length {args.length} "
         f"--budgets {','.join(map(str, args.budgets))}`."
     )
+    if not args.no_speed:
+        sections.append(_long_contexts(subject, args, console))
     legend = "\n".join(f"- {line}" for line in report.legend(everything))
     text = "\n".join([caption, "", *sections, legend]) + "\n"
     (args.out / "report.md").write_text(f"# less-kv evaluate\n\n{text}", encoding="utf-8")
@@ -100,3 +111,43 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"written: {args.out}/report.md, plot.png, results.jsonl")
     console.print(f"finished in {time.monotonic() - begin:.0f} s")
     return 0
+
+
+def _long_contexts(subject: measuring.Subject, args: argparse.Namespace, console: Console) -> str:
+    """Markdown: decoding speed and bytes with long texts in the cache, at the middle budget."""
+    import torch
+
+    from less.evaluate.progress import progress
+    from less.evaluate.report import size
+    from less.evaluate.speed import speed
+    from less.hf import cache_for
+
+    budget = args.budgets[len(args.budgets) // 2]
+    methods = measuring.methods_for(subject, budget, torch.float16)
+    methods = [m for m in methods if m.name in ("full cache", "H2O", "LESS")]
+    rows = []
+    for context in args.contexts:
+        text = measuring.cut(subject, context, 1)
+        caches = [
+            None
+            if m.policy is None
+            else cache_for(subject.model, m.policy, m.sidekick, dtype=torch.float16)
+            for m in methods
+        ]
+        with progress(console, f"speed after {context:,} tokens, turns") as step:
+            speeds = speed(subject.model, text, caches, chunk=512, progress=step)
+        full = max(c.memory()["full"] for c in caches if c is not None)
+        for method, cache, measured in zip(methods, caches, speeds, strict=True):
+            held = full if cache is None else cache.memory()["slots"] + cache.memory()["state"]
+            rows.append(
+                f"| {context:,} | {method.name} | {size(held)} | "
+                f"{measured.tokens_per_second:.1f} | {measured.prompt_seconds:.1f} |"
+            )
+    head = "| tokens seen | method | slots + state | tok/s | prompt, s |\n|---:|---|---:|---:|---:|"
+    table = "\n".join([head, *rows])
+    console.print(table, markup=False)
+    return (
+        f"### Speed with more text, {budget} tokens kept per head, batch 1\n\n{table}\n\n"
+        "The prompt is taken in 512 tokens at a time. The full cache's bytes are counted in "
+        "float16; it runs in the model's dtype.\n"
+    )

@@ -111,9 +111,7 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
         console.print("  converting SmolLM2's GGUF once, about half a minute")
     model, tokenizer = assets.load_model(args.model)
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and args.length > longest:
-        raise ValueError(f"--length {args.length} is beyond the model's context of {longest}")
+    check_length("--length", args.length, model)
     if args.text:
         texts, source = assets.read_texts(args.text), Path(args.text).name
     else:
@@ -142,6 +140,17 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
             f"            then --sidekick my-sidekick"
         )
     return Subject(name, model, tokenizer, texts, source, sidekick, paper)
+
+
+def check_length(option: str, length: int, model: Any) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and length > longest:
+        raise ValueError(f"{option} {length} is beyond the model's context of {longest}")
 
 
 def _sidekicks(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekick | None]:

@@ -36,6 +36,7 @@ def speed(
     caches: Sequence[LessKVCache | None],
     steps: int = 8,
     rounds: int = 3,
+    chunk: int | None = None,
     progress: Progress | None = None,
 ) -> list[Speed]:
     """Measure decoding after `prompt`, the caches taking turns so that drift hits all alike.
@@ -47,6 +48,8 @@ def speed(
             model's own attention.
         steps: Decode steps per turn.
         rounds: Turns per cache; the median turn counts.
+        chunk: Tokens of the prompt at a time; all at once by default. In chunks, a bounded cache
+            takes in any prompt in linear time and constant memory.
         progress: Called with (turns done, turns).
 
     Returns:
@@ -63,7 +66,8 @@ def speed(
         for cache in held:
             with _attached(model, cache):
                 start = _now(model)
-                model(prompt, past_key_values=cache, logits_to_keep=1)
+                for part in prompt.split(chunk or prompt.shape[1], 1):
+                    model(part, past_key_values=cache, logits_to_keep=1)
                 prompt_seconds.append(_now(model) - start)
                 model(prompt[:, :1], past_key_values=cache)  # the first step allocates
             done += 1
