@@ -62,7 +62,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/gersemi -i CMakeLists.txt
 
 bench: $(VENV)/package.stamp $(VENV)/assets.stamp
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python -m bench.run $(ARGS)
 
 dev: $(VENV)/requirements.stamp
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -1,0 +1,1 @@
+"""Timings of the ops and of the whole cache step; ``make bench`` runs them."""
