@@ -112,13 +112,7 @@ class Sidekick:
                 f"Sidekick: query heads must be a multiple of kv heads, got {self.q_heads} (q_w1) "
                 f"and {self.kv_heads} (k_w1)"
             )
-        devices = {t.device for layer in self._layers for t in layer.values()}
-        if len(devices) > 1:
-            raise ValueError(
-                "Sidekick: all tensors must lie on one device, got "
-                + ", ".join(sorted(str(d) for d in devices))
-            )
-        self.device = devices.pop()
+        self.device = self._layers[0]["q_w1"].device
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -484,6 +478,10 @@ def _checked_layer(
             raise TypeError(f"{here} must be a tensor, got {_type(tensor)}")
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{here} must be float16/bfloat16/float32/float64, got {tensor.dtype}")
+        device = str(tensor.device)
+        if device == "meta" or where.setdefault("device", device) != device:
+            wanted = where.get("device", "a device with values")
+            raise ValueError(f"{here} must be on {wanted} as the others are, got {device}")
         shape = list(tensor.shape)
         wanted = "[" + ", ".join(letters) + "]"
         if len(shape) != len(letters) or 0 in shape:

