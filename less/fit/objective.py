@@ -114,15 +114,17 @@ def low_rank(rows: Rows, maps: Maps, kind: str) -> tuple[Tensor, Tensor]:
 def attend(rows: Rows, maps: Maps | None = None, kind: str = "exp") -> Tensor:
     """LESS's output at the sampled rows [B, Q, n, D]; eviction alone without maps.
 
-    The two parts merge under one common maximum of their log-masses, so that nothing overflows;
-    the floor of -80 keeps e^-maximum finite where all logits are tiny.
+    The two parts merge under one common maximum of their log-masses, so that nothing overflows. A
+    low-rank part with no mass is left out rather than scaled: its factor could be infinite.
     """
     if maps is None:
         return rows.value.view_as(rows.target)
     mass, value = low_rank(rows, maps, kind)
-    log_mass = mass.detach().clamp(min=torch.finfo(mass.dtype).tiny).log()
-    top = torch.maximum(rows.log_mass, log_mass).clamp(min=-80.0)
-    kept, low = (rows.log_mass - top).exp(), (-top).exp()
+    tiny = torch.finfo(mass.dtype).tiny
+    there = mass.detach() >= tiny
+    log_mass = torch.where(there, mass.detach().clamp(min=tiny).log(), -torch.inf)
+    top = torch.maximum(rows.log_mass, log_mass)
+    kept, low = (rows.log_mass - top).exp(), torch.where(there, (-top).exp(), 0.0)
     out = (rows.value * kept + value * low) / (kept + mass * low)
     return out.view_as(rows.target)
 
