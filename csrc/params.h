@@ -1,8 +1,8 @@
 // One plain struct per op: what its kernels read and write. No torch here, and nothing that a CUDA
 // kernel could not take by value. Arrays are contiguous, in the order of their shape.
 //
-// B batch rows, Q query heads, K kv heads, G = Q / K, T tokens of a call, S slots, N tokens, R rank,
-// E hidden width of a feature map, D head dim.
+// B batch rows, Q query heads, K kv heads, G = Q / K, T tokens of a call, S slots, N tokens, R
+// rank, E hidden width of a feature map, D head dim.
 #pragma once
 
 #include <cstdint>
@@ -93,20 +93,20 @@ struct ChunkAttentionParams {
 
 // The call's tokens join the slots; what no longer fits is folded into H, z and forgotten.
 struct CompactParams {
-  const void* k;            // [B, K, T, D]  of slot_dtype, as v and the slots
-  const void* v;            // [B, K, T, D]
+  const void* k;             // [B, K, T, D]  of slot_dtype, as v and the slots
+  const void* v;             // [B, K, T, D]
   const float* chunk_score;  // [B, K, T]
   const float* slot_score;   // [B, K, S]    the slots' scores after the call
-  const bool* valid;        // [B, T]        false: padding; null: all valid
-  const float* rank;        // [B, K, S + T] the policy's own ranks; null: by the rule below
-  void* slot_k;             // [B, K, S, D]  written
-  void* slot_v;             // [B, K, S, D]  written
-  int32_t* position;        // [B, K, S]     written
-  float* score;             // [B, K, S]     written
-  float* weight;            // [B, K, S]     written
-  const int64_t* seen;      // [B]           tokens seen before the call
-  float* H;                 // [B, K, R, D]  written; null: eviction alone
-  float* z;                 // [B, K, R]     written
+  const bool* valid;         // [B, T]        false: padding; null: all valid
+  const float* rank;         // [B, K, S + T] the policy's own ranks; null: by the rule below
+  void* slot_k;              // [B, K, S, D]  written
+  void* slot_v;              // [B, K, S, D]  written
+  int32_t* position;         // [B, K, S]     written
+  float* score;              // [B, K, S]     written
+  float* weight;             // [B, K, S]     written
+  const int64_t* seen;       // [B]           tokens seen before the call
+  float* H;                  // [B, K, R, D]  written; null: eviction alone
+  float* z;                  // [B, K, R]     written
   FeatureMaps psi;
   DType slot_dtype;
   bool by_score;

@@ -1,4 +1,4 @@
-"""Checks of arguments: every refusal names the function, the argument, what was wanted, what came."""
+"""Checks of arguments: a refusal names the function, the argument, what was wanted, what came."""
 
 from __future__ import annotations
 

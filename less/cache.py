@@ -247,9 +247,7 @@ class LessKVCache(CacheProtocol):
         if not 0 <= layer < self.layers:
             raise ValueError(f"{op}: layer must be in 0 .. {self.layers - 1}, got {layer}")
 
-    def _rank(
-        self, at: Layer, step: Step, k: Tensor, v: Tensor, valid: Tensor | None
-    ) -> Tensor:
+    def _rank(self, at: Layer, step: Step, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         B, K, T, _ = k.shape
         position, seen = chunk_position(at.seen, valid, B, T)
         tokens = Candidates(
@@ -309,9 +307,13 @@ class LessKVCache(CacheProtocol):
         return max(self._columns)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: ``slots`` (k, v, positions, scores, log-weights), ``state`` (H, z), ``maps``
-        (the sidekick's weights), ``workspace`` (counters), ``total``, and ``full``: the k and v
-        that a full cache of this dtype would hold of the same tokens now."""
+        """Bytes held, by purpose.
+
+        Returns:
+            ``slots`` (k, v, positions, scores, log-weights), ``state`` (H, z), ``maps`` (the
+            sidekick's weights), ``workspace`` (counters), ``total`` of these, and ``full``: the k
+            and v that a full cache of this dtype would hold of the same tokens now.
+        """
         slots = state = workspace = 0
         for at in self._layers:
             for name, x in at.tensors().items():
@@ -376,9 +378,7 @@ class LessKVCache(CacheProtocol):
         if rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"reorder: rows must be integers, got {rows.dtype}")
         if bool(((rows < 0) | (rows >= self.batch)).any()):
-            raise ValueError(
-                f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}"
-            )
+            raise ValueError(f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}")
         rows = rows.to(self.device, torch.int64)
         for at in self._layers:
             for x in at.tensors().values():
@@ -401,9 +401,13 @@ class LessKVCache(CacheProtocol):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: ``tensors`` (``"<layer>.<name>"`` -> copy), ``columns``, ``fed`` (which text
-        a model was fed, as counts and digests) and ``cache``, the settings that a cache must share
-        to load it. The sidekick's weights are not in it."""
+        """A snapshot, of plain values and copies of the tensors; the sidekick is not in it.
+
+        Returns:
+            ``tensors`` (``"<layer>.<name>"`` -> copy), ``columns``, ``fed`` (which text a model was
+            fed, as counts and digests) and ``cache``, the settings that a cache must share to load
+            it.
+        """
         return {
             "cache": self._identity(),
             "columns": list(self._columns),

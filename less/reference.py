@@ -213,7 +213,8 @@ def chunk_attention(
     share = torch.zeros(B, K, G, T, dtype=dtype, device=q.device)
     out = kept / total.masked_fill(total == 0, 1.0)
     if phi_q is not None:
-        assert H is not None and z is not None
+        if H is None or z is None:
+            raise ValueError("chunk_attention: phi_q, H and z must be given together")
         features = phi_q.to(dtype).view(B, K, G, T, -1)
         low = torch.einsum("bkgtr,bkr->bkgt", features, z.to(dtype))[..., None]
         low_value = torch.einsum("bkgtr,bkrd->bkgtd", features, H.to(dtype))
@@ -336,7 +337,8 @@ def compact(
     all_pos = torch.cat([position, chunk_pos[:, None].expand(B, K, T)], 2)
     all_score = torch.cat([score, chunk_score], 2)
     if rank is None:
-        assert rule is not None
+        if rule is None:
+            raise ValueError("compact: exactly one of rule and rank must be given")
         rank = rank_by_rule(rule, all_pos, all_score, seen_after)
     keep = survivors(all_pos, rank, S)
     leaves = (all_pos >= 0) & ~keep

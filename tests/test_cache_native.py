@@ -161,9 +161,7 @@ def test_thread_count_never_changes_a_bit(simd, with_threads, dtype):
         cache, _ = pair(H2O(heavy=40, recent=40), B=3, D=64, dtype=dtype)
         q, k, v = random_qkv(3, 6, 2, 420, 64, seed=7, dtype=dtype)
         outs = [cache.attend(0, q[:, :, :400], k[:, :, :400], v[:, :, :400])]
-        outs += [
-            cache.attend(0, *(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(400, 420)
-        ]
+        outs += [cache.attend(0, *(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(400, 420)]
         results.append([*outs, cache.positions(0), cache.scores(0), *cache.state(0)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -54,7 +54,7 @@ def naive_run(q, k, v, policy, maps, kind, prompt):
     start = 0
     while start < T:
         stop = prompt if start == 0 else start + 1
-        weights = {p: 0.0 for p in held + list(range(start, stop))}
+        weights = dict.fromkeys(held + list(range(start, stop)), 0.0)
         for t in range(start, stop):
             tokens = held + list(range(start, t + 1))
             for g in range(G):
@@ -89,9 +89,7 @@ def naive_run(q, k, v, policy, maps, kind, prompt):
                 stay = protected + [p for p in others if p < policy.sinks]
             for p in sorted(set(tokens) - set(stay)):
                 if maps is not None:
-                    f = torch.tensor(
-                        naive_feature(k[p], maps["k"], "k", kind), dtype=torch.float64
-                    )
+                    f = torch.tensor(naive_feature(k[p], maps["k"], "k", kind), dtype=torch.float64)
                     H = f[:, None] * v[p] + (0 if H is None else H)
                     z = f + (0 if z is None else z)
             held = sorted(stay)

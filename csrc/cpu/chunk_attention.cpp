@@ -199,9 +199,9 @@ void attend_block(const ChunkAttentionParams& p, const Keys<T>& keys, int64_t b,
     float* out = work.out.data() + m * width;
     const Vec inverse(1.0f / totals[m]);
     for (int64_t d = 0; d < width; d += Vec::kSize) (Vec::load(out + d) * inverse).store(out + d);
-    p.share[at] = p.phi_q == nullptr ? 0.0f
-                                     : merge_state(p, row, p.phi_q + at * p.R, tops[m], totals[m],
-                                                   out);
+    p.share[at] = p.phi_q == nullptr
+                      ? 0.0f
+                      : merge_state(p, row, p.phi_q + at * p.R, tops[m], totals[m], out);
     narrow(out, p.D, p.q_dtype, at * p.D, p.out);
     p.softmax[2 * at] = tops[m];
     p.softmax[2 * at + 1] = 1.0f / totals[m];

@@ -82,9 +82,8 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
 inline void check_device(const char* op, const char* name, const Tensor& tensor,
                          const char* first_name, const Tensor& first) {
   if (tensor.device() != first.device()) {
-    fail(op, ": ", name, " must be on the device of ", first_name,
-         ", got another (device types ", int(tensor.device().type()), " and ",
-         int(first.device().type()), ")");
+    fail(op, ": ", name, " must be on the device of ", first_name, ", got another (device types ",
+         int(tensor.device().type()), " and ", int(first.device().type()), ")");
   }
 }
 

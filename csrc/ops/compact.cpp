@@ -75,9 +75,8 @@ void compact_cpu(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, Opti
   };
   // Once per token that leaves: psi and the fold; and a look at every candidate.
   const int64_t work = (S + T) * 8 + T * (psi.E * (D + psi.R) + psi.R * D + D);
-  torch::stable::parallel_for(0, B * K, grain(work), [&](int64_t begin, int64_t end) {
-    cpu::compact(params, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, B * K, grain(work), [&](int64_t begin, int64_t end) { cpu::compact(params, begin, end); });
   // Only now: every kv head of a row counts from the same number.
   int64_t* count = seen.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b) {

@@ -15,8 +15,8 @@ Tensor feature_map_cpu(Tensor x, Tensor w1, Tensor w2, OptionalTensor bias, Opti
   const int64_t B = x.size(0), heads = x.size(1), T = x.size(2), D = x.size(3);
   const DType x_dtype = slot_dtype("feature_map", "x", x);
   check("feature_map", "x", x, x.scalar_type(), {B, heads, T, D});
-  const FeatureMaps maps = feature_maps("feature_map", "x", x, heads, D, w1, w2, bias, mix, scale,
-                                        mix_scale, kind);
+  const FeatureMaps maps =
+      feature_maps("feature_map", "x", x, heads, D, w1, w2, bias, mix, scale, mix_scale, kind);
   Tensor y = torch::stable::new_empty(x, {B, heads, T, maps.R}, ScalarType::Float);
   const FeatureMapParams params{
       .maps = maps,

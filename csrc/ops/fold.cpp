@@ -45,9 +45,8 @@ namespace {
 #ifndef LESS_CUDA_HALF
 void fold_cpu(Tensor H, Tensor z, Tensor psi_k, Tensor v, std::optional<Tensor> keep) {
   const FoldParams params = fold_params(H, z, psi_k, v, keep);
-  torch::stable::parallel_for(0, params.heads, 1, [&](int64_t begin, int64_t end) {
-    cpu::fold(params, begin, end);
-  });
+  torch::stable::parallel_for(0, params.heads, 1,
+                              [&](int64_t begin, int64_t end) { cpu::fold(params, begin, end); });
 }
 #endif
 
@@ -56,8 +55,7 @@ void fold_cpu(Tensor H, Tensor z, Tensor psi_k, Tensor v, std::optional<Tensor> 
 
 #ifndef LESS_CUDA_HALF
 STABLE_TORCH_LIBRARY_FRAGMENT(less, m) {
-  m.def(
-      "fold(Tensor(a!) H, Tensor(b!) z, Tensor psi_k, Tensor v, Tensor? keep=None) -> ()");
+  m.def("fold(Tensor(a!) H, Tensor(b!) z, Tensor psi_k, Tensor v, Tensor? keep=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(less, CPU, m) { m.impl("fold", TORCH_BOX(&less::ops::fold_cpu)); }

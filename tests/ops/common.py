@@ -11,9 +11,9 @@ def layer(B=2, Q=6, K=2, T=5, S=9, D=16, R=4, E=10, kind="exp", dtype=torch.floa
     q, k, v = random_qkv(B, Q, K, T, D, seed=seed, dtype=dtype)
     _, slot_k, slot_v = random_qkv(B, Q, K, S, D, seed=seed + 1, dtype=dtype)
     seen = torch.full((B,), 3 * S, dtype=torch.int64)
-    position = torch.stack(
-        [torch.randperm(3 * S, generator=g)[:S] for _ in range(B * K)]
-    ).reshape(B, K, S)
+    position = torch.stack([torch.randperm(3 * S, generator=g)[:S] for _ in range(B * K)]).reshape(
+        B, K, S
+    )
     position = torch.where(torch.rand(B, K, S, generator=g) < 0.2, -1, position)
     valid = torch.rand(B, T, generator=g) < 0.8
     return {

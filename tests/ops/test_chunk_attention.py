@@ -6,7 +6,7 @@ from tests.helpers import assert_close
 from tests.ops.common import layer
 
 pytest.importorskip("less._C")
-from less import ops  # noqa: E402
+from less import ops
 
 INPUTS = ("q", "k", "v", "valid", "slot_k", "slot_v", "position", "score", "weight")
 STATE = ("phi_q", "H", "z")
@@ -87,9 +87,7 @@ def test_chunk_attention_passes_opcheck():
     a = layer()
     for state in (True, False):
         args = [a[n] for n in INPUTS] + [a[n] if state else None for n in STATE]
-        torch.library.opcheck(
-            torch.ops.less.chunk_attention.default, (*args, 0.25, 0.9, True)
-        )
+        torch.library.opcheck(torch.ops.less.chunk_attention.default, (*args, 0.25, 0.9, True))
 
 
 @pytest.mark.parametrize(

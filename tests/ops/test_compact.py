@@ -7,7 +7,7 @@ from tests.helpers import assert_close
 from tests.ops.common import layer
 
 pytest.importorskip("less._C")
-from less import ops  # noqa: E402
+from less import ops
 
 RULES = [
     Rule(recent=4, sinks=0, by_score=True, per_age=False),

@@ -5,7 +5,7 @@ from less import reference
 from tests.helpers import assert_close, random_maps
 
 pytest.importorskip("less._C")
-from less import ops  # noqa: E402
+from less import ops
 
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 3, 5, 16, 12, 8), (1, 2, 3, 13, 7, 5), (1, 4, 2, 128, 512, 16)]
 
