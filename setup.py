@@ -108,4 +108,4 @@ class CMakeBuild(build_ext):
 
 # The name alone matters: it makes the wheel a platform wheel. CMake knows the sources.
 extensions = [Extension("less._C", sources=[])] if native.native_wanted() else []
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

@@ -7,6 +7,9 @@ extension will be loaded into. CMake and Ninja are asked for only where the syst
 
 from __future__ import annotations
 
+import importlib.util
+
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *
 
@@ -30,3 +33,30 @@ def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[st
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
     """What an isolated editable install needs: the same as a wheel."""
     return get_requires_for_build_wheel(config_settings)
+
+
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: dict | None = None
+) -> str:
+    """As setuptools', once it is sure that this setuptools can build a wheel."""
+    _require_wheel()
+    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: dict | None = None
+) -> str:
+    """As setuptools', once it is sure that this setuptools can build a wheel."""
+    _require_wheel()
+    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
+
+
+def _require_wheel() -> None:
+    """Stop with a clear message where an old setuptools lacks the package `wheel`."""
+    version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
+    if version < (70, 1) and importlib.util.find_spec("wheel") is None:
+        raise SystemExit(
+            f"less: setuptools {setuptools.__version__} of this environment builds wheels only "
+            "with the package `wheel`: `pip install --upgrade setuptools wheel`, or leave out "
+            "--no-build-isolation."
+        )
