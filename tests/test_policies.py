@@ -1,6 +1,7 @@
 """Policies: who stays, in words, and the protocol by which a user adds one."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,23 +81,11 @@ def test_a_policy_survives_being_written_down(policy):
         policy_from_dict({"name": "LRU"})
 
 
-@dataclass(frozen=True)
-class SmallestKeys(Policy):
-    """The example of docs/policies.md."""
-
-    budget: int
-    recent: int = 8
-
-    needs_scores = False
-
-    @property
-    def capacity(self) -> int:
-        return self.budget
-
-    def rank(self, tokens: Candidates) -> torch.Tensor:
-        rank = -tokens.k.float().norm(dim=-1)
-        newest = tokens.position >= tokens.seen.view(-1, 1, 1) - self.recent
-        return torch.where(newest, torch.inf, rank)
+def policy_of_the_docs():
+    text = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    names: dict[str, type[Policy]] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    return names["SmallestKeys"]
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -104,7 +93,7 @@ def test_a_users_policy_decides_who_stays(backend):
     if backend == "native":
         pytest.importorskip("less._C")
     q, k, v = random_qkv(1, 4, 2, 40, 8)
-    cache = LessKVCache(1, 4, 2, 8, 1, SmallestKeys(12), backend=backend)
+    cache = LessKVCache(1, 4, 2, 8, 1, policy_of_the_docs()(12), backend=backend)
     cache.attend(0, q, k, v)
     for head, held in enumerate(kept(cache)):
         small = k[0, head, :32].norm(dim=-1).argsort()[:4].tolist()
