@@ -154,7 +154,7 @@ def _plot_quality(axes: Any, results: Sequence[Result]) -> None:
             xycoords=("axes fraction", "data"), ha="right", va="bottom",
         )  # fmt: skip
     names = list(dict.fromkeys(r.method for r in results if r.method != FULL.name))
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    colours = _colours(results)
     for name in names:
         rows = sorted((r for r in results if r.method == name), key=lambda r: r.held)
         style = {"color": colours[name], "markersize": 7 if rows[0].state else 5}
@@ -177,6 +177,16 @@ def _plot_quality(axes: Any, results: Sequence[Result]) -> None:
     axes.legend(fontsize=8)
 
 
+def _colours(results: Sequence[Result]) -> dict[str, str]:
+    """A colour per bounded method; those with a low-rank state are the red and orange ones."""
+    names = list(dict.fromkeys(r.method for r in results if r.method != FULL.name))
+    with_state = {r.method for r in results if r.state}
+    warm, cool = iter(("C3", "C1", "C6", "C5")), iter(("C0", "C2", "C9", "C4", "C7", "C8"))
+    order = sorted(names, key=lambda name: name != "LESS")  # LESS itself gets the first
+    chosen = {name: next(warm if name in with_state else cool, "black") for name in order}
+    return {name: chosen[name] for name in names}
+
+
 def _plot_memory(axes: Any, results: Sequence[Result]) -> None:
     full = next((r for r in results if r.method == FULL.name), None)
     if full is None:
@@ -185,16 +195,14 @@ def _plot_memory(axes: Any, results: Sequence[Result]) -> None:
     per_token = full.slots / full.length
     mib = 2**20
     axes.plot(tokens, [t * per_token / mib for t in tokens], "k--", label="full cache")
-    with_state = [r for r in results if r.state]
-    shown = with_state[-1:] or [r for r in results if r.method != FULL.name][-1:]
-    for row in shown:
-        filled = row.held / mib
-        axes.plot(
-            [0, *tokens[1:]], [filled, filled], color="C3", label=f"{row.method}: slots + state"
-        )
+    bounded = [r for r in results if r.method != FULL.name]
+    for row in ([r for r in bounded if r.state] or bounded)[-1:]:
+        colour = _colours(results)[row.method]
+        label = f"{row.method}, {row.kept} tokens per head"
+        axes.plot(tokens, [row.held / mib] * 2, color=colour, label=label)
         if row.maps:
             total = (row.held + row.maps) / mib
-            axes.plot(tokens, [total, total], color="C3", linestyle=":", label="the maps besides")
+            axes.plot(tokens, [total] * 2, color=colour, linestyle=":", label="with maps, batch 1")
     axes.axvline(full.length, color="grey", linewidth=0.8)
     axes.annotate(
         " measured here", (full.length, 0.97), xycoords=("data", "axes fraction"),
@@ -212,7 +220,7 @@ def _plot_memory(axes: Any, results: Sequence[Result]) -> None:
 def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
