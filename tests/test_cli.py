@@ -126,7 +126,7 @@ def test_demo_without_a_sidekick_says_how_to_train_one(folder, text, tmp_path, c
 def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
     tiny_sidekick().save_pretrained(tmp_path / "sidekick")
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- begin less-demo -->\n<!-- end less-demo -->\n")
+    readme.write_text("<!-- begin table -->\n<!-- end table -->\n")
     out = tmp_path / "out"
     arguments = tiny(
         folder, text, out, "--budget", 16, "--new-tokens", 4,
@@ -148,6 +148,8 @@ def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
         "LESS",
     ]
     assert "| **LESS** |" in readme.read_text()
+    assert "](out/plot.png)" in readme.read_text()
+    assert "](plot.png)" in (out / "report.md").read_text()
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "## Continuations" in (out / "report.md").read_text()
 

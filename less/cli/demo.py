@@ -171,13 +171,11 @@ def _report(
     )
     body = [report.markdown(results), caption, "", *report.legend(results)]
     text = "\n".join(body) + "\n"
-    pieces = [f"# less-kv demo\n\n{text}\n![perplexity and memory](plot.png)\n\n## Continuations\n"]
+    pieces = ["\n## Continuations\n"]
     for method, answer in written:
         pieces.append(f"**{method.name}** ({report.size(answer.cache_bytes)} of cache)\n")
         pieces.append("> " + answer.text.strip().replace("\n", "\n> ") + "\n")
-    (args.out / "report.md").write_text("\n".join(pieces), encoding="utf-8")
-    if args.update:
-        report.update_section(args.update, _NAME, text)
+    measuring.write_report(args, "less-kv demo", text, "\n".join(pieces))
     if resident is not None:
         console.print(f"process memory {report.size(resident)}, most of it the model", style="dim")
     console.print(f"written: {args.out}/report.md, plot.png, results.jsonl")

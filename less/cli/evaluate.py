@@ -105,9 +105,7 @@ def run(args: argparse.Namespace) -> int:
         sections.append(_long_contexts(subject, args, console))
     legend = "\n".join(f"- {line}" for line in report.legend(everything))
     text = "\n".join([caption, "", *sections, legend]) + "\n"
-    (args.out / "report.md").write_text(f"# less-kv evaluate\n\n{text}", encoding="utf-8")
-    if args.update:
-        report.update_section(args.update, _NAME, text)
+    measuring.write_report(args, "less-kv evaluate", text)
     console.print(f"written: {args.out}/report.md, plot.png, results.jsonl")
     console.print(f"finished in {time.monotonic() - begin:.0f} s")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
     parser.add_argument("--out", type=Path, default=Path(out), help="default: ./%(default)s")
     parser.add_argument(
         "--update", type=Path, metavar="FILE",
-        help="also replace the section between the lines <!-- begin NAME --> and <!-- end NAME --> "
-        f"of a markdown file, NAME being {out}",
+        help="also put table and plot between the lines <!-- begin table --> and "
+        "<!-- end table --> of a markdown file",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, help="default: torch's choice")
 
@@ -140,6 +141,27 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
             f"            then --sidekick my-sidekick"
         )
     return Subject(name, model, tokenizer, texts, source, sidekick, paper)
+
+
+def write_report(args: argparse.Namespace, title: str, text: str, below: str = "") -> None:
+    """Write the markdown report, and update the file that ``--update`` names.
+
+    Args:
+        args: With `out`, where ``plot.png`` lies already, and `update`.
+        title: Heading of the report.
+        text: Table and caption; the plot is put below.
+        below: What only the report has.
+    """
+    from less.evaluate.report import update_section
+
+    def with_plot(folder: Path) -> str:
+        plot = os.path.relpath(args.out / "plot.png", folder).replace(os.sep, "/")
+        return f"{text}\n![Perplexity against bytes; memory against tokens]({plot})\n"
+
+    report = f"# {title}\n\n{with_plot(args.out)}{below}"
+    (args.out / "report.md").write_text(report, encoding="utf-8")
+    if args.update:
+        update_section(args.update, "table", with_plot(args.update.parent))
 
 
 def check_length(option: str, length: int, model: Any) -> None:
