@@ -8,6 +8,7 @@ each computes.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
 import torch
@@ -15,14 +16,11 @@ from torch import Tensor
 
 from less.policies import Rule
 
-_native = True
-try:
+# Absent where less was installed with LESS_NATIVE=off. A library that is there but fails to load
+# stays an error.
+_native = importlib.util.find_spec("less._C") is not None
+if _native:
     from less import _C
-except ModuleNotFoundError as error:
-    # Installed with LESS_NATIVE=off. A library that is there but fails to load stays an error.
-    if error.name != "less._C":
-        raise
-    _native = False
 
 _cuda_built = _native and bool(_C.build_facts()["cuda"])
 if _cuda_built and torch.cuda.is_available():
