@@ -1,10 +1,12 @@
 """The maps under training, and the point that training starts from.
 
-The start matters on short runs. Published maps start with s1 = s2 = 1e-4: their low-rank part has
-next to no mass, and since its gradient is proportional to that mass, the first hundreds of steps
-only make it grow. Here the start is *mass-matched*: before the first step the low-rank part's mass
-phi.psi, summed over what was evicted, equals on (geometric) average what the evicted tokens weigh
-in full attention, per query head. For "exp" the biases are set so, for "paper" the scale s1.
+The start matters. With zero biases the features' mass phi.psi is unrelated to what it has to be,
+and too much of it, which drowns the kept tokens, takes longest to unlearn. Here biases ("exp") or
+the scale s1 ("paper") are set from data: before the first step the mass, summed over what was
+evicted, is e^START of what the evicted tokens weigh in full attention, in geometric mean over
+queries, per query head ("exp") or kv head ("paper"). A little below the full mass (START = -2) is
+the better start: the geometric mean is exact for no query, and where it is too much it costs more
+than where it is too little. docs/training.md has the measurements.
 
 The inputs are divided by their root mean square, one number per head, which makes one learning rate
 fit every layer and model; the divisors are folded into W1 and V1 of the maps that leave. (One
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from less.fit.objective import Rows, low_rank
 from less.sidekick import TENSORS
+
+START = -2.0  # nats between the evicted tokens' mass and the low-rank part's at the start
 
 
 class Trainable:
@@ -49,7 +53,7 @@ class Trainable:
             elif name == "k_scale":
                 x = torch.ones(shape)
             elif name == "k_mix_scale":
-                x = torch.full(shape, 0.1)
+                x = torch.full(shape, 1e-4)  # as published; 0.1 and 1 trained worse
             self.leaves[name] = x.to(q.device).requires_grad_()
 
     def maps(self) -> dict[str, Tensor]:
@@ -61,7 +65,7 @@ class Trainable:
 
     @torch.no_grad()
     def match_mass(self, batches: Sequence[Rows]) -> None:
-        """Set biases or scales so that phi z meets the mass of what was evicted."""
+        """Set biases or scales so that phi z is e^START of the mass of what was evicted."""
         total, count = torch.zeros(1), torch.zeros(1)
         for rows in batches:
             if rows.gone_log_mass is None:
@@ -73,7 +77,7 @@ class Trainable:
             counted = gap.isfinite()  # rows that have lost something
             total = total.to(gap) + gap.where(counted, 0.0).sum((0, 3))
             count = count.to(gap) + counted.sum((0, 3))
-        gap = total / count.clamp(min=1)  # [K, G], in nats
+        gap = total / count.clamp(min=1) + START  # [K, G], in nats
         shared = gap.mean(1, keepdim=True)  # [K, 1]
         if self.kind == "exp":
             self.leaves["k_bias"] += shared / 2

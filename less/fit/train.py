@@ -60,10 +60,10 @@ class Recipe:
     kind: str = "exp"
     rank: int = 8
     hidden: int = 64
-    steps: int = 500
+    steps: int = 1000
     lr: float = 1e-2
     warmup: int = 10
-    rows: int = 64
+    rows: int = 32
     held_rows: int = 256
     seed: int = 0
 
@@ -254,7 +254,7 @@ def train(
     *,
     tokenizer: Any = None,
     recipe: Recipe | None = None,
-    chunks: int = 48,
+    chunks: int = 72,
     chunk_tokens: int = 1024,
     held: int | None = None,
     work: str | os.PathLike[str] | None = None,
