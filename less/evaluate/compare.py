@@ -53,6 +53,7 @@ class Result:
         memory_share: Mean part of the attention mass that the low-rank state took.
         tokens_per_second: Decoding speed at batch 1 with `length` tokens seen.
         prompt_seconds: To take in those tokens as a prompt.
+        chunk_losses: `loss` of each chunk.
     """
 
     method: str
@@ -77,6 +78,7 @@ class Result:
     memory_share: float = 0.0
     tokens_per_second: float = math.nan
     prompt_seconds: float = math.nan
+    chunk_losses: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def held(self) -> int:
@@ -201,6 +203,7 @@ def compare(
                 else math.nan,
                 probes=probes,
                 memory_share=share,
+                chunk_losses=loss.tolist(),
             )
         )
     return results
