@@ -213,8 +213,8 @@ class Sidekick:
     ) -> Sidekick:
         """Read the per-layer files that the paper's released code trains (hdong920/LESS).
 
-        The folder holds ``layer_0.pth``, ``layer_1.pth``, ...: each a dict whose
-        "model_state_dict" has kernel_q_mat1 [Q,D,E], kernel_q_mat2 [Q,E,R], kernel_k_mat1,
+        The folder holds ``layer_0.pth``, ``layer_1.pth``, ...: each a dict which has, under
+        "model_state_dict" or itself, kernel_q_mat1 [Q,D,E], kernel_q_mat2 [Q,E,R], kernel_k_mat1,
         kernel_k_mat2, interaction_k and scalingD, scalingD2 [1,K,1,R]. For multi-query models
         the key side is three linear layers (``kernel_k_mat1.weight`` [E,D], ...): they become kv
         head 0, transposed. The maps are the paper's, on keys after the rotary embedding, as here.
@@ -298,7 +298,7 @@ class Sidekick:
             raise ValueError(
                 f"Sidekick.save_pretrained: dtype must be float32 or float16, got {dtype}"
             )
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(self._layers):
@@ -319,7 +319,8 @@ class Sidekick:
         header |= {"dtype": str(dtype).removeprefix("torch."), **self.config}
         text = json.dumps(header, indent=2, allow_nan=False) + "\n"
         part = root / f".{TENSORS_FILE}.{os.getpid()}"
-        save_file(tensors, part, metadata={"format": FORMAT, "version": str(FORMAT_VERSION)})
+        # Not save_file: it makes files that only their owner may read, whatever the umask.
+        part.write_bytes(save(tensors, {"format": FORMAT, "version": str(FORMAT_VERSION)}))
         os.replace(part, root / TENSORS_FILE)
         part = root / f".{CONFIG_FILE}.{os.getpid()}"
         part.write_text(text, encoding="utf-8")
@@ -583,22 +584,25 @@ def _reference_layer(path: Path, kv_heads: int | None) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds for a broken or a foreign pickle
         reason = str(error).splitlines()[0] if str(error) else _type(error)
         raise ValueError(f"{at}: truncated, or not a file of tensors alone ({reason})") from None
-    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    # Their trainer wraps the weights beside its own progress; a bare state dict is as good.
+    state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{at}: wanted a dict with 'model_state_dict', got {_type(content)}")
+        raise ValueError(f"{at}: wanted a dict of tensors, got {_type(content)}")
     layer: dict[str, Tensor] = {}
     for theirs, ours in _REFERENCE_NAMES.items():
         tensor, linear = state.get(theirs), state.get(f"{theirs}.weight")
         if isinstance(linear, Tensor) and linear.dim() == 2:
             tensor = linear.t()[None]  # y = x Wt: one kv head, [out, in] -> [1, in, out]
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{at}: 'model_state_dict' must hold a tensor {theirs!r}")
+            raise ValueError(f"{at}: must hold a tensor {theirs!r}")
         if ours in ("k_scale", "k_mix_scale"):
-            if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != 1:
+            if tensor.dim() == 4 and tensor.shape[0] == tensor.shape[2] == 1:
+                tensor = tensor[0, :, 0]
+            elif tensor.dim() != 2:
                 raise ValueError(
-                    f"{at}: {theirs} must have shape [1, K, 1, R], got {list(tensor.shape)}"
+                    f"{at}: {theirs} must have shape [1, K, 1, R] or [K, R], "
+                    f"got {list(tensor.shape)}"
                 )
-            tensor = tensor[0, :, 0]
         layer[ours] = tensor
     held = layer["k_w1"].shape[0]
     if kv_heads is None or kv_heads == held:
