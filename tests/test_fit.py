@@ -253,11 +253,14 @@ def test_huge_and_tiny_logits_neither_overflow_nor_vanish(size):
     assert all(t.grad.isfinite().all() for t in maps.values())
 
 
-def test_the_loss_is_the_squared_error_after_the_output_projection():
+def test_the_losses_are_of_the_error_after_the_output_projection():
     out, target, weight = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8), torch.randn(5, 32)
     projected = [x.permute(0, 2, 1, 3).reshape(2, 3, 32) @ weight.T for x in (out, target)]
-    wanted = (projected[0] - projected[1]).square().mean()
-    torch.testing.assert_close(objective.l2(out, target, weight), wanted)
+    difference = projected[0] - projected[1]
+    squared, norm = objective.LOSSES["squared"], objective.LOSSES["norm"]
+    torch.testing.assert_close(squared(out, target, weight), difference.square().mean())
+    lengths = difference.square().sum(-1).sqrt()
+    torch.testing.assert_close(norm(out, target, weight), lengths.mean())
 
 
 @pytest.mark.parametrize("kind", ["exp", "paper"])
@@ -340,15 +343,16 @@ def equal(one, two):
     )
 
 
+@pytest.mark.parametrize("loss", ["norm", "squared"])
 @pytest.mark.parametrize("kind", ["exp", "paper"])
-def test_training_ends_well_below_eviction_alone(kind, tmp_path):
+def test_training_ends_well_below_eviction_alone(kind, loss):
     q, k, v = random_qkv(8, 2, 1, 96, 8)
     full = reference.parallel(q, k, v, torch.full((8, 1, 96), 97))
     from less.fit import Captured
 
     captured = Captured(q, k, v, full, torch.eye(16), 8**-0.5)
     policies = [H2O(4, 4), H2O(8, 8)]
-    recipe = Recipe(kind=kind, steps=120, rows=32, rank=4, hidden=16)
+    recipe = Recipe(kind=kind, loss=loss, steps=120, rows=32, rank=4, hidden=16)
     fractions = []
     maps, record = fit_layer(captured, policies, recipe, 0, 2, fractions.append)
     assert fractions[-1] == 1.0
@@ -472,6 +476,7 @@ def test_wrong_calls_are_refused_before_any_work(model, tmp_path, case):
     ("setting", "message"),
     [
         ({"kind": "relu"}, "kind must be one of"),
+        ({"loss": "l1"}, "loss must be one of"),
         ({"rank": 0}, "rank must be a whole number >= 1"),
         ({"hidden": 2.5}, "hidden must be a whole number"),
         ({"steps": -1}, "steps must be a whole number >= 0"),

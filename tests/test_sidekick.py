@@ -403,7 +403,10 @@ BROKEN_REFERENCE = {
     "truncated": (lambda f: truncate(f / "layer_0.pth"), "layer_0.pth: truncated"),
     "text": (lambda f: (f / "layer_0.pth").write_text("hello"), "layer_0.pth: truncated"),
     "code": (lambda f: torch.save({"x": Trap()}, f / "layer_0.pth"), "not a file of tensors"),
-    "a tensor": (lambda f: torch.save(torch.ones(2), f / "layer_0.pth"), "wanted a dict of tensors"),
+    "a tensor": (
+        lambda f: torch.save(torch.ones(2), f / "layer_0.pth"),
+        "wanted a dict of tensors",
+    ),
     "a key missing": (lambda f: drop(f, "scalingD2"), "must hold a tensor 'scalingD2'"),
     "scale of another shape": (lambda f: replace(f, "scalingD", torch.ones(4, 3, 1)), "1, K, 1, R"),
     "NaN": (lambda f: replace(f, "kernel_q_mat1", NAN), r"q_w1'\] must be finite"),

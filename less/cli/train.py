@@ -54,6 +54,11 @@ def add_parser(subparsers: Any) -> None:
         "keep them)",
     )  # fmt: skip
     add("--kind", choices=("exp", "paper"), default="exp", help="of map; default: %(default)s")
+    add(
+        "--loss", choices=("norm", "squared"),
+        help="error of an attention output (default: squared, the paper's, with --kind paper; "
+        "else norm)",
+    )  # fmt: skip
     add("--rank", type=int, default=8, help="features R (default: %(default)s)")
     add("--hidden", type=int, default=64, help="hidden width E (default: %(default)s)")
     add("--steps", type=int, default=1000, help="per layer (default: %(default)s)")
@@ -116,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = policies(args)
     recipe = Recipe(
         kind=args.kind,
+        loss=args.loss or ("squared" if args.kind == "paper" else "norm"),
         rank=args.rank,
         hidden=args.hidden,
         steps=args.steps,

@@ -139,3 +139,15 @@ def l2(out: Tensor, target: Tensor, o_weight: Tensor) -> Tensor:
     """
     difference = (out - target).transpose(1, 2).flatten(2)
     return torch.nn.functional.linear(difference, o_weight).square().mean()
+
+
+def norm(out: Tensor, target: Tensor, o_weight: Tensor) -> Tensor:
+    """Mean l2 norm of the difference after the output projection, over queries; as ``l2``.
+
+    Not squared, so the few queries that no state of this size can help do not outweigh the rest.
+    """
+    difference = (out - target).transpose(1, 2).flatten(2)
+    return torch.nn.functional.linear(difference, o_weight).norm(dim=-1).mean()
+
+
+LOSSES = {"norm": norm, "squared": l2}

@@ -35,7 +35,7 @@ from less.policies import Policy
 from less.sidekick import TENSORS, Sidekick, model_identity
 
 _RUN = "run.json"
-_RECIPE_VERSION = 1  # raise it when the same settings would train something else
+_RECIPE_VERSION = 2  # raise it when the same settings would train something else
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Recipe:
 
     Attributes:
         kind: Kind of map, "exp" or "paper".
+        loss: Error of a query's attention output after the output projection: its l2 norm
+            ("norm") or its mean square ("squared", the paper's).
         rank: Features R.
         hidden: Hidden width E.
         steps: Adam steps per layer. A step takes one chunk per policy.
@@ -58,6 +60,7 @@ class Recipe:
     """
 
     kind: str = "exp"
+    loss: str = "norm"
     rank: int = 8
     hidden: int = 64
     steps: int = 1000
@@ -71,6 +74,10 @@ class Recipe:
         """Refuse settings out of range, by name."""
         if self.kind not in TENSORS:
             raise ValueError(f"Recipe: kind must be one of {sorted(TENSORS)}, got {self.kind!r}")
+        if self.loss not in objective.LOSSES:
+            raise ValueError(
+                f"Recipe: loss must be one of {sorted(objective.LOSSES)}, got {self.loss!r}"
+            )
         for name in ("rank", "hidden", "rows", "held_rows"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -90,11 +97,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What came of a layer: losses on held-back chunks, one per policy.
+    """What came of a layer: the recipe's loss on held-back chunks, one per policy.
 
     Attributes:
         layer: Index.
-        eviction: Mean squared error after the output projection, eviction alone.
+        eviction: Of eviction alone.
         start: The same with the maps that training started from.
         sidekick: The same with the trained maps.
         seconds: Wall time of the layer.
@@ -175,13 +182,16 @@ class _Data:
             self._queue = torch.randperm(self.train_chunks, generator=self.generator).tolist()
         return self._queue.pop()
 
-    def losses(self, held_rows: Sequence[Sequence[objective.Rows]], maps: Any, kind: str) -> Any:
+    def losses(
+        self, held_rows: Sequence[Sequence[objective.Rows]], maps: Any, recipe: Recipe
+    ) -> list[float]:
         """Mean loss over the held-back rows, per policy."""
+        error = objective.LOSSES[recipe.loss]
         weight = self.captured.o_weight.float()
         with torch.no_grad():
             return [
                 sum(
-                    float(objective.l2(objective.attend(r, maps, kind), r.target, weight))
+                    float(error(objective.attend(r, maps, recipe.kind), r.target, weight))
                     for r in rows
                 )
                 / len(rows)
@@ -215,9 +225,10 @@ def fit_layer(
     left = [schedule(captured.q, captured.k, p, captured.scale) for p in policies]
     data = _Data(captured, policies, left, held, generator)
     weight = captured.o_weight.float()
+    error = objective.LOSSES[recipe.loss]
     chunks = range(data.train_chunks, data.train_chunks + held)
     held_rows = [[data.draw(p, c, recipe.held_rows) for c in chunks] for p in range(len(policies))]
-    eviction = data.losses(held_rows, None, recipe.kind)
+    eviction = data.losses(held_rows, None, recipe)
     trainable = Trainable(
         recipe.kind, captured.q, captured.k, recipe.rank, recipe.hidden, generator
     )
@@ -226,7 +237,7 @@ def fit_layer(
         [data.draw(p, c, recipe.rows, gone_mass=True) for p in range(len(policies)) for c in some]
     )
     with torch.no_grad():
-        start = data.losses(held_rows, trainable.maps(), recipe.kind)
+        start = data.losses(held_rows, trainable.maps(), recipe)
     optimizer = torch.optim.Adam(trainable.leaves.values(), lr=recipe.lr, betas=(0.9, 0.97))
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -238,12 +249,12 @@ def fit_layer(
             rows = data.draw(p, data.next_chunk(), recipe.rows)
             out = objective.attend(rows, maps, recipe.kind)
             # Relative to eviction's, else the smallest budget alone would be trained for.
-            loss = loss + objective.l2(out, rows.target, weight) / max(eviction[p], 1e-30)
+            loss = loss + error(out, rows.target, weight) / max(eviction[p], 1e-30)
         loss.backward()
         optimizer.step()
         tick((step + 1) / recipe.steps)
     final = {n: t.detach().clone() for n, t in trainable.maps().items()}
-    losses = data.losses(held_rows, final, recipe.kind)
+    losses = data.losses(held_rows, final, recipe)
     return final, LayerRecord(layer, eviction, start, losses, time.perf_counter() - begun)
 
 
