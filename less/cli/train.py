@@ -22,8 +22,8 @@ def add_parser(subparsers: Any) -> None:
         "train",
         help="train a sidekick for a model",
         description="Train the feature maps of every layer, one layer after the other. A run that "
-        "is killed goes on where it was when the same command is given again. About twelve "
-        "minutes for SmolLM2-135M on two cores.",
+        "is killed goes on where it was when the same command is given again. About a quarter "
+        "of an hour for SmolLM2-135M on two cores.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the sidekick")
