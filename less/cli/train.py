@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     add("--steps", type=int, default=1000, help="per layer (default: %(default)s)")
     add("--lr", type=float, default=0.01, help="peak learning rate (default: %(default)s)")
     add("--rows", type=int, default=32, help="queries per chunk and step (default: %(default)s)")
-    add("--chunks", type=int, default=72, help="of text (default: %(default)s)")
+    add("--chunks", type=int, default=48, help="of text (default: %(default)s)")
     add("--length", type=int, default=1024, help="tokens per chunk (default: %(default)s)")
     add("--held", type=int, help="chunks kept for the reported losses (default: an eighth)")
     add("--seed", type=int, default=0, help="default: %(default)s")

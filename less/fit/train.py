@@ -265,7 +265,7 @@ def train(
     *,
     tokenizer: Any = None,
     recipe: Recipe | None = None,
-    chunks: int = 72,
+    chunks: int = 48,
     chunk_tokens: int = 1024,
     held: int | None = None,
     work: str | os.PathLike[str] | None = None,
