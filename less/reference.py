@@ -566,10 +566,13 @@ def parallel(
     phi_q = phi(query.reshape(B, Q, len(t), D), maps, kind).view(B, K, Q // K, len(t), -1)
     low = torch.einsum("bkgtr,bknr->bkgtn", phi_q, psi(k, maps, kind))
     low = low * (seen & gone)[:, :, None].to(dtype)
-    # One common maximum for both parts, so that every exponent is <= 0; the floor keeps exp(-top)
-    # finite where all logits are extremely small.
-    log_low = low.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny).log()
-    top = torch.maximum(top, log_low).clamp(min=-80.0).detach()
-    mass = (logits - top).exp() + low * (-top).exp()
+    # One common maximum for both parts: every exponent is <= 0. A low-rank part without mass
+    # is left out: its factor could be infinite.
+    tiny = torch.finfo(dtype).tiny
+    total = low.detach().sum(-1, keepdim=True)
+    there = total > tiny
+    log_low = torch.where(there, total.clamp(min=tiny).log(), -torch.inf)
+    top = torch.maximum(top, log_low).detach()
+    mass = (logits - top).exp() + low * torch.where(there, (-top).exp(), 0.0)
     out = torch.einsum("bkgtn,bknd->bkgtd", mass, v.to(dtype)) / mass.sum(-1, keepdim=True)
     return out.reshape(B, Q, len(t), D).to(q.dtype)

@@ -166,6 +166,17 @@ def test_nothing_overflows_at_extreme_logits():
         assert out.abs().max() <= v.abs().max() * (1 + 1e-5)
 
 
+def test_the_parallel_form_bears_logits_far_below_zero():
+    q, k, v = random_qkv(1, 1, 1, 12, 4, seed=2)
+    q, k = torch.full_like(q, 30.0), torch.full_like(k, -30.0) + k
+    maps = random_maps(1, 1, 4, E=3, R=2, kind="exp")
+    maps = {n: t - 40.0 if n == "k_bias" else t for n, t in maps.items()}
+    want = reference.run(q, k, v, H2O(heavy=2, recent=2), maps, "exp")
+    got = reference.parallel(q, k, v, want.left, maps, "exp")
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, want.out, rtol=1e-4, atol=1e-5)
+
+
 def test_a_low_rank_part_without_mass_is_skipped():
     q, k, v = random_qkv(1, 2, 1, 20, 4, seed=3)
     maps = random_maps(2, 1, 4, E=3, R=2, kind="paper")
