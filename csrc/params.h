@@ -9,7 +9,30 @@
 
 namespace less {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, fp16 = 2 };
+// A row of i8 has a float scale of its own: x = scale * row; see Slots.
+enum class DType : int32_t { f32 = 0, bf16 = 1, fp16 = 2, i8 = 3 };
+
+// What a layer keeps of the tokens that stay.
+struct Slots {
+  void* k;            // [B, K, S, D]  keys after the rotary embedding, of dtype
+  void* v;            // [B, K, S, D]  values, of dtype
+  float* k_scale;     // [B, K, S]     of each row of k: max|x| / 127; null unless dtype is i8
+  float* v_scale;     // [B, K, S]     of each row of v
+  int32_t* position;  // [B, K, S]     -1: empty
+  float* score;       // [B, K, S]
+  float* weight;      // [B, K, S]     log-weights, added to the logits
+  DType dtype;
+  int64_t S;
+};
+
+// Who stays: positions >= seen - recent and < sinks; of the others the highest scores, or scores
+// per token of age, or, not by_score, the youngest.
+struct Rule {
+  int64_t recent;
+  int64_t sinks;
+  bool by_score;
+  bool per_age;
+};
 
 // H[b,k,r,:] += sum_n psi_k[b,k,n,r] v[b,k,n,:]     z[b,k,r] += sum_n psi_k[b,k,n,r]
 struct FoldParams {
@@ -29,13 +52,16 @@ enum class MapKind : int32_t { paper = 0, exp = 1 };
 
 // The weights of phi (one set per query head) or psi (one per kv head); design.md, section 2.
 struct FeatureMaps {
-  const float* w1;         // [heads, D, E]
-  const float* w2;         // [heads, E, R]
+  const void* w1;          // [heads, D, E]  of w_dtype, as w2
+  const void* w2;          // [heads, E, R]
+  const float* w1_scale;   // [heads, E]     of each column of w1; null unless w_dtype is i8
+  const float* w2_scale;   // [heads, R]     of each column of w2
   const float* bias;       // [heads, R]     exp; null: 0
   const float* mix;        // [heads, R, R]  A of the paper's psi; null: this is phi, or exp
   const float* scale;      // [heads, R]     s1, with mix
   const float* mix_scale;  // [heads, R]     s2, with mix
   MapKind kind;
+  DType w_dtype;
   int64_t D;
   int64_t E;
   int64_t R;
@@ -117,6 +143,39 @@ struct CompactParams {
   int64_t K;
   int64_t T;
   int64_t S;
+  int64_t D;
+  int64_t R;
+};
+
+// What becomes of the token that leaves. `none`: nothing joins and nothing leaves, so that a step
+// is attention alone, which writes out and share and nothing else.
+enum class Victim : int32_t { none = 0, forget = 1, fold = 2 };
+
+// One token of every row: attend, score, choose the victim, fold it, take its slot.
+struct DecodeStepParams {
+  const void* q;        // [B, Q, D]  of q_dtype
+  const void* k;        // [B, K, D]  of kv_dtype, as v; rounded to the slots' dtype on entry
+  const void* v;        // [B, K, D]
+  const bool* valid;    // [B]        false: this row has no token; null: all have
+  const int64_t* seen;  // [B]        tokens seen before the step
+  Slots slots;          // written
+  float* H;             // [B, K, R, D]  null: no state; written by Victim::fold
+  float* z;             // [B, K, R]
+  double* share;        // [B, K]     plus the state's share of each query's mass; with H
+  FeatureMaps phi;      // with H
+  FeatureMaps psi;      // with H
+
+  void* out;  // [B, Q, D]  of q_dtype; written, 0 for a row without a token
+  Rule rule;
+  Victim victim;
+  DType q_dtype;
+  DType kv_dtype;
+  bool scores;  // false: scores stay as they are, the new token's is 0
+  float scale;
+  float decay;  // what a score keeps per token
+  int64_t B;
+  int64_t Q;
+  int64_t K;
   int64_t D;
   int64_t R;
 };

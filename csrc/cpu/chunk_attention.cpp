@@ -305,6 +305,8 @@ void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) 
       return attend<bf16>(p, begin, end);
     case DType::fp16:
       return attend<fp16>(p, begin, end);
+    case DType::i8:
+      return;  // no op lets it in
   }
 }
 
@@ -316,6 +318,8 @@ void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
       return score<bf16>(p, begin, end);
     case DType::fp16:
       return score<fp16>(p, begin, end);
+    case DType::i8:
+      return;  // no op lets it in
   }
 }
 

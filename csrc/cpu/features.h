@@ -65,9 +65,9 @@ LESS_INLINE void for_each(float* x, int64_t n, F f) {
 // y [R] = map of head `head` at x [D]; scratch holds E + 2 R floats.
 inline void features(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
   float* hidden = scratch;
-  row_times_matrix(x, m.w1 + head * m.D * m.E, m.D, m.E, hidden);
+  row_times_matrix(x, static_cast<const float*>(m.w1) + head * m.D * m.E, m.D, m.E, hidden);
   for_each(hidden, m.E, [](Vec a, int64_t, int) { return gelu(a); });
-  row_times_matrix(hidden, m.w2 + head * m.E * m.R, m.E, m.R, y);
+  row_times_matrix(hidden, static_cast<const float*>(m.w2) + head * m.E * m.R, m.E, m.R, y);
   if (m.kind == MapKind::exp) {
     const float* bias = m.bias == nullptr ? nullptr : m.bias + head * m.R;
     for_each(y, m.R, [bias](Vec a, int64_t i, int n) {
@@ -108,6 +108,8 @@ inline void widen(const void* x, DType dtype, int64_t offset, int64_t n, float* 
       return widen(static_cast<const bf16*>(x) + offset, n, out);
     case DType::fp16:
       return widen(static_cast<const fp16*>(x) + offset, n, out);
+    case DType::i8:
+      return;  // no op lets it in
   }
 }
 
@@ -126,6 +128,8 @@ inline void narrow(const float* x, int64_t n, DType dtype, int64_t offset, void*
       return narrow(x, n, static_cast<bf16*>(out) + offset);
     case DType::fp16:
       return narrow(x, n, static_cast<fp16*>(out) + offset);
+    case DType::i8:
+      return;  // no op lets it in
   }
 }
 

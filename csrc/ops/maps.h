@@ -37,13 +37,16 @@ inline FeatureMaps feature_maps(const char* op, const char* first_name, const Te
   if (scale) check(op, "scale", *scale, ScalarType::Float, {heads, R});
   if (mix_scale) check(op, "mix_scale", *mix_scale, ScalarType::Float, {heads, R});
   return FeatureMaps{
-      .w1 = w1.const_data_ptr<float>(),
-      .w2 = w2.const_data_ptr<float>(),
+      .w1 = w1.const_data_ptr(),
+      .w2 = w2.const_data_ptr(),
+      .w1_scale = nullptr,
+      .w2_scale = nullptr,
       .bias = optional_floats(bias),
       .mix = optional_floats(mix),
       .scale = optional_floats(scale),
       .mix_scale = optional_floats(mix_scale),
       .kind = MapKind(kind),
+      .w_dtype = DType::f32,
       .D = D,
       .E = E,
       .R = R,
