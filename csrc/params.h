@@ -86,63 +86,48 @@ constexpr int64_t kScoreTile = 64;
 // out = (phi H + sum e^l v) / (phi z + sum e^l) over slots, state and, causally, the call's tokens;
 // scores: what each of them received, by the softmax over slots and call alone.
 struct ChunkAttentionParams {
-  const void* q;            // [B, Q, T, D]  of q_dtype
-  const void* k;            // [B, K, T, D]  of slot_dtype, as v and the slots
-  const void* v;            // [B, K, T, D]
-  const bool* valid;        // [B, T]        false: padding; null: all valid
-  const void* slot_k;       // [B, K, S, D]
-  const void* slot_v;       // [B, K, S, D]
-  const int32_t* position;  // [B, K, S]     -1: empty
-  const float* score;       // [B, K, S]     before the call
-  const float* weight;      // [B, K, S]     log-weights, added to the logits
-  const float* phi_q;       // [B, Q, T, R]  null: no state
-  const float* H;           // [B, K, R, D]  with phi_q
-  const float* z;           // [B, K, R]     with phi_q
-  void* out;                // [B, Q, T, D]  of q_dtype; written, 0 for padding
-  float* slot_score;        // [B, K, S]     after the call; written
-  float* chunk_score;       // [B, K, T]     of the call's tokens; written
-  float* share;             // [B, Q, T]     mass taken by the state, of 1; written
-  float* softmax;           // [B, Q, T, 2]  scratch: maximum and 1 / sum of each query's softmax
+  const void* q;       // [B, Q, T, D]  of q_dtype
+  const void* k;       // [B, K, T, D]  of the slots' dtype, as v
+  const void* v;       // [B, K, T, D]
+  const bool* valid;   // [B, T]        false: padding; null: all valid
+  Slots slots;         // only read
+  const float* phi_q;  // [B, Q, T, R]  null: no state
+  const float* H;      // [B, K, R, D]  with phi_q
+  const float* z;      // [B, K, R]     with phi_q
+  void* out;           // [B, Q, T, D]  of q_dtype; written, 0 for padding
+  float* slot_score;   // [B, K, S]     after the call; written
+  float* chunk_score;  // [B, K, T]     of the call's tokens; written
+  float* share;        // [B, Q, T]     mass taken by the state, of 1; written
+  float* softmax;      // [B, Q, T, 2]  scratch: maximum and 1 / sum of each query's softmax
   DType q_dtype;
-  DType slot_dtype;
-  bool scores;  // false: slot_score is score, chunk_score is 0
+  bool scores;  // false: slot_score is the slots' score, chunk_score is 0
   float scale;
   float decay;  // what a score keeps per token
   int64_t B;
   int64_t Q;
   int64_t K;
   int64_t T;
-  int64_t S;
   int64_t D;
   int64_t R;
 };
 
 // The call's tokens join the slots; what no longer fits is folded into H, z and forgotten.
 struct CompactParams {
-  const void* k;             // [B, K, T, D]  of slot_dtype, as v and the slots
+  const void* k;             // [B, K, T, D]  of the slots' dtype, as v
   const void* v;             // [B, K, T, D]
   const float* chunk_score;  // [B, K, T]
   const float* slot_score;   // [B, K, S]    the slots' scores after the call
   const bool* valid;         // [B, T]        false: padding; null: all valid
   const float* rank;         // [B, K, S + T] the policy's own ranks; null: by the rule below
-  void* slot_k;              // [B, K, S, D]  written
-  void* slot_v;              // [B, K, S, D]  written
-  int32_t* position;         // [B, K, S]     written
-  float* score;              // [B, K, S]     written
-  float* weight;             // [B, K, S]     written
+  Slots slots;               // written
   const int64_t* seen;       // [B]           tokens seen before the call
   float* H;                  // [B, K, R, D]  written; null: eviction alone
   float* z;                  // [B, K, R]     written
   FeatureMaps psi;
-  DType slot_dtype;
-  bool by_score;
-  bool per_age;
-  int64_t recent;
-  int64_t sinks;
+  Rule rule;
   int64_t B;
   int64_t K;
   int64_t T;
-  int64_t S;
   int64_t D;
   int64_t R;
 };

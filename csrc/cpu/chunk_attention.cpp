@@ -36,10 +36,10 @@ struct Keys {
     source.clear();
     query.clear();
     const int64_t row = b * p.K + head;
-    const T* slot_k = static_cast<const T*>(p.slot_k) + row * p.S * p.D;
-    const T* slot_v = static_cast<const T*>(p.slot_v) + row * p.S * p.D;
-    for (int64_t s = 0; s < p.S; ++s) {
-      if (p.position[row * p.S + s] < 0) continue;
+    const T* slot_k = static_cast<const T*>(p.slots.k) + row * p.slots.S * p.D;
+    const T* slot_v = static_cast<const T*>(p.slots.v) + row * p.slots.S * p.D;
+    for (int64_t s = 0; s < p.slots.S; ++s) {
+      if (p.slots.position[row * p.slots.S + s] < 0) continue;
       k.push_back(slot_k + s * p.D);
       v.push_back(slot_v + s * p.D);
       source.push_back(int32_t(s));
@@ -152,7 +152,8 @@ void write_scores(const ChunkAttentionParams& p, const Keys<T>& keys, int64_t ro
   for (int64_t n = n0; n < n0 + count; ++n) {
     const int64_t i = keys.source[n];
     if (n < keys.slots) {
-      p.slot_score[row * p.S + i] = p.score[row * p.S + i] * kept + received[n - n0];
+      p.slot_score[row * p.slots.S + i] =
+          p.slots.score[row * p.slots.S + i] * kept + received[n - n0];
     } else {
       p.chunk_score[row * p.T + i] = received[n - n0];
     }
@@ -174,8 +175,8 @@ void attend_block(const ChunkAttentionParams& p, const Keys<T>& keys, int64_t b,
   load_queries(p, token, tokens, b, head, width, work.q);
   work.logit.resize(rows * N);
   work.out.assign(rows * width, 0.0f);
-  block_logits(p, keys, 0, N, first, tokens, p.weight + row * p.S, work.q.data(), width, tile,
-               work.logit.data(), N);
+  block_logits(p, keys, 0, N, first, tokens, p.slots.weight + row * p.slots.S, work.q.data(), width,
+               tile, work.logit.data(), N);
 
   float top[kBlock], total[kBlock], factor[kBlock];
   std::vector<float> more;
@@ -231,12 +232,12 @@ void write_rest(const ChunkAttentionParams& p, int64_t b, int64_t head) {
       p.share[at] = 0.0f;
     }
   }
-  for (int64_t s = 0; s < p.S; ++s) {
-    const int64_t i = row * p.S + s;
-    if (p.position[i] < 0) {
+  for (int64_t s = 0; s < p.slots.S; ++s) {
+    const int64_t i = row * p.slots.S + s;
+    if (p.slots.position[i] < 0) {
       p.slot_score[i] = 0.0f;
     } else if (!p.scores || !any) {
-      p.slot_score[i] = p.score[i];
+      p.slot_score[i] = p.slots.score[i];
     }
   }
 }
@@ -263,7 +264,7 @@ void score(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
   Tile<T> tile(p.D);
   Work work;
   const int64_t G = p.Q / p.K, width = padded(p.D), per_block = tokens_per_block(p);
-  const int64_t tiles = (p.S + p.T + kScoreTile - 1) / kScoreTile;
+  const int64_t tiles = (p.slots.S + p.T + kScoreTile - 1) / kScoreTile;
   std::vector<float> factor(std::max(kBlock, G));
   int64_t gathered = -1;
   for (int64_t item = begin; item < end; ++item) {
@@ -282,8 +283,8 @@ void score(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
       const int32_t* token = keys.query.data() + first;
       load_queries(p, token, tokens, b, head, width, work.q);
       work.logit.resize(tokens * G * kScoreTile);
-      block_logits(p, keys, n0, count, first, tokens, p.weight + row * p.S, work.q.data(), width,
-                   tile, work.logit.data(), kScoreTile);
+      block_logits(p, keys, n0, count, first, tokens, p.slots.weight + row * p.slots.S,
+                   work.q.data(), width, tile, work.logit.data(), kScoreTile);
       for (int64_t m = 0; m < tokens * G; ++m) {
         const int64_t at = (b * p.Q + head * G + m % G) * p.T + token[m / G];
         exp_and_sum(work.logit.data() + m * kScoreTile, count, p.softmax[2 * at]);
@@ -298,7 +299,7 @@ void score(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  switch (p.slot_dtype) {
+  switch (p.slots.dtype) {
     case DType::f32:
       return attend<float>(p, begin, end);
     case DType::bf16:
@@ -311,7 +312,7 @@ void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) 
 }
 
 void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  switch (p.slot_dtype) {
+  switch (p.slots.dtype) {
     case DType::f32:
       return score<float>(p, begin, end);
     case DType::bf16:

@@ -25,9 +25,9 @@ bool leaves_before(const Candidate& a, const Candidate& b) {
 }
 
 float rank_of(const CompactParams& p, int64_t n, int32_t position, float score) {
-  if (position >= n - p.recent || position < p.sinks) return kInfinity;
-  if (!p.by_score) return -kInfinity;
-  const float rank = p.per_age ? score / float(n - position) : score;
+  if (position >= n - p.rule.recent || position < p.rule.sinks) return kInfinity;
+  if (!p.rule.by_score) return -kInfinity;
+  const float rank = p.rule.per_age ? score / float(n - position) : score;
   return rank == rank ? rank : -kInfinity;
 }
 
@@ -38,13 +38,13 @@ class Head {
       : p_(p), scratch_(p.H == nullptr ? 0 : features_scratch(p.psi) + p.R + 2 * p.D) {}
 
   void run(int64_t row) {
-    const int64_t b = row / p_.K, S = p_.S, T_ = p_.T;
+    const int64_t b = row / p_.K, S = p_.slots.S, T_ = p_.T;
     k_ = static_cast<const T*>(p_.k) + row * T_ * p_.D;
     v_ = static_cast<const T*>(p_.v) + row * T_ * p_.D;
-    slot_k_ = static_cast<T*>(p_.slot_k) + row * S * p_.D;
-    slot_v_ = static_cast<T*>(p_.slot_v) + row * S * p_.D;
-    int32_t* position = p_.position + row * S;
-    float* score = p_.score + row * S;
+    slot_k_ = static_cast<T*>(p_.slots.k) + row * S * p_.D;
+    slot_v_ = static_cast<T*>(p_.slots.v) + row * S * p_.D;
+    int32_t* position = p_.slots.position + row * S;
+    float* score = p_.slots.score + row * S;
     const float* slot_score = p_.slot_score + row * S;
     const float* chunk_score = p_.chunk_score + row * T_;
     const float* rank = p_.rank == nullptr ? nullptr : p_.rank + row * (S + T_);
@@ -77,7 +77,7 @@ class Head {
         if (source < S) {
           position[source] = -1;
           score[source] = 0.0f;
-          p_.weight[row * S + source] = 0.0f;
+          p_.slots.weight[row * S + source] = 0.0f;
         } else {
           chunk_position_[source - S] = -1;
         }
@@ -96,7 +96,7 @@ class Head {
 
  private:
   void fold(int64_t row, int64_t source) {
-    const int64_t D = p_.D, R = p_.R, S = p_.S;
+    const int64_t D = p_.D, R = p_.R, S = p_.slots.S;
     float* psi = scratch_.data() + features_scratch(p_.psi);
     float* key = psi + R;
     float* value = key + D;
@@ -132,7 +132,7 @@ void compact_heads(const CompactParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void compact(const CompactParams& p, int64_t begin, int64_t end) {
-  switch (p.slot_dtype) {
+  switch (p.slots.dtype) {
     case DType::f32:
       return compact_heads<float>(p, begin, end);
     case DType::bf16:

@@ -18,6 +18,7 @@ namespace less::ops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Parts>
 [[noreturn]] inline void fail(const Parts&... parts) {
@@ -36,6 +37,8 @@ inline const char* dtype_name(ScalarType type) {
       return "float16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Bool:
       return "bool";
     case ScalarType::Int:
@@ -76,6 +79,10 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
   if (!tensor.is_contiguous()) {
     fail(op, ": ", name, " must be contiguous, got strides ", shape_text(tensor.strides()));
   }
+}
+
+inline const float* optional_floats(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
 
 // Refuses a tensor on another device than the op's first one.

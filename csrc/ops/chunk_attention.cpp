@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "ops/maps.h"
+#include "ops/slots.h"
 
 #ifndef LESS_CUDA_HALF
 #include "cpu/kernels.h"
@@ -22,18 +22,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
   check_dim(kOp, "slot_k", slot_k, 4, "[B, K, S, D]");
   const int64_t B = q.size(0), Q = q.size(1), T = q.size(2), D = q.size(3);
   const int64_t K = slot_k.size(1), S = slot_k.size(2);
-  const ScalarType slot = slot_k.scalar_type();
-  const DType slot_type = slot_dtype(kOp, "slot_k", slot_k);
   const DType q_type = slot_dtype(kOp, "q", q);
   if (K == 0 || Q % K != 0) fail(kOp, ": q's heads must be a multiple of ", K, ", got ", Q);
+  const Slots slots = check_slots(kOp, "q", q, B, K, D, slot_k, slot_v, std::nullopt, std::nullopt,
+                                  position, score, weight);
   check(kOp, "q", q, q.scalar_type(), {B, Q, T, D});
-  check(kOp, "k", k, slot, {B, K, T, D});
-  check(kOp, "v", v, slot, {B, K, T, D});
-  check(kOp, "slot_k", slot_k, slot, {B, K, S, D});
-  check(kOp, "slot_v", slot_v, slot, {B, K, S, D});
-  check(kOp, "position", position, ScalarType::Int, {B, K, S});
-  check(kOp, "score", score, ScalarType::Float, {B, K, S});
-  check(kOp, "weight", weight, ScalarType::Float, {B, K, S});
+  check(kOp, "k", k, slot_k.scalar_type(), {B, K, T, D});
+  check(kOp, "v", v, slot_k.scalar_type(), {B, K, T, D});
   if (valid) check(kOp, "valid", *valid, ScalarType::Bool, {B, T});
   if (bool(phi_q) != bool(H) || bool(phi_q) != bool(z)) {
     fail(kOp, ": phi_q, H and z must be given together");
@@ -56,11 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),
       .valid = valid ? valid->const_data_ptr<bool>() : nullptr,
-      .slot_k = slot_k.const_data_ptr(),
-      .slot_v = slot_v.const_data_ptr(),
-      .position = position.const_data_ptr<int32_t>(),
-      .score = score.const_data_ptr<float>(),
-      .weight = weight.const_data_ptr<float>(),
+      .slots = slots,
       .phi_q = optional_floats(phi_q),
       .H = optional_floats(H),
       .z = optional_floats(z),
@@ -70,7 +61,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
       .share = share.mutable_data_ptr<float>(),
       .softmax = softmax.mutable_data_ptr<float>(),
       .q_dtype = q_type,
-      .slot_dtype = slot_type,
       .scores = scores,
       .scale = float(scale),
       .decay = float(decay),
@@ -78,7 +68,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
       .Q = Q,
       .K = K,
       .T = T,
-      .S = S,
       .D = D,
       .R = R,
   };

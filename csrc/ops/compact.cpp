@@ -2,6 +2,7 @@
 //
 // This file is compiled into less._C, and once more, with LESS_CUDA_HALF, into less._cuda.
 #include "ops/maps.h"
+#include "ops/slots.h"
 
 #ifndef LESS_CUDA_HALF
 #include "cpu/kernels.h"
@@ -17,19 +18,14 @@ void compact_cpu(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, Opti
                  bool by_score, bool per_age) {
   constexpr const char* op = "compact";
   check_dim(op, "k", k, 4, "[B, K, T, D]");
-  check_dim(op, "slot_k", slot_k, 4, "[B, K, S, D]");
-  const int64_t B = k.size(0), K = k.size(1), T = k.size(2), D = k.size(3), S = slot_k.size(2);
-  const ScalarType slot = slot_k.scalar_type();
-  const DType slot_type = slot_dtype(op, "slot_k", slot_k);
-  check(op, "k", k, slot, {B, K, T, D});
-  check(op, "v", v, slot, {B, K, T, D});
-  check(op, "slot_k", slot_k, slot, {B, K, S, D});
-  check(op, "slot_v", slot_v, slot, {B, K, S, D});
+  const int64_t B = k.size(0), K = k.size(1), T = k.size(2), D = k.size(3);
+  const Slots slots = check_slots(op, "k", k, B, K, D, slot_k, slot_v, std::nullopt, std::nullopt,
+                                  position, score, weight);
+  const int64_t S = slots.S;
+  check(op, "k", k, slot_k.scalar_type(), {B, K, T, D});
+  check(op, "v", v, slot_k.scalar_type(), {B, K, T, D});
   check(op, "chunk_score", chunk_score, ScalarType::Float, {B, K, T});
   check(op, "slot_score", slot_score, ScalarType::Float, {B, K, S});
-  check(op, "position", position, ScalarType::Int, {B, K, S});
-  check(op, "score", score, ScalarType::Float, {B, K, S});
-  check(op, "weight", weight, ScalarType::Float, {B, K, S});
   check(op, "seen", seen, ScalarType::Long, {B});
   if (valid) check(op, "valid", *valid, ScalarType::Bool, {B, T});
   if (rank) check(op, "rank", *rank, ScalarType::Float, {B, K, S + T});
@@ -52,24 +48,15 @@ void compact_cpu(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, Opti
       .slot_score = slot_score.const_data_ptr<float>(),
       .valid = valid ? valid->const_data_ptr<bool>() : nullptr,
       .rank = optional_floats(rank),
-      .slot_k = slot_k.mutable_data_ptr(),
-      .slot_v = slot_v.mutable_data_ptr(),
-      .position = position.mutable_data_ptr<int32_t>(),
-      .score = score.mutable_data_ptr<float>(),
-      .weight = weight.mutable_data_ptr<float>(),
+      .slots = slots,
       .seen = seen.const_data_ptr<int64_t>(),
       .H = H ? H->mutable_data_ptr<float>() : nullptr,
       .z = z ? z->mutable_data_ptr<float>() : nullptr,
       .psi = psi,
-      .slot_dtype = slot_type,
-      .by_score = by_score,
-      .per_age = per_age,
-      .recent = recent,
-      .sinks = sinks,
+      .rule = {.recent = recent, .sinks = sinks, .by_score = by_score, .per_age = per_age},
       .B = B,
       .K = K,
       .T = T,
-      .S = S,
       .D = D,
       .R = psi.R,
   };

@@ -5,12 +5,6 @@
 
 namespace less::ops {
 
-using OptionalTensor = std::optional<Tensor>;
-
-inline const float* optional_floats(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<float>() : nullptr;
-}
-
 // Weights of `heads` maps of head dim D on the device of `first`.
 inline FeatureMaps feature_maps(const char* op, const char* first_name, const Tensor& first,
                                 int64_t heads, int64_t D, const Tensor& w1, const Tensor& w2,
