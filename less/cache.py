@@ -126,8 +126,7 @@ class LessKVCache(CacheProtocol):
                 )
         self._kind = sidekick.kind
         self._maps = [
-            {n: t.to(self.device, torch.float32).contiguous() for n, t in sidekick[i].items()}
-            for i in range(self.layers)
+            {n: t.to(self.device) for n, t in sidekick[i].items()} for i in range(self.layers)
         ]
 
     def _new_layer(self, layer: int) -> Layer:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from less.policies import Rule
+from less.reference import dequantize
 
 # Absent where less was installed with LESS_NATIVE=off. A library that is there but fails to load
 # stays an error.
@@ -97,17 +98,26 @@ def feature_map(
     return y
 
 
+def _matrices(maps: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """The two matrices of ``"q"`` or ``"k"``, widened to float32."""
+
+    def wide(name: str) -> Tensor:
+        scale = maps.get(f"{name}_scale")
+        return maps[name].float() if scale is None else dequantize(maps[name], scale, -2)
+
+    return wide(f"{side}_w1"), wide(f"{side}_w2")
+
+
 def phi(q: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
     """Features of queries [B, Q, T, D] -> float32 [B, Q, T, R], from a layer of a sidekick."""
-    return feature_map(q, maps["q_w1"], maps["q_w2"], kind, bias=maps.get("q_bias"))
+    return feature_map(q, *_matrices(maps, "q"), kind, bias=maps.get("q_bias"))
 
 
 def psi(k: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
     """Features of keys [B, K, T, D] -> float32 [B, K, T, R], from a layer of a sidekick."""
     return feature_map(
         k,
-        maps["k_w1"],
-        maps["k_w2"],
+        *_matrices(maps, "k"),
         kind,
         bias=maps.get("k_bias"),
         mix=maps.get("k_mix"),
@@ -246,8 +256,7 @@ def compact(
         seen,
         H,
         z,
-        weights.get("k_w1"),
-        weights.get("k_w2"),
+        *(_matrices(weights, "k") if weights else (None, None)),
         weights.get("k_bias"),
         weights.get("k_mix"),
         weights.get("k_scale"),

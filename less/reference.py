@@ -34,12 +34,40 @@ def _gelu(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="none")
 
 
+def quantize(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Round to int8 with one scale along ``dim``: x = scale * int8, scale = max|x| / 127.
+
+    To the nearest, ties to even; the error is at most scale / 2. Computed in float32 (float64 for
+    float64 x). What underflows to a scale of 0 becomes 0; NaN or infinity makes the scale so, and
+    with it all that shares it.
+
+    Args:
+        x: Any floating tensor, of at least one dimension.
+        dim: The dimension that shares a scale: the last one for rows of k and v, -2 (what an
+            output column sums over) for weights [N, D, E].
+
+    Returns:
+        int8 in x's shape, each within -127 .. 127, and the scales: x's shape without ``dim``.
+    """
+    x = x.to(_accumulator(x))
+    scale = x.abs().amax(dim) / 127.0
+    steps = (x / scale.unsqueeze(dim)).nan_to_num(0.0).round().clamp(-127, 127)
+    return torch.where(scale.unsqueeze(dim) > 0, steps, 0.0).to(torch.int8), scale
+
+
+def dequantize(x: Tensor, scale: Tensor, dim: int = -1) -> Tensor:
+    """Scale * x in scale's dtype: what ``quantize`` rounded to."""
+    return x.to(scale.dtype) * scale.unsqueeze(dim)
+
+
 def feature_map(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
     kind: str,
     *,
+    w1_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
     bias: Tensor | None = None,
     mix: Tensor | None = None,
     scale: Tensor | None = None,
@@ -56,6 +84,8 @@ def feature_map(
         w1: [N, D, E].
         w2: [N, E, R].
         kind: ``"paper"`` or ``"exp"``.
+        w1_scale: [N, E], of each column of an int8 w1.
+        w2_scale: [N, R], of each column of an int8 w2.
         bias: [N, R], ``exp`` only.
         mix: A [N, R, R], ``paper`` psi only.
         scale: s1 [N, R], ``paper`` psi only.
@@ -67,6 +97,10 @@ def feature_map(
     Source: arXiv:2402.09398, section 3.2, for ``paper``.
     """
     dtype = _accumulator(x)
+    if w1_scale is not None:
+        w1 = dequantize(w1, w1_scale.to(dtype), -2)
+    if w2_scale is not None:
+        w2 = dequantize(w2, w2_scale.to(dtype), -2)
     hidden = _gelu(torch.einsum("bntd,nde->bnte", x.to(dtype), w1.to(dtype)))
     y = torch.einsum("bnte,ner->bntr", hidden, w2.to(dtype))
     if kind == "exp":
@@ -85,7 +119,15 @@ def feature_map(
 
 def phi(q: Tensor, maps: Maps, kind: str) -> Tensor:
     """Features of queries [B, Q, T, D] -> [B, Q, T, R], from a layer of a ``Sidekick``."""
-    return feature_map(q, maps["q_w1"], maps["q_w2"], kind, bias=maps.get("q_bias"))
+    return feature_map(
+        q,
+        maps["q_w1"],
+        maps["q_w2"],
+        kind,
+        w1_scale=maps.get("q_w1_scale"),
+        w2_scale=maps.get("q_w2_scale"),
+        bias=maps.get("q_bias"),
+    )
 
 
 def psi(k: Tensor, maps: Maps, kind: str) -> Tensor:
@@ -95,6 +137,8 @@ def psi(k: Tensor, maps: Maps, kind: str) -> Tensor:
         maps["k_w1"],
         maps["k_w2"],
         kind,
+        w1_scale=maps.get("k_w1_scale"),
+        w2_scale=maps.get("k_w2_scale"),
         bias=maps.get("k_bias"),
         mix=maps.get("k_mix"),
         scale=maps.get("k_scale"),

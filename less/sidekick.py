@@ -9,6 +9,12 @@ and files only.
     kind "exp"     q_w1 [Q,D,E]  q_w2 [Q,E,R]  q_bias [Q,R]
                    k_w1 [K,D,E]  k_w2 [K,E,R]  k_bias [K,R]
 
+The matrices (w1, w2) are all but all of the bytes, and may be float32, bfloat16, float16 or int8;
+the rest, a few numbers per head whose size runs from 1e-8 up, is float32 always. Of int8 matrices
+each output column has a scale, matrix = scale * int8 (``less.reference.quantize``):
+
+    int8           q_w1_scale [Q,E]  q_w2_scale [Q,R]  k_w1_scale [K,E]  k_w2_scale [K,R]
+
 A saved sidekick is a folder: ``model.safetensors`` (tensors named ``layers.<i>.<name>``) and
 ``config.json`` (shapes, the model it belongs to, the policies and the text it was trained with).
 
@@ -29,8 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from less.reference import dequantize, quantize
+
 FORMAT = "less-sidekick"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # int8 files are of version 2, which a library that knows 1 alone refuses
+_INT8_VERSION = 2
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
@@ -54,6 +63,11 @@ TENSORS: dict[str, dict[str, str]] = {
         "k_bias": "KR",
     },
 }
+#: Of int8 matrices: their scales' shapes, one scale per output column.
+SCALES = {"q_w1_scale": "QE", "q_w2_scale": "QR", "k_w1_scale": "KE", "k_w2_scale": "KR"}
+MATRICES = ("q_w1", "q_w2", "k_w1", "k_w2")
+#: What the matrices may be held and saved in.
+MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: What config.json says of the tensors, and Sidekick's attribute of the same name must confirm.
 _SHAPE_FIELDS = ("kind", "layers", "q_heads", "kv_heads", "head_dim", "rank", "hidden")
@@ -74,10 +88,12 @@ class Sidekick:
 
     Args:
         layers: One dict of tensors per layer, names and shapes as in this module's docstring. Any
-            floating dtype; held as contiguous float32 copies on the device they came on.
+            floating dtype, or int8 matrices with their scales; held as contiguous copies on the
+            device they came on.
         kind: "paper" or "exp".
         config: What is known beside the tensors, saved with them: "model" (identity of the model,
             see `model_identity`), "policies", "budgets", "training". Anything JSON can hold.
+        dtype: What the matrices are held in: float32, bfloat16, float16 or int8.
 
     Raises:
         ValueError: a kind, name, shape, dtype or value is wrong; the message says which and where.
@@ -89,9 +105,11 @@ class Sidekick:
         layers: Sequence[Mapping[str, Tensor]],
         kind: str = "paper",
         config: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if kind not in TENSORS:
             raise ValueError(f"Sidekick: kind must be one of {sorted(TENSORS)}, got {kind!r}")
+        _check_dtype("Sidekick", dtype)
         if isinstance(layers, Mapping) or not isinstance(layers, Sequence):
             raise TypeError(
                 f"Sidekick: layers must be a sequence of dicts of tensors, got {_type(layers)}"
@@ -103,8 +121,10 @@ class Sidekick:
         sizes: dict[str, int] = {}
         where: dict[str, str] = {}
         self._layers = [
-            _checked_layer(i, layer, kind, sizes, where) for i, layer in enumerate(layers)
+            _as_dtype(i, _checked_layer(i, layer, kind, sizes, where), dtype)
+            for i, layer in enumerate(layers)
         ]
+        self.dtype = dtype
         self.q_heads, self.kv_heads = sizes["Q"], sizes["K"]
         self.head_dim, self.hidden, self.rank = sizes["D"], sizes["E"], sizes["R"]
         if self.q_heads % self.kv_heads:
@@ -126,7 +146,7 @@ class Sidekick:
         return len(self._layers)
 
     def __getitem__(self, layer: int) -> dict[str, Tensor]:
-        """The float32 tensors of one layer, by name (a fresh dict of the held tensors).
+        """The tensors of one layer, by name (a fresh dict of the held tensors).
 
         Raises:
             IndexError: there is no such layer (negative indices do not count from the end).
@@ -144,18 +164,38 @@ class Sidekick:
         return (
             f"Sidekick(kind={self.kind!r}, layers={self.layers}, q_heads={self.q_heads}, "
             f"kv_heads={self.kv_heads}, head_dim={self.head_dim}, rank={self.rank}, "
-            f"hidden={self.hidden}, {self.nbytes / 2**20:.1f} MiB)"
+            f"hidden={self.hidden}, dtype={self.dtype}, {self.nbytes / 2**20:.1f} MiB)"
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as held (float32)."""
+        """Bytes of all tensors as held."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in layer.values())
 
-    def to(self, device: torch.device | str) -> Sidekick:
-        """The same sidekick with its tensors on another device."""
+    def to(
+        self,
+        target: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Sidekick:
+        """The same sidekick on another device, with its matrices in another dtype, or both.
+
+        Args:
+            target: A device, or a dtype; None stays where it is.
+            dtype: float32, bfloat16, float16 or int8; None keeps the present one. From int8 it
+                is the rounded values that are widened.
+
+        Raises:
+            ValueError: another dtype, or a weight beyond float16.
+        """
+        if isinstance(target, torch.dtype):
+            if dtype is not None:
+                raise ValueError(f"Sidekick.to: one dtype must be given, got {target} and {dtype}")
+            target, dtype = None, target
+        dtype = self.dtype if dtype is None else dtype
+        _check_dtype("Sidekick.to", dtype)
+        device = self.device if target is None else target
         moved = [{n: t.to(device) for n, t in layer.items()} for layer in self._layers]
-        return Sidekick(moved, kind=self.kind, config=self.config)
+        return Sidekick(moved, kind=self.kind, config=self.config, dtype=dtype)
 
     # -- building ----------------------------------------------------------------------------
 
@@ -244,17 +284,22 @@ class Sidekick:
     # -- files -------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Sidekick:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> Sidekick:
         """Load a folder written by `save_pretrained`, or a shipped sidekick by its name.
 
         Args:
             path: The folder; or a name in `shipped_names()`, such as "smollm2-135m-instruct".
+            dtype: Of the matrices, see `to`; the file's own by default.
 
         Raises:
             FileNotFoundError: neither a folder nor a shipped name, or a file is missing in it.
             ValueError: a file is truncated, foreign, of another format version, or the two files
                 do not belong together. The message names the file.
         """
+        if dtype is not None:
+            _check_dtype("Sidekick.from_pretrained", dtype)
         root = Path(path)
         if not root.is_dir() and str(path) in shipped_names():
             root = shipped(str(path))
@@ -266,7 +311,8 @@ class Sidekick:
         header = _read_config(root / CONFIG_FILE)
         layers = _read_tensors(root / TENSORS_FILE)
         try:
-            sidekick = cls(layers, kind=header["kind"], config=_extra(header))
+            held = _dtype_of(layers)
+            sidekick = cls(layers, kind=header["kind"], config=_extra(header), dtype=held)
         except ValueError as error:
             raise ValueError(f"Sidekick.from_pretrained: {root / TENSORS_FILE}: {error}") from None
         for field in _SHAPE_FIELDS:
@@ -276,51 +322,44 @@ class Sidekick:
                     f"{CONFIG_FILE} says {field} = {header.get(field)!r}, {TENSORS_FILE} holds "
                     f"{getattr(sidekick, field)!r}"
                 )
-        return sidekick
+        return sidekick if dtype in (None, held) else sidekick.to(dtype)
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+        self, path: str | os.PathLike[str], dtype: torch.dtype | None = None
     ) -> Path:
         """Write ``config.json`` and ``model.safetensors`` into a folder, each one atomically.
 
         Args:
             path: The folder; made if missing.
-            dtype: float32, or float16 for half the bytes. Scales and biases, a few numbers per
-                head whose size runs from 1e-8 up, stay float32 in either case.
+            dtype: Of the matrices, see `to`; as they are held by default. Loading gives them back
+                in it, bit for bit.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: another dtype, or a weight too large for float16.
+            ValueError: another dtype, or a weight beyond float16; nothing is written.
         """
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(
-                f"Sidekick.save_pretrained: dtype must be float32 or float16, got {dtype}"
-            )
         from safetensors.torch import save
 
-        tensors: dict[str, Tensor] = {}
-        for i, layer in enumerate(self._layers):
-            for name, tensor in layer.items():
-                stored = tensor.detach().cpu()
-                if tensor.dim() > 2:
-                    stored = stored.to(dtype)
-                    if not bool(torch.isfinite(stored).all()):
-                        raise ValueError(
-                            f"Sidekick.save_pretrained: layers[{i}]['{name}'] has a value of "
-                            f"{float(tensor.abs().max()):.4g}, beyond float16; save as float32"
-                        )
-                tensors[f"layers.{i}.{name}"] = stored.contiguous()
+        dtype = self.dtype if dtype is None else dtype
+        _check_dtype("Sidekick.save_pretrained", dtype)
+        stored = self if dtype == self.dtype else self.to(dtype)
+        tensors = {
+            f"layers.{i}.{name}": tensor.detach().cpu()
+            for i, layer in enumerate(stored)
+            for name, tensor in layer.items()
+        }
+        version = _INT8_VERSION if dtype == torch.int8 else FORMAT_VERSION
         root = Path(path)
         root.mkdir(parents=True, exist_ok=True)
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        header = {"format": FORMAT, "format_version": version}
         header |= {field: getattr(self, field) for field in _SHAPE_FIELDS}
         header |= {"dtype": str(dtype).removeprefix("torch."), **self.config}
         text = json.dumps(header, indent=2, allow_nan=False) + "\n"
         part = root / f".{TENSORS_FILE}.{os.getpid()}"
         # Not save_file: it makes files that only their owner may read, whatever the umask.
-        part.write_bytes(save(tensors, {"format": FORMAT, "version": str(FORMAT_VERSION)}))
+        part.write_bytes(save(tensors, {"format": FORMAT, "version": str(version)}))
         os.replace(part, root / TENSORS_FILE)
         part = root / f".{CONFIG_FILE}.{os.getpid()}"
         part.write_text(text, encoding="utf-8")
@@ -456,11 +495,16 @@ def _checked_layer(
     sizes: dict[str, int],
     where: dict[str, str],
 ) -> dict[str, Tensor]:
-    """One layer as float32 copies. `sizes` (letter -> size) grows with the first layer's shapes."""
+    """One layer as contiguous copies, int8 matrices with their scales and the rest in float32.
+
+    `sizes` (letter -> size) grows with the first layer's shapes.
+    """
     at = f"Sidekick: layers[{index}]"
     if not isinstance(layer, Mapping):
         raise TypeError(f"{at} must be a dict of tensors, got {_type(layer)}")
-    names = TENSORS[kind]
+    names = dict(TENSORS[kind])
+    eights = [n for n in MATRICES if getattr(layer.get(n), "dtype", None) == torch.int8]
+    names |= {f"{n}_scale": SCALES[f"{n}_scale"] for n in eights}
     missing = [n for n in names if n not in layer]
     unknown = [n for n in layer if n not in names]
     if missing or unknown:
@@ -477,8 +521,11 @@ def _checked_layer(
         here = f"{at}['{name}']"
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{here} must be a tensor, got {_type(tensor)}")
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{here} must be float16/bfloat16/float32/float64, got {tensor.dtype}")
+        if tensor.dtype not in _FLOATS and name not in eights:
+            more = ", or int8 with a scale" if name in MATRICES else ""
+            raise ValueError(
+                f"{here} must be float16/bfloat16/float32/float64{more}, got {tensor.dtype}"
+            )
         device = str(tensor.device)
         if device == "meta" or where.setdefault("device", device) != device:
             wanted = where.get("device", "a device with values")
@@ -494,12 +541,52 @@ def _checked_layer(
                     f"{where[letter]}, got {shape}"
                 )
             where.setdefault(letter, f"layers[{index}]['{name}']")
-        copy = tensor.detach().to(torch.float32, copy=True).contiguous()
+        kept = torch.int8 if name in eights else torch.float32
+        copy = tensor.detach().to(kept, copy=True).contiguous()
         if not bool(torch.isfinite(copy).all()):
             bad = int((~torch.isfinite(copy)).sum())
             raise ValueError(f"{here} must be finite, got {bad} NaN or infinite values")
         held[name] = copy
     return held
+
+
+def _check_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in MAP_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in MAP_DTYPES)
+        raise ValueError(f"{op}: dtype must be one of {names}, got {dtype}")
+
+
+def _dtype_of(layers: Sequence[Mapping[str, Tensor]]) -> torch.dtype:
+    """What the first matrix of a file is stored in; another than ours is refused by its layer."""
+    dtype = getattr(layers[0].get("q_w1"), "dtype", None) if layers else None
+    return dtype if dtype in MAP_DTYPES else torch.float32
+
+
+def _as_dtype(index: int, layer: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A checked layer with its matrices in another dtype; int8 to int8 keeps every bit."""
+    held: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for name, tensor in layer.items():
+        if name in SCALES:
+            continue
+        if name not in MATRICES:
+            held[name] = tensor
+            continue
+        scale = layer.get(f"{name}_scale")
+        if dtype == torch.int8:
+            if scale is None:
+                tensor, scale = quantize(tensor, -2)
+            held[name], scales[f"{name}_scale"] = tensor, scale
+            continue
+        wide = tensor if scale is None else dequantize(tensor, scale, -2)
+        narrow = wide.to(dtype)
+        if not bool(torch.isfinite(narrow).all()):
+            raise ValueError(
+                f"Sidekick: layers[{index}]['{name}'] has a value of {float(wide.abs().max()):.4g},"
+                f" beyond {str(dtype).removeprefix('torch.')}; keep it in float32"
+            )
+        held[name] = narrow.contiguous()
+    return held | scales
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -515,10 +602,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{at}: truncated or not JSON ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f'{at}: not a sidekick\'s config: wanted "format": "{FORMAT}"')
-    if header.get("format_version") != FORMAT_VERSION:
+    if header.get("format_version") not in (FORMAT_VERSION, _INT8_VERSION):
         raise ValueError(
             f"{at}: format version {header.get('format_version')!r}; this library reads "
-            f"version {FORMAT_VERSION}"
+            f"versions {FORMAT_VERSION} and {_INT8_VERSION}"
         )
     if header.get("kind") not in TENSORS:
         raise ValueError(f"{at}: kind must be one of {sorted(TENSORS)}, got {header.get('kind')!r}")

@@ -206,3 +206,37 @@ def test_chunked_prompt_equals_whole_prompt_when_nothing_is_evicted():
         parts = reference.run(q, k, v, policy, prompt=chunk, chunk=chunk)
         torch.testing.assert_close(parts.out, whole.out, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(parts.scores[-1], whole.scores[-1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [-1, -2, 0])
+def test_quantised_rows_are_within_half_a_step(dtype, dim):
+    x = (torch.randn(5, 7, 33, dtype=torch.float64) * 1e3).to(dtype)
+    if dim != 0:
+        x[2] = 0
+    eight, scale = reference.quantize(x, dim)
+    assert (eight.dtype, eight.shape) == (torch.int8, x.shape)
+    assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(scale, x.to(scale.dtype).abs().amax(dim) / 127)
+    error = (reference.dequantize(eight, scale, dim) - x).abs()
+    assert (error <= scale.unsqueeze(dim) * (0.5 + 1e-4)).all()
+    largest = eight.abs().amax(dim)
+    assert ((largest == 127) | (scale == 0)).all()
+    assert (largest[scale == 0] == 0).all()
+
+
+def test_ties_of_quantised_rows_go_to_the_even_number():
+    x = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5])
+    eight, scale = reference.quantize(x)
+    assert scale.item() == 1.0
+    assert eight.tolist() == [127, 0, 2, 2, 0, -2, -126]
+
+
+def test_rows_that_cannot_be_quantised_stay_visible():
+    x = torch.ones(4, 3)
+    x[0, 1], x[1, 1], x[2] = torch.nan, torch.inf, 1e-45
+    eight, scale = reference.quantize(x)
+    back = reference.dequantize(eight, scale)
+    assert back[:2].isnan().any(1).all()
+    assert (back[2] == 0).all()
+    assert torch.equal(back[3], x[3])

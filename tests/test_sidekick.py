@@ -7,8 +7,8 @@ import struct
 import pytest
 import torch
 
-from less import Sidekick
-from less.sidekick import TENSORS, model_identity, shipped, shipped_names
+from less import Sidekick, reference
+from less.sidekick import MATRICES, TENSORS, model_identity, shipped, shipped_names
 from tests.tiny_model import tiny_model
 
 SIZES = {"Q": 4, "K": 2, "D": 8, "E": 6, "R": 3}
@@ -99,6 +99,29 @@ WRONG = {
         lambda: Sidekick([changed(q_bias=torch.ones(4, 3, dtype=torch.int64))], kind="exp"),
         "int64",
     ),
+    "int8 without a scale": (
+        lambda: Sidekick([changed(q_w1=torch.ones(4, 8, 6, dtype=torch.int8))], kind="exp"),
+        "missing: q_w1_scale",
+    ),
+    "a scale without int8": (
+        lambda: Sidekick([changed(q_w1_scale=torch.ones(4, 6))], kind="exp"),
+        "unknown: q_w1_scale",
+    ),
+    "a scale of another width": (
+        lambda: Sidekick(
+            [changed(q_w1=torch.ones(4, 8, 6).to(torch.int8), q_w1_scale=torch.ones(4, 8))],
+            kind="exp",
+        ),
+        r"q_w1_scale'\] must have shape \[Q, E\] with E = 6",
+    ),
+    "an int8 bias": (
+        lambda: Sidekick([changed(q_bias=torch.ones(4, 3, dtype=torch.int8))], kind="exp"),
+        r"q_bias'\] must be float16/bfloat16/float32/float64, got torch.int8",
+    ),
+    "an unknown dtype": (
+        lambda: Sidekick([layer()], kind="exp", dtype=torch.float64),
+        "dtype must be one of float32, bfloat16, float16, int8, got torch.float64",
+    ),
     "NaN": (lambda: Sidekick([changed(q_w1=NAN)], kind="exp"), r"q_w1'\] must be finite"),
     "infinity": (lambda: Sidekick([changed(q_w1=NAN.nan_to_num(1) / 0)], kind="exp"), "finite"),
     "float64 beyond float32": (
@@ -127,8 +150,6 @@ def test_wrong_sidekicks_are_refused_by_name(case):
 
 @pytest.mark.parametrize("kind", ["exp", "paper"])
 def test_random_is_seeded_and_every_term_matters(kind):
-    from less import reference
-
     one, same, other = (Sidekick.random(2, 4, 2, 8, 3, 6, kind, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a[n], b[n]) for a, b in zip(one, same, strict=True) for n in a)
     assert not torch.equal(one[0]["q_w1"], other[0]["q_w1"])
@@ -140,19 +161,88 @@ def test_random_is_seeded_and_every_term_matters(kind):
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), name
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def rounded(tensor, dtype):
+    if dtype == torch.int8:
+        return reference.dequantize(*reference.quantize(tensor, -2), -2)
+    return tensor.to(dtype).float()
+
+
 @pytest.mark.parametrize("kind", ["exp", "paper"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrices_take_another_dtype_and_the_rest_stays_float32(kind, dtype):
+    plain = Sidekick([layer(kind, i) for i in range(2)], kind=kind, config={"a": 1})
+    sidekick = plain.to(dtype)
+    assert (sidekick.dtype, sidekick.kind, sidekick.config) == (dtype, kind, {"a": 1})
+    for held, source in zip(sidekick, plain, strict=True):
+        for name, tensor in source.items():
+            assert held[name].is_contiguous()
+            if name in MATRICES:
+                assert held[name].dtype == dtype
+                assert (f"{name}_scale" in held) == (dtype == torch.int8)
+            else:
+                assert torch.equal(held[name], tensor), name
+    back = sidekick.to(torch.float32)
+    for held, source in zip(back, plain, strict=True):
+        assert list(held) == list(source)
+        for name in MATRICES:
+            assert torch.equal(held[name], rounded(source[name], dtype)), name
+    assert sidekick.nbytes == sum(t.nbytes for held in sidekick for t in held.values())
+    again = Sidekick(list(sidekick), kind=kind, dtype=dtype)
+    for held, source in zip(again, sidekick, strict=True):
+        assert list(held) == list(source)
+        assert all(torch.equal(held[n], source[n]) for n in source)
+
+
+def test_a_device_and_a_dtype_may_be_given_together_or_apart():
+    sidekick = Sidekick([layer()], kind="exp").to(torch.float16)
+    assert sidekick.to("cpu").dtype == torch.float16
+    assert sidekick.to("cpu", torch.int8).dtype == torch.int8
+    assert sidekick.to(dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"Sidekick.to: dtype must be one of float32.*float64"):
+        sidekick.to(torch.float64)
+    with pytest.raises(ValueError, match="one dtype must be given"):
+        sidekick.to(torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["exp", "paper"])
+def test_features_of_int8_maps_are_near_those_of_float32(kind):
+    plain = Sidekick.random(1, 4, 2, 32, 8, 48, kind, 0)
+    small = plain.to(torch.int8)
+    x = torch.randn(2, 4, 9, 32)
+    for side, rows in (("phi", x), ("psi", x[:, :2])):
+        want = getattr(reference, side)(rows, plain[0], kind)
+        got = getattr(reference, side)(rows, small[0], kind)
+        assert not torch.equal(got, want)
+        assert (got - want).abs().mean() < 0.02 * want.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_saved_sidekick_comes_back(tmp_path, kind, dtype):
     record = {"policies": [{"name": "H2O", "heavy": 4}], "training": {"tokens": 7}}
     sidekick = Sidekick([layer(kind, i) for i in range(3)], kind=kind, config=record)
     folder = sidekick.save_pretrained(tmp_path / "new" / "folder", dtype=dtype)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     loaded = Sidekick.from_pretrained(folder)
-    assert (loaded.kind, loaded.config) == (kind, record)
-    for mine, theirs in zip(sidekick, loaded, strict=True):
-        for name, tensor in mine.items():
-            wanted = tensor.to(dtype).float() if tensor.dim() > 2 else tensor
-            assert torch.equal(theirs[name], wanted), name
+    assert (loaded.kind, loaded.config, loaded.dtype) == (kind, record, dtype)
+    again = Sidekick.from_pretrained(loaded.save_pretrained(tmp_path / "again"))
+    wide = Sidekick.from_pretrained(folder, dtype=torch.float32)
+    for i, wanted in enumerate(sidekick.to(dtype)):
+        for other in (loaded, again):
+            assert list(other[i]) == list(wanted)
+            assert all(torch.equal(other[i][name], wanted[name]) for name in wanted)
+        assert torch.equal(wide[i]["k_w2"], rounded(sidekick[i]["k_w2"], dtype))
+
+
+def test_files_of_int8_are_of_a_version_that_older_libraries_refuse(tmp_path):
+    for dtype, version in ((torch.float16, 1), (torch.int8, 2)):
+        folder = Sidekick([layer()], kind="exp").save_pretrained(tmp_path / str(dtype), dtype)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["format_version"] == version
+        assert config["dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_float16_keeps_tiny_scales_exactly(tmp_path):
@@ -167,8 +257,8 @@ def test_weights_beyond_float16_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"layers\[0\]\['q_w1'\].*beyond float16"):
         sidekick.save_pretrained(tmp_path / "s", torch.float16)
     assert not (tmp_path / "s").exists()
-    with pytest.raises(ValueError, match="float32 or float16"):
-        sidekick.save_pretrained(tmp_path / "s", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"save_pretrained: dtype must be one of float32, bfl"):
+        sidekick.save_pretrained(tmp_path / "s", torch.float64)
 
 
 def saved(folder):
@@ -320,8 +410,6 @@ def write_reference(folder, states):
 
 
 def library_low_rank(q, k, maps):
-    from less import reference
-
     maps = {name: tensor.double() for name, tensor in maps.items()}
     return reference.phi(q, maps, "paper") @ reference.psi(k, maps, "paper").transpose(2, 3)
 
