@@ -70,8 +70,8 @@ def add_parser(subparsers: Any) -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--work", type=Path, help="folder of the unfinished run (default: OUT/unfinished)")
     add(
-        "--dtype", choices=("float16", "float32"), default="float16",
-        help="of the saved weights (default: %(default)s)",
+        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float16",
+        help="of the saved matrices (default: %(default)s)",
     )  # fmt: skip
     add("--device", default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="default: torch's choice")
