@@ -15,6 +15,7 @@ from less.policies import Rule
 
 Maps = Mapping[str, Tensor]
 Step = reference.Attended
+Rows = reference.Rows
 
 
 @dataclass
@@ -30,6 +31,13 @@ class Layer:
     H: Tensor | None  # [B, K, R, D] float32
     z: Tensor | None  # [B, K, R] float32
     share: Tensor  # [B] float64: sum over queries and heads of the low-rank part's mass
+    k_scale: Tensor | None = None  # [B, K, S] float32: of each row of int8 slots
+    v_scale: Tensor | None = None  # [B, K, S] float32
+
+    @property
+    def rows(self) -> Rows:
+        """Keys and values of the slots."""
+        return Rows(self.slot_k, self.slot_v, self.k_scale, self.v_scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, of those that exist."""
@@ -45,8 +53,7 @@ class Backend(Protocol):
         self,
         layer: Layer,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        new: Rows,
         valid: Tensor | None,
         *,
         maps: Maps | None,
@@ -61,8 +68,7 @@ class Backend(Protocol):
         self,
         layer: Layer,
         step: Step,
-        k: Tensor,
-        v: Tensor,
+        new: Rows,
         valid: Tensor | None,
         *,
         maps: Maps | None,
@@ -82,8 +88,7 @@ class ReferenceBackend:
         self,
         layer: Layer,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        new: Rows,
         valid: Tensor | None,
         *,
         maps: Maps | None,
@@ -95,11 +100,9 @@ class ReferenceBackend:
         """Attend; scores stay as they are where the policy has no use for them."""
         step = reference.chunk_attention(
             q,
-            k,
-            v,
+            *new.floats(),
             valid,
-            layer.slot_k,
-            layer.slot_v,
+            *layer.rows.floats(),
             layer.position,
             layer.score,
             layer.weight,
@@ -118,8 +121,7 @@ class ReferenceBackend:
         self,
         layer: Layer,
         step: Step,
-        k: Tensor,
-        v: Tensor,
+        new: Rows,
         valid: Tensor | None,
         *,
         maps: Maps | None,
@@ -129,8 +131,8 @@ class ReferenceBackend:
     ) -> None:
         """Insert, evict, fold."""
         after = reference.compact(
-            k,
-            v,
+            new.k,
+            new.v,
             step.chunk_score,
             valid,
             layer.slot_k,
@@ -139,6 +141,10 @@ class ReferenceBackend:
             step.slot_score,
             layer.weight,
             layer.seen,
+            chunk_k_scale=new.k_scale,
+            chunk_v_scale=new.v_scale,
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
             rule=rule,
             rank=rank,
             H=layer.H,
@@ -160,8 +166,7 @@ class NativeBackend:
         self,
         layer: Layer,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        new: Rows,
         valid: Tensor | None,
         *,
         maps: Maps | None,
@@ -174,8 +179,8 @@ class NativeBackend:
         return Step(
             *ops.chunk_attention(
                 q,
-                k,
-                v,
+                new.k,
+                new.v,
                 valid,
                 layer.slot_k,
                 layer.slot_v,
@@ -195,8 +200,7 @@ class NativeBackend:
         self,
         layer: Layer,
         step: Step,
-        k: Tensor,
-        v: Tensor,
+        new: Rows,
         valid: Tensor | None,
         *,
         maps: Maps | None,
@@ -206,8 +210,8 @@ class NativeBackend:
     ) -> None:
         """Insert, evict, fold."""
         ops.compact(
-            k,
-            v,
+            new.k,
+            new.v,
             step.chunk_score,
             step.slot_score,
             valid,

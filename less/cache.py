@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from less import _backend
-from less._backend import Layer, Step
+from less._backend import Layer, Rows, Step
 from less._check import require_int, require_shape, require_tensor, shape_text
 from less.hf.protocol import CacheProtocol
 from less.policies import Candidates, Policy
 from less.reference import chunk_position
 from less.sidekick import Sidekick
 
-SLOT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_FORMAT = 1
 
 
@@ -38,8 +38,9 @@ class LessKVCache(CacheProtocol):
         batch: Batch rows B. Rows are independent and may hold different numbers of tokens.
         policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own.
         sidekick: Feature maps of the low-rank state; None is eviction alone.
-        dtype: Of the slots: float32, bfloat16 or float16 (float64 with the reference backend).
-            k and v are rounded to it on entry. State, scores and log-weights are float32.
+        dtype: Of the slots: float32, bfloat16, float16 or int8, whose rows have a float32 scale
+            each, max|x| / 127 (float64 with the reference backend). k and v are rounded to it on
+            entry. State, scores and log-weights are float32.
         device: Where the cache lives.
         scale: Factor of q.k; 1/sqrt(D) by default.
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
@@ -86,7 +87,7 @@ class LessKVCache(CacheProtocol):
             raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
         self._backend = _backend.choose(backend, self.device)
         self.backend = self._backend.name
-        wanted = SLOT_DTYPES + ((torch.float64,) if self.backend == "reference" else ())
+        wanted = FLOATS + ((torch.int8, torch.float64) if self.backend == "reference" else ())
         if dtype not in wanted:
             names = ", ".join(str(d) for d in wanted)
             raise ValueError(
@@ -148,6 +149,8 @@ class LessKVCache(CacheProtocol):
             H=H,
             z=z,
             share=torch.zeros(B, dtype=torch.float64, device=at),
+            k_scale=torch.zeros(B, K, S, device=at) if self.dtype == torch.int8 else None,
+            v_scale=torch.zeros(B, K, S, device=at) if self.dtype == torch.int8 else None,
         )
 
     def attend(
@@ -175,13 +178,12 @@ class LessKVCache(CacheProtocol):
         """
         self._check_attend(layer, q, k, v, valid)
         at = self._layers[layer]
-        k, v = k.to(self.dtype), v.to(self.dtype)
+        new = Rows.rounded(k, v, self.dtype)
         maps = self._maps[layer] if self._maps is not None else None
         step = self._backend.attend(
             at,
             q,
-            k,
-            v,
+            new,
             valid,
             maps=maps,
             kind=self._kind,
@@ -190,9 +192,9 @@ class LessKVCache(CacheProtocol):
             scores=self.policy.needs_scores,
         )
         rule = self.policy.rule
-        rank = None if rule is not None else self._rank(at, step, k, v, valid)
+        rank = None if rule is not None else self._rank(at, step, new, valid)
         self._backend.compact(
-            at, step, k, v, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
+            at, step, new, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
         )
         if maps is not None:
             at.share += step.share.sum((1, 2), dtype=torch.float64)
@@ -214,7 +216,7 @@ class LessKVCache(CacheProtocol):
                 # k's T is the caller's to choose, so a message about heads says T, not a number.
                 require_shape(op, name, x, [B, K, "T", D])
                 require_shape(op, name, x, [B, K, T, D])
-        wanted = SLOT_DTYPES + ((torch.float64,) if self.dtype == torch.float64 else ())
+        wanted = FLOATS + ((torch.float64,) if self.dtype == torch.float64 else ())
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.dtype not in wanted:
                 raise ValueError(
@@ -246,16 +248,17 @@ class LessKVCache(CacheProtocol):
         if not 0 <= layer < self.layers:
             raise ValueError(f"{op}: layer must be in 0 .. {self.layers - 1}, got {layer}")
 
-    def _rank(self, at: Layer, step: Step, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        B, K, T, _ = k.shape
+    def _rank(self, at: Layer, step: Step, new: Rows, valid: Tensor | None) -> Tensor:
+        B, K, T, _ = new.k.shape
+        (held_k, held_v), (k, v) = at.rows.floats(), new.floats()
         position, seen = chunk_position(at.seen, valid, B, T)
         tokens = Candidates(
             position=torch.cat([at.position, position[:, None].expand(B, K, T)], 2),
             score=torch.cat([step.slot_score, step.chunk_score], 2),
             weight=torch.cat([at.weight, torch.zeros_like(step.chunk_score)], 2),
             seen=seen,
-            k=torch.cat([at.slot_k, k], 2),
-            v=torch.cat([at.slot_v, v], 2),
+            k=torch.cat([held_k, k], 2),
+            v=torch.cat([held_v, v], 2),
         )
         name = f"{type(self.policy).__name__}.rank"
         rank = require_tensor(name, "its result", self.policy.rank(tokens))
@@ -309,9 +312,10 @@ class LessKVCache(CacheProtocol):
         """Bytes held, by purpose.
 
         Returns:
-            ``slots`` (k, v, positions, scores, log-weights), ``state`` (H, z), ``maps`` (the
-            sidekick's weights), ``workspace`` (counters), ``total`` of these, and ``full``: the k
-            and v that a full cache of this dtype would hold of the same tokens now.
+            ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
+            ``maps`` (the sidekick's weights), ``workspace`` (counters), ``total`` of these, and ``full``: the k
+            and v that a full cache would hold of the same tokens now, in this cache's dtype, or
+            in 16 bits where that is int8, since full caches are not held in less.
         """
         slots = state = workspace = 0
         for at in self._layers:
@@ -323,7 +327,7 @@ class LessKVCache(CacheProtocol):
                 else:
                     slots += x.nbytes
         maps = sum(x.nbytes for m in self._maps or [] for x in m.values())
-        per_token = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        per_token = 2 * self.kv_heads * self.head_dim * max(2, self.dtype.itemsize)
         tokens = sum(int(at.seen.sum()) for at in self._layers)
         return {
             "slots": slots,

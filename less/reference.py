@@ -60,6 +60,38 @@ def dequantize(x: Tensor, scale: Tensor, dim: int = -1) -> Tensor:
     return x.to(scale.dtype) * scale.unsqueeze(dim)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values as slots hold them.
+
+    Attributes:
+        k: [B, K, N, D].
+        v: [B, K, N, D].
+        k_scale: [B, K, N], of each int8 row of k; None unless k and v are int8.
+        v_scale: [B, K, N], likewise.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @classmethod
+    def rounded(cls, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+        """Keys and values of any floating dtype, rounded to the slots' dtype."""
+        if dtype != torch.int8:
+            return cls(k.to(dtype), v.to(dtype))
+        eight_k, k_scale = quantize(k)
+        eight_v, v_scale = quantize(v)
+        return cls(eight_k, eight_v, k_scale, v_scale)
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """K and v as numbers: int8 rows times their scales, others as they are."""
+        if self.k_scale is None or self.v_scale is None:
+            return self.k, self.v
+        return dequantize(self.k, self.k_scale), dequantize(self.v, self.v_scale)
+
+
 def feature_map(
     x: Tensor,
     w1: Tensor,
@@ -210,6 +242,7 @@ def chunk_attention(
     out = (phi H + sum e^l v) / (phi z + sum e^l), l = scale q.k + weight, as a merge of two
     softmax parts: the low-rank part has log-mass log(phi z) and value phi H / phi z. A part with
     no mass is skipped. Scores take the softmax over slots and call alone, summed over the group.
+    Rows of int8 come as the numbers that they stand for (``Rows.floats``).
 
     Args:
         q: [B, Q, T, D].
@@ -331,6 +364,8 @@ class Compacted:
     seen: Tensor
     H: Tensor | None
     z: Tensor | None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 def compact(
@@ -345,6 +380,10 @@ def compact(
     weight: Tensor,
     seen: Tensor,
     *,
+    chunk_k_scale: Tensor | None = None,
+    chunk_v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     rule: Rule | None = None,
     rank: Tensor | None = None,
     H: Tensor | None = None,
@@ -368,6 +407,11 @@ def compact(
         score: [B, K, S].
         weight: [B, K, S].
         seen: int64 [B], tokens seen before the call.
+        chunk_k_scale: [B, K, T], of each row of k, where k, v and the slots are int8; as the three
+            below.
+        chunk_v_scale: [B, K, T], of each row of v.
+        k_scale: [B, K, S], of each row of slot_k.
+        v_scale: [B, K, S], of each row of slot_v.
         rule: The policy's native ranking, or
         rank: its ranks [B, K, S + T] themselves.
         H: [B, K, R, D] or None for eviction alone.
@@ -387,12 +431,15 @@ def compact(
     keep = survivors(all_pos, rank, S)
     leaves = (all_pos >= 0) & ~keep
     if H is not None and z is not None and maps is not None:
-        all_k = torch.cat([slot_k, k], 2)
-        features = psi(all_k, maps, kind)
-        H, z = fold(H, z, features, torch.cat([slot_v, v], 2), leaves)
+        old_k, old_v = Rows(slot_k, slot_v, k_scale, v_scale).floats()
+        new_k, new_v = Rows(k, v, chunk_k_scale, chunk_v_scale).floats()
+        features = psi(torch.cat([old_k, new_k], 2), maps, kind)
+        H, z = fold(H, z, features, torch.cat([old_v, new_v], 2), leaves)
 
     stays = keep[..., :S]
     slot_k, slot_v = slot_k.clone(), slot_v.clone()
+    if k_scale is not None and v_scale is not None:
+        k_scale, v_scale = k_scale.clone(), v_scale.clone()
     position = torch.where(stays, position, -1)
     score = torch.where(stays, score, 0.0)
     weight = torch.where(stays, weight, 0.0)
@@ -404,7 +451,11 @@ def compact(
             slot_v[b, h, free] = v[b, h, new].to(slot_v.dtype)
             position[b, h, free] = chunk_pos[b, new]
             score[b, h, free] = chunk_score[b, h, new]
-    return Compacted(slot_k, slot_v, position, score, weight, seen_after, H, z)
+            if k_scale is not None and chunk_k_scale is not None:
+                k_scale[b, h, free] = chunk_k_scale[b, h, new]
+            if v_scale is not None and chunk_v_scale is not None:
+                v_scale[b, h, free] = chunk_v_scale[b, h, new]
+    return Compacted(slot_k, slot_v, position, score, weight, seen_after, H, z, k_scale, v_scale)
 
 
 @dataclass(frozen=True)

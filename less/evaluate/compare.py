@@ -161,10 +161,10 @@ def compare(
     for method in methods:
         if method.policy is None:
             mine, mine_probes = full.chunks, full.probes
-            # Of the same dtype as the slots, and of all the length's tokens.
+            # Of the same dtype as the slots (16 bits for int8), and of all the length's tokens.
             heads = caches[0].layers * caches[0].kv_heads * caches[0].head_dim
             sizes = {
-                "slots": 2 * heads * dtype.itemsize * length * len(rows),
+                "slots": 2 * heads * max(2, dtype.itemsize) * length * len(rows),
                 "state": 0,
                 "maps": 0,
             }

@@ -39,8 +39,8 @@ BASELINE = "H2O"  # the row whose loss to full attention the others recover
 
 
 def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one token of one kv head: key, value, position, score, log-weight."""
-    return 2 * head_dim * dtype.itemsize + 12
+    """Bytes of one token of one kv head: key, value, position, score, log-weight, int8's scales."""
+    return 2 * head_dim * dtype.itemsize + 12 + (8 if dtype == torch.int8 else 0)
 
 
 def state_bytes(head_dim: int, rank: int) -> int:
