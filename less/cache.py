@@ -313,9 +313,9 @@ class LessKVCache(CacheProtocol):
 
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
-            ``maps`` (the sidekick's weights), ``workspace`` (counters), ``total`` of these, and ``full``: the k
-            and v that a full cache would hold of the same tokens now, in this cache's dtype, or
-            in 16 bits where that is int8, since full caches are not held in less.
+            ``maps`` (the sidekick's weights), ``workspace`` (counters), ``total`` of these, and
+            ``full``: the k and v that a full cache would hold of the same tokens now, in this
+            cache's dtype, or in 16 bits where that is int8, which full caches are not held in.
         """
         slots = state = workspace = 0
         for at in self._layers:
