@@ -110,6 +110,26 @@ def fold(s: Shape, dtype: torch.dtype) -> Case:
     )
 
 
+def quantize(s: Shape, dtype: torch.dtype) -> Case:
+    """A call of 512 tokens, rounded to int8 rows."""
+    tokens = 512
+    g = torch.Generator().manual_seed(11)
+    x = torch.randn(s.B, s.K, tokens, s.D, generator=g).to(dtype)
+
+    def error() -> float:
+        same = all(
+            torch.equal(a, b) for a, b in zip(ops.quantize(x), reference.quantize(x), strict=True)
+        )
+        return 0.0 if same else float("inf")
+
+    return Case(
+        run=lambda: ops.quantize(x),
+        error=error,
+        bytes=s.B * s.K * tokens * (s.D * (dtype.itemsize + 1) + 4),
+        formula="BKT(D (bytes + 1) + 4), T = 512",
+    )
+
+
 def feature_map(s: Shape, dtype: torch.dtype) -> Case:
     """Phi of one token's queries."""
     a = Data(s, dtype)
@@ -243,5 +263,5 @@ def full_attention(s: Shape, dtype: torch.dtype) -> Case:
 
 CASES: dict[str, Callable[[Shape, torch.dtype], Case]] = {
     case.__name__: case
-    for case in (fold, feature_map, chunk_attention, compact, step, full_attention)
+    for case in (fold, quantize, feature_map, chunk_attention, compact, step, full_attention)
 }

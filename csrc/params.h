@@ -48,6 +48,16 @@ struct FoldParams {
   int64_t D;
 };
 
+// eight[n,:] = round(x[n,:] / scale[n]), scale[n] = max|x[n,:]| / 127
+struct QuantizeParams {
+  const void* x;  // [rows, D]  of x_dtype
+  int8_t* eight;  // [rows, D]  written
+  float* scale;   // [rows]     written
+  DType x_dtype;
+  int64_t rows;
+  int64_t D;
+};
+
 enum class MapKind : int32_t { paper = 0, exp = 1 };
 
 // The weights of phi (one set per query head) or psi (one per kv head); design.md, section 2.

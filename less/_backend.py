@@ -49,6 +49,9 @@ class Backend(Protocol):
 
     name: str
 
+    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+        """A call's keys and values in the slots' dtype, contiguous or not."""
+
     def attend(
         self,
         layer: Layer,
@@ -83,6 +86,10 @@ class ReferenceBackend:
     """``less.reference``, written back into the layer."""
 
     name = "reference"
+
+    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+        """Keys and values in the slots' dtype."""
+        return Rows.rounded(k, v, dtype)
 
     def attend(
         self,
@@ -161,6 +168,13 @@ class NativeBackend:
     """The compiled ops."""
 
     name = "native"
+
+    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+        """Keys and values in the slots' dtype."""
+        if dtype != torch.int8:
+            return Rows.rounded(k, v, dtype)
+        (eight_k, k_scale), (eight_v, v_scale) = ops.quantize(k), ops.quantize(v)
+        return Rows(eight_k, eight_v, k_scale, v_scale)
 
     def attend(
         self,

@@ -178,7 +178,7 @@ class LessKVCache(CacheProtocol):
         """
         self._check_attend(layer, q, k, v, valid)
         at = self._layers[layer]
-        new = Rows.rounded(k, v, self.dtype)
+        new = self._backend.rounded(k, v, self.dtype)
         maps = self._maps[layer] if self._maps is not None else None
         step = self._backend.attend(
             at,

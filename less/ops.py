@@ -55,6 +55,22 @@ def fold(H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = N
     torch.ops.less.fold(H, z, psi_k, v, keep)
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to int8 with a scale each; ``less.reference.quantize`` defines it, bit for bit.
+
+    Args:
+        x: Keys or values, float32, bfloat16 or float16 [B, K, T, D].
+
+    Returns:
+        int8 [B, K, T, D] and the scales, float32 [B, K, T].
+
+    Raises:
+        RuntimeError: The shape or dtype differs from the above.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.less.quantize(x.contiguous())
+    return result
+
+
 _KINDS = {"paper": 0, "exp": 1}
 
 
@@ -276,6 +292,11 @@ if _native:
         H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = None
     ) -> None:
         return None
+
+    @torch.library.register_fake("less::quantize")
+    def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        return torch.empty_like(x, dtype=torch.int8), scale
 
     @torch.library.register_fake("less::feature_map")
     def _feature_map_fake(x: Tensor, w1: Tensor, w2: Tensor, *rest: object) -> Tensor:

@@ -1,0 +1,35 @@
+// eight[n,:] = round(x[n,:] / scale[n]), scale[n] = max|x[n,:]| / 127
+//
+// Range:  rows n.
+// Memory: x read twice, the second time from the first-level cache; out written once.
+// Order:  a row's bits depend on nothing but the row.
+#include "cpu/quantize.h"
+
+#include "params.h"
+
+namespace less::cpu::LESS_ISA {
+namespace {
+
+template <typename T>
+void quantize_rows(const QuantizeParams& p, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    p.scale[n] = quantize_row(static_cast<const T*>(p.x) + n * p.D, p.D, p.eight + n * p.D);
+  }
+}
+
+}  // namespace
+
+void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
+  switch (p.x_dtype) {
+    case DType::f32:
+      return quantize_rows<float>(p, begin, end);
+    case DType::bf16:
+      return quantize_rows<bf16>(p, begin, end);
+    case DType::fp16:
+      return quantize_rows<fp16>(p, begin, end);
+    case DType::i8:
+      return;  // no op lets it in
+  }
+}
+
+}  // namespace less::cpu::LESS_ISA

@@ -1,0 +1,49 @@
+// One row as int8 with a scale: x = scale * int8, scale = max|x| / 127.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace less::cpu::LESS_ISA {
+
+// Writes out [D] and returns the scale. To the nearest, of ties the even. NaN or infinity in x makes
+// the scale so and out 0, and a row so small that its scale underflows is 0.
+template <typename T>
+LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
+  constexpr int kV = Vec::kSize;
+  // As integers, the bits of |x| are in order, with NaN above infinity: nothing is lost.
+  Int top(0);
+  int64_t d = 0;
+  for (; d + kV <= D; d += kV) {
+    const Int a = as_int(abs(Vec::load(x + d)));
+    top = select(a > top, a, top);
+  }
+  if (d < D) {
+    const Int a = as_int(abs(Vec::load(x + d, int(D - d))));
+    top = select(a > top, a, top);
+  }
+  float part[kV];
+  as_vec(top).store(part);
+  uint32_t largest = 0;
+  for (int i = 0; i < kV; ++i) {
+    const uint32_t bits = float_to_bits(part[i]);
+    largest = bits > largest ? bits : largest;
+  }
+  const float scale = bits_to_float(largest) / 127.0f;
+  if (!(scale > 0.0f && scale < kInfinity)) {
+    std::memset(out, 0, D);
+    return scale;
+  }
+  const Vec step(scale), shifter(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  for (d = 0; d < D; d += kV) {
+    const int n = D - d < kV ? int(D - d) : kV;
+    Vec y = (n == kV ? Vec::load(x + d) : Vec::load(x + d, n)) / step;
+    y = (min(Vec(127.0f), max(Vec(-127.0f), y)) + shifter) - shifter;
+    y.store(part);
+    for (int i = 0; i < n; ++i) out[d + i] = int8_t(part[i]);
+  }
+  return scale;
+}
+
+}  // namespace less::cpu::LESS_ISA
