@@ -51,25 +51,32 @@ void simd(const std::string& what, const py::buffer& src, const py::buffer& dst)
     const char* name;
     SimdTest test;
     py::ssize_t in, out;  // bytes an element
-    bool reduces;
+    py::ssize_t results;  // 0: as many as elements
   };
   static constexpr Entry kTable[] = {
-      {"exp", SimdTest::exp, 4, 4, false},
-      {"gelu", SimdTest::gelu, 4, 4, false},
-      {"from_bf16", SimdTest::from_bf16, 2, 4, false},
-      {"from_fp16", SimdTest::from_fp16, 2, 4, false},
-      {"to_bf16", SimdTest::to_bf16, 4, 2, false},
-      {"to_fp16", SimdTest::to_fp16, 4, 2, false},
-      {"sum", SimdTest::sum, 4, 4, true},
-      {"max", SimdTest::max, 4, 4, true},
+      {"exp", SimdTest::exp, 4, 4, 0},
+      {"gelu", SimdTest::gelu, 4, 4, 0},
+      {"from_bf16", SimdTest::from_bf16, 2, 4, 0},
+      {"from_fp16", SimdTest::from_fp16, 2, 4, 0},
+      {"from_i8", SimdTest::from_i8, 1, 4, 0},
+      {"to_bf16", SimdTest::to_bf16, 4, 2, 0},
+      {"to_fp16", SimdTest::to_fp16, 4, 2, 0},
+      {"to_i8", SimdTest::to_i8, 4, 1, 0},
+      {"sum", SimdTest::sum, 4, 4, 1},
+      {"max", SimdTest::max, 4, 4, 1},
+      {"sums", SimdTest::sums, 4, 4, 4},
+      {"width", SimdTest::width, 4, 4, 1},
   };
+  float width = 0.0f;
+  less::cpu::simd_test({SimdTest::width, nullptr, &width}, 0, 0);
   const py::buffer_info in = src.request();
   const py::buffer_info out = dst.request(/*writable=*/true);
   for (const Entry& entry : kTable) {
     if (what != entry.name) continue;
-    const py::ssize_t wanted = entry.reduces ? 1 : in.size;
+    const py::ssize_t wanted = entry.results == 0 ? in.size : entry.results;
+    const py::ssize_t most = entry.results == 1 ? py::ssize_t(width) : in.size;
     if (in.itemsize != entry.in || out.itemsize != entry.out || out.size != wanted ||
-        (entry.reduces && in.size > 8)) {
+        in.size > most || (entry.results == 4 && in.size != 4 * py::ssize_t(width))) {
       throw std::invalid_argument("simd: the buffers do not fit " + what);
     }
     less::cpu::simd_test({entry.test, in.ptr, out.ptr}, 0, in.size);

@@ -12,7 +12,8 @@ CHUNK = 1 << 24
 
 
 def run(what: str, src: np.ndarray, out: type = np.float32) -> np.ndarray:
-    dst = np.empty(1 if what in ("sum", "max") else src.shape, out)
+    results = {"sum": 1, "max": 1, "sums": 4, "width": 1}
+    dst = np.empty(results.get(what, src.shape), out)
     _C._test.simd(what, src, dst)
     return dst
 
@@ -90,26 +91,59 @@ def test_gelu_is_right_at_the_edges(simd: str) -> None:
     assert got[4] == x[4]
 
 
-@pytest.mark.parametrize("n", range(1, 9))
-def test_reductions_cover_exactly_the_first_n(simd: str, n: int) -> None:
-    x = np.array([-3, 1.5, -2, 8, 0.25, -7, 100, -0.5], np.float32)[:n]
-    assert run("sum", x)[0] == x.sum(dtype=np.float64)
-    assert run("max", x)[0] == x.max()
-    assert run("max", -abs(x))[0] == (-abs(x)).max()
+def width() -> int:
+    return int(run("width", np.empty(0, np.float32))[0])
 
 
-@pytest.mark.parametrize("n", range(20))
+def test_reductions_cover_exactly_the_first_n(simd: str) -> None:
+    all_ = np.array([-3, 1.5, -2, 8, 0.25, -7, 100, -0.5, 2, -6, 130, 0.75, 9, -4, 300, 1])
+    for n in range(1, width() + 1):
+        x = all_[:n].astype(np.float32)
+        assert run("sum", x)[0] == x.sum(dtype=np.float64)
+        assert run("max", x)[0] == x.max()
+        assert run("max", -abs(x))[0] == (-abs(x)).max()
+
+
+def by_halves(x: np.ndarray) -> np.float32:
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return x[0]
+
+
+def test_sums_add_the_upper_half_to_the_lower_alone_or_four_at_once(simd: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        rows = rng.standard_normal((4, width())).astype(np.float32)
+        wanted = [by_halves(row) for row in rows]
+        assert [run("sum", row)[0] for row in rows] == wanted
+        assert list(run("sums", rows.ravel())) == wanted
+
+
+def test_int8_widens_exactly_and_narrows_to_nearest_even(simd: str) -> None:
+    every = np.arange(-128, 128).astype(np.int8)
+    assert np.array_equal(run("from_i8", every), every.astype(np.float32))
+    x = np.concatenate([np.linspace(-130, 130, 100_001), np.arange(-260, 261) / 2, [3e38, -np.inf]])
+    x = np.concatenate([x, np.nextafter(np.arange(-127, 127) + 0.5, 0)]).astype(np.float32)
+    wanted = np.clip(np.rint(x), -127, 127).astype(np.int8)
+    assert np.array_equal(run("to_i8", x, np.int8), wanted)
+
+
+@pytest.mark.parametrize("n", range(36))
 def test_tails_touch_nothing_beyond_their_end(simd: str, n: int) -> None:
     for what, src, out in (
         ("exp", np.float32, np.float32),
         ("from_bf16", np.uint16, np.float32),
+        ("from_fp16", np.uint16, np.float32),
+        ("from_i8", np.int8, np.float32),
+        ("to_bf16", np.float32, np.uint16),
         ("to_fp16", np.float32, np.uint16),
+        ("to_i8", np.float32, np.int8),
     ):
-        whole = np.full(n + 16, 7, out)
-        _C._test.simd(what, np.zeros(n, src), whole[8 : 8 + n])
-        assert (whole[:8] == 7).all()
-        assert (whole[8 + n :] == 7).all()
-        assert (whole[8 : 8 + n] == (1 if what == "exp" else 0)).all()
+        whole = np.full(n + 32, 7, out)
+        _C._test.simd(what, np.zeros(n, src), whole[16 : 16 + n])
+        assert (whole[:16] == 7).all()
+        assert (whole[16 + n :] == 7).all()
+        assert (whole[16 : 16 + n] == (1 if what == "exp" else 0)).all()
 
 
 def test_levels_share_bits_where_no_fma_is_involved() -> None:
@@ -121,6 +155,7 @@ def test_levels_share_bits_where_no_fma_is_involved() -> None:
         for level in levels:
             _C._test.set_simd(level)
             results.append([run(f"to_{dtype}", x, np.uint16) for dtype in ("bf16", "fp16")])
+            results[-1].append(run("to_i8", x[~np.isnan(x)], np.int8))
     finally:
         _C._test.set_simd(before)
     for other in results[1:]:

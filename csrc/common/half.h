@@ -1,9 +1,11 @@
-// The two 16-bit float types, bits only, and their exact scalar conversions.
+// The two 16-bit float types, bits only, and the exact scalar conversions of all element types.
 //
 // bf16: 1 sign, 8 exponent, 7 mantissa bits, the upper half of a float. fp16: 1, 5, 10, IEEE 754.
 // Narrowing rounds to nearest, ties to even; what is too large becomes infinity; NaN stays NaN.
+// int8_t is a whole number, saturated at +-127; the scale of its row is applied elsewhere.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -30,6 +32,8 @@ inline uint32_t float_to_bits(float x) {
 
 inline float to_float(float x) { return x; }
 
+inline float to_float(int8_t x) { return float(x); }
+
 inline float to_float(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
 
 inline float to_float(fp16 x) {
@@ -49,6 +53,11 @@ T from_float(float x);
 template <>
 inline float from_float<float>(float x) {
   return x;
+}
+
+template <>
+inline int8_t from_float<int8_t>(float x) {
+  return int8_t(std::nearbyint(x < -127.0f ? -127.0f : x > 127.0f ? 127.0f : x));
 }
 
 template <>

@@ -68,7 +68,9 @@ LESS_INLINE void dot_group(const float* q, int64_t width, const float* const* k,
     }
   }
   for (int m = 0; m < kRows; ++m) {
-    for (int64_t n = 0; n < 4 && n < count; ++n) logit[m * stride + n] = sum(a[m][n]);
+    float total[4];
+    sum(a[m], total);
+    for (int64_t n = 0; n < 4 && n < count; ++n) logit[m * stride + n] = total[n];
   }
 }
 

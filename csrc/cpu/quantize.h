@@ -7,8 +7,8 @@
 
 namespace less::cpu::LESS_ISA {
 
-// Writes out [D] and returns the scale. To the nearest, of ties the even. NaN or infinity in x makes
-// the scale so and out 0, and a row so small that its scale underflows is 0.
+// Writes out [D] and returns the scale. To the nearest, of ties the even. NaN or infinity in x
+// makes the scale so and out 0, and a row so small that its scale underflows is 0.
 template <typename T>
 LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
   constexpr int kV = Vec::kSize;
@@ -35,14 +35,9 @@ LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
     std::memset(out, 0, D);
     return scale;
   }
-  const Vec step(scale), shifter(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  for (d = 0; d < D; d += kV) {
-    const int n = D - d < kV ? int(D - d) : kV;
-    Vec y = (n == kV ? Vec::load(x + d) : Vec::load(x + d, n)) / step;
-    y = (min(Vec(127.0f), max(Vec(-127.0f), y)) + shifter) - shifter;
-    y.store(part);
-    for (int i = 0; i < n; ++i) out[d + i] = int8_t(part[i]);
-  }
+  const Vec step(scale);
+  for (d = 0; d + kV <= D; d += kV) (Vec::load(x + d) / step).store(out + d);
+  if (d < D) (Vec::load(x + d, int(D - d)) / step).store(out + d, int(D - d));
   return scale;
 }
 

@@ -1,15 +1,22 @@
-// The vector layer of all CPU kernels: eight floats, whatever the machine.
+// The vector layer of all CPU kernels: Vec::kSize floats, 16 on AVX-512 and 8 elsewhere.
 //
-//   Vec x = Vec::load(p);            8 elements of float, bf16 or fp16, exactly widened
-//   Vec x = Vec::load(p, n, fill);   n < 8 elements, the rest `fill` (0); p[n..] is never touched
-//   x.store(p); x.store(p, n);       narrowed to nearest, ties to even
-//   fma(a, b, c)  max  min  exp  gelu  sum(x)  max_of(x)  select(mask, a, b)
+//   Vec x = Vec::load(p);            kSize elements of float, bf16, fp16 or int8_t, exactly widened
+//   Vec x = Vec::load(p, n, fill);   n < kSize elements, the rest `fill` (0); p[n..] is not touched
+//   x.store(p); x.store(p, n);       narrowed to nearest, ties to even; int8_t saturates at +-127
+//   fma(a, b, c)  max  min  exp  gelu  sum(x)  sum(x[4], out)  max_of(x)  select(mask, a, b)
 //
-// Everything lives in the namespace of the SIMD level that is being compiled, so that code of one
-// level is never linked into another. Two backends implement the primitives, and the functions
-// below them are written once: `avx2` (AVX2, FMA, F16C) and `portable` (GCC/Clang vectors of four,
-// which every 64-bit machine has; fma rounds twice there). A level gives the same bits on every
-// machine, compiler and thread count; two levels may differ in the last bit.
+// A Vec is one or two of the machine's vectors, and nearly all of it is written once, in the
+// vector types of GCC and Clang. What a compiler cannot say in them is the short list of functions
+// of "hooks" below, one set for each level:
+//
+//   portable   two vectors of 4; fma rounds twice; every 64-bit machine
+//   avx2       one vector of 8; AVX2, FMA, F16C
+//   avx512     one vector of 16; AVX-512 F, BW, DQ, VL
+//   neon       two vectors of 4; aarch64
+//
+// Everything lives in the namespace of the level that is being compiled, so that code of one level
+// is never linked into another. A level gives the same bits on every machine, compiler and thread
+// count; two levels may differ in the last bit.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +24,10 @@
 
 #include "common/half.h"
 
-#ifdef LESS_ISA_avx2
+#if defined(LESS_ISA_avx2) || defined(LESS_ISA_avx512)
 #include <immintrin.h>
+#elif defined(LESS_ISA_neon)
+#include <arm_neon.h>
 #endif
 
 #ifndef LESS_ISA
@@ -31,228 +40,334 @@ namespace less::cpu::LESS_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 
-#ifdef LESS_ISA_avx2
+// -- the machine's vectors ------------------------------------------------------------------------
 
-// -- avx2 -----------------------------------------------------------------------------------------
+#if defined(LESS_ISA_avx512)
+constexpr int kNative = 16;  // floats in a vector
+constexpr int kParts = 1;    // vectors in a Vec
+#elif defined(LESS_ISA_avx2)
+constexpr int kNative = 8;
+constexpr int kParts = 1;
+#else
+constexpr int kNative = 4;
+constexpr int kParts = 2;
+#endif
 
-struct Int {  // 8 x int32; as a mask, all bits or none of each
-  __m256i x;
-  Int() = default;
-  LESS_INLINE Int(__m256i raw) : x(raw) {}
-  LESS_INLINE Int(int32_t all) : x(_mm256_set1_epi32(all)) {}
-};
-
-LESS_INLINE Int operator+(Int a, Int b) { return _mm256_add_epi32(a.x, b.x); }
-LESS_INLINE Int operator-(Int a, Int b) { return _mm256_sub_epi32(a.x, b.x); }
-LESS_INLINE Int operator&(Int a, Int b) { return _mm256_and_si256(a.x, b.x); }
-LESS_INLINE Int operator|(Int a, Int b) { return _mm256_or_si256(a.x, b.x); }
-LESS_INLINE Int operator>(Int a, Int b) { return _mm256_cmpgt_epi32(a.x, b.x); }
-LESS_INLINE Int operator==(Int a, Int b) { return _mm256_cmpeq_epi32(a.x, b.x); }
-template <int kBits>
-LESS_INLINE Int shift_left(Int a) {
-  return _mm256_slli_epi32(a.x, kBits);
-}
-template <int kBits>
-LESS_INLINE Int shift_right(Int a) {  // zeros enter
-  return _mm256_srli_epi32(a.x, kBits);
-}
-template <int kBits>
-LESS_INLINE Int shift_right_signed(Int a) {  // the sign enters
-  return _mm256_srai_epi32(a.x, kBits);
-}
-LESS_INLINE Int select(Int mask, Int a, Int b) { return _mm256_blendv_epi8(b.x, a.x, mask.x); }
-
-struct Vec {
-  static constexpr int kSize = 8;
-  __m256 x;
-
-  Vec() = default;
-  LESS_INLINE Vec(__m256 raw) : x(raw) {}
-  LESS_INLINE Vec(float all) : x(_mm256_set1_ps(all)) {}
-
-  static LESS_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  static LESS_INLINE Vec load(const bf16* p) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+// A statement for each part i. Written out, because the inliner weighs a loop before it unrolls it
+// and then leaves the small functions of kernels uninlined.
+#if defined(LESS_ISA_avx512) || defined(LESS_ISA_avx2)
+#define LESS_EACH_PART(...) \
+  {                         \
+    constexpr int i = 0;    \
+    __VA_ARGS__;            \
   }
-  static LESS_INLINE Vec load(const fp16* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+#define LESS_EACH_PART(...) \
+  {                         \
+    constexpr int i = 0;    \
+    __VA_ARGS__;            \
+  }                         \
+  {                         \
+    constexpr int i = 1;    \
+    __VA_ARGS__;            \
   }
-  template <typename T>
-  static LESS_INLINE Vec load(const T* p, int n, float fill = 0.0f);
+#endif
 
-  LESS_INLINE void store(float* p) const { _mm256_storeu_ps(p, x); }
-  LESS_INLINE void store(bf16* p) const;
-  LESS_INLINE void store(fp16* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-  template <typename T>
-  LESS_INLINE void store(T* p, int n) const;
-};
+typedef float Floats __attribute__((vector_size(4 * kNative)));
+typedef int32_t Ints __attribute__((vector_size(4 * kNative)));
+typedef uint32_t Words __attribute__((vector_size(4 * kNative)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kNative)));
+typedef int8_t Bytes __attribute__((vector_size(kNative)));
+typedef float Four __attribute__((vector_size(16)));
 
-LESS_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.x, b.x); }
-LESS_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.x, b.x); }
-LESS_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.x, b.x); }
-LESS_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.x, b.x); }
-LESS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
-// b where a is NaN or both are zero: max(limit, x) lets a NaN x through.
-LESS_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a.x, b.x); }
-LESS_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a.x, b.x); }
-LESS_INLINE Int operator<(Vec a, Vec b) {
-  return _mm256_castps_si256(_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ));
+// The same where they lie in memory: aligned as their elements only, of whatever type.
+typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
+typedef Halves HalvesInMemory __attribute__((aligned(2), may_alias));
+typedef Bytes BytesInMemory __attribute__((aligned(1), may_alias));
+
+LESS_INLINE Halves load_halves(const void* p) { return *static_cast<const HalvesInMemory*>(p); }
+LESS_INLINE Bytes load_bytes(const void* p) { return *static_cast<const BytesInMemory*>(p); }
+LESS_INLINE void store_halves(Halves x, void* p) { *static_cast<HalvesInMemory*>(p) = x; }
+LESS_INLINE void store_bytes(Bytes x, void* p) { *static_cast<BytesInMemory*>(p) = x; }
+
+// -- hooks ----------------------------------------------------------------------------------------
+//
+//   fused(a, b, c)      a * b + c
+//   larger, smaller     b where a is NaN or both are zero
+//   from_fp16, to_fp16  as to_float() and from_float() of half.h
+//   unsigned_ints(x)    from 16 bits, zeros above
+//   signed_ints(x)      from 8 bits, the sign above
+//   low_halves(a)       the lower 16 bits of each element, where the upper 16 are zero
+//   low_bytes(a)        the lower 8 bits of each element, which is within +-127
+
+#if defined(LESS_ISA_avx512)
+
+LESS_INLINE Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+LESS_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+LESS_INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+LESS_INLINE Floats from_fp16(Halves x) { return _mm512_cvtph_ps((__m256i)x); }
+LESS_INLINE Halves to_fp16(Floats x) {
+  return (Halves)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-LESS_INLINE Int as_int(Vec a) { return _mm256_castps_si256(a.x); }
-LESS_INLINE Vec as_vec(Int a) { return _mm256_castsi256_ps(a.x); }
-LESS_INLINE Vec to_vec(Int a) { return _mm256_cvtepi32_ps(a.x); }
+LESS_INLINE Ints unsigned_ints(Halves x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)x); }
+LESS_INLINE Ints signed_ints(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+LESS_INLINE Halves low_halves(Ints a) { return (Halves)_mm512_cvtepi32_epi16((__m512i)a); }
+LESS_INLINE Bytes low_bytes(Ints a) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)a); }
 
-// Lower 16 bits of each element, to p[0..8).
-LESS_INLINE void store_low_halves(Int a, void* p) {
-  const __m256i packed = _mm256_packus_epi32(a.x, a.x);
-  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0x08);
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+#elif defined(LESS_ISA_avx2)
+
+LESS_INLINE Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+LESS_INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+LESS_INLINE Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+LESS_INLINE Floats from_fp16(Halves x) { return _mm256_cvtph_ps((__m128i)x); }
+LESS_INLINE Halves to_fp16(Floats x) {
+  return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+LESS_INLINE Ints unsigned_ints(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
+LESS_INLINE Ints signed_ints(Bytes x) {
+  return (Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)x));
+}
+LESS_INLINE Halves low_halves(Ints a) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)a, (__m256i)a);  // within 128 bits
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+LESS_INLINE Bytes low_bytes(Ints a) {
+  const __m128i lower = _mm256_castsi256_si128((__m256i)a);
+  const __m128i halves = _mm_packs_epi32(lower, _mm256_extracti128_si256((__m256i)a, 1));
+  return (Bytes)_mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+}
+
+#elif defined(LESS_ISA_neon)
+
+LESS_INLINE Floats fused(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+LESS_INLINE Floats larger(Floats a, Floats b) { return b < a ? a : b; }
+LESS_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+LESS_INLINE Floats from_fp16(Halves x) { return vcvt_f32_f16((float16x4_t)x); }
+LESS_INLINE Halves to_fp16(Floats x) { return (Halves)vcvt_f16_f32(x); }
+LESS_INLINE Ints unsigned_ints(Halves x) { return (Ints)vmovl_u16(x); }
+LESS_INLINE Ints signed_ints(Bytes x) {
+  uint32_t four;
+  std::memcpy(&four, &x, sizeof four);
+  return vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)vcreate_u8(four))));
+}
+LESS_INLINE Halves low_halves(Ints a) { return (Halves)vmovn_s32(a); }
+LESS_INLINE Bytes low_bytes(Ints a) {
+  const int16x4_t halves = vmovn_s32(a);
+  const uint32_t four = vget_lane_u32((uint32x2_t)vmovn_s16(vcombine_s16(halves, halves)), 0);
+  Bytes x;
+  std::memcpy(&x, &four, sizeof x);
+  return x;
 }
 
 #else
 
-// -- portable -------------------------------------------------------------------------------------
+LESS_INLINE Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
+LESS_INLINE Floats larger(Floats a, Floats b) { return b < a ? a : b; }
+LESS_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+LESS_INLINE Ints unsigned_ints(Halves x) { return __builtin_convertvector(x, Ints); }
+LESS_INLINE Ints signed_ints(Bytes x) { return __builtin_convertvector(x, Ints); }
+LESS_INLINE Halves low_halves(Ints a) { return __builtin_convertvector(a, Halves); }
+LESS_INLINE Bytes low_bytes(Ints a) { return __builtin_convertvector(a, Bytes); }
 
-typedef float Float4 __attribute__((vector_size(16)));
-typedef int32_t Int4 __attribute__((vector_size(16)));
-typedef uint32_t Uint4 __attribute__((vector_size(16)));
-typedef uint16_t Half4 __attribute__((vector_size(8)));
-
-struct Int {  // 8 x int32; as a mask, all bits or none of each
-  Int4 lo, hi;
-  Int() = default;
-  LESS_INLINE Int(Int4 low, Int4 high) : lo(low), hi(high) {}
-  LESS_INLINE Int(int32_t all) : lo(Int4{} + all), hi(Int4{} + all) {}
-};
-
-LESS_INLINE Int operator+(Int a, Int b) { return {a.lo + b.lo, a.hi + b.hi}; }
-LESS_INLINE Int operator-(Int a, Int b) { return {a.lo - b.lo, a.hi - b.hi}; }
-LESS_INLINE Int operator&(Int a, Int b) { return {a.lo & b.lo, a.hi & b.hi}; }
-LESS_INLINE Int operator|(Int a, Int b) { return {a.lo | b.lo, a.hi | b.hi}; }
-LESS_INLINE Int operator>(Int a, Int b) { return {Int4(a.lo > b.lo), Int4(a.hi > b.hi)}; }
-LESS_INLINE Int operator==(Int a, Int b) { return {Int4(a.lo == b.lo), Int4(a.hi == b.hi)}; }
-template <int kBits>
-LESS_INLINE Int shift_left(Int a) {
-  return {Int4(Uint4(a.lo) << kBits), Int4(Uint4(a.hi) << kBits)};
-}
-template <int kBits>
-LESS_INLINE Int shift_right(Int a) {  // zeros enter
-  return {Int4(Uint4(a.lo) >> kBits), Int4(Uint4(a.hi) >> kBits)};
-}
-template <int kBits>
-LESS_INLINE Int shift_right_signed(Int a) {  // the sign enters
-  return {a.lo >> kBits, a.hi >> kBits};
-}
-LESS_INLINE Int select(Int mask, Int a, Int b) {
-  return {(a.lo & mask.lo) | (b.lo & ~mask.lo), (a.hi & mask.hi) | (b.hi & ~mask.hi)};
+LESS_INLINE Floats from_fp16(Halves x) {
+  const Ints half = __builtin_convertvector(x, Ints);
+  const Ints sign = (half & 0x8000) << 16;
+  const Ints magnitude = half & 0x7fff;
+  const Ints small = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
+  const Ints normal = (magnitude << 13) + (112 << 23);
+  const Ints special = (magnitude << 13) | (255 << 23);
+  const Ints bits = magnitude < 0x400 ? small : magnitude > 0x7bff ? special : normal;
+  return (Floats)(bits | sign);
 }
 
-struct Vec {
-  static constexpr int kSize = 8;
-  Float4 lo, hi;
-
-  Vec() = default;
-  LESS_INLINE Vec(Float4 low, Float4 high) : lo(low), hi(high) {}
-  LESS_INLINE Vec(float all) : lo(Float4{all, all, all, all}), hi(Float4{all, all, all, all}) {}
-
-  static LESS_INLINE Vec load(const float* p) {
-    Vec v;
-    std::memcpy(&v.lo, p, 16);
-    std::memcpy(&v.hi, p + 4, 16);
-    return v;
-  }
-  static LESS_INLINE Vec load(const bf16* p);
-  static LESS_INLINE Vec load(const fp16* p);
-  template <typename T>
-  static LESS_INLINE Vec load(const T* p, int n, float fill = 0.0f);
-
-  LESS_INLINE void store(float* p) const {
-    std::memcpy(p, &lo, 16);
-    std::memcpy(p + 4, &hi, 16);
-  }
-  LESS_INLINE void store(bf16* p) const;
-  LESS_INLINE void store(fp16* p) const;
-  template <typename T>
-  LESS_INLINE void store(T* p, int n) const;
-};
-
-LESS_INLINE Vec operator+(Vec a, Vec b) { return {a.lo + b.lo, a.hi + b.hi}; }
-LESS_INLINE Vec operator-(Vec a, Vec b) { return {a.lo - b.lo, a.hi - b.hi}; }
-LESS_INLINE Vec operator*(Vec a, Vec b) { return {a.lo * b.lo, a.hi * b.hi}; }
-LESS_INLINE Vec operator/(Vec a, Vec b) { return {a.lo / b.lo, a.hi / b.hi}; }
-LESS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-LESS_INLINE Int operator<(Vec a, Vec b) { return {Int4(a.lo < b.lo), Int4(a.hi < b.hi)}; }
-LESS_INLINE Int as_int(Vec a) { return {Int4(a.lo), Int4(a.hi)}; }
-LESS_INLINE Vec as_vec(Int a) { return {Float4(a.lo), Float4(a.hi)}; }
-LESS_INLINE Vec to_vec(Int a) {
-  return {__builtin_convertvector(a.lo, Float4), __builtin_convertvector(a.hi, Float4)};
-}
-// b where a is NaN or both are zero: max(limit, x) lets a NaN x through.
-LESS_INLINE Vec max(Vec a, Vec b) { return as_vec(select(b < a, as_int(a), as_int(b))); }
-LESS_INLINE Vec min(Vec a, Vec b) { return as_vec(select(a < b, as_int(a), as_int(b))); }
-
-LESS_INLINE Int load_halves(const void* p) {
-  Half4 lo, hi;
-  std::memcpy(&lo, p, 8);
-  std::memcpy(&hi, static_cast<const char*>(p) + 8, 8);
-  return {__builtin_convertvector(lo, Int4), __builtin_convertvector(hi, Int4)};
-}
-
-// Lower 16 bits of each element, to p[0..8).
-LESS_INLINE void store_low_halves(Int a, void* p) {
-  const Half4 lo = __builtin_convertvector(a.lo, Half4);
-  const Half4 hi = __builtin_convertvector(a.hi, Half4);
-  std::memcpy(p, &lo, 8);
-  std::memcpy(static_cast<char*>(p) + 8, &hi, 8);
-}
-
-LESS_INLINE Vec Vec::load(const bf16* p) { return as_vec(shift_left<16>(load_halves(p))); }
-
-LESS_INLINE Vec Vec::load(const fp16* p) {  // as to_float(fp16) in half.h
-  const Int half = load_halves(p);
-  const Int sign = shift_left<16>(half & Int(0x8000));
-  const Int magnitude = half & Int(0x7fff);
-  const Int small = as_int(to_vec(magnitude) * Vec(0x1p-24f));
-  const Int normal = shift_left<13>(magnitude) + Int(112 << 23);
-  const Int special = shift_left<13>(magnitude) | Int(255 << 23);
-  const Int bits =
-      select(Int(0x400) > magnitude, small, select(magnitude > Int(0x7bff), special, normal));
-  return as_vec(bits | sign);
-}
-
-LESS_INLINE void Vec::store(fp16* p) const {  // as from_float<fp16>() in half.h
-  const Int u = as_int(*this);
-  const Int sign = shift_right<16>(u) & Int(0x8000);
-  const Int a = u & Int(0x7fffffff);
-  const Int small = as_int(as_vec(a) + Vec(0.5f)) - Int(0x3f000000);
-  const Int odd = shift_right<13>(a) & Int(1);
-  const Int normal = shift_right<13>(a - Int(0x38000000) + Int(0xfff) + odd);
-  const Int nan = (shift_right<13>(a) & Int(0x3ff)) | Int(0x7e00);
-  const Int large = select(a > Int(0x7f800000), nan, Int(0x7c00));
-  const Int half = select(a > Int(0x477fffff), large, select(Int(0x38800000) > a, small, normal));
-  store_low_halves(half | sign, p);
+LESS_INLINE Halves to_fp16(Floats x) {
+  const Ints u = (Ints)x;
+  const Ints sign = (Ints)((Words)u >> 16) & 0x8000;
+  const Ints a = u & 0x7fffffff;
+  const Ints small = (Ints)((Floats)a + 0.5f) - 0x3f000000;
+  const Ints odd = (a >> 13) & 1;
+  const Ints normal = (a - 0x38000000 + 0xfff + odd) >> 13;
+  const Ints nan = ((a >> 13) & 0x3ff) | 0x7e00;
+  const Ints large = a > 0x7f800000 ? nan : 0x7c00 - Ints{};
+  const Ints half = a > 0x477fffff ? large : a < 0x38800000 ? small : normal;
+  return low_halves(half | sign);
 }
 
 #endif
 
 // -- written once ---------------------------------------------------------------------------------
 
+struct Int {  // kSize x int32; as a mask, all bits or none of each
+  Ints part[kParts];
+
+  Int() = default;
+  LESS_INLINE Int(int32_t all) { LESS_EACH_PART(part[i] = all - Ints{}); }
+};
+
+LESS_INLINE Int operator+(Int a, Int b) {
+  LESS_EACH_PART(a.part[i] += b.part[i]);
+  return a;
+}
+LESS_INLINE Int operator-(Int a, Int b) {
+  LESS_EACH_PART(a.part[i] -= b.part[i]);
+  return a;
+}
+LESS_INLINE Int operator&(Int a, Int b) {
+  LESS_EACH_PART(a.part[i] &= b.part[i]);
+  return a;
+}
+LESS_INLINE Int operator|(Int a, Int b) {
+  LESS_EACH_PART(a.part[i] |= b.part[i]);
+  return a;
+}
+LESS_INLINE Int operator>(Int a, Int b) {
+  LESS_EACH_PART(a.part[i] = a.part[i] > b.part[i]);
+  return a;
+}
+LESS_INLINE Int operator==(Int a, Int b) {
+  LESS_EACH_PART(a.part[i] = a.part[i] == b.part[i]);
+  return a;
+}
+template <int kBits>
+LESS_INLINE Int shift_left(Int a) {
+  LESS_EACH_PART(a.part[i] = (Ints)((Words)a.part[i] << kBits));
+  return a;
+}
+template <int kBits>
+LESS_INLINE Int shift_right(Int a) {  // zeros enter
+  LESS_EACH_PART(a.part[i] = (Ints)((Words)a.part[i] >> kBits));
+  return a;
+}
+template <int kBits>
+LESS_INLINE Int shift_right_signed(Int a) {  // the sign enters
+  LESS_EACH_PART(a.part[i] = a.part[i] >> kBits);
+  return a;
+}
+LESS_INLINE Int select(Int mask, Int a, Int b) {
+  LESS_EACH_PART(a.part[i] = mask.part[i] ? a.part[i] : b.part[i]);
+  return a;
+}
+
+struct Vec {
+  static constexpr int kSize = kParts * kNative;
+  Floats part[kParts];
+
+  Vec() = default;
+  LESS_INLINE Vec(float all) {
+    LESS_EACH_PART(part[i] = all - Floats{});  // keeps the sign of -0
+  }
+
+  static LESS_INLINE Vec load(const float* p);
+  static LESS_INLINE Vec load(const bf16* p);
+  static LESS_INLINE Vec load(const fp16* p);
+  static LESS_INLINE Vec load(const int8_t* p);
+  template <typename T>
+  static LESS_INLINE Vec load(const T* p, int n, float fill = 0.0f);
+
+  LESS_INLINE void store(float* p) const;
+  LESS_INLINE void store(bf16* p) const;
+  LESS_INLINE void store(fp16* p) const;
+  LESS_INLINE void store(int8_t* p) const;  // not for NaN
+  template <typename T>
+  LESS_INLINE void store(T* p, int n) const;
+};
+
+LESS_INLINE Vec operator+(Vec a, Vec b) {
+  LESS_EACH_PART(a.part[i] += b.part[i]);
+  return a;
+}
+LESS_INLINE Vec operator-(Vec a, Vec b) {
+  LESS_EACH_PART(a.part[i] -= b.part[i]);
+  return a;
+}
+LESS_INLINE Vec operator*(Vec a, Vec b) {
+  LESS_EACH_PART(a.part[i] *= b.part[i]);
+  return a;
+}
+LESS_INLINE Vec operator/(Vec a, Vec b) {
+  LESS_EACH_PART(a.part[i] /= b.part[i]);
+  return a;
+}
+LESS_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  LESS_EACH_PART(a.part[i] = fused(a.part[i], b.part[i], c.part[i]));
+  return a;
+}
+// b where a is NaN or both are zero: max(limit, x) lets a NaN x through.
+LESS_INLINE Vec max(Vec a, Vec b) {
+  LESS_EACH_PART(a.part[i] = larger(a.part[i], b.part[i]));
+  return a;
+}
+LESS_INLINE Vec min(Vec a, Vec b) {
+  LESS_EACH_PART(a.part[i] = smaller(a.part[i], b.part[i]));
+  return a;
+}
+LESS_INLINE Int operator<(Vec a, Vec b) {
+  Int mask;
+  LESS_EACH_PART(mask.part[i] = a.part[i] < b.part[i]);
+  return mask;
+}
+LESS_INLINE Int as_int(Vec a) {
+  Int bits;
+  LESS_EACH_PART(bits.part[i] = (Ints)a.part[i]);
+  return bits;
+}
+LESS_INLINE Vec as_vec(Int a) {
+  Vec x;
+  LESS_EACH_PART(x.part[i] = (Floats)a.part[i]);
+  return x;
+}
+LESS_INLINE Vec to_vec(Int a) {
+  Vec x;
+  LESS_EACH_PART(x.part[i] = __builtin_convertvector(a.part[i], Floats));
+  return x;
+}
 LESS_INLINE Vec select(Int mask, Vec a, Vec b) {
-  return as_vec(select(mask, as_int(a), as_int(b)));
+  LESS_EACH_PART(a.part[i] = mask.part[i] ? a.part[i] : b.part[i]);
+  return a;
 }
 LESS_INLINE Vec abs(Vec a) { return as_vec(as_int(a) & Int(0x7fffffff)); }
 LESS_INLINE Vec operator-(Vec a) { return as_vec(as_int(a) + Int(INT32_MIN)); }
 
+LESS_INLINE Vec Vec::load(const float* p) {
+  Vec x;
+  LESS_EACH_PART(x.part[i] = *reinterpret_cast<const FloatsInMemory*>(p + i * kNative));
+  return x;
+}
+LESS_INLINE Vec Vec::load(const bf16* p) {
+  Vec x;
+  LESS_EACH_PART(x.part[i] = (Floats)(unsigned_ints(load_halves(p + i * kNative)) << 16));
+  return x;
+}
+LESS_INLINE Vec Vec::load(const fp16* p) {
+  Vec x;
+  LESS_EACH_PART(x.part[i] = from_fp16(load_halves(p + i * kNative)));
+  return x;
+}
+LESS_INLINE Vec Vec::load(const int8_t* p) {
+  Int x;
+  LESS_EACH_PART(x.part[i] = signed_ints(load_bytes(p + i * kNative)));
+  return to_vec(x);
+}
+
+LESS_INLINE void Vec::store(float* p) const {
+  LESS_EACH_PART(*reinterpret_cast<FloatsInMemory*>(p + i * kNative) = part[i]);
+}
 LESS_INLINE void Vec::store(bf16* p) const {  // as from_float<bf16>() in half.h
   const Int u = as_int(*this);
   const Int top = shift_right<16>(u);
   const Int rounded = shift_right<16>(u + Int(0x7fff) + (top & Int(1)));
   const Int nan = (u & Int(0x7fffffff)) > Int(0x7f800000);
-  store_low_halves(select(nan, top | Int(0x40), rounded), p);
+  const Int half = select(nan, top | Int(0x40), rounded);
+  LESS_EACH_PART(store_halves(low_halves(half.part[i]), p + i * kNative));
+}
+LESS_INLINE void Vec::store(fp16* p) const {
+  LESS_EACH_PART(store_halves(to_fp16(part[i]), p + i * kNative));
+}
+LESS_INLINE void Vec::store(int8_t* p) const {
+  const Vec shifter(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Vec x = min(Vec(127.0f), max(Vec(-127.0f), *this));
+  const Int whole = as_int(x + shifter) - as_int(shifter);
+  LESS_EACH_PART(store_bytes(low_bytes(whole.part[i]), p + i * kNative));
 }
 
 template <typename T>
@@ -270,20 +385,49 @@ LESS_INLINE void Vec::store(T* p, int n) const {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
-// Sum of the eight, always in this order: ((0+4)+(2+6)) + ((1+5)+(3+7)).
-LESS_INLINE float sum(Vec a) {
-  float x[Vec::kSize];
-  a.store(x);
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+// Elements 4 i to 4 i + 3.
+LESS_INLINE Four quarter(Vec a, int i) {
+  const Floats x = a.part[4 * i / kNative];
+  const int first = 4 * i % kNative;
+  return Four{x[first], x[first + 1], x[first + 2], x[first + 3]};
 }
 
-// Largest of the eight. Not for NaN.
+// The upper half added to the lower, until four are left.
+LESS_INLINE Four sum_to_four(Vec a) {
+#ifdef LESS_ISA_avx512
+  const __m256 x = _mm512_castps512_ps256(a.part[0]) + _mm512_extractf32x8_ps(a.part[0], 1);
+  return _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+#else
+  return quarter(a, 0) + quarter(a, 1);
+#endif
+}
+
+// Sum of all, always by halves: of eight ((0+4)+(2+6)) + ((1+5)+(3+7)).
+LESS_INLINE float sum(Vec a) {
+  const Four x = sum_to_four(a);
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+// The sums of four, to out[0..4), in fewer instructions than one by one; the same bits.
+LESS_INLINE void sum(const Vec (&a)[4], float* out) {
+  const Four w = sum_to_four(a[0]), x = sum_to_four(a[1]);
+  const Four y = sum_to_four(a[2]), z = sum_to_four(a[3]);
+  const Four wx = Four{w[0], w[1], x[0], x[1]} + Four{w[2], w[3], x[2], x[3]};
+  const Four yz = Four{y[0], y[1], z[0], z[1]} + Four{y[2], y[3], z[2], z[3]};
+  const Four all = Four{wx[0], wx[2], yz[0], yz[2]} + Four{wx[1], wx[3], yz[1], yz[3]};
+  std::memcpy(out, &all, sizeof all);
+}
+
+// Largest of all. Not for NaN.
 LESS_INLINE float max_of(Vec a) {
-  float x[Vec::kSize];
-  a.store(x);
-  float largest = x[0];
-  for (int i = 1; i < Vec::kSize; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  Four x = quarter(a, 0);
+  for (int i = 1; i < Vec::kSize / 4; ++i) {
+    const Four y = quarter(a, i);
+    x = x > y ? x : y;
+  }
+  const float even = x[0] > x[2] ? x[0] : x[2];
+  const float odd = x[1] > x[3] ? x[1] : x[3];
+  return even > odd ? even : odd;
 }
 
 // e^x, within 2 ulp over the whole float range, subnormal results included; 0 at -inf, inf from

@@ -34,11 +34,24 @@ void simd_test(const SimdTestParams& p, int64_t begin, int64_t end) {
       return map<float, bf16>(p, begin, end, same);
     case SimdTest::to_fp16:
       return map<float, fp16>(p, begin, end, same);
+    case SimdTest::from_i8:
+      return map<int8_t, float>(p, begin, end, same);
+    case SimdTest::to_i8:
+      return map<float, int8_t>(p, begin, end, same);
     case SimdTest::sum:
       *dst = sum(Vec::load(src, int(end - begin)));
       return;
     case SimdTest::max:
       *dst = max_of(Vec::load(src, int(end - begin), -kInfinity));
+      return;
+    case SimdTest::sums: {
+      Vec x[4];
+      for (int i = 0; i < 4; ++i) x[i] = Vec::load(src + i * Vec::kSize);
+      sum(x, dst);
+      return;
+    }
+    case SimdTest::width:
+      *dst = float(Vec::kSize);
       return;
   }
 }
