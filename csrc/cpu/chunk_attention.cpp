@@ -2,103 +2,183 @@
 // low-rank state and, causally, the call's tokens; the state is one more part of the softmax, with
 // log-mass log(phi z) and value phi H / phi z, so that every exponent is <= 0.
 //
-// chunk_attention: range (b, kv head, block of query tokens); a block holds the G query heads of
-//   kBlock / G tokens, so a key is widened once for all of them. Logits of a block: kBlock x N
-//   floats, never T x T. Writes out, share, softmax; and the scores, where one block is all.
-// chunk_scores: range (b, kv head, tile of keys); recomputes the logits of the tile from the
-//   maxima and sums that chunk_attention left, and adds up what each key received.
-// Order: keys ascending (slots, then call), queries ascending; one owner per element: neither the
-//   thread count nor the rest of the batch changes a bit.
+// chunk_attention: range (b, kv head, strip of query blocks). A block is the G query heads of
+//   kAttentionBlock / G tokens; its rows lie in the lanes of panels (panel.h). Keys come in tiles:
+//   logits, running maximum, e^(l - maximum), its sum and its product with v, tile by tile. Where
+//   scores are wanted the e^(l - maximum) of a block's tiles stay until the sums are known, and are
+//   then added up over the block's queries, so that no logit is computed twice.
+// chunk_scores: range (b, kv head); adds up the strips, and writes every score.
+// Memory: a tile of k and v is widened once per block, into the second-level cache; scratch is
+//   O(1), with scores O(kAttentionBlock N), never T x T.
+// Order: keys ascending (slots, then call), queries ascending; blocks and strips follow from what
+//   the row itself holds: neither the thread count nor the rest of the batch changes a bit.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/arena.h"
+#include "cpu/features.h"
+#include "cpu/panel.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
 
-constexpr int64_t kBlock = kAttentionBlock;
+constexpr int64_t kKeys = 96;  // keys per tile: a multiple of every kGroup
+// Products of q and k in one chain of fma: short, since what a logit is off by, its e^l is off by.
+constexpr int64_t kChain = 16;
 
-// The keys that a kv head of a row can see, in order: kept slots, then the call's valid tokens.
-template <typename T>
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+float power(float base, int64_t exponent) {
+  return base == 1.0f ? 1.0f : float(std::pow(double(base), double(exponent)));
+}
+
+// What a kv head of a row sees, in order: its kept slots, then the call's valid tokens.
 struct Keys {
-  std::vector<const T*> k;
-  std::vector<const T*> v;
-  std::vector<int32_t> source;  // slot, or index in the call
-  std::vector<int32_t> query;   // the row's valid tokens, as indices in the call
-  int64_t slots = 0;            // how many of k, v are slots
-  int64_t N = 0;
+  std::vector<int32_t> slot;
+  std::vector<int32_t> token;
 
-  void gather(const ChunkAttentionParams& p, int64_t b, int64_t head) {
-    k.clear();
-    v.clear();
-    source.clear();
-    query.clear();
-    const int64_t row = b * p.K + head;
-    const T* slot_k = static_cast<const T*>(p.slots.k) + row * p.slots.S * p.D;
-    const T* slot_v = static_cast<const T*>(p.slots.v) + row * p.slots.S * p.D;
+  void gather(const ChunkAttentionParams& p, int64_t row) {
+    slot.clear();
+    token.clear();
+    const int32_t* position = p.slots.position + row * p.slots.S;
     for (int64_t s = 0; s < p.slots.S; ++s) {
-      if (p.slots.position[row * p.slots.S + s] < 0) continue;
-      k.push_back(slot_k + s * p.D);
-      v.push_back(slot_v + s * p.D);
-      source.push_back(int32_t(s));
+      if (position[s] >= 0) slot.push_back(int32_t(s));
     }
-    slots = int64_t(k.size());
-    const T* new_k = static_cast<const T*>(p.k) + row * p.T * p.D;
-    const T* new_v = static_cast<const T*>(p.v) + row * p.T * p.D;
+    const bool* valid = p.valid == nullptr ? nullptr : p.valid + row / p.K * p.T;
     for (int64_t t = 0; t < p.T; ++t) {
-      if (p.valid != nullptr && !p.valid[b * p.T + t]) continue;
-      k.push_back(new_k + t * p.D);
-      v.push_back(new_v + t * p.D);
-      source.push_back(int32_t(t));
-      query.push_back(int32_t(t));
-    }
-    N = int64_t(k.size());
-  }
-};
-
-struct Work {
-  std::vector<float> q;      // [kBlock, width]
-  std::vector<float> logit;  // [kBlock, N]
-  std::vector<float> out;    // [kBlock, width]
-  std::vector<float> sum;    // [N]
-};
-
-int64_t tokens_per_block(const ChunkAttentionParams& p) {
-  return std::max<int64_t>(1, kBlock / (p.Q / p.K));
-}
-
-// Rows of a block: token-major, so that the rows of one token are consecutive: m = i * G + g.
-void load_queries(const ChunkAttentionParams& p, const int32_t* token, int64_t tokens, int64_t b,
-                  int64_t head, int64_t width, std::vector<float>& q) {
-  const int64_t G = p.Q / p.K;
-  q.assign(tokens * G * width, 0.0f);
-  for (int64_t i = 0; i < tokens; ++i) {
-    for (int64_t g = 0; g < G; ++g) {
-      const int64_t at = ((b * p.Q + head * G + g) * p.T + token[i]) * p.D;
-      widen(p.q, p.q_dtype, at, p.D, q.data() + (i * G + g) * width);
+      if (valid == nullptr || valid[t]) token.push_back(int32_t(t));
     }
   }
-}
 
-// logit[m][n] for keys n0 .. n0 + count of the list; -inf where a query comes before its key.
+  int64_t slots() const { return int64_t(slot.size()); }
+  int64_t tokens() const { return int64_t(token.size()); }
+  int64_t size() const { return slots() + tokens(); }
+};
+
+// How a row's queries are cut: into blocks, and those into strips of about the same work.
+struct Cut {
+  int64_t per_block;  // tokens
+  int64_t tokens;
+  int64_t slots;
+
+  Cut(const ChunkAttentionParams& p, const Keys& keys)
+      : per_block(std::max<int64_t>(1, kAttentionBlock / (p.Q / p.K))),
+        tokens(keys.tokens()),
+        slots(keys.slots()) {}
+
+  int64_t blocks() const { return ceil_div(tokens, per_block); }
+  int64_t strips() const { return std::min(kScoreStrips, blocks()); }
+  // Keys seen by the first n blocks, added up; block i ends at token (i + 1) per_block.
+  int64_t work(int64_t n) const { return n * slots + per_block * (n * (n + 1) / 2); }
+  int64_t first_block(int64_t strip) const {
+    int64_t n = 0;
+    while (work(n) * strips() < strip * work(blocks())) ++n;
+    return n;
+  }
+  // Keys that the first n blocks see.
+  int64_t seen(int64_t n) const { return slots + std::min(n * per_block, tokens); }
+};
+
+// Up to kKeys rows: all slots, or all of the call.
+struct Tile {
+  int64_t first;        // of the row's keys
+  int64_t count;        // 0: none
+  const float* k;       // [count, D]
+  const float* v;       // [count, D]
+  const float* weight;  // [count], null: 0
+};
+
+// `count` rows as floats: where they lie, or widened into scratch.
 template <typename T>
-void block_logits(const ChunkAttentionParams& p, const Keys<T>& keys, int64_t n0, int64_t count,
-                  int64_t first, int64_t tokens, const float* slot_weight, const float* q,
-                  int64_t width, Tile<T>& tile, float* logit, int64_t stride) {
-  const int64_t G = p.Q / p.K;
-  dots(q, tokens * G, width, keys.k.data() + n0, count, p.scale, tile, logit, stride);
-  for (int64_t i = 0; i < tokens; ++i) {
-    const int64_t visible = keys.slots + first + i + 1;  // of the whole list, for this token
-    for (int64_t g = 0; g < G; ++g) {
-      float* l = logit + (i * G + g) * stride;
-      for (int64_t n = n0; n < std::min(n0 + count, keys.slots); ++n) {
-        l[n - n0] += slot_weight[keys.source[n]];
+const float* tile_rows(const T* x, const int32_t* index, int64_t count, int64_t D, float* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (index[count - 1] - index[0] == count - 1) return x + index[0] * D;
+  }
+  for (int64_t n = 0; n < count; ++n) widen(x + index[n] * D, D, scratch + n * D);
+  return scratch;
+}
+
+// A panel's queries against a tile's keys.
+struct PanelStep {
+  const float* q;        // [D][kLanes]
+  const float* visible;  // [kLanes]     keys that each query sees, of the tile; null: all
+  const Tile& tile;
+  int64_t keys;  // of the tile, that some query sees
+  int64_t D;
+  float scale;
+  float* p;      // [keys][kLanes]  e^(l - top); written
+  float* top;    // [kLanes]        largest logit so far
+  float* total;  // [kLanes]        sum of e^(l - top)
+  float* out;    // [D][kLanes]     sum of e^(l - top) v
+};
+
+template <int kVecs>
+void attend_panel(const PanelStep& s) {
+  constexpr int kV = Vec::kSize;
+  Vec top[kVecs], shrink[kVecs], total[kVecs];
+  for (int j = 0; j < kVecs; ++j) top[j] = Vec::load(s.top + j * kV);
+  for_groups<kGroup<kVecs>>(s.keys, [&](auto group, int64_t n) {
+    Vec l[group][kVecs];
+    zero(l);
+    for (int64_t d = 0; d < s.D; d += kChain) {
+      Vec part[group][kVecs];
+      zero(part);
+      add_product<group, kVecs>(s.tile.k + n * s.D + d, s.D, 1, s.q + d * kLanes,
+                                std::min(kChain, s.D - d), part);
+      for (int i = 0; i < group; ++i) {
+        for (int j = 0; j < kVecs; ++j) l[i][j] = l[i][j] + part[i][j];
       }
-      for (int64_t n = std::max(visible, n0); n < n0 + count; ++n) l[n - n0] = -kInfinity;
+    }
+    for (int i = 0; i < group; ++i) {
+      const Vec weight(s.tile.weight == nullptr ? 0.0f : s.tile.weight[n + i]);
+      for (int j = 0; j < kVecs; ++j) l[i][j] = fma(l[i][j], Vec(s.scale), weight);
+    }
+    if (s.visible != nullptr) {
+      for (int j = 0; j < kVecs; ++j) {
+        const Vec visible = Vec::load(s.visible + j * kV);
+        for (int i = 0; i < group; ++i) {
+          l[i][j] = select(Vec(float(n + i)) < visible, l[i][j], Vec(-kInfinity));
+        }
+      }
+    }
+    for (int i = 0; i < group; ++i) {
+      for (int j = 0; j < kVecs; ++j) {
+        top[j] = max(top[j], l[i][j]);
+        l[i][j].store(s.p + (n + i) * kLanes + j * kV);
+      }
+    }
+  });
+  for (int j = 0; j < kVecs; ++j) {
+    shrink[j] = exp(Vec::load(s.top + j * kV) - top[j]);
+    total[j] = Vec(0.0f);
+  }
+  for (int64_t n = 0; n < s.keys; ++n) {
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec e = exp(Vec::load(s.p + n * kLanes + j * kV) - top[j]);
+      e.store(s.p + n * kLanes + j * kV);
+      total[j] = total[j] + e;
     }
   }
+  for (int j = 0; j < kVecs; ++j) {
+    top[j].store(s.top + j * kV);
+    fma(Vec::load(s.total + j * kV), shrink[j], total[j]).store(s.total + j * kV);
+  }
+  for_groups<kGroup<kVecs>>(s.D, [&](auto group, int64_t d) {
+    float* out = s.out + d * kLanes;
+    Vec a[group][kVecs];
+    zero(a);
+    add_product<group, kVecs>(s.tile.v + d, 1, s.D, s.p, s.keys, a);
+    for (int i = 0; i < group; ++i) {
+      for (int j = 0; j < kVecs; ++j) {
+        float* o = out + i * kLanes + j * kV;
+        fma(Vec::load(o), shrink[j], a[i][j]).store(o);
+      }
+    }
+  });
 }
 
 // What the state adds to one query: merges it into out and returns its part of the mass.
@@ -113,187 +193,245 @@ float merge_state(const ChunkAttentionParams& p, int64_t row, const float* phi, 
   const float kept_mass = std::exp(top - both) * total;
   const float low_mass = std::exp(log_low - both);
   const float inverse = 1.0f / (kept_mass + low_mass);
-  const float kept_part = kept_mass * inverse;  // out is already divided by total
-  const float low_part = low_mass * inverse / low;
+  const Vec kept_part(kept_mass * inverse);  // out is already divided by total
+  const Vec low_part(low_mass * inverse / low);
   const float* H = p.H + row * p.R * p.D;
-  for (int64_t d = 0; d < p.D; d += Vec::kSize) {
-    const int n = int(std::min<int64_t>(Vec::kSize, p.D - d));
+  for_each(out, p.D, [&](Vec kept, int64_t d, int n) {
     Vec a(0.0f);
     for (int64_t r = 0; r < p.R; ++r) {
       const float* h = H + r * p.D + d;
       a = fma(Vec(phi[r]), n == Vec::kSize ? Vec::load(h) : Vec::load(h, n), a);
     }
-    fma(a, Vec(low_part), Vec::load(out + d) * Vec(kept_part)).store(out + d);
-  }
+    return fma(a, low_part, kept * kept_part);
+  });
   return low_mass * inverse;
 }
 
-// received[n] += sum over the block's rows of fade * e^(l - top) / total; logit holds e^(l - top).
-void add_columns(const float* logit, int64_t stride, int64_t rows, int64_t N, const float* factor,
-                 float* received) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const Vec f(factor[m]);
-    const float* p = logit + m * stride;
-    for_each(received, N, [f, p](Vec a, int64_t i, int n) {
-      return fma(f, n == Vec::kSize ? Vec::load(p + i) : Vec::load(p + i, n), a);
-    });
-  }
-}
-
-float power(float base, int64_t exponent) {
-  return base == 1.0f ? 1.0f : float(std::pow(double(base), double(exponent)));
-}
-
-// Scores of keys n0 .. n0 + count from what they received.
+// The strips of one thread: what is in flight for a block, and scratch.
 template <typename T>
-void write_scores(const ChunkAttentionParams& p, const Keys<T>& keys, int64_t row, int64_t n0,
-                  int64_t count, const float* received) {
-  const float kept = power(p.decay, int64_t(keys.query.size()));
-  for (int64_t n = n0; n < n0 + count; ++n) {
-    const int64_t i = keys.source[n];
-    if (n < keys.slots) {
-      p.slot_score[row * p.slots.S + i] =
-          p.slots.score[row * p.slots.S + i] * kept + received[n - n0];
+class Attention {
+ public:
+  explicit Attention(const ChunkAttentionParams& p)
+      : p_(p),
+        G_(p.Q / p.K),
+        rows_(std::max(kAttentionBlock, G_)),
+        panels_(ceil_div(rows_, kLanes)),
+        tiles_(p.scores ? ceil_div(p.slots.S, kKeys) + ceil_div(p.T, kKeys) : 1),
+        arena_(Arena::size(kKeys * p.D) * 2 + Arena::size(panels_ * p.D * kLanes) * 2 +
+               Arena::size(tiles_ * panels_ * kKeys * kLanes) +
+               Arena::size(tiles_ * panels_ * kLanes) + Arena::size(panels_ * kLanes) * 3 +
+               Arena::size(kKeys) + Arena::size(kLanes) + Arena::size(p.D)),
+        k_(arena_.take(kKeys * p.D)),
+        v_(arena_.take(kKeys * p.D)),
+        q_(arena_.take(panels_ * p.D * kLanes)),
+        out_(arena_.take(panels_ * p.D * kLanes)),
+        p_kept_(arena_.take(tiles_ * panels_ * kKeys * kLanes)),
+        tile_top_(arena_.take(tiles_ * panels_ * kLanes)),
+        top_(arena_.take(panels_ * kLanes)),
+        total_(arena_.take(panels_ * kLanes)),
+        factor_(arena_.take(panels_ * kLanes)),
+        weight_(arena_.take(kKeys)),
+        visible_(arena_.take(kLanes)),
+        row_out_(arena_.take(p.D)) {}
+
+  void run(int64_t row, int64_t strip) {
+    if (row != row_) keys_.gather(p_, row);
+    row_ = row;
+    if (strip == 0) write_padding();
+    const Cut cut(p_, keys_);
+    if (strip >= cut.strips()) return;
+    const int64_t begin = cut.first_block(strip), end = cut.first_block(strip + 1);
+    float* received = nullptr;
+    if (p_.scores) {
+      received = p_.received + (row * p_.strips + strip) * (p_.slots.S + p_.T);
+      std::fill(received, received + cut.seen(end), 0.0f);
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      first_ = block * cut.per_block;
+      tokens_ = std::min(cut.per_block, cut.tokens - first_);
+      attend(cut.seen(block + 1), received);
+    }
+  }
+
+ private:
+  int64_t lanes() const { return tokens_ * G_; }
+  int64_t panels() const { return ceil_div(lanes(), kLanes); }
+  // Vectors of a panel that hold queries.
+  int vecs(int64_t panel) const { return lanes() - panel * kLanes <= Vec::kSize ? 1 : kPanelVecs; }
+  // Keys, of all, that lane m sees; lanes are token-major, m = i G + g.
+  int64_t seen(int64_t m) const { return keys_.slots() + first_ + m / G_ + 1; }
+  // Keys of a tile that a panel sees.
+  int64_t seen(int64_t panel, const Tile& tile) const {
+    const int64_t most = seen(std::min(lanes(), (panel + 1) * kLanes) - 1);
+    return std::clamp<int64_t>(most - tile.first, 0, tile.count);
+  }
+
+  void attend(int64_t N, float* received) {
+    load_queries();
+    for (int64_t first = 0, t = 0; first < N; ++t) {
+      const Tile tile = load_tile(first, N);
+      const int64_t kept = p_.scores ? t : 0;
+      for (int64_t panel = 0; panel < panels(); ++panel) attend_tile(panel, tile, kept);
+      if (p_.scores) std::copy(top_, top_ + panels() * kLanes, tile_top_ + t * panels_ * kLanes);
+      first += tile.count;
+    }
+    write_outputs();
+    if (received != nullptr) add_columns(N, received);
+  }
+
+  void load_queries() {
+    const int64_t head = row_ / p_.K * p_.Q + row_ % p_.K * G_;
+    std::fill(q_, q_ + panels() * p_.D * kLanes, 0.0f);
+    std::fill(out_, out_ + panels() * p_.D * kLanes, 0.0f);
+    std::fill(top_, top_ + panels() * kLanes, -FLT_MAX);
+    std::fill(total_, total_ + panels() * kLanes, 0.0f);
+    for (int64_t m = 0; m < lanes(); ++m) {
+      const int64_t at = (head + m % G_) * p_.T + keys_.token[first_ + m / G_];
+      widen(p_.q, p_.q_dtype, at * p_.D, p_.D, row_out_);
+      put_lane(row_out_, p_.D, m % kLanes, q_ + m / kLanes * p_.D * kLanes);
+    }
+  }
+
+  // Where the tile of key `first` begins and ends: no tile holds slots and tokens of the call.
+  Tile cut_tile(int64_t first, int64_t N) const {
+    const int64_t slots = keys_.slots(), end = first < slots ? slots : N;
+    return {first, std::min(kKeys, end - first), nullptr, nullptr, nullptr};
+  }
+
+  Tile load_tile(int64_t first, int64_t N) {
+    Tile tile = cut_tile(first, N);
+    const int64_t slots = keys_.slots();
+    if (first < slots) {
+      const int64_t at = row_ * p_.slots.S;
+      const int32_t* index = keys_.slot.data() + first;
+      tile.k =
+          tile_rows(static_cast<const T*>(p_.slots.k) + at * p_.D, index, tile.count, p_.D, k_);
+      tile.v =
+          tile_rows(static_cast<const T*>(p_.slots.v) + at * p_.D, index, tile.count, p_.D, v_);
+      for (int64_t n = 0; n < tile.count; ++n) weight_[n] = p_.slots.weight[at + index[n]];
+      tile.weight = weight_;
     } else {
-      p.chunk_score[row * p.T + i] = received[n - n0];
+      const int64_t at = row_ * p_.T;
+      const int32_t* index = keys_.token.data() + (first - slots);
+      tile.k = tile_rows(static_cast<const T*>(p_.k) + at * p_.D, index, tile.count, p_.D, k_);
+      tile.v = tile_rows(static_cast<const T*>(p_.v) + at * p_.D, index, tile.count, p_.D, v_);
     }
+    return tile;
   }
-}
 
-template <typename T>
-void attend_block(const ChunkAttentionParams& p, const Keys<T>& keys, int64_t b, int64_t head,
-                  int64_t block, Tile<T>& tile, Work& work) {
-  const int64_t G = p.Q / p.K, row = b * p.K + head, width = padded(p.D);
-  const int64_t per_block = tokens_per_block(p);
-  const int64_t count = int64_t(keys.query.size());
-  const int64_t first = block * per_block;
-  if (first >= count) return;
-  const int64_t tokens = std::min(per_block, count - first);
-  const int32_t* token = keys.query.data() + first;
-  const int64_t N = keys.slots + first + tokens;  // no later key is visible to this block
-  const int64_t rows = tokens * G;
-  load_queries(p, token, tokens, b, head, width, work.q);
-  work.logit.resize(rows * N);
-  work.out.assign(rows * width, 0.0f);
-  block_logits(p, keys, 0, N, first, tokens, p.slots.weight + row * p.slots.S, work.q.data(), width,
-               tile, work.logit.data(), N);
+  void attend_tile(int64_t panel, const Tile& tile, int64_t kept) {
+    const int64_t keys = seen(panel, tile);
+    if (keys == 0) return;
+    const bool masked = seen(panel * kLanes) - tile.first < keys;
+    if (masked) {
+      for (int64_t m = 0; m < kLanes; ++m) {
+        visible_[m] = float(seen(panel * kLanes + m) - tile.first);
+      }
+    }
+    const PanelStep step{
+        .q = q_ + panel * p_.D * kLanes,
+        .visible = masked ? visible_ : nullptr,
+        .tile = tile,
+        .keys = keys,
+        .D = p_.D,
+        .scale = p_.scale,
+        .p = p_kept_ + (kept * panels_ + panel) * kKeys * kLanes,
+        .top = top_ + panel * kLanes,
+        .total = total_ + panel * kLanes,
+        .out = out_ + panel * p_.D * kLanes,
+    };
+    if (vecs(panel) == 1) return attend_panel<1>(step);
+    attend_panel<kPanelVecs>(step);
+  }
 
-  float top[kBlock], total[kBlock], factor[kBlock];
-  std::vector<float> more;
-  float *tops = top, *totals = total, *factors = factor;
-  if (rows > kBlock) {  // groups wider than a block: one token at a time
-    more.resize(3 * rows);
-    tops = more.data();
-    totals = tops + rows;
-    factors = totals + rows;
+  // out and share of the block's queries; and factor: what a query's weight counts in a score.
+  void write_outputs() {
+    const int64_t head = row_ / p_.K * p_.Q + row_ % p_.K * G_;
+    std::fill(factor_, factor_ + panels() * kLanes, 0.0f);
+    float fade = 1.0f;
+    for (int64_t m = 0; m < lanes(); ++m) {
+      const int64_t i = first_ + m / G_;
+      if (m % G_ == 0) fade = power(p_.decay, keys_.tokens() - 1 - i);
+      const int64_t at = (head + m % G_) * p_.T + keys_.token[i];
+      const float inverse = 1.0f / total_[m];
+      factor_[m] = fade * inverse;
+      take_lane(out_ + m / kLanes * p_.D * kLanes, p_.D, m % kLanes, row_out_);
+      for_each(row_out_, p_.D, [inverse](Vec x, int64_t, int) { return x * Vec(inverse); });
+      p_.share[at] = p_.phi_q == nullptr ? 0.0f
+                                         : merge_state(p_, row_, p_.phi_q + at * p_.R, top_[m],
+                                                       total_[m], row_out_);
+      narrow(row_out_, p_.D, p_.q_dtype, at * p_.D, p_.out);
+    }
   }
-  for (int64_t m = 0; m < rows; ++m) {
-    float* l = work.logit.data() + m * N;
-    tops[m] = largest_of(l, N);
-    totals[m] = exp_and_sum(l, N, tops[m]);
-    factors[m] = power(p.decay, count - 1 - (first + m / G)) / totals[m];
-  }
-  weighted_sum(work.logit.data(), rows, N, keys.v.data(), N, tile, work.out.data(), width);
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t query = b * p.Q + head * G + m % G;
-    const int64_t at = query * p.T + token[m / G];
-    float* out = work.out.data() + m * width;
-    const Vec inverse(1.0f / totals[m]);
-    for (int64_t d = 0; d < width; d += Vec::kSize) (Vec::load(out + d) * inverse).store(out + d);
-    p.share[at] = p.phi_q == nullptr
-                      ? 0.0f
-                      : merge_state(p, row, p.phi_q + at * p.R, tops[m], totals[m], out);
-    narrow(out, p.D, p.q_dtype, at * p.D, p.out);
-    p.softmax[2 * at] = tops[m];
-    p.softmax[2 * at + 1] = 1.0f / totals[m];
-  }
-  if (p.scores && count <= per_block) {
-    work.sum.assign(N, 0.0f);
-    add_columns(work.logit.data(), N, rows, N, factors, work.sum.data());
-    write_scores(p, keys, row, 0, N, work.sum.data());
-  }
-}
 
-// Everything that no query of a block writes: padding, empty slots, and scores that stay.
-void write_rest(const ChunkAttentionParams& p, int64_t b, int64_t head) {
-  const int64_t G = p.Q / p.K, row = b * p.K + head;
-  bool any = p.valid == nullptr;
-  for (int64_t t = 0; t < p.T; ++t) {
-    if (p.valid == nullptr || p.valid[b * p.T + t]) {
-      any = true;
-      if (!p.scores) p.chunk_score[row * p.T + t] = 0.0f;
-      continue;
-    }
-    p.chunk_score[row * p.T + t] = 0.0f;
-    for (int64_t g = 0; g < G; ++g) {
-      const int64_t at = (b * p.Q + head * G + g) * p.T + t;
-      const int64_t bytes = p.q_dtype == DType::f32 ? 4 : 2;
-      std::memset(static_cast<char*>(p.out) + at * p.D * bytes, 0, p.D * bytes);
-      p.share[at] = 0.0f;
+  // received[n] += sum over the block's queries of factor e^(l - top), from what is kept of tiles.
+  void add_columns(int64_t N, float* received) {
+    for (int64_t first = 0, t = 0; first < N; ++t) {
+      const Tile tile = cut_tile(first, N);
+      float* factor = tile_top_ + t * panels_ * kLanes;
+      for (int64_t m = 0; m < panels() * kLanes; m += Vec::kSize) {
+        const Vec since = exp(Vec::load(factor + m) - Vec::load(top_ + m));
+        (since * Vec::load(factor_ + m)).store(factor + m);
+      }
+      const float* p = p_kept_ + t * panels_ * kKeys * kLanes;
+      int64_t from = 0;  // the first panel that sees key n
+      for (int64_t n = 0; n < tile.count; ++n) {
+        while (seen(from, tile) <= n) ++from;
+        Vec sum_of_key(0.0f);
+        for (int64_t panel = from; panel < panels(); ++panel) {
+          for (int j = 0; j < vecs(panel); ++j) {
+            const int64_t lane = j * Vec::kSize;
+            sum_of_key = fma(Vec::load(factor + panel * kLanes + lane),
+                             Vec::load(p + (panel * kKeys + n) * kLanes + lane), sum_of_key);
+          }
+        }
+        received[first + n] += sum(sum_of_key);
+      }
+      first += tile.count;
     }
   }
-  for (int64_t s = 0; s < p.slots.S; ++s) {
-    const int64_t i = row * p.slots.S + s;
-    if (p.slots.position[i] < 0) {
-      p.slot_score[i] = 0.0f;
-    } else if (!p.scores || !any) {
-      p.slot_score[i] = p.slots.score[i];
+
+  void write_padding() {
+    if (p_.valid == nullptr) return;
+    const int64_t b = row_ / p_.K, bytes = p_.D * (p_.q_dtype == DType::f32 ? 4 : 2);
+    for (int64_t t = 0; t < p_.T; ++t) {
+      if (p_.valid[b * p_.T + t]) continue;
+      for (int64_t g = 0; g < G_; ++g) {
+        const int64_t at = (b * p_.Q + row_ % p_.K * G_ + g) * p_.T + t;
+        std::memset(static_cast<char*>(p_.out) + at * bytes, 0, bytes);
+        p_.share[at] = 0.0f;
+      }
     }
   }
-}
+
+  const ChunkAttentionParams& p_;
+  const int64_t G_;
+  const int64_t rows_;    // of a block, at most
+  const int64_t panels_;  // of a block, at most
+  const int64_t tiles_;   // whose e^(l - top) are kept
+  Arena arena_;
+  float* const k_;         // [kKeys, D]
+  float* const v_;         // [kKeys, D]
+  float* const q_;         // [panels][D][kLanes]
+  float* const out_;       // [panels][D][kLanes]
+  float* const p_kept_;    // [tiles][panels][kKeys][kLanes]
+  float* const tile_top_;  // [tiles][panels][kLanes]  what each tile's p_kept_ is relative to
+  float* const top_;       // [panels][kLanes]
+  float* const total_;     // [panels][kLanes]
+  float* const factor_;    // [panels][kLanes]
+  float* const weight_;    // [kKeys]
+  float* const visible_;   // [kLanes]
+  float* const row_out_;   // [D]
+  Keys keys_;
+  int64_t row_ = -1;    // b * K + kv head
+  int64_t first_ = 0;   // of the block's tokens
+  int64_t tokens_ = 0;  // of the block
+};
 
 template <typename T>
 void attend(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  Keys<T> keys;
-  Tile<T> tile(p.D);
-  Work work;
-  const int64_t blocks = (p.T + tokens_per_block(p) - 1) / tokens_per_block(p);
-  int64_t gathered = -1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / blocks, b = row / p.K, head = row % p.K;
-    if (gathered != row) keys.gather(p, b, head);
-    gathered = row;
-    if (item % blocks == 0) write_rest(p, b, head);
-    attend_block(p, keys, b, head, item % blocks, tile, work);
-  }
-}
-
-template <typename T>
-void score(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  Keys<T> keys;
-  Tile<T> tile(p.D);
-  Work work;
-  const int64_t G = p.Q / p.K, width = padded(p.D), per_block = tokens_per_block(p);
-  const int64_t tiles = (p.slots.S + p.T + kScoreTile - 1) / kScoreTile;
-  std::vector<float> factor(std::max(kBlock, G));
-  int64_t gathered = -1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / tiles, b = row / p.K, head = row % p.K;
-    if (gathered != row) keys.gather(p, b, head);
-    gathered = row;
-    const int64_t n0 = item % tiles * kScoreTile;
-    const int64_t queries = int64_t(keys.query.size());
-    if (queries <= per_block || n0 >= keys.N) continue;
-    const int64_t count = std::min(kScoreTile, keys.N - n0);
-    work.sum.assign(kScoreTile, 0.0f);
-    // The first query that sees the tile's first key opens the first block that matters.
-    const int64_t start = std::max<int64_t>(0, n0 - keys.slots) / per_block * per_block;
-    for (int64_t first = start; first < queries; first += per_block) {
-      const int64_t tokens = std::min(per_block, queries - first);
-      const int32_t* token = keys.query.data() + first;
-      load_queries(p, token, tokens, b, head, width, work.q);
-      work.logit.resize(tokens * G * kScoreTile);
-      block_logits(p, keys, n0, count, first, tokens, p.slots.weight + row * p.slots.S,
-                   work.q.data(), width, tile, work.logit.data(), kScoreTile);
-      for (int64_t m = 0; m < tokens * G; ++m) {
-        const int64_t at = (b * p.Q + head * G + m % G) * p.T + token[m / G];
-        exp_and_sum(work.logit.data() + m * kScoreTile, count, p.softmax[2 * at]);
-        factor[m] = power(p.decay, queries - 1 - (first + m / G)) * p.softmax[2 * at + 1];
-      }
-      add_columns(work.logit.data(), kScoreTile, tokens * G, count, factor.data(), work.sum.data());
-    }
-    write_scores(p, keys, row, n0, count, work.sum.data());
-  }
+  Attention<T> attention(p);
+  for (int64_t item = begin; item < end; ++item) attention.run(item / p.strips, item % p.strips);
 }
 
 }  // namespace
@@ -312,15 +450,27 @@ void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) 
 }
 
 void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  switch (p.slots.dtype) {
-    case DType::f32:
-      return score<float>(p, begin, end);
-    case DType::bf16:
-      return score<bf16>(p, begin, end);
-    case DType::fp16:
-      return score<fp16>(p, begin, end);
-    case DType::i8:
-      return;  // no op lets it in
+  const int64_t S = p.slots.S;
+  Keys keys;
+  for (int64_t row = begin; row < end; ++row) {
+    const float* score = p.slots.score + row * S;
+    float* slot_score = p.slot_score + row * S;
+    float* chunk_score = p.chunk_score + row * p.T;
+    keys.gather(p, row);
+    std::fill(slot_score, slot_score + S, 0.0f);
+    std::fill(chunk_score, chunk_score + p.T, 0.0f);
+    const float kept = p.scores ? power(p.decay, keys.tokens()) : 1.0f;
+    for (int32_t s : keys.slot) slot_score[s] = score[s] * kept;
+    if (!p.scores) continue;
+    const Cut cut(p, keys);
+    for (int64_t strip = 0; strip < cut.strips(); ++strip) {
+      const float* received = p.received + (row * p.strips + strip) * (S + p.T);
+      const int64_t N = cut.seen(cut.first_block(strip + 1));
+      for (int64_t n = 0; n < keys.slots(); ++n) slot_score[keys.slot[n]] += received[n];
+      for (int64_t n = keys.slots(); n < N; ++n) {
+        chunk_score[keys.token[n - keys.slots()]] += received[n];
+      }
+    }
   }
 }
 

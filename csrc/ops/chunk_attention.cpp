@@ -45,7 +45,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
   Tensor slot_score = torch::stable::new_empty(score, {B, K, S});
   Tensor chunk_score = torch::stable::new_empty(score, {B, K, T});
   Tensor share = torch::stable::new_empty(score, {B, Q, T});
-  Tensor softmax = torch::stable::new_empty(score, {B, Q, T, 2});
+  const int64_t per_block = std::max<int64_t>(1, kAttentionBlock / (Q / K));
+  const int64_t strips = std::min(kScoreStrips, (T + per_block - 1) / per_block);
+  std::optional<Tensor> received;
+  if (scores) received = torch::stable::new_empty(score, {B, K, strips, S + T});
   const ChunkAttentionParams params{
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
@@ -59,11 +62,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
       .slot_score = slot_score.mutable_data_ptr<float>(),
       .chunk_score = chunk_score.mutable_data_ptr<float>(),
       .share = share.mutable_data_ptr<float>(),
-      .softmax = softmax.mutable_data_ptr<float>(),
+      .received = received ? received->mutable_data_ptr<float>() : nullptr,
       .q_dtype = q_type,
       .scores = scores,
       .scale = float(scale),
       .decay = float(decay),
+      .strips = strips,
       .B = B,
       .Q = Q,
       .K = K,
@@ -71,18 +75,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
       .D = D,
       .R = R,
   };
-  const int64_t G = Q / K, per_block = std::max<int64_t>(1, kAttentionBlock / G);
-  const int64_t blocks = (T + per_block - 1) / per_block;
-  const int64_t rows = std::min(T, per_block) * G;
-  torch::stable::parallel_for(
-      0, B * K * blocks, grain(rows * (S + T / 2 + 1) * 2 * D),
-      [&](int64_t begin, int64_t end) { cpu::chunk_attention(params, begin, end); });
-  if (scores && blocks > 1) {
-    const int64_t tiles = (S + T + kScoreTile - 1) / kScoreTile;
+  if (T > 0) {
     torch::stable::parallel_for(
-        0, B * K * tiles, grain(kScoreTile * T * G * D),
-        [&](int64_t begin, int64_t end) { cpu::chunk_scores(params, begin, end); });
+        0, B * K * strips, grain((T + strips - 1) / strips * (Q / K) * (S + T / 2 + 1) * 2 * D),
+        [&](int64_t begin, int64_t end) { cpu::chunk_attention(params, begin, end); });
   }
+  torch::stable::parallel_for(0, B * K, grain((S + T) * strips), [&](int64_t begin, int64_t end) {
+    cpu::chunk_scores(params, begin, end);
+  });
   return {out, slot_score, chunk_score, share};
 }
 

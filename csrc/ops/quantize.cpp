@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor> quantize_cpu(Tensor x) {
       .rows = B * K * T,
       .D = D,
   };
-  torch::stable::parallel_for(
-      0, params.rows, grain(2 * D),
-      [&](int64_t begin, int64_t end) { cpu::quantize(params, begin, end); });
+  torch::stable::parallel_for(0, params.rows, grain(2 * D), [&](int64_t begin, int64_t end) {
+    cpu::quantize(params, begin, end);
+  });
   return {eight, scale};
 }
 
@@ -38,7 +38,5 @@ std::tuple<Tensor, Tensor> quantize_cpu(Tensor x) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(less, m) { m.def("quantize(Tensor x) -> (Tensor, Tensor)"); }
 
-STABLE_TORCH_LIBRARY_IMPL(less, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&less::ops::quantize_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(less, CPU, m) { m.impl("quantize", TORCH_BOX(&less::ops::quantize_cpu)); }
 #endif

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -113,3 +116,88 @@ def test_chunk_attention_refuses_bad_input(name, change, message):
     args = arguments(a | {name: change(a[name])})
     with pytest.raises(RuntimeError, match=f"chunk_attention: {message}"):
         ops.chunk_attention(**args)
+
+
+def test_a_long_prompt_cut_into_strips_equals_the_reference_in_float64(simd):
+    a = layer(B=2, Q=6, K=2, T=700, S=100, D=24)
+    args = arguments(a, decay=0.998)
+    want = reference.chunk_attention(**widened(args))
+    got = ops.chunk_attention(**args)
+    for x, name in zip(got, ("out", "slot_score", "chunk_score", "share"), strict=True):
+        assert_close(x, getattr(want, name), torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "T"), [((2, 2), 3), ((6, 2), 150), ((71, 1), 9)])
+def test_a_row_alone_has_the_bits_that_it_has_in_a_padded_batch(simd, heads, T):
+    a = layer(B=3, Q=heads[0], K=heads[1], T=T, S=120, D=20)
+    a["valid"][:, -1] = True
+    out, slot_score, chunk_score, share = ops.chunk_attention(**arguments(a))
+    for b in range(3):
+        mine = a["valid"][b]
+        alone = {n: x[b : b + 1] for n, x in a.items() if n != "maps"}
+        for n in ("q", "k", "v", "phi_q"):
+            alone[n] = alone[n][:, :, mine]
+        single = ops.chunk_attention(**arguments(alone | {"valid": None}))
+        assert torch.equal(single[0][0], out[b][:, mine])
+        assert torch.equal(single[1][0], slot_score[b])
+        assert torch.equal(single[2][0], chunk_score[b][:, mine])
+        assert torch.equal(single[3][0], share[b][:, mine])
+
+
+@pytest.mark.parametrize("T", [1, 20, 400])
+def test_the_thread_count_changes_no_bit(simd, with_threads, T):
+    args = arguments(layer(B=2, Q=6, K=2, T=T, S=50, D=32))
+    with_threads(1)
+    want = ops.chunk_attention(**args)
+    for threads in (2, 5):
+        with_threads(threads)
+        got = ops.chunk_attention(**args)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_rows_of_nothing_but_padding_are_zero_and_receive_nothing(simd):
+    a = layer(T=40)
+    a["valid"][1] = False
+    out, slot_score, chunk_score, share = ops.chunk_attention(**arguments(a))
+    assert (out[1] == 0).all()
+    assert (chunk_score[1] == 0).all()
+    assert (share[1] == 0).all()
+    assert torch.equal(slot_score[1], a["score"][1].masked_fill(a["position"][1] < 0, 0.0))
+
+
+def test_a_weight_of_minus_infinity_silences_a_slot(simd):
+    a = layer(T=30, S=100)
+    a["weight"][:, :, :97] = -torch.inf
+    args = arguments(a)
+    want = reference.chunk_attention(**widened(args))
+    out, slot_score, _, _ = ops.chunk_attention(**args)
+    assert_close(out, want.out, torch.float32)
+    assert_close(slot_score, want.slot_score, torch.float32)
+
+
+MEASURED = """
+import resource, torch
+from less import ops
+torch.set_num_threads(1)
+T, S = {T}, 64
+def call(T):
+    q, k, v = torch.randn(1, 3, T, 64), torch.randn(1, 1, T, 64), torch.randn(1, 1, T, 64)
+    position = torch.full((1, 1, S), -1, dtype=torch.int32)
+    slots, floats = torch.zeros(1, 1, S, 64), torch.zeros(1, 1, S)
+    return lambda: ops.chunk_attention(
+        q, k, v, None, slots, slots, position, floats, floats, scale=0.125
+    )
+call(100)()
+run = call(T)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out, *_ = run()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - out.nbytes)
+"""
+
+
+def test_scratch_of_a_prompt_of_32768_tokens_is_a_few_hundred_bytes_a_token():
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(T=32768)], capture_output=True, text=True, check=True
+    )
+    # 4 bytes of each of a block's 64 queries, and of each of 16 strips; nothing grows like T x T.
+    assert int(done.stdout) <= 32768 * 4 * (64 + 16) + (8 << 20)

@@ -1,0 +1,77 @@
+// The product at the bottom of everything that has many rows: C = A B, where B and C are panels.
+//
+// A panel [n][kLanes] holds a number for each of n things and kLanes rows side by side: one vector
+// lane is one row (a query, an evicted token) all the way through, so that maxima, sums, masks and
+// functions never cross lanes. A's entries are broadcast. A group of rows of C stays in registers
+// while k runs; k ascends in one chain of fma per element, so neither the grouping, nor the other
+// lanes, nor how the lanes are split into panels changes a bit.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace less::cpu::LESS_ISA {
+
+constexpr int kPanelVecs = 2;
+constexpr int64_t kLanes = kPanelVecs * Vec::kSize;
+
+// Vectors that fit in registers, less those of B and one of A.
+#if defined(LESS_ISA_avx2)
+constexpr int kAccumulators = 12;  // of 16 registers
+#elif defined(__AVX512F__)
+constexpr int kAccumulators = 24;  // of 32
+#elif defined(__aarch64__)
+constexpr int kAccumulators = 12;  // two registers each, of 32
+#else
+constexpr int kAccumulators = 4;  // two registers each, of 16
+#endif
+
+// Rows of C that are computed together, each kVecs vectors wide.
+template <int kVecs>
+constexpr int kGroup = kAccumulators / kVecs;
+
+// f(group, i) for 0 <= i < n in steps of `group`, a constant of at most kMost.
+template <int kMost, typename F>
+LESS_INLINE void for_groups(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kMost <= n; i += kMost) f(std::integral_constant<int, kMost>{}, i);
+  if constexpr (kMost > 1) {
+    if (i < n) {
+      for_groups<kMost - 1>(n - i, [f, i](auto group, int64_t j) { f(group, i + j); });
+    }
+  }
+}
+
+template <int kRows, int kVecs>
+LESS_INLINE void zero(Vec (&c)[kRows][kVecs]) {
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVecs; ++j) c[i][j] = Vec(0.0f);
+  }
+}
+
+// c[i][j] += sum_k a[i * row + k * column] b[k][j]; one of row and column should be the constant 1.
+template <int kRows, int kVecs>
+LESS_INLINE void add_product(const float* a, int64_t row, int64_t column, const float* b,
+                             int64_t count, Vec (&c)[kRows][kVecs]) {
+  for (int64_t k = 0; k < count; ++k) {
+    Vec lane[kVecs];
+    for (int j = 0; j < kVecs; ++j) lane[j] = Vec::load(b + k * kLanes + j * Vec::kSize);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec x(a[i * row + k * column]);
+      for (int j = 0; j < kVecs; ++j) c[i][j] = fma(x, lane[j], c[i][j]);
+    }
+  }
+}
+
+// Writes row x [n] into lane `lane` of a panel [n][kLanes].
+LESS_INLINE void put_lane(const float* x, int64_t n, int64_t lane, float* panel) {
+  for (int64_t i = 0; i < n; ++i) panel[i * kLanes + lane] = x[i];
+}
+
+LESS_INLINE void take_lane(const float* panel, int64_t n, int64_t lane, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = panel[i * kLanes + lane];
+}
+
+}  // namespace less::cpu::LESS_ISA
