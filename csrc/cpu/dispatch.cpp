@@ -8,44 +8,61 @@
 namespace less::cpu {
 namespace {
 
-bool compiled(Level level) {
-  switch (level) {
-    case Level::portable:
-      return true;
-    case Level::avx2:
-#ifdef LESS_HAVE_avx2
-      return true;
-#else
-      return false;
-#endif
-  }
-  return false;
-}
+struct Known {
+  Level level;
+  const char* name;
+  bool compiled;
+  bool (*machine_has)();
+};
 
-bool machine_has(Level level) {
-  if (level == Level::portable) return true;
+bool always() { return true; }
+
 #ifdef LESS_HAVE_avx2
+bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
 }
+#endif
 
-constexpr Level kLevels[] = {Level::portable, Level::avx2};
+#ifdef LESS_HAVE_avx512
+// The compiler's builtins ask the operating system too, whether it keeps the wide registers.
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+constexpr Known kLevels[] = {
+    {Level::portable, "portable", true, always},
+#ifdef LESS_HAVE_avx2
+    {Level::avx2, "avx2", true, has_avx2},
+#else
+    {Level::avx2, "avx2", false, nullptr},
+#endif
+#ifdef LESS_HAVE_avx512
+    {Level::avx512, "avx512", true, has_avx512},
+#else
+    {Level::avx512, "avx512", false, nullptr},
+#endif
+#ifdef LESS_HAVE_neon  // every aarch64 has it
+    {Level::neon, "neon", true, always},
+#else
+    {Level::neon, "neon", false, nullptr},
+#endif
+};
+
+bool usable(const Known& known) { return known.compiled && known.machine_has(); }
 
 Level parse(const std::string& text, const std::string& who) {
   std::string names;
-  for (Level level : kLevels) {
-    if (text == name(level)) {
-      if (!compiled(level)) throw std::runtime_error(who + ": " + text + " was not compiled in");
-      if (!machine_has(level)) {
-        throw std::runtime_error(who + ": this machine cannot run " + text);
-      }
-      return level;
+  for (const Known& known : kLevels) {
+    if (text == known.name) {
+      if (!known.compiled) throw std::runtime_error(who + ": " + text + " was not compiled in");
+      if (!usable(known)) throw std::runtime_error(who + ": this machine cannot run " + text);
+      return known.level;
     }
-    names += (names.empty() ? "" : ", ") + std::string(name(level));
+    names += (names.empty() ? "" : ", ") + std::string(known.name);
   }
   throw std::runtime_error(who + " must be one of " + names + ", got '" + text + "'");
 }
@@ -54,8 +71,8 @@ Level choose() {
   const char* wanted = std::getenv("LESS_SIMD");
   if (wanted != nullptr && *wanted != '\0') return parse(wanted, "LESS_SIMD");
   Level best = Level::portable;
-  for (Level level : kLevels) {
-    if (compiled(level) && machine_has(level)) best = level;
+  for (const Known& known : kLevels) {
+    if (usable(known)) best = known.level;
   }
   return best;
 }
@@ -75,19 +92,16 @@ Level level() {
 }
 
 const char* name(Level level) {
-  switch (level) {
-    case Level::portable:
-      return "portable";
-    case Level::avx2:
-      return "avx2";
+  for (const Known& known : kLevels) {
+    if (known.level == level) return known.name;
   }
   return "unknown";
 }
 
 std::vector<std::string> supported_levels() {
   std::vector<std::string> names;
-  for (Level level : kLevels) {
-    if (compiled(level) && machine_has(level)) names.emplace_back(name(level));
+  for (const Known& known : kLevels) {
+    if (usable(known)) names.emplace_back(known.name);
   }
   return names;
 }

@@ -21,7 +21,8 @@
 
 namespace less::cpu {
 
-enum class Level : int { portable = 0, avx2 = 1 };
+// From the least to the best of a machine.
+enum class Level : int { portable, avx2, avx512, neon };
 
 // The level in use. The first call decides; it throws std::runtime_error where LESS_SIMD names an
 // unknown level, one that was not compiled in, or one that this machine cannot run.
@@ -42,18 +43,32 @@ void set_level(const std::string& name);
 #else
 #define LESS_IF_AVX2(...)
 #endif
+#ifdef LESS_HAVE_avx512
+#define LESS_IF_AVX512(...) __VA_ARGS__
+#else
+#define LESS_IF_AVX512(...)
+#endif
+#ifdef LESS_HAVE_neon
+#define LESS_IF_NEON(...) __VA_ARGS__
+#else
+#define LESS_IF_NEON(...)
+#endif
 
-#define LESS_CPU_KERNEL(op, Params)                                          \
-  namespace less::cpu {                                                      \
-  namespace portable {                                                       \
-  void op(const Params&, int64_t begin, int64_t end);                        \
-  }                                                                          \
-  LESS_IF_AVX2(namespace avx2 { void op(const Params&, int64_t, int64_t); }) \
-  inline void op(const Params& params, int64_t begin, int64_t end) {         \
-    switch (level()) {                                                       \
-      LESS_IF_AVX2(case Level::avx2 : return avx2::op(params, begin, end);)  \
-      default:                                                               \
-        return portable::op(params, begin, end);                             \
-    }                                                                        \
-  }                                                                          \
+#define LESS_CPU_KERNEL(op, Params)                                               \
+  namespace less::cpu {                                                           \
+  namespace portable {                                                            \
+  void op(const Params&, int64_t begin, int64_t end);                             \
+  }                                                                               \
+  LESS_IF_AVX2(namespace avx2 { void op(const Params&, int64_t, int64_t); })      \
+  LESS_IF_AVX512(namespace avx512 { void op(const Params&, int64_t, int64_t); })  \
+  LESS_IF_NEON(namespace neon { void op(const Params&, int64_t, int64_t); })      \
+  inline void op(const Params& params, int64_t begin, int64_t end) {              \
+    switch (level()) {                                                            \
+      LESS_IF_AVX2(case Level::avx2 : return avx2::op(params, begin, end);)       \
+      LESS_IF_AVX512(case Level::avx512 : return avx512::op(params, begin, end);) \
+      LESS_IF_NEON(case Level::neon : return neon::op(params, begin, end);)       \
+      default:                                                                    \
+        return portable::op(params, begin, end);                                  \
+    }                                                                             \
+  }                                                                               \
   }

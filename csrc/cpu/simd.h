@@ -370,6 +370,49 @@ LESS_INLINE void Vec::store(int8_t* p) const {
   LESS_EACH_PART(store_bytes(low_bytes(whole.part[i]), p + i * kNative));
 }
 
+#ifdef LESS_ISA_avx512
+
+// The first n < 16 elements of memory, and `fill` behind them; or to memory.
+LESS_INLINE uint16_t first(int n) { return uint16_t((1u << n) - 1); }
+LESS_INLINE Floats load_first(const float* p, int n, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p);
+}
+template <typename T>
+LESS_INLINE Halves load_first(const T* p, int n, T fill) {
+  return (Halves)_mm256_mask_loadu_epi16(_mm256_set1_epi16(short(fill.bits)), first(n), p);
+}
+LESS_INLINE Bytes load_first(const int8_t* p, int n, int8_t fill) {
+  return (Bytes)_mm_mask_loadu_epi8(_mm_set1_epi8(fill), first(n), p);
+}
+LESS_INLINE void store_first(Floats x, float* p, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+template <typename T>
+LESS_INLINE void store_first(Halves x, T* p, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), (__m256i)x);
+}
+LESS_INLINE void store_first(Bytes x, int8_t* p, int n) {
+  _mm_mask_storeu_epi8(p, first(n), (__m128i)x);
+}
+
+// The array between vanishes: what is stored whole is what is loaded whole.
+template <typename T>
+LESS_INLINE Vec Vec::load(const T* p, int n, float fill) {
+  const auto x = load_first(p, n, from_float<T>(fill));
+  T whole[kSize];
+  std::memcpy(whole, &x, sizeof x);
+  return load(whole);
+}
+
+template <typename T>
+LESS_INLINE void Vec::store(T* p, int n) const {
+  T whole[kSize];
+  store(whole);
+  decltype(load_first(whole, n, whole[0])) x;
+  std::memcpy(&x, whole, sizeof x);
+  store_first(x, p, n);
+}
+
+#else
+
 template <typename T>
 LESS_INLINE Vec Vec::load(const T* p, int n, float fill) {
   T whole[kSize];
@@ -384,6 +427,8 @@ LESS_INLINE void Vec::store(T* p, int n) const {
   store(whole);
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
+
+#endif
 
 // Elements 4 i to 4 i + 3.
 LESS_INLINE Four quarter(Vec a, int i) {
