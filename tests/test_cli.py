@@ -175,3 +175,20 @@ def test_evaluate_measures_every_budget(folder, text, tmp_path, capsys):
     assert len(rows) == 14
     written = (tmp_path / "out" / "report.md").read_text()
     assert "### 8 tokens kept per head" in written
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_slots_and_maps_may_be_of_another_dtype(folder, text, tmp_path, capsys, dtype):
+    tiny_sidekick().save_pretrained(tmp_path / "sidekick")
+    common = ("--budgets", "16", "--no-speed", "--sidekick", tmp_path / "sidekick")
+    held = {}
+    for name, more in (("plain", ()), ("small", ("--dtype", dtype, "--maps-dtype", dtype))):
+        arguments = tiny(folder, text, tmp_path / name, *common, *more)
+        assert main(["evaluate", *arguments]) == 0
+        _, rows = report.read_json_lines((tmp_path / name / "results.jsonl").read_text())
+        held[name] = {r.method: r for r in rows}["LESS"]
+    assert (held["plain"].dtype, held["plain"].maps_dtype) == ("float16", "float32")
+    assert (held["small"].dtype, held["small"].maps_dtype) == (dtype, dtype)
+    assert held["small"].maps < 0.6 * held["plain"].maps
+    assert held["small"].perplexity == pytest.approx(held["plain"].perplexity, rel=0.05)
+    assert f"{dtype} keys and values" in (tmp_path / "small" / "report.md").read_text()

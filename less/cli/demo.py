@@ -47,8 +47,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
-    import torch
-
     measuring.check_packages("less-kv demo")
     start = time.monotonic()
     console = measuring.console_for()
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     console.rule(f"1/3  model and text, {args.budget} tokens kept per head", align="left")
     subject = measuring.load(args, console)
     chunks = measuring.cut(subject, args.length, args.chunks)
-    methods = measuring.methods_for(subject, args.budget, torch.float16)
+    methods = measuring.methods_for(subject, args.budget)
 
     console.rule(f"2/3  the model continues {args.length:,} tokens of text", align="left")
     written = _continue(subject, chunks[:1], methods, args.new_tokens, console)
@@ -83,8 +81,6 @@ def _continue(
     console: Console,
 ) -> list[tuple[Method, Continuation]]:
     """The full cache, plain H2O and LESS write on, one after the other."""
-    import torch
-
     from less.evaluate.generate import continue_text
     from less.evaluate.methods import BASELINE, FULL
     from less.evaluate.report import size
@@ -98,7 +94,7 @@ def _continue(
     for method in shown:
         cache = None
         if method.policy is not None:
-            cache = cache_for(subject.model, method.policy, method.sidekick, dtype=torch.float16)
+            cache = cache_for(subject.model, method.policy, method.sidekick, dtype=subject.dtype)
         console.print(f"[bold]{method.name}[/] ▸ ", end="")
         answer = continue_text(
             subject.model, subject.tokenizer, prompt, tokens, cache, _write_through
@@ -106,7 +102,8 @@ def _continue(
         print(flush=True)
         kept = f"every token, {str(subject.model.dtype).removeprefix('torch.')}"
         if method.policy is not None:
-            kept = f"{method.policy.capacity} tokens per head, float16"
+            slots = str(subject.dtype).removeprefix("torch.")
+            kept = f"{method.policy.capacity} tokens per head, {slots}"
         console.print(
             f"  {size(answer.cache_bytes)} of cache ({kept}), {answer.seconds:.0f} s\n", style="dim"
         )
@@ -134,9 +131,11 @@ def _measure(
     with progress(console, "full cache, chunks") as step:
         full = measure_full(model, chunks, args.probes, step)
     with progress(console, "bounded caches, tokens") as step:
-        results = compare(model, chunks, methods, full, args.budget, start=start, progress=step)
+        results = compare(
+            model, chunks, methods, full, args.budget, subject.dtype, start=start, progress=step
+        )
     with progress(console, "speed, turns") as step:
-        return with_speeds(model, chunks[:1], methods, results, progress=step)
+        return with_speeds(model, chunks[:1], methods, results, subject.dtype, step)
 
 
 def _report(

@@ -45,8 +45,6 @@ def _budgets(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the measurement."""
-    import torch
-
     from less.evaluate import report
     from less.evaluate.compare import compare, measure_full, with_speeds
     from less.evaluate.machine import machine
@@ -77,15 +75,17 @@ def run(args: argparse.Namespace) -> int:
     everything: list[Result] = []
     sections: list[str] = []
     for budget in args.budgets:
-        methods = measuring.methods_for(subject, budget, torch.float16)
+        methods = measuring.methods_for(subject, budget)
         with progress(console, f"{budget} tokens per head, tokens") as step:
             results = compare(
-                subject.model, chunks, methods, full, budget,
+                subject.model, chunks, methods, full, budget, subject.dtype,
                 start=args.length // 4, progress=step,
             )  # fmt: skip
         if not args.no_speed:
             with progress(console, f"{budget} tokens per head, speed") as step:
-                results = with_speeds(subject.model, chunks[:1], methods, results, progress=step)
+                results = with_speeds(
+                    subject.model, chunks[:1], methods, results, subject.dtype, step
+                )
         console.print(report.table(results, f"{budget} tokens kept per head", console.width))
         everything += results
         sections.append(f"### {budget} tokens kept per head\n\n{report.markdown(results)}")
@@ -113,15 +113,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _long_contexts(subject: measuring.Subject, args: argparse.Namespace, console: Console) -> str:
     """Markdown: decoding speed and bytes with long texts in the cache, at the middle budget."""
-    import torch
-
     from less.evaluate.progress import progress
     from less.evaluate.report import size
     from less.evaluate.speed import speed
     from less.hf import cache_for
 
     budget = args.budgets[len(args.budgets) // 2]
-    methods = measuring.methods_for(subject, budget, torch.float16)
+    methods = measuring.methods_for(subject, budget)
     methods = [m for m in methods if m.name in ("full cache", "H2O", "LESS")]
     rows = []
     for context in args.contexts:
@@ -129,7 +127,7 @@ def _long_contexts(subject: measuring.Subject, args: argparse.Namespace, console
         caches = [
             None
             if m.policy is None
-            else cache_for(subject.model, m.policy, m.sidekick, dtype=torch.float16)
+            else cache_for(subject.model, m.policy, m.sidekick, dtype=subject.dtype)
             for m in methods
         ]
         with progress(console, f"speed after {context:,} tokens, turns") as step:
@@ -147,5 +145,5 @@ def _long_contexts(subject: measuring.Subject, args: argparse.Namespace, console
     return (
         f"### Speed with more text, {budget} tokens kept per head, batch 1\n\n{table}\n\n"
         "The prompt is taken in 512 tokens at a time. The full cache's bytes are counted in "
-        "float16; it runs in the model's dtype.\n"
+        "16 bits at least; it runs in the model's dtype.\n"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from torch import Tensor
 
@@ -33,6 +34,7 @@ class Subject:
     source: str
     sidekick: Sidekick | None
     paper: Sidekick | None
+    dtype: torch.dtype
 
     @property
     def head_dim(self) -> int:
@@ -70,6 +72,13 @@ def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
         help="also put table and plot between the lines <!-- begin table --> and "
         "<!-- end table --> of a markdown file",
     )  # fmt: skip
+    dtypes = ("float32", "bfloat16", "float16", "int8")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="float16", help="of the slots (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--maps-dtype", choices=dtypes, help="of the feature maps (default: their file's)"
+    )
     parser.add_argument("--threads", type=positive, help="default: torch's choice")
 
 
@@ -119,7 +128,10 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
         texts = assets.wikipedia_articles("eval")
         source = f"{len(texts)} Wikipedia articles, none of them in a shipped sidekick's training"
     name = "SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else Path(args.model).name
-    sidekick, paper = _sidekicks(args.sidekick, model)
+    maps = getattr(torch, args.maps_dtype) if args.maps_dtype else None
+    sidekick, paper = (
+        s if s is None or maps is None else s.to(maps) for s in _sidekicks(args.sidekick, model)
+    )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     console.print(
@@ -130,7 +142,7 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
     if sidekick is not None:
         console.print(
             f"  sidekick  {sidekick.kind} maps, rank {sidekick.rank}, hidden {sidekick.hidden}, "
-            f"{sidekick.nbytes / 2**20:.1f} MiB"
+            f"{str(sidekick.dtype).removeprefix('torch.')}, {sidekick.nbytes / 2**20:.1f} MiB"
         )
     elif args.sidekick == "none":
         console.print("  sidekick  none, as asked: eviction alone")
@@ -140,7 +152,8 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
             f"            less-kv train --model {args.model} --text FILE --out my-sidekick\n"
             f"            then --sidekick my-sidekick"
         )
-    return Subject(name, model, tokenizer, texts, source, sidekick, paper)
+    dtype = getattr(torch, args.dtype)
+    return Subject(name, model, tokenizer, texts, source, sidekick, paper, dtype)
 
 
 def write_report(args: argparse.Namespace, title: str, text: str, below: str = "") -> None:
@@ -199,11 +212,11 @@ def _sidekicks(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekic
     return sidekick, paper
 
 
-def methods_for(subject: Subject, budget: int, dtype: Any) -> list[Method]:
+def methods_for(subject: Subject, budget: int) -> list[Method]:
     """Rows of the table at one budget, with eviction at the bytes of state and maps."""
     from less.evaluate.methods import equal_bytes_with_maps, standard_methods, trained_policy
 
-    sidekick = subject.sidekick
+    sidekick, dtype = subject.sidekick, subject.dtype
     policy = trained_policy(sidekick, budget) if sidekick is not None else None
     methods = standard_methods(budget, subject.head_dim, dtype, sidekick, policy, subject.paper)
     if sidekick is not None:

@@ -40,6 +40,8 @@ class Result:
         slots: Bytes of the slots; of k and v for the full cache.
         state: Bytes of H and z.
         maps: Bytes of the feature maps, once for the whole batch.
+        dtype: Of the slots, of whatever method.
+        maps_dtype: Of the feature maps' matrices, "" where there are none.
         nats: Mean nats per token at positions `start` on.
         start: First position counted.
         perplexity: exp(nats).
@@ -73,6 +75,8 @@ class Result:
     recovered: float
     recovered_error: float
     nats_overall: float
+    dtype: str = "float16"
+    maps_dtype: str = ""
     copy_perplexity: float = math.nan
     probes: int = 0
     memory_share: float = 0.0
@@ -198,6 +202,8 @@ def compare(
                 recovered=won.share,
                 recovered_error=won.error,
                 nats_overall=mine.mean(1),
+                dtype=_name(dtype),
+                maps_dtype=_name(method.sidekick.dtype) if method.sidekick is not None else "",
                 copy_perplexity=copy_perplexity(mine_probes)
                 if mine_probes and probes
                 else math.nan,
@@ -242,6 +248,10 @@ def describe(method: Method) -> str:
     rule = rule_name(method.policy)
     kept = f"{method.policy.capacity} tokens per head by {rule}"
     return kept if method.sidekick is None else f"{kept} + low-rank memory"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _standard_error(per_chunk: Tensor) -> float:

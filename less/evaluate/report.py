@@ -51,9 +51,11 @@ def cells(result: Result) -> list[str]:
 def legend(results: Sequence[Result]) -> list[str]:
     """What the columns mean, one sentence per line."""
     first = results[0]
+    maps = next((r.maps_dtype for r in results if r.maps_dtype), "")
     lines = [
         f"kept: tokens per head. slots, state: bytes per sequence after {first.length:,} tokens, "
-        "16-bit keys and values. maps: weights, once for the whole batch.",
+        f"{first.dtype} keys and values. maps: {f'{maps} ' if maps else ''}weights, once for the "
+        "whole batch.",
         f"perplexity, loss: positions {first.start} on of {first.chunks} chunks of "
         f"{first.length:,} tokens, teacher-forced through the real cache one token at a time; "
         "loss: nats per token above the full cache, ± one standard error over chunks.",
