@@ -96,19 +96,21 @@ constexpr int64_t kScoreStrips = 16;
 // out = (phi H + sum e^l v) / (phi z + sum e^l) over slots, state and, causally, the call's tokens;
 // scores: what each of them received, by the softmax over slots and call alone.
 struct ChunkAttentionParams {
-  const void* q;       // [B, Q, T, D]  of q_dtype
-  const void* k;       // [B, K, T, D]  of the slots' dtype, as v
-  const void* v;       // [B, K, T, D]
-  const bool* valid;   // [B, T]        false: padding; null: all valid
-  Slots slots;         // only read
-  const float* phi_q;  // [B, Q, T, R]  null: no state
-  const float* H;      // [B, K, R, D]  with phi_q
-  const float* z;      // [B, K, R]     with phi_q
-  void* out;           // [B, Q, T, D]  of q_dtype; written, 0 for padding
-  float* slot_score;   // [B, K, S]     after the call; written
-  float* chunk_score;  // [B, K, T]     of the call's tokens; written
-  float* share;        // [B, Q, T]     mass taken by the state, of 1; written
-  float* received;     // [B, K, strips, S + T]  scratch: what a strip's queries gave each key
+  const void* q;         // [B, Q, T, D]  of q_dtype
+  const void* k;         // [B, K, T, D]  of the slots' dtype, as v
+  const void* v;         // [B, K, T, D]
+  const float* k_scale;  // [B, K, T]   of each row of k; null unless the slots are i8
+  const float* v_scale;  // [B, K, T]   of each row of v
+  const bool* valid;     // [B, T]        false: padding; null: all valid
+  Slots slots;           // only read
+  const float* phi_q;    // [B, Q, T, R]  null: no state
+  const float* H;        // [B, K, R, D]  with phi_q
+  const float* z;        // [B, K, R]     with phi_q
+  void* out;             // [B, Q, T, D]  of q_dtype; written, 0 for padding
+  float* slot_score;     // [B, K, S]     after the call; written
+  float* chunk_score;    // [B, K, T]     of the call's tokens; written
+  float* share;          // [B, Q, T]     mass taken by the state, of 1; written
+  float* received;       // [B, K, strips, S + T]  scratch: what a strip's queries gave each key
   DType q_dtype;
   bool scores;  // false: slot_score is the slots' score, chunk_score is 0
   float scale;
@@ -126,6 +128,8 @@ struct ChunkAttentionParams {
 struct CompactParams {
   const void* k;             // [B, K, T, D]  of the slots' dtype, as v
   const void* v;             // [B, K, T, D]
+  const float* k_scale;      // [B, K, T]    of each row of k; null unless the slots are i8
+  const float* v_scale;      // [B, K, T]    of each row of v
   const float* chunk_score;  // [B, K, T]
   const float* slot_score;   // [B, K, S]    the slots' scores after the call
   const bool* valid;         // [B, T]        false: padding; null: all valid

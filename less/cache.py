@@ -87,7 +87,8 @@ class LessKVCache(CacheProtocol):
             raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
         self._backend = _backend.choose(backend, self.device)
         self.backend = self._backend.name
-        wanted = FLOATS + ((torch.int8, torch.float64) if self.backend == "reference" else ())
+        double = (torch.float64,) if self.backend == "reference" else ()
+        wanted = (*FLOATS, torch.int8, *double)
         if dtype not in wanted:
             names = ", ".join(str(d) for d in wanted)
             raise ValueError(

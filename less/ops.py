@@ -153,6 +153,10 @@ def chunk_attention(
     score: Tensor,
     weight: Tensor,
     *,
+    chunk_k_scale: Tensor | None = None,
+    chunk_v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     phi_q: Tensor | None = None,
     H: Tensor | None = None,
     z: Tensor | None = None,
@@ -167,11 +171,15 @@ def chunk_attention(
         k: [B, K, T, D] in the slots' dtype.
         v: [B, K, T, D] in the slots' dtype.
         valid: bool [B, T] or None.
-        slot_k: [B, K, S, D], float32, bfloat16 or float16.
+        slot_k: [B, K, S, D], float32, bfloat16, float16 or int8.
         slot_v: [B, K, S, D], likewise.
         position: int32 [B, K, S], -1 where empty.
         score: float32 [B, K, S].
         weight: float32 [B, K, S].
+        chunk_k_scale: float32 [B, K, T], of each row of an int8 k, as the three below.
+        chunk_v_scale: float32 [B, K, T].
+        k_scale: float32 [B, K, S], of the slots.
+        v_scale: float32 [B, K, S].
         phi_q: float32 [B, Q, T, R], with H and z.
         H: float32 [B, K, R, D].
         z: float32 [B, K, R].
@@ -190,9 +198,13 @@ def chunk_attention(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
+        chunk_k_scale,
+        chunk_v_scale,
         valid if valid is None else valid.contiguous(),
         slot_k,
         slot_v,
+        k_scale,
+        v_scale,
         position,
         score,
         weight,
@@ -219,6 +231,10 @@ def compact(
     weight: Tensor,
     seen: Tensor,
     *,
+    chunk_k_scale: Tensor | None = None,
+    chunk_v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     H: Tensor | None = None,
     z: Tensor | None = None,
     maps: Mapping[str, Tensor] | None = None,
@@ -236,12 +252,16 @@ def compact(
         chunk_score: float32 [B, K, T].
         slot_score: float32 [B, K, S], the slots' scores after the call.
         valid: bool [B, T] or None.
-        slot_k: [B, K, S, D]. Written.
-        slot_v: [B, K, S, D]. Written.
+        slot_k: [B, K, S, D], float32, bfloat16, float16 or int8. Written.
+        slot_v: [B, K, S, D], likewise. Written.
         position: int32 [B, K, S]. Written.
         score: float32 [B, K, S]. Written.
         weight: float32 [B, K, S]. Written.
         seen: int64 [B]: tokens seen before the call. Written: after it.
+        chunk_k_scale: float32 [B, K, T], of each row of an int8 k, as the three below.
+        chunk_v_scale: float32 [B, K, T].
+        k_scale: float32 [B, K, S], of the slots. Written.
+        v_scale: float32 [B, K, S]. Written.
         H: float32 [B, K, R, D], with z and maps. Written.
         z: float32 [B, K, R]. Written.
         maps: The layer's feature maps.
@@ -260,12 +280,16 @@ def compact(
     torch.ops.less.compact(
         k.contiguous(),
         v.contiguous(),
+        chunk_k_scale,
+        chunk_v_scale,
         chunk_score,
         slot_score,
         valid if valid is None else valid.contiguous(),
         rank,
         slot_k,
         slot_v,
+        k_scale,
+        v_scale,
         position,
         score,
         weight,
@@ -304,7 +328,14 @@ if _native:
 
     @torch.library.register_fake("less::chunk_attention")
     def _chunk_attention_fake(
-        q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, slot_k: Tensor, *rest: object
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chunk_k_scale: Tensor | None,
+        chunk_v_scale: Tensor | None,
+        valid: Tensor | None,
+        slot_k: Tensor,
+        *rest: object,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         B, Q, T, _ = q.shape
         _, K, S, _ = slot_k.shape

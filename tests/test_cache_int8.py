@@ -15,7 +15,7 @@ POLICIES = [
     H2O(heavy=9, recent=12, per_age=True),
     SinkRecent(sinks=4, recent=13),
 ]
-BACKENDS = ["reference"]
+BACKENDS = ["native", "reference"]
 CALLS = [11, 1, 1, 30, 1, 5, 1, 70, 1, 1]
 
 

@@ -48,7 +48,7 @@ CONSTRUCTOR = [
     ({"sidekick": sidekick(Q=2)}, "LessKVCache: sidekick must have q_heads=4, got q_heads=2"),
     ({"sidekick": sidekick(K=1)}, "LessKVCache: sidekick must have kv_heads=2, got kv_heads=1"),
     ({"sidekick": sidekick(D=4)}, "LessKVCache: sidekick must have head_dim=8, got head_dim=4"),
-    ({"dtype": torch.int8}, "LessKVCache: dtype must be one of torch.float32"),
+    ({"dtype": torch.int16}, "LessKVCache: dtype must be one of torch.float32"),
     ({"dtype": torch.float64, "backend": "native"}, "LessKVCache: dtype must be one of"),
     ({"device": "gpu"}, "LessKVCache: device must name a torch device, got 'gpu'"),
     ({"scale": 0.0}, "LessKVCache: scale must be finite and positive, got 0.0"),

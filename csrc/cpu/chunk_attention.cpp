@@ -92,13 +92,28 @@ struct Tile {
   const float* weight;  // [count], null: 0
 };
 
+// Rows [n, D] of a kv head, and the scales [n] of int8 ones.
+template <typename T>
+struct Rows {
+  const T* x;
+  const float* scale;
+
+  Rows(const void* all, const float* scales, int64_t first, int64_t D)
+      : x(static_cast<const T*>(all) + first * D),
+        scale(scales == nullptr ? nullptr : scales + first) {}
+};
+
 // `count` rows as floats: where they lie, or widened into scratch.
 template <typename T>
-const float* tile_rows(const T* x, const int32_t* index, int64_t count, int64_t D, float* scratch) {
+const float* tile_rows(const Rows<T>& rows, const int32_t* index, int64_t count, int64_t D,
+                       float* scratch) {
   if constexpr (std::is_same_v<T, float>) {
-    if (index[count - 1] - index[0] == count - 1) return x + index[0] * D;
+    if (index[count - 1] - index[0] == count - 1) return rows.x + index[0] * D;
   }
-  for (int64_t n = 0; n < count; ++n) widen(x + index[n] * D, D, scratch + n * D);
+  for (int64_t n = 0; n < count; ++n) {
+    const float scale = rows.scale == nullptr ? 1.0f : rows.scale[index[n]];
+    widen_row(rows.x + index[n] * D, scale, D, scratch + n * D);
+  }
   return scratch;
 }
 
@@ -304,17 +319,18 @@ class Attention {
     if (first < slots) {
       const int64_t at = row_ * p_.slots.S;
       const int32_t* index = keys_.slot.data() + first;
-      tile.k =
-          tile_rows(static_cast<const T*>(p_.slots.k) + at * p_.D, index, tile.count, p_.D, k_);
-      tile.v =
-          tile_rows(static_cast<const T*>(p_.slots.v) + at * p_.D, index, tile.count, p_.D, v_);
+      const Rows<T> k(p_.slots.k, p_.slots.k_scale, at, p_.D);
+      const Rows<T> v(p_.slots.v, p_.slots.v_scale, at, p_.D);
+      tile.k = tile_rows(k, index, tile.count, p_.D, k_);
+      tile.v = tile_rows(v, index, tile.count, p_.D, v_);
       for (int64_t n = 0; n < tile.count; ++n) weight_[n] = p_.slots.weight[at + index[n]];
       tile.weight = weight_;
     } else {
       const int64_t at = row_ * p_.T;
       const int32_t* index = keys_.token.data() + (first - slots);
-      tile.k = tile_rows(static_cast<const T*>(p_.k) + at * p_.D, index, tile.count, p_.D, k_);
-      tile.v = tile_rows(static_cast<const T*>(p_.v) + at * p_.D, index, tile.count, p_.D, v_);
+      const Rows<T> k(p_.k, p_.k_scale, at, p_.D), v(p_.v, p_.v_scale, at, p_.D);
+      tile.k = tile_rows(k, index, tile.count, p_.D, k_);
+      tile.v = tile_rows(v, index, tile.count, p_.D, v_);
     }
     return tile;
   }
@@ -445,7 +461,7 @@ void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) 
     case DType::fp16:
       return attend<fp16>(p, begin, end);
     case DType::i8:
-      return;  // no op lets it in
+      return attend<int8_t>(p, begin, end);
   }
 }
 

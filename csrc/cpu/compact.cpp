@@ -7,6 +7,7 @@
 //         ascending order: neither the thread count nor the rest of the batch changes a bit.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/features.h"
@@ -89,19 +90,31 @@ class Head {
       while (position[slot] >= 0) ++slot;
       std::memcpy(slot_k_ + slot * p_.D, k_ + t * p_.D, p_.D * sizeof(T));
       std::memcpy(slot_v_ + slot * p_.D, v_ + t * p_.D, p_.D * sizeof(T));
+      if constexpr (kScaled) {
+        p_.slots.k_scale[row * S + slot] = p_.k_scale[row * T_ + t];
+        p_.slots.v_scale[row * S + slot] = p_.v_scale[row * T_ + t];
+      }
       position[slot] = chunk_position_[t];
       score[slot] = chunk_score[t];
     }
   }
 
  private:
+  static constexpr bool kScaled = std::is_same_v<T, int8_t>;
+
   void fold(int64_t row, int64_t source) {
     const int64_t D = p_.D, R = p_.R, S = p_.slots.S;
     float* psi = scratch_.data() + features_scratch(p_.psi);
     float* key = psi + R;
     float* value = key + D;
-    widen(source < S ? slot_k_ + source * D : k_ + (source - S) * D, D, key);
-    widen(source < S ? slot_v_ + source * D : v_ + (source - S) * D, D, value);
+    float k_scale = 1.0f, v_scale = 1.0f;
+    if constexpr (kScaled) {
+      const int64_t at = source < S ? row * S + source : row * p_.T + (source - S);
+      k_scale = (source < S ? p_.slots.k_scale : p_.k_scale)[at];
+      v_scale = (source < S ? p_.slots.v_scale : p_.v_scale)[at];
+    }
+    widen_row(source < S ? slot_k_ + source * D : k_ + (source - S) * D, k_scale, D, key);
+    widen_row(source < S ? slot_v_ + source * D : v_ + (source - S) * D, v_scale, D, value);
     features(p_.psi, row % p_.K, key, scratch_.data(), psi);
     float* z = p_.z + row * R;
     for (int64_t r = 0; r < R; ++r) {
@@ -140,7 +153,7 @@ void compact(const CompactParams& p, int64_t begin, int64_t end) {
     case DType::fp16:
       return compact_heads<fp16>(p, begin, end);
     case DType::i8:
-      return;  // no op lets it in
+      return compact_heads<int8_t>(p, begin, end);
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "params.h"
@@ -98,6 +99,15 @@ LESS_INLINE void widen(const T* x, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + Vec::kSize <= n; i += Vec::kSize) Vec::load(x + i).store(out + i);
   for (; i < n; ++i) out[i] = to_float(x[i]);
+}
+
+// The numbers that a row of slots stands for; `scale` is that of an int8 row.
+template <typename T>
+LESS_INLINE void widen_row(const T* x, float scale, int64_t n, float* out) {
+  widen(x, n, out);
+  if constexpr (std::is_same_v<T, int8_t>) {
+    for_each(out, n, [scale](Vec a, int64_t, int) { return a * Vec(scale); });
+  }
 }
 
 inline void widen(const void* x, DType dtype, int64_t offset, int64_t n, float* out) {

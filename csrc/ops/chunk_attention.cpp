@@ -15,20 +15,20 @@ namespace {
 constexpr const char* kOp = "chunk_attention";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
-    Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor slot_k, Tensor slot_v,
-    Tensor position, Tensor score, Tensor weight, OptionalTensor phi_q, OptionalTensor H,
-    OptionalTensor z, double scale, double decay, bool scores) {
+    Tensor q, Tensor k, Tensor v, OptionalTensor chunk_k_scale, OptionalTensor chunk_v_scale,
+    OptionalTensor valid, Tensor slot_k, Tensor slot_v, OptionalTensor slot_k_scale,
+    OptionalTensor slot_v_scale, Tensor position, Tensor score, Tensor weight, OptionalTensor phi_q,
+    OptionalTensor H, OptionalTensor z, double scale, double decay, bool scores) {
   check_dim(kOp, "q", q, 4, "[B, Q, T, D]");
   check_dim(kOp, "slot_k", slot_k, 4, "[B, K, S, D]");
   const int64_t B = q.size(0), Q = q.size(1), T = q.size(2), D = q.size(3);
   const int64_t K = slot_k.size(1), S = slot_k.size(2);
   const DType q_type = slot_dtype(kOp, "q", q);
   if (K == 0 || Q % K != 0) fail(kOp, ": q's heads must be a multiple of ", K, ", got ", Q);
-  const Slots slots = check_slots(kOp, "q", q, B, K, D, slot_k, slot_v, std::nullopt, std::nullopt,
+  const Slots slots = check_slots(kOp, "q", q, B, K, D, slot_k, slot_v, slot_k_scale, slot_v_scale,
                                   position, score, weight);
   check(kOp, "q", q, q.scalar_type(), {B, Q, T, D});
-  check(kOp, "k", k, slot_k.scalar_type(), {B, K, T, D});
-  check(kOp, "v", v, slot_k.scalar_type(), {B, K, T, D});
+  check_rows(kOp, "q", q, B, K, T, D, slot_k, k, v, chunk_k_scale, chunk_v_scale);
   if (valid) check(kOp, "valid", *valid, ScalarType::Bool, {B, T});
   if (bool(phi_q) != bool(H) || bool(phi_q) != bool(z)) {
     fail(kOp, ": phi_q, H and z must be given together");
@@ -53,6 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),
+      .k_scale = optional_floats(chunk_k_scale),
+      .v_scale = optional_floats(chunk_v_scale),
       .valid = valid ? valid->const_data_ptr<bool>() : nullptr,
       .slots = slots,
       .phi_q = optional_floats(phi_q),
@@ -91,8 +93,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(less, m) {
   m.def(
-      "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor slot_k, Tensor slot_v, "
-      "Tensor position, Tensor score, Tensor weight, Tensor? phi_q, Tensor? H, Tensor? z, "
+      "chunk_attention(Tensor q, Tensor k, Tensor v, Tensor? chunk_k_scale, "
+      "Tensor? chunk_v_scale, Tensor? valid, Tensor slot_k, Tensor slot_v, Tensor? slot_k_scale, "
+      "Tensor? slot_v_scale, Tensor position, Tensor score, Tensor weight, Tensor? phi_q, Tensor? "
+      "H, Tensor? z, "
       "float scale, float decay, bool scores) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

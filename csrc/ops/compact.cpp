@@ -10,20 +10,21 @@
 namespace less::ops {
 namespace {
 
-void compact_cpu(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, OptionalTensor valid,
-                 OptionalTensor rank, Tensor slot_k, Tensor slot_v, Tensor position, Tensor score,
-                 Tensor weight, Tensor seen, OptionalTensor H, OptionalTensor z, OptionalTensor w1,
+void compact_cpu(Tensor k, Tensor v, OptionalTensor chunk_k_scale, OptionalTensor chunk_v_scale,
+                 Tensor chunk_score, Tensor slot_score, OptionalTensor valid, OptionalTensor rank,
+                 Tensor slot_k, Tensor slot_v, OptionalTensor slot_k_scale,
+                 OptionalTensor slot_v_scale, Tensor position, Tensor score, Tensor weight,
+                 Tensor seen, OptionalTensor H, OptionalTensor z, OptionalTensor w1,
                  OptionalTensor w2, OptionalTensor bias, OptionalTensor mix, OptionalTensor scale,
                  OptionalTensor mix_scale, int64_t kind, int64_t recent, int64_t sinks,
                  bool by_score, bool per_age) {
   constexpr const char* op = "compact";
   check_dim(op, "k", k, 4, "[B, K, T, D]");
   const int64_t B = k.size(0), K = k.size(1), T = k.size(2), D = k.size(3);
-  const Slots slots = check_slots(op, "k", k, B, K, D, slot_k, slot_v, std::nullopt, std::nullopt,
+  const Slots slots = check_slots(op, "k", k, B, K, D, slot_k, slot_v, slot_k_scale, slot_v_scale,
                                   position, score, weight);
   const int64_t S = slots.S;
-  check(op, "k", k, slot_k.scalar_type(), {B, K, T, D});
-  check(op, "v", v, slot_k.scalar_type(), {B, K, T, D});
+  check_rows(op, "k", k, B, K, T, D, slot_k, k, v, chunk_k_scale, chunk_v_scale);
   check(op, "chunk_score", chunk_score, ScalarType::Float, {B, K, T});
   check(op, "slot_score", slot_score, ScalarType::Float, {B, K, S});
   check(op, "seen", seen, ScalarType::Long, {B});
@@ -44,6 +45,8 @@ void compact_cpu(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, Opti
   const CompactParams params{
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),
+      .k_scale = optional_floats(chunk_k_scale),
+      .v_scale = optional_floats(chunk_v_scale),
       .chunk_score = chunk_score.const_data_ptr<float>(),
       .slot_score = slot_score.const_data_ptr<float>(),
       .valid = valid ? valid->const_data_ptr<bool>() : nullptr,
@@ -78,8 +81,10 @@ void compact_cpu(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, Opti
 
 STABLE_TORCH_LIBRARY_FRAGMENT(less, m) {
   m.def(
-      "compact(Tensor k, Tensor v, Tensor chunk_score, Tensor slot_score, Tensor? valid, "
-      "Tensor? rank, Tensor(a!) slot_k, Tensor(b!) slot_v, Tensor(c!) position, Tensor(d!) score, "
+      "compact(Tensor k, Tensor v, Tensor? chunk_k_scale, Tensor? chunk_v_scale, "
+      "Tensor chunk_score, Tensor slot_score, Tensor? valid, Tensor? rank, Tensor(a!) slot_k, "
+      "Tensor(b!) slot_v, Tensor(i!)? slot_k_scale, Tensor(j!)? slot_v_scale, "
+      "Tensor(c!) position, Tensor(d!) score, "
       "Tensor(e!) weight, Tensor(f!) seen, Tensor(g!)? H, Tensor(h!)? z, Tensor? w1, Tensor? w2, "
       "Tensor? bias, Tensor? mix, Tensor? scale, Tensor? mix_scale, int kind, int recent, "
       "int sinks, bool by_score, bool per_age) -> ()");

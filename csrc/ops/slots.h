@@ -15,6 +15,9 @@ inline Slots check_slots(const char* op, const char* first_name, const Tensor& f
   const int64_t S = slot_k.size(2);
   const ScalarType type = slot_k.scalar_type();
   if (bool(k_scale) != bool(v_scale)) fail(op, ": k_scale and v_scale must be given together");
+  if (!k_scale && type == ScalarType::Char) {
+    fail(op, ": k_scale and v_scale must be given with int8 slots");
+  }
   if (k_scale && type != ScalarType::Char) {
     fail(op, ": k_scale and v_scale belong to int8 slots alone, got ", dtype_name(type));
   }
@@ -46,6 +49,26 @@ inline Slots check_slots(const char* op, const char* first_name, const Tensor& f
       .dtype = dtype,
       .S = S,
   };
+}
+
+// The k, v [B, K, T, D] of a call, of the slots' dtype, with the scales of int8 rows.
+inline void check_rows(const char* op, const char* first_name, const Tensor& first, int64_t B,
+                       int64_t K, int64_t T, int64_t D, const Tensor& slot_k, const Tensor& k,
+                       const Tensor& v, const OptionalTensor& k_scale,
+                       const OptionalTensor& v_scale) {
+  check(op, "k", k, slot_k.scalar_type(), {B, K, T, D});
+  check(op, "v", v, slot_k.scalar_type(), {B, K, T, D});
+  check_device(op, "k", k, first_name, first);
+  check_device(op, "v", v, first_name, first);
+  const bool wanted = slot_k.scalar_type() == ScalarType::Char;
+  if (bool(k_scale) != wanted || bool(v_scale) != wanted) {
+    fail(op, ": chunk_k_scale and chunk_v_scale belong to int8 slots, and must be given with them");
+  }
+  if (!wanted) return;
+  check(op, "chunk_k_scale", *k_scale, ScalarType::Float, {B, K, T});
+  check(op, "chunk_v_scale", *v_scale, ScalarType::Float, {B, K, T});
+  check_device(op, "chunk_k_scale", *k_scale, first_name, first);
+  check_device(op, "chunk_v_scale", *v_scale, first_name, first);
 }
 
 }  // namespace less::ops

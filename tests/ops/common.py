@@ -2,6 +2,7 @@
 
 import torch
 
+from less import reference
 from tests.helpers import random_maps, random_qkv
 
 
@@ -32,3 +33,15 @@ def layer(B=2, Q=6, K=2, T=5, S=9, D=16, R=4, E=10, kind="exp", dtype=torch.floa
         "z": torch.rand(B, K, R, generator=g) * 3,
         "maps": random_maps(Q, K, D, E, R, kind, seed=seed),
     }
+
+
+SCALES = ("chunk_k_scale", "chunk_v_scale", "k_scale", "v_scale")
+
+
+def in_int8(a):
+    """The same layer with int8 rows and their scales, and with the numbers that those stand for."""
+    eight, plain = dict(a), dict(a)
+    for name, scale in zip(("k", "v", "slot_k", "slot_v"), SCALES, strict=True):
+        eight[name], eight[scale] = reference.quantize(a[name])
+        plain[name] = reference.dequantize(eight[name], eight[scale])
+    return eight, plain

@@ -6,7 +6,7 @@ import torch
 
 from less import reference
 from tests.helpers import assert_close
-from tests.ops.common import layer
+from tests.ops.common import SCALES, in_int8, layer
 
 pytest.importorskip("less._C")
 from less import ops
@@ -86,11 +86,54 @@ def test_an_extreme_low_rank_part_neither_overflows_nor_is_lost(simd):
         assert_close(share, want.share, torch.float32)
 
 
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 5, 70])
+def test_int8_rows_have_the_bits_of_the_numbers_that_they_stand_for(simd, T, q_dtype):
+    eight, plain = in_int8(layer(B=3, T=T, S=70, D=20))
+    eight["q"] = plain["q"] = eight["q"].to(q_dtype)
+    scales = {n: eight[n] for n in SCALES}
+    got = ops.chunk_attention(**arguments(eight), **scales)
+    for x, y in zip(got, ops.chunk_attention(**arguments(plain)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_scales_are_refused_where_they_do_not_belong():
+    eight, plain = in_int8(layer())
+    scales = {n: eight[n] for n in SCALES}
+    for args, message in (
+        (arguments(eight), "k_scale and v_scale must be given with int8 slots"),
+        (arguments(plain) | scales, "k_scale and v_scale belong to int8 slots alone, got float32"),
+        (
+            arguments(eight) | scales | {"chunk_k_scale": None},
+            "chunk_k_scale and chunk_v_scale belong to int8 slots, and must be given with them",
+        ),
+        (
+            arguments(eight) | scales | {"chunk_v_scale": scales["v_scale"]},
+            r"chunk_v_scale must have shape \[2, 2, 5\], got \[2, 2, 9\]",
+        ),
+        (
+            arguments(eight) | scales | {"k_scale": scales["k_scale"].half()},
+            "k_scale must be float32, got float16",
+        ),
+        (arguments(eight) | scales | {"k": plain["k"]}, "k must be int8, got float32"),
+    ):
+        with pytest.raises(RuntimeError, match=f"chunk_attention: {message}"):
+            ops.chunk_attention(**args)
+
+
 def test_chunk_attention_passes_opcheck():
     a = layer()
     for state in (True, False):
-        args = [a[n] for n in INPUTS] + [a[n] if state else None for n in STATE]
-        torch.library.opcheck(torch.ops.less.chunk_attention.default, (*args, 0.25, 0.9, True))
+        for x in (a, in_int8(a)[0]):
+            torch.library.opcheck(
+                torch.ops.less.chunk_attention.default,
+                (
+                    x["q"], x["k"], x["v"], x.get(SCALES[0]), x.get(SCALES[1]), x["valid"],
+                    x["slot_k"], x["slot_v"], x.get(SCALES[2]), x.get(SCALES[3]), x["position"],
+                    x["score"], x["weight"], *(x[n] if state else None for n in STATE),
+                    0.25, 0.9, True,
+                ),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(

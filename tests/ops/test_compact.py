@@ -4,7 +4,7 @@ import torch
 from less import reference
 from less.policies import Rule
 from tests.helpers import assert_close
-from tests.ops.common import layer
+from tests.ops.common import SCALES, in_int8, layer
 
 pytest.importorskip("less._C")
 from less import ops
@@ -50,6 +50,29 @@ def test_compact_equals_the_reference(simd, rule, T, kind, dtype):
             assert torch.equal(a[held], b[held])
         else:
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("T", [1, 5, 40])
+def test_int8_rows_fold_as_the_numbers_that_they_stand_for_and_move_with_their_scales(
+    simd, rule, T
+):
+    eight, plain = in_int8(layer(T=T))
+    eight = {n: x if n == "maps" else x.clone() for n, x in eight.items()}
+    want, _ = run_both(plain, rule=rule)
+    chunk_score = torch.rand(eight["k"].shape[:3], generator=torch.Generator().manual_seed(9))
+    chunk_score = chunk_score * eight["valid"][:, None]
+    ops.compact(
+        eight["k"], eight["v"], chunk_score, eight["score"] * 1.5, eight["valid"],
+        *(eight[n] for n in LAYER[:6]), **{n: eight[n] for n in SCALES},
+        H=eight["H"], z=eight["z"], maps=eight["maps"], rule=rule,
+    )  # fmt: skip
+    held = want["position"] >= 0
+    for name in LAYER[2:]:
+        assert torch.equal(eight[name], want[name]), name
+    for name, scale in (("slot_k", "k_scale"), ("slot_v", "v_scale")):
+        got = reference.dequantize(eight[name], eight[scale])
+        assert torch.equal(got[held], want[name][held])
 
 
 def test_compact_takes_the_policys_own_ranks(simd):
@@ -104,14 +127,16 @@ def test_thread_count_never_changes_a_bit(simd, with_threads):
 def test_compact_passes_opcheck():
     a = layer()
     w = a["maps"]
-    torch.library.opcheck(
-        torch.ops.less.compact.default,
-        (
-            a["k"], a["v"], torch.rand(2, 2, 5), a["score"].clone(), a["valid"], None,
-            *(a[n] for n in LAYER), w["k_w1"], w["k_w2"], w["k_bias"], None, None, None, 1,
-            4, 0, True, False,
-        ),
-    )  # fmt: skip
+    for x in (a, in_int8(a)[0]):
+        torch.library.opcheck(
+            torch.ops.less.compact.default,
+            (
+                x["k"], x["v"], x.get(SCALES[0]), x.get(SCALES[1]), torch.rand(2, 2, 5),
+                x["score"].clone(), x["valid"], None, x["slot_k"], x["slot_v"], x.get(SCALES[2]),
+                x.get(SCALES[3]), *(x[n] for n in LAYER[2:]), w["k_w1"], w["k_w2"], w["k_bias"],
+                None, None, None, 1, 4, 0, True, False,
+            ),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
