@@ -142,7 +142,7 @@ void attend_panel(const PanelStep& s) {
     for (int64_t d = 0; d < s.D; d += kChain) {
       Vec part[group][kVecs];
       zero(part);
-      add_product<group, kVecs>(s.tile.k + n * s.D + d, s.D, 1, s.q + d * kLanes,
+      add_product<group, kVecs>(s.tile.k + n * s.D + d, s.D, 1, s.q + d * kLanes, kLanes,
                                 std::min(kChain, s.D - d), part);
       for (int i = 0; i < group; ++i) {
         for (int j = 0; j < kVecs; ++j) l[i][j] = l[i][j] + part[i][j];
@@ -186,7 +186,7 @@ void attend_panel(const PanelStep& s) {
     float* out = s.out + d * kLanes;
     Vec a[group][kVecs];
     zero(a);
-    add_product<group, kVecs>(s.tile.v + d, 1, s.D, s.p, s.keys, a);
+    add_product<group, kVecs>(s.tile.v + d, 1, s.D, s.p, kLanes, s.keys, a);
     for (int i = 0; i < group; ++i) {
       for (int j = 0; j < kVecs; ++j) {
         float* o = out + i * kLanes + j * kV;

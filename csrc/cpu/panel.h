@@ -32,15 +32,27 @@ constexpr int kAccumulators = 4;  // two registers each, of 16
 template <int kVecs>
 constexpr int kGroup = kAccumulators / kVecs;
 
-// f(group, i) for 0 <= i < n in steps of `group`, a constant of at most kMost.
+// f(group, i), the group being the constant n, 0 < n <= kMost.
+template <int kMost, typename F>
+LESS_INLINE void one_group(int64_t n, int64_t i, F f) {
+  if (n == kMost) return f(std::integral_constant<int, kMost>{}, i);
+  if constexpr (kMost > 1) one_group<kMost - 1>(n, i, f);
+}
+
+// f(group, i) for 0 <= i < n in steps of `group`, a constant of at most kMost. The last two share
+// what is left, so that neither is too small to keep the fma units busy.
 template <int kMost, typename F>
 LESS_INLINE void for_groups(int64_t n, F f) {
   int64_t i = 0;
-  for (; i + kMost <= n; i += kMost) f(std::integral_constant<int, kMost>{}, i);
-  if constexpr (kMost > 1) {
-    if (i < n) {
-      for_groups<kMost - 1>(n - i, [f, i](auto group, int64_t j) { f(group, i + j); });
-    }
+  for (; n - i >= 2 * kMost || n - i == kMost; i += kMost) {
+    f(std::integral_constant<int, kMost>{}, i);
+  }
+  const int64_t left = n - i;
+  if (left > kMost) {
+    one_group<kMost>((left + 1) / 2, i, f);
+    one_group<kMost>(left / 2, i + (left + 1) / 2, f);
+  } else if (left > 0) {
+    one_group<kMost>(left, i, f);
   }
 }
 
@@ -51,13 +63,14 @@ LESS_INLINE void zero(Vec (&c)[kRows][kVecs]) {
   }
 }
 
-// c[i][j] += sum_k a[i * row + k * column] b[k][j]; one of row and column should be the constant 1.
-template <int kRows, int kVecs>
-LESS_INLINE void add_product(const float* a, int64_t row, int64_t column, const float* b,
-                             int64_t count, Vec (&c)[kRows][kVecs]) {
+// c[i][j] += sum_k a[i * row + k * column] b[k * stride + j]; one of row and column should be the
+// constant 1.
+template <int kRows, int kVecs, typename T>
+LESS_INLINE void add_product(const float* a, int64_t row, int64_t column, const T* b,
+                             int64_t stride, int64_t count, Vec (&c)[kRows][kVecs]) {
   for (int64_t k = 0; k < count; ++k) {
     Vec lane[kVecs];
-    for (int j = 0; j < kVecs; ++j) lane[j] = Vec::load(b + k * kLanes + j * Vec::kSize);
+    for (int j = 0; j < kVecs; ++j) lane[j] = Vec::load(b + k * stride + j * Vec::kSize);
     for (int i = 0; i < kRows; ++i) {
       const Vec x(a[i * row + k * column]);
       for (int j = 0; j < kVecs; ++j) c[i][j] = fma(x, lane[j], c[i][j]);
