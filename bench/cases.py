@@ -75,6 +75,7 @@ class Data:
         self.score = torch.rand(s.B, s.K, s.S, generator=g)
         self.weight = torch.zeros(s.B, s.K, s.S)
         self.H, self.z = draw(s.B, s.K, s.R, s.D), torch.rand(s.B, s.K, s.R, generator=g)
+        self.share = torch.zeros(s.B, s.K, dtype=torch.float64)
         self.phi_q = torch.rand(s.B, s.Q, 1, s.R, generator=g)
         self.psi_k = torch.rand(s.B, s.K, 1, s.R, generator=g)
         self.maps = {
@@ -203,6 +204,41 @@ def compact(s: Shape, dtype: torch.dtype) -> Case:
     )
 
 
+def decode_step(s: Shape, dtype: torch.dtype) -> Case:
+    """The fused op: attention, scores, the victim folded, the token in its place."""
+    a, check = Data(s, dtype), Data(s, dtype)
+    rule = Rule(recent=s.S // 2, sinks=0, by_score=True, per_age=False)
+    out = torch.empty_like(a.q)
+
+    def run(a: Data = a) -> None:
+        ops.decode_step(
+            a.q, a.k, a.v, None, out, *a.slots(), a.seen, H=a.H, z=a.z, share=a.share,
+            maps=a.maps, kind="exp", scale=a.scale, decay=0.98, rule=rule,
+        )  # fmt: skip
+
+    def error() -> float:
+        inputs = (check.q, check.k, check.v, None, *check.slots(), check.seen)
+        wide = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+        attended, after = reference.decode_step(
+            *wide, H=check.H.double(), z=check.z.double(),  # type: ignore[arg-type]
+            maps={n: x.double() for n, x in check.maps.items()}, scale=check.scale, decay=0.98,
+            rule=rule,
+        )  # fmt: skip
+        run(check)
+        if not torch.equal(check.position, after.position) or after.H is None:
+            return float("inf")
+        return max(difference(out, attended.out), difference(check.H, after.H))
+
+    heads = s.B * s.K
+    return Case(
+        run=run,
+        error=error,
+        bytes=heads * (2 * s.S * s.D * dtype.itemsize + 16 * s.S + 8 * s.R * (s.D + 1))
+        + 4 * (s.Q + s.K) * (s.D * s.E + s.E * s.R + s.R),
+        formula="BK(2SD bytes + 16S + 8R(D + 1)) + 4(Q + K)(DE + ER + R)",
+    )
+
+
 def step(s: Shape, dtype: torch.dtype) -> Case:
     """A whole decode step of one layer through LessKVCache."""
     a = Data(s, dtype)
@@ -263,5 +299,14 @@ def full_attention(s: Shape, dtype: torch.dtype) -> Case:
 
 CASES: dict[str, Callable[[Shape, torch.dtype], Case]] = {
     case.__name__: case
-    for case in (fold, quantize, feature_map, chunk_attention, compact, step, full_attention)
+    for case in (
+        fold,
+        quantize,
+        feature_map,
+        chunk_attention,
+        compact,
+        decode_step,
+        step,
+        full_attention,
+    )
 }

@@ -30,7 +30,7 @@ class Layer:
     seen: Tensor  # [B] int64
     H: Tensor | None  # [B, K, R, D] float32
     z: Tensor | None  # [B, K, R] float32
-    share: Tensor  # [B] float64: sum over queries and heads of the low-rank part's mass
+    share: Tensor  # [B, K] float64: sum over a head's queries of the low-rank part's mass
     k_scale: Tensor | None = None  # [B, K, S] float32: of each row of int8 slots
     v_scale: Tensor | None = None  # [B, K, S] float32
 
@@ -38,6 +38,12 @@ class Layer:
     def rows(self) -> Rows:
         """Keys and values of the slots."""
         return Rows(self.slot_k, self.slot_v, self.k_scale, self.v_scale)
+
+    def add_share(self, step: Step) -> None:
+        """Count what the low-rank part took of a call's attention."""
+        if self.H is not None:
+            K = self.share.shape[1]
+            self.share += step.share.unflatten(1, (K, -1)).sum((2, 3), dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, of those that exist."""
@@ -80,6 +86,23 @@ class Backend(Protocol):
         rank: Tensor | None,
     ) -> None:
         """Insert the call's tokens, evict and fold: writes the layer's tensors in place."""
+
+    def decode_step(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        scale: float,
+        decay: float,
+        scores: bool,
+        rule: Rule,
+    ) -> Tensor:
+        """Do both for one token, under a policy that has a rule; k and v as the caller has them."""
 
 
 class ReferenceBackend:
@@ -162,6 +185,30 @@ class ReferenceBackend:
         for name, mine in layer.tensors().items():
             if name != "share":
                 mine.copy_(getattr(after, name))
+
+    def decode_step(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        scale: float,
+        decay: float,
+        scores: bool,
+        rule: Rule,
+    ) -> Tensor:
+        """Attend, then compact."""
+        new = self.rounded(k, v, layer.slot_k.dtype)
+        step = self.attend(
+            layer, q, new, valid, maps=maps, kind=kind, scale=scale, decay=decay, scores=scores
+        )
+        self.compact(layer, step, new, valid, maps=maps, kind=kind, rule=rule, rank=None)
+        layer.add_share(step)
+        return step.out
 
 
 class NativeBackend:
@@ -250,6 +297,50 @@ class NativeBackend:
             rule=rule,
             rank=rank,
         )
+
+    def decode_step(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        *,
+        maps: Maps | None,
+        kind: str,
+        scale: float,
+        decay: float,
+        scores: bool,
+        rule: Rule,
+    ) -> Tensor:
+        """One fused op, which allocates nothing but its output."""
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        ops.decode_step(
+            q,
+            k.contiguous(),
+            v.contiguous(),
+            valid if valid is None else valid.contiguous(),
+            out,
+            layer.slot_k,
+            layer.slot_v,
+            layer.position,
+            layer.score,
+            layer.weight,
+            layer.seen,
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
+            H=layer.H,
+            z=layer.z,
+            share=layer.share if maps is not None else None,
+            maps=maps,
+            kind=kind or "exp",
+            scale=scale,
+            decay=decay,
+            scores=scores,
+            rule=rule,
+        )
+        return out
 
 
 def choose(backend: str | None, device: torch.device) -> Backend:

@@ -17,7 +17,7 @@ from less.reference import chunk_position
 from less.sidekick import Sidekick
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 
 class LessKVCache(CacheProtocol):
@@ -149,7 +149,7 @@ class LessKVCache(CacheProtocol):
             seen=torch.zeros(B, dtype=torch.int64, device=at),
             H=H,
             z=z,
-            share=torch.zeros(B, dtype=torch.float64, device=at),
+            share=torch.zeros(B, K, dtype=torch.float64, device=at),
             k_scale=torch.zeros(B, K, S, device=at) if self.dtype == torch.int8 else None,
             v_scale=torch.zeros(B, K, S, device=at) if self.dtype == torch.int8 else None,
         )
@@ -179,8 +179,25 @@ class LessKVCache(CacheProtocol):
         """
         self._check_attend(layer, q, k, v, valid)
         at = self._layers[layer]
-        new = self._backend.rounded(k, v, self.dtype)
         maps = self._maps[layer] if self._maps is not None else None
+        rule = self.policy.rule
+        if rule is not None and q.shape[2] == 1:
+            out = self._backend.decode_step(
+                at,
+                q,
+                k,
+                v,
+                valid,
+                maps=maps,
+                kind=self._kind,
+                scale=self.scale,
+                decay=self.policy.decay,
+                scores=self.policy.needs_scores,
+                rule=rule,
+            )
+            self._columns[layer] += 1
+            return out
+        new = self._backend.rounded(k, v, self.dtype)
         step = self._backend.attend(
             at,
             q,
@@ -192,13 +209,11 @@ class LessKVCache(CacheProtocol):
             decay=self.policy.decay,
             scores=self.policy.needs_scores,
         )
-        rule = self.policy.rule
         rank = None if rule is not None else self._rank(at, step, new, valid)
         self._backend.compact(
             at, step, new, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
         )
-        if maps is not None:
-            at.share += step.share.sum((1, 2), dtype=torch.float64)
+        at.add_share(step)
         self._columns[layer] += q.shape[2]
         return step.out
 

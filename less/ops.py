@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from less.policies import Rule
-from less.reference import dequantize
 
 # Absent where less was installed with LESS_NATIVE=off. A library that is there but fails to load
 # stays an error.
@@ -90,18 +89,22 @@ def feature_map(
     mix: Tensor | None = None,
     scale: Tensor | None = None,
     mix_scale: Tensor | None = None,
+    w1_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
 ) -> Tensor:
     """Evaluate a feature map, head by head; ``less.reference.feature_map`` defines it.
 
     Args:
         x: Queries or keys, float32, bfloat16 or float16 [B, N, T, D].
-        w1: float32 [N, D, E].
-        w2: float32 [N, E, R].
+        w1: float32, bfloat16, float16 or int8 [N, D, E].
+        w2: [N, E, R], likewise.
         kind: ``"paper"`` or ``"exp"``.
         bias: float32 [N, R], ``exp`` only.
         mix: float32 [N, R, R], ``paper`` psi only.
         scale: float32 [N, R], with ``mix``.
         mix_scale: float32 [N, R], with ``mix``.
+        w1_scale: float32 [N, E], of each column of an int8 w1.
+        w2_scale: float32 [N, R], of each column of an int8 w2.
 
     Returns:
         float32 [B, N, T, R], all >= 0.
@@ -110,35 +113,38 @@ def feature_map(
         RuntimeError: A shape, dtype or layout differs from the above.
     """
     op = _kind("feature_map", kind)
-    y: Tensor = torch.ops.less.feature_map(x.contiguous(), w1, w2, bias, mix, scale, mix_scale, op)
+    y: Tensor = torch.ops.less.feature_map(
+        x.contiguous(), w1, w2, w1_scale, w2_scale, bias, mix, scale, mix_scale, op
+    )
     return y
-
-
-def _matrices(maps: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """The two matrices of ``"q"`` or ``"k"``, widened to float32."""
-
-    def wide(name: str) -> Tensor:
-        scale = maps.get(f"{name}_scale")
-        return maps[name].float() if scale is None else dequantize(maps[name], scale, -2)
-
-    return wide(f"{side}_w1"), wide(f"{side}_w2")
 
 
 def phi(q: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
     """Features of queries [B, Q, T, D] -> float32 [B, Q, T, R], from a layer of a sidekick."""
-    return feature_map(q, *_matrices(maps, "q"), kind, bias=maps.get("q_bias"))
+    return feature_map(
+        q,
+        maps["q_w1"],
+        maps["q_w2"],
+        kind,
+        bias=maps.get("q_bias"),
+        w1_scale=maps.get("q_w1_scale"),
+        w2_scale=maps.get("q_w2_scale"),
+    )
 
 
 def psi(k: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
     """Features of keys [B, K, T, D] -> float32 [B, K, T, R], from a layer of a sidekick."""
     return feature_map(
         k,
-        *_matrices(maps, "k"),
+        maps["k_w1"],
+        maps["k_w2"],
         kind,
         bias=maps.get("k_bias"),
         mix=maps.get("k_mix"),
         scale=maps.get("k_scale"),
         mix_scale=maps.get("k_mix_scale"),
+        w1_scale=maps.get("k_w1_scale"),
+        w2_scale=maps.get("k_w2_scale"),
     )
 
 
@@ -296,7 +302,10 @@ def compact(
         seen,
         H,
         z,
-        *(_matrices(weights, "k") if weights else (None, None)),
+        weights.get("k_w1"),
+        weights.get("k_w2"),
+        weights.get("k_w1_scale"),
+        weights.get("k_w2_scale"),
         weights.get("k_bias"),
         weights.get("k_mix"),
         weights.get("k_scale"),
@@ -309,7 +318,120 @@ def compact(
     )
 
 
+_EMPTY: Mapping[str, Tensor] = {}
+_VICTIMS = {"none": 0, "forget": 1, "fold": 2}
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    out: Tensor,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    position: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    H: Tensor | None = None,
+    z: Tensor | None = None,
+    share: Tensor | None = None,
+    maps: Mapping[str, Tensor] | None = None,
+    kind: str = "exp",
+    scale: float,
+    decay: float = 1.0,
+    scores: bool = True,
+    rule: Rule,
+    victim: str = "fold",
+) -> None:
+    """Do a layer's whole step for one token of every row, in place, in one fork-join.
+
+    ``less.reference.decode_step`` defines it: ``chunk_attention``, then ``compact``.
+
+    Args:
+        q: [B, Q, 1, D], float32, bfloat16 or float16.
+        k: [B, K, 1, D], likewise; rounded to the slots' dtype on entry.
+        v: [B, K, 1, D], of k's dtype.
+        valid: bool [B, 1], False for a row that has no token, or None.
+        out: [B, Q, 1, D] of q's dtype. Written.
+        slot_k: [B, K, S, D], float32, bfloat16, float16 or int8. Written.
+        slot_v: [B, K, S, D], likewise. Written.
+        position: int32 [B, K, S], -1 where empty. Written.
+        score: float32 [B, K, S]. Written.
+        weight: float32 [B, K, S]. Written.
+        seen: int64 [B]: tokens seen before the step. Written: after it.
+        k_scale: float32 [B, K, S], of int8 slots alone. Written.
+        v_scale: float32 [B, K, S], likewise. Written.
+        H: float32 [B, K, R, D], with z, share and maps. Written.
+        z: float32 [B, K, R]. Written.
+        share: float64 [B, K], to which the state's share of each query's mass is added. Written.
+        maps: The layer's feature maps.
+        kind: Their kind.
+        scale: Factor of q.k.
+        decay: What a score keeps per token.
+        scores: False leaves the scores as they are.
+        rule: Who stays.
+        victim: What becomes of the token that leaves: ``"fold"`` or ``"forget"``. ``"none"``:
+            nothing joins or leaves, which makes the step attention alone.
+
+    Raises:
+        RuntimeError: A shape, dtype or layout differs from the above; nothing is written.
+        ValueError: ``kind`` or ``victim`` is unknown.
+    """
+    if victim not in _VICTIMS:
+        raise ValueError(f"decode_step: victim must be 'fold', 'forget' or 'none', got {victim!r}")
+    get = (_EMPTY if maps is None else maps).get
+    torch.ops.less.decode_step(
+        q,
+        k,
+        v,
+        valid,
+        out,
+        slot_k,
+        slot_v,
+        k_scale,
+        v_scale,
+        position,
+        score,
+        weight,
+        seen,
+        H,
+        z,
+        share,
+        get("q_w1"),
+        get("q_w2"),
+        get("q_w1_scale"),
+        get("q_w2_scale"),
+        get("q_bias"),
+        get("k_w1"),
+        get("k_w2"),
+        get("k_w1_scale"),
+        get("k_w2_scale"),
+        get("k_bias"),
+        get("k_mix"),
+        get("k_scale"),
+        get("k_mix_scale"),
+        _kind("decode_step", kind),
+        scale,
+        decay,
+        scores,
+        rule.recent,
+        rule.sinks,
+        rule.by_score,
+        rule.per_age,
+        _VICTIMS[victim],
+    )
+
+
 if _native:
+
+    @torch.library.register_fake("less::decode_step")
+    def _decode_step_fake(*args: object) -> None:
+        return None
 
     @torch.library.register_fake("less::fold")
     def _fold_fake(

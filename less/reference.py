@@ -479,6 +479,66 @@ class Trajectory:
     left: Tensor
 
 
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    slot_k: Tensor,
+    slot_v: Tensor,
+    position: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    *,
+    H: Tensor | None = None,
+    z: Tensor | None = None,
+    maps: Maps | None = None,
+    kind: str = "exp",
+    scale: float,
+    decay: float = 1.0,
+    rule: Rule,
+) -> tuple[Attended, Compacted]:
+    """One token of every row through a layer: attend, score, evict, fold.
+
+    ``chunk_attention`` and then ``compact``, whose arguments these are, for T = 1.
+    """
+    attended = chunk_attention(
+        q,
+        k,
+        v,
+        valid,
+        slot_k,
+        slot_v,
+        position,
+        score,
+        weight,
+        phi_q=phi(q, maps, kind) if maps is not None else None,
+        H=H,
+        z=z,
+        scale=scale,
+        decay=decay,
+    )
+    after = compact(
+        k,
+        v,
+        attended.chunk_score,
+        valid,
+        slot_k,
+        slot_v,
+        position,
+        attended.slot_score,
+        weight,
+        seen,
+        rule=rule,
+        H=H,
+        z=z,
+        maps=maps,
+        kind=kind,
+    )
+    return attended, after
+
+
 def run(
     q: Tensor,
     k: Tensor,

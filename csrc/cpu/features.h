@@ -6,6 +6,7 @@
 // Order: d, e and r ascending in four interleaved sums, the same for every row and any batch.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -16,20 +17,28 @@ namespace less::cpu::LESS_ISA {
 
 constexpr float kExpClamp = 15.0f;
 
+// kVecs vectors of out from column c on: sum_i x[i] w[i, c..), w row-major [count, n].
+template <int kVecs, typename W>
+LESS_INLINE void row_times_columns(const float* x, const W* w, int64_t count, int64_t n, int64_t c,
+                                   float* out) {
+  Vec a[kVecs];
+  for (int j = 0; j < kVecs; ++j) a[j] = Vec(0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec xi(x[i]);
+    const W* row = w + i * n + c;
+    for (int j = 0; j < kVecs; ++j) a[j] = fma(xi, Vec::load(row + j * Vec::kSize), a[j]);
+  }
+  for (int j = 0; j < kVecs; ++j) a[j].store(out + c + j * Vec::kSize);
+}
+
 // out[0..n) = sum_i x[i] w[i, 0..n), w row-major [count, n].
-LESS_INLINE void row_times_matrix(const float* x, const float* w, int64_t count, int64_t n,
+template <typename W>
+LESS_INLINE void row_times_matrix(const float* x, const W* w, int64_t count, int64_t n,
                                   float* out) {
   constexpr int kVec = Vec::kSize;
   int64_t c = 0;
-  for (; c + 4 * kVec <= n; c += 4 * kVec) {
-    Vec a[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-    for (int64_t i = 0; i < count; ++i) {
-      const Vec xi(x[i]);
-      const float* row = w + i * n + c;
-      for (int j = 0; j < 4; ++j) a[j] = fma(xi, Vec::load(row + j * kVec), a[j]);
-    }
-    for (int j = 0; j < 4; ++j) a[j].store(out + c + j * kVec);
-  }
+  for (; c + 8 * kVec <= n; c += 8 * kVec) row_times_columns<8>(x, w, count, n, c, out);
+  for (; c + 4 * kVec <= n; c += 4 * kVec) row_times_columns<4>(x, w, count, n, c, out);
   for (; c < n; c += kVec) {
     const int width = n - c < kVec ? int(n - c) : kVec;
     Vec a[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
@@ -53,6 +62,11 @@ LESS_INLINE void row_times_matrix(const float* x, const float* w, int64_t count,
   }
 }
 
+// Up to a vector of floats; the rest is 0.
+LESS_INLINE Vec load_some(const float* p, int n) {
+  return n == Vec::kSize ? Vec::load(p) : Vec::load(p, n);
+}
+
 template <typename F>
 LESS_INLINE void for_each(float* x, int64_t n, F f) {
   int64_t i = 0;
@@ -63,16 +77,24 @@ LESS_INLINE void for_each(float* x, int64_t n, F f) {
   }
 }
 
-// y [R] = map of head `head` at x [D]; scratch holds E + 2 R floats.
-inline void features(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
+template <typename W>
+void features_of(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
   float* hidden = scratch;
-  row_times_matrix(x, static_cast<const float*>(m.w1) + head * m.D * m.E, m.D, m.E, hidden);
+  row_times_matrix(x, static_cast<const W*>(m.w1) + head * m.D * m.E, m.D, m.E, hidden);
+  if constexpr (std::is_same_v<W, int8_t>) {
+    const float* s = m.w1_scale + head * m.E;
+    for_each(hidden, m.E, [s](Vec a, int64_t i, int n) { return a * load_some(s + i, n); });
+  }
   for_each(hidden, m.E, [](Vec a, int64_t, int) { return gelu(a); });
-  row_times_matrix(hidden, static_cast<const float*>(m.w2) + head * m.E * m.R, m.E, m.R, y);
+  row_times_matrix(hidden, static_cast<const W*>(m.w2) + head * m.E * m.R, m.E, m.R, y);
+  if constexpr (std::is_same_v<W, int8_t>) {
+    const float* s = m.w2_scale + head * m.R;
+    for_each(y, m.R, [s](Vec a, int64_t i, int n) { return a * load_some(s + i, n); });
+  }
   if (m.kind == MapKind::exp) {
     const float* bias = m.bias == nullptr ? nullptr : m.bias + head * m.R;
     for_each(y, m.R, [bias](Vec a, int64_t i, int n) {
-      if (bias != nullptr) a = a + Vec::load(bias + i, n);
+      if (bias != nullptr) a = a + load_some(bias + i, n);
       return exp(min(Vec(kExpClamp), max(Vec(-kExpClamp), a)));
     });
     return;
@@ -83,12 +105,26 @@ inline void features(const FeatureMaps& m, int64_t head, const float* x, float* 
   }
   const float* s1 = m.scale + head * m.R;
   const float* s2 = m.mix_scale + head * m.R;
-  for_each(y, m.R, [s1](Vec a, int64_t i, int n) { return abs(Vec::load(s1 + i, n)) * gelu(a); });
+  for_each(y, m.R, [s1](Vec a, int64_t i, int n) { return abs(load_some(s1 + i, n)) * gelu(a); });
   float* mixed = scratch + m.E;
   row_times_matrix(y, m.mix + head * m.R * m.R, m.R, m.R, mixed);
   for_each(y, m.R, [s2, mixed](Vec h, int64_t i, int n) {
-    return abs(fma(Vec::load(mixed + i, n), Vec::load(s2 + i, n), h));
+    return abs(fma(load_some(mixed + i, n), load_some(s2 + i, n), h));
   });
+}
+
+// y [R] = map of head `head` at x [D]; scratch holds features_scratch() floats.
+inline void features(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
+  switch (m.w_dtype) {
+    case DType::f32:
+      return features_of<float>(m, head, x, scratch, y);
+    case DType::bf16:
+      return features_of<bf16>(m, head, x, scratch, y);
+    case DType::fp16:
+      return features_of<fp16>(m, head, x, scratch, y);
+    case DType::i8:
+      return features_of<int8_t>(m, head, x, scratch, y);
+  }
 }
 
 inline int64_t features_scratch(const FeatureMaps& m) { return m.E + 2 * m.R; }

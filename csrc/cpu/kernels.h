@@ -8,6 +8,7 @@
 LESS_CPU_KERNEL(chunk_attention, ChunkAttentionParams)
 LESS_CPU_KERNEL(chunk_scores, ChunkAttentionParams)
 LESS_CPU_KERNEL(compact, CompactParams)
+LESS_CPU_KERNEL(decode_step, DecodeStepParams)
 LESS_CPU_KERNEL(feature_map, FeatureMapParams)
 LESS_CPU_KERNEL(fold, FoldParams)
 LESS_CPU_KERNEL(quantize, QuantizeParams)

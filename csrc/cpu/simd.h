@@ -202,6 +202,13 @@ struct Int {  // kSize x int32; as a mask, all bits or none of each
 
   Int() = default;
   LESS_INLINE Int(int32_t all) { LESS_EACH_PART(part[i] = all - Ints{}); }
+
+  static LESS_INLINE Int load(const int32_t* p) {
+    Int a;
+    std::memcpy(a.part, p, sizeof a.part);
+    return a;
+  }
+  LESS_INLINE void store(int32_t* p) const { std::memcpy(p, part, sizeof part); }
 };
 
 LESS_INLINE Int operator+(Int a, Int b) {
@@ -445,6 +452,13 @@ LESS_INLINE Four sum_to_four(Vec a) {
 #else
   return quarter(a, 0) + quarter(a, 1);
 #endif
+}
+
+// 0, 1, 2, ...
+LESS_INLINE Int iota() {
+  int32_t index[Vec::kSize];
+  for (int i = 0; i < Vec::kSize; ++i) index[i] = i;
+  return Int::load(index);
 }
 
 // Sum of all, always by halves: of eight ((0+4)+(2+6)) + ((1+5)+(3+7)).

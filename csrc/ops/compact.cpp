@@ -15,7 +15,8 @@ void compact_cpu(Tensor k, Tensor v, OptionalTensor chunk_k_scale, OptionalTenso
                  Tensor slot_k, Tensor slot_v, OptionalTensor slot_k_scale,
                  OptionalTensor slot_v_scale, Tensor position, Tensor score, Tensor weight,
                  Tensor seen, OptionalTensor H, OptionalTensor z, OptionalTensor w1,
-                 OptionalTensor w2, OptionalTensor bias, OptionalTensor mix, OptionalTensor scale,
+                 OptionalTensor w2, OptionalTensor w1_scale, OptionalTensor w2_scale,
+                 OptionalTensor bias, OptionalTensor mix, OptionalTensor scale,
                  OptionalTensor mix_scale, int64_t kind, int64_t recent, int64_t sinks,
                  bool by_score, bool per_age) {
   constexpr const char* op = "compact";
@@ -38,7 +39,8 @@ void compact_cpu(Tensor k, Tensor v, OptionalTensor chunk_k_scale, OptionalTenso
   }
   FeatureMaps psi{};
   if (H) {
-    psi = feature_maps(op, "k", k, K, D, *w1, *w2, bias, mix, scale, mix_scale, kind);
+    psi = feature_maps(op, "k", k, K, D, *w1, *w2, w1_scale, w2_scale, bias, mix, scale, mix_scale,
+                       kind);
     check(op, "H", *H, ScalarType::Float, {B, K, psi.R, D});
     check(op, "z", *z, ScalarType::Float, {B, K, psi.R});
   }
@@ -86,6 +88,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(less, m) {
       "Tensor(b!) slot_v, Tensor(i!)? slot_k_scale, Tensor(j!)? slot_v_scale, "
       "Tensor(c!) position, Tensor(d!) score, "
       "Tensor(e!) weight, Tensor(f!) seen, Tensor(g!)? H, Tensor(h!)? z, Tensor? w1, Tensor? w2, "
+      "Tensor? w1_scale, Tensor? w2_scale, "
       "Tensor? bias, Tensor? mix, Tensor? scale, Tensor? mix_scale, int kind, int recent, "
       "int sinks, bool by_score, bool per_age) -> ()");
 }

@@ -5,19 +5,28 @@
 
 namespace less::ops {
 
-// Weights of `heads` maps of head dim D on the device of `first`.
+// Weights of `heads` maps of head dim D on the device of `first`. w1 and w2 share a dtype; those of
+// int8 have a scale per column.
 inline FeatureMaps feature_maps(const char* op, const char* first_name, const Tensor& first,
                                 int64_t heads, int64_t D, const Tensor& w1, const Tensor& w2,
+                                const OptionalTensor& w1_scale, const OptionalTensor& w2_scale,
                                 const OptionalTensor& bias, const OptionalTensor& mix,
                                 const OptionalTensor& scale, const OptionalTensor& mix_scale,
                                 int64_t kind) {
   check_dim(op, "w1", w1, 3, "[heads, D, E]");
   check_dim(op, "w2", w2, 3, "[heads, E, R]");
   const int64_t E = w1.size(2), R = w2.size(2);
-  check(op, "w1", w1, ScalarType::Float, {heads, D, E});
-  check(op, "w2", w2, ScalarType::Float, {heads, E, R});
+  const ScalarType type = w1.scalar_type();
+  const DType w_dtype = type == ScalarType::Char ? DType::i8 : slot_dtype(op, "w1", w1);
+  check(op, "w1", w1, type, {heads, D, E});
+  check(op, "w2", w2, type, {heads, E, R});
   check_device(op, "w1", w1, first_name, first);
   check_device(op, "w2", w2, first_name, first);
+  if (bool(w1_scale) != bool(w2_scale) || bool(w1_scale) != (w_dtype == DType::i8)) {
+    fail(op, ": w1_scale and w2_scale belong to int8 weights, and must be given with them");
+  }
+  if (w1_scale) check(op, "w1_scale", *w1_scale, ScalarType::Float, {heads, E});
+  if (w2_scale) check(op, "w2_scale", *w2_scale, ScalarType::Float, {heads, R});
   if (kind != int64_t(MapKind::paper) && kind != int64_t(MapKind::exp)) {
     fail(op, ": kind must be 0 (paper) or 1 (exp), got ", kind);
   }
@@ -33,14 +42,14 @@ inline FeatureMaps feature_maps(const char* op, const char* first_name, const Te
   return FeatureMaps{
       .w1 = w1.const_data_ptr(),
       .w2 = w2.const_data_ptr(),
-      .w1_scale = nullptr,
-      .w2_scale = nullptr,
+      .w1_scale = optional_floats(w1_scale),
+      .w2_scale = optional_floats(w2_scale),
       .bias = optional_floats(bias),
       .mix = optional_floats(mix),
       .scale = optional_floats(scale),
       .mix_scale = optional_floats(mix_scale),
       .kind = MapKind(kind),
-      .w_dtype = DType::f32,
+      .w_dtype = w_dtype,
       .D = D,
       .E = E,
       .R = R,

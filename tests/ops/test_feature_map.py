@@ -59,7 +59,7 @@ def test_feature_map_passes_opcheck(kind):
     maps = random_maps(2, 2, 8, 6, 3, kind)
     x = torch.randn(1, 2, 4, 8)
     rest = [maps.get(n) for n in ("k_bias", "k_mix", "k_scale", "k_mix_scale")]
-    args = (x, maps["k_w1"], maps["k_w2"], *rest, {"paper": 0, "exp": 1}[kind])
+    args = (x, maps["k_w1"], maps["k_w2"], None, None, *rest, {"paper": 0, "exp": 1}[kind])
     torch.library.opcheck(torch.ops.less.feature_map.default, args)
 
 
