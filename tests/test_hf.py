@@ -249,10 +249,11 @@ def test_positions_stay_those_of_the_text_after_evictions(model):
     assert_close(k, k_full, torch.float32)  # layer 0's keys depend on the position alone
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_slots_serve_a_float32_model(model, dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+def test_small_slots_serve_a_float32_model(model, dtype, backend):
     ids = prompt(20)
-    got = feed(model, new_cache(model, WIDE, dtype=dtype), ids)
+    got = feed(model, new_cache(model, WIDE, dtype=dtype, backend=backend), ids)
     assert got.dtype == torch.float32
     with torch.no_grad():
         want = model(ids).logits
