@@ -3,6 +3,8 @@
 #
 #   make demo     a real language model: full cache, eviction alone, LESS
 #   make test     all tests (make test ARGS="-k fold -m 'not slow'" for some)
+#   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
+#   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make lint     formatting, style, types, spelling; make format repairs what can be repaired
 #   make bench    kernels and cache, timed
 #   make dev      rebuild the native code into less/, compiling only what changed (seconds);
@@ -20,10 +22,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type f 2>/dev/null)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt) tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
-.PHONY: demo test lint format bench dev sdist clean
+.PHONY: demo test test-cpp test-aarch64 lint format bench dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 
@@ -32,6 +35,26 @@ demo: $(VENV)/package.stamp $(VENV)/assets.stamp
 
 test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+# Each builds in a folder of its own, without torch and Python.
+SELFTEST := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DLESS_PYTHON=OFF \
+	-DLESS_SELFTEST=ON -DLESS_WERROR=$(or $(LESS_WERROR),OFF)
+
+test-cpp: $(VENV)/requirements.stamp
+	$(BIN)/cmake -S . -B build/selftest $(SELFTEST)
+	$(BIN)/cmake --build build/selftest
+	build/selftest/tests/cpp/kernels_test
+	$(BIN)/cmake -S . -B build/emulated $(SELFTEST) -DLESS_EMULATED=ON
+	$(BIN)/cmake --build build/emulated
+	build/emulated/tests/cpp/kernels_test
+
+test-aarch64: $(VENV)/requirements.stamp
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { echo "make test-aarch64: wants Debian's g++-aarch64-linux-gnu and qemu-user" >&2; exit 1; }
+	$(BIN)/cmake -S . -B build/aarch64 $(SELFTEST) \
+	  -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/aarch64
+	qemu-aarch64 build/aarch64/tests/cpp/kernels_test
 
 # `make -k lint` goes on after the first tool that complains.
 lint: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
@@ -47,7 +70,7 @@ lint-types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 lint-cmake: $(VENV)/dev.stamp
-	$(BIN)/gersemi --check CMakeLists.txt
+	$(BIN)/gersemi --check $(CMAKE)
 
 lint-spelling: $(VENV)/dev.stamp
 	$(BIN)/codespell $(PY) csrc $(wildcard docs) README.md Makefile CMakeLists.txt .ci/run
@@ -59,7 +82,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix $(PY)
 	$(BIN)/ruff format $(PY)
-	$(BIN)/gersemi -i CMakeLists.txt
+	$(BIN)/gersemi -i $(CMAKE)
 
 bench: $(VENV)/package.stamp $(VENV)/assets.stamp
 	$(BIN)/python -m bench.run $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,29 @@ def test_unknown_less_simd_is_refused_by_name_and_never_swallowed() -> None:
         assert done.returncode != 0
         wanted = "ImportError: LESS_SIMD must be one of portable, avx2, avx512, neon, got 'sse9'"
         assert wanted in done.stdout
+
+
+def test_each_level_uses_its_own_registers_and_no_wider_ones() -> None:
+    if "avx2" not in _C.build_facts()["simd_levels"]:
+        pytest.skip("other registers than x86-64's")
+    if not shutil.which("objdump"):
+        pytest.skip("no objdump")
+    listing = call("objdump", "-d", "--no-show-raw-insn", _C.__file__).stdout
+    used: dict[str, set[str]] = {"portable": set(), "avx2": set(), "avx512": set()}
+    registers: set[str] = set()
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            # Mangled as length and name; of no level are the ops, and the C++ library's templates.
+            level = re.search(r"4less3cpu(?:8(portable)|4(avx2)|6(avx512))", line)
+            registers = used[next(filter(None, level.groups()))] if level else set()
+        else:
+            registers.update(re.findall(r"%([xyz]mm)", line))
+    if not any(used.values()):
+        pytest.skip("the library was stripped of its symbols")
+    assert used["portable"] == {"xmm"}
+    assert "ymm" in used["avx2"]
+    assert "zmm" not in used["avx2"]
+    assert "zmm" in used["avx512"]
 
 
 # -- settings and loud failures --------------------------------------------------------------------

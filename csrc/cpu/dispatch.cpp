@@ -26,10 +26,14 @@ bool has_avx2() {
 #endif
 
 #ifdef LESS_HAVE_avx512
-// The compiler's builtins ask the operating system too, whether it keeps the wide registers.
 bool has_avx512() {
+#ifdef LESS_EMULATED
+  return has_avx2();
+#else
+  // The builtins ask the operating system too, whether it keeps the wide registers.
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
 }
 #endif
 
