@@ -1,0 +1,81 @@
+// A layer of a cache in mid-life, without torch: full slots, a state, maps, a call of T tokens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "params.h"
+
+namespace less::bench {
+
+struct Shape {
+  const char* name;
+  int64_t Q;
+  int64_t K;
+  int64_t D;
+  int64_t S;      // slots: tokens kept a head
+  int64_t R = 8;  // 0: no state
+  int64_t E = 64;
+  int64_t T = 1;  // tokens of a call
+  int64_t B = 1;
+  DType slots = DType::fp16;
+  DType maps = DType::f32;
+  DType model = DType::fp16;  // of q, k, v and out
+};
+
+const char* name(DType dtype);
+int64_t bytes_of(DType dtype);
+
+class Layer {
+ public:
+  Layer(const Shape& shape, uint64_t seed);
+
+  DecodeStepParams decode_step(Victim victim) const;
+  ChunkAttentionParams chunk_attention() const;  // in one strip
+  CompactParams compact() const;
+  FeatureMapParams phi() const;
+  FoldParams fold() const;  // of the call's tokens
+
+  // Puts back what compact and fold have changed, and is no part of any timing.
+  void rewind();
+  // Counts the tokens that a step has taken in.
+  void advance();
+
+  const Shape& shape() const { return shape_; }
+  // What a decode step must read of k and v: 2 B K S D values, and a scale each row of i8.
+  int64_t slot_bytes() const;
+  // The above, scores, positions and log-weights, the state read and written, and the maps once.
+  int64_t step_bytes() const;
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  using Bytes = std::unique_ptr<std::byte, Free>;
+
+  template <typename T>
+  T* make(int64_t count);
+  void* values(DType dtype, int64_t count, float scale);
+  float* floats(int64_t count, float low, float high);
+  FeatureMaps maps(int64_t heads, DType dtype);
+  float uniform();
+
+  Shape shape_;
+  uint64_t state_;
+  std::vector<Bytes> held_;
+  const void *q_, *k_, *v_;
+  void* out_;
+  Slots slots_;
+  std::vector<int32_t> position_;  // of one head, for rewind
+  int64_t* seen_;
+  float *H_ = nullptr, *z_ = nullptr;
+  double* share_ = nullptr;
+  float *phi_q_ = nullptr, *psi_k_ = nullptr;
+  float *slot_score_, *chunk_score_, *share_q_, *received_;
+  FeatureMaps phi_{}, psi_{};
+};
+
+}  // namespace less::bench
