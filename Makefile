@@ -6,7 +6,9 @@
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make lint     formatting, style, types, spelling; make format repairs what can be repaired
-#   make bench    kernels and cache, timed
+#   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
+#   make bench-cpp     every kernel alone, under Google Benchmark
+#   make instructions  every kernel's instructions, gated (ARGS=--record writes new counts)
 #   make dev      rebuild the native code into less/, compiling only what changed (seconds);
 #                 in another environment the same is: python setup.py build_ext --inplace
 #   make sdist    the source distribution, in dist/
@@ -26,7 +28,7 @@ CPP := $(shell find csrc tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o
 CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt) tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
-.PHONY: demo test test-cpp test-aarch64 lint format bench dev sdist clean
+.PHONY: demo test test-cpp test-aarch64 lint format bench bench-cpp instructions dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 
@@ -86,6 +88,13 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/package.stamp $(VENV)/assets.stamp
 	$(BIN)/python -m bench.run $(ARGS)
+
+bench-cpp: $(VENV)/requirements.stamp
+	$(BIN)/python -m bench.native less_kernels
+	build/bench/bench/cpp/less_kernels $(ARGS)
+
+instructions: $(VENV)/requirements.stamp
+	$(BIN)/python -m bench.instructions $(ARGS)
 
 dev: $(VENV)/requirements.stamp
 	$(BIN)/python setup.py -q build_ext --inplace

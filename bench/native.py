@@ -1,0 +1,64 @@
+"""Builds the programs of bench/cpp, which need a C++ compiler and CMake but no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class BuildError(SystemExit):
+    """A program could not be built; the message says why."""
+
+
+def build(target: str, folder: Path = ROOT / "build" / "bench") -> Path:
+    """Compile one target of bench/cpp.
+
+    Args:
+        target: ``less_kernels``, ``less_instructions`` or ``less_bench_read``.
+        folder: Where to build; kept, so that the next time compiles what changed.
+
+    Returns:
+        The program, or the shared library.
+
+    Raises:
+        BuildError: A tool is missing, or it does not compile.
+    """
+    sys.path.insert(0, str(ROOT / "tools"))
+    import native
+
+    native.require_compiler()
+    cmake, ninja = native.require_cmake(), native.find_ninja()
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-Wno-dev", "-DLESS_WERROR=OFF"]
+    configure += ["-DLESS_PYTHON=OFF", "-DLESS_BENCH=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    if ninja and not (folder / "CMakeCache.txt").exists():
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    compile_ = [cmake, "--build", str(folder), "--parallel", jobs, "--target", target]
+    for command in (configure, compile_):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).splitlines()[-30:]
+            text = "\n".join(line[:300] for line in lines)
+            raise BuildError(f"bench: {' '.join(command)} failed:\n{text}")
+    made = folder / "bench" / "cpp"
+    library = made / f"lib{target}.so"
+    return library if library.exists() else made / target
+
+
+def require(program: str, package: str) -> None:
+    """Stop where a program is not installed.
+
+    Raises:
+        BuildError: It is not; the message names Debian's package.
+    """
+    if shutil.which(program) is None:
+        raise BuildError(f"bench: no {program} was found (Debian: apt-get install {package})")
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1]))
