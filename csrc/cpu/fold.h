@@ -13,7 +13,7 @@ template <typename T>
 void fold_tokens(const float* psi, int64_t row, int64_t column, const T* v, int64_t stride,
                  int64_t count, int64_t R, int64_t D, float* H, float* z) {
   constexpr int kV = Vec::kSize;
-  constexpr int kTokens = 64;  // whose values stay in the first-level cache while r runs
+  constexpr int64_t kTokens = 64;  // whose values stay in the first-level cache while r runs
   for (int64_t n0 = 0; n0 < count; n0 += kTokens) {
     const int64_t n = count - n0 < kTokens ? count - n0 : kTokens;
     const float* psi_n = psi + n0 * column;

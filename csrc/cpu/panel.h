@@ -78,6 +78,21 @@ LESS_INLINE void add_product(const float* a, int64_t row, int64_t column, const 
   }
 }
 
+// c[i * stride + lane] = sum_k a[i * row + k * column] b[k][lane], i < n, k < count. By itself, so
+// that what is done with c afterwards takes no register from the product.
+[[gnu::noinline]] inline void panel_product(const float* a, int64_t row, int64_t column, int64_t n,
+                                            int64_t count, const float* b, float* c,
+                                            int64_t stride) {
+  for_groups<kGroup<kPanelVecs>>(n, [&](auto group, int64_t i) {
+    Vec sums[group][kPanelVecs];
+    zero(sums);
+    add_product<group, kPanelVecs>(a + i * row, row, column, b, kLanes, count, sums);
+    for (int g = 0; g < group; ++g) {
+      for (int j = 0; j < kPanelVecs; ++j) sums[g][j].store(c + (i + g) * stride + j * Vec::kSize);
+    }
+  });
+}
+
 // Writes row x [n] into lane `lane` of a panel [n][kLanes].
 LESS_INLINE void put_lane(const float* x, int64_t n, int64_t lane, float* panel) {
   for (int64_t i = 0; i < n; ++i) panel[i * kLanes + lane] = x[i];
