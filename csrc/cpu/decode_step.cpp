@@ -67,12 +67,15 @@ class Head {
     hidden_ = scratch.floats(hidden_floats());
   }
 
-  void run(int64_t head, int64_t b) {
-    head_ = head;
-    b_ = b;
-    row_ = b * p_.K + head;
-    if (p_.valid != nullptr && !p_.valid[b]) return clear();
-    slot_k_ = static_cast<T*>(p_.slots.k) + row_ * S_ * p_.D;
+  // Work item (head, b), of [0, K B); `last`: no other follows.
+  void run(int64_t item, bool last) {
+    head_ = item / p_.B;
+    b_ = item % p_.B;
+    row_ = b_ * p_.K + head_;
+    const int64_t next = (item + 1) % p_.B * p_.K + (item + 1) / p_.B;
+    next_k_ = last ? nullptr : slot_keys(next);
+    if (p_.valid != nullptr && !p_.valid[b_]) return clear();
+    slot_k_ = slot_keys(row_);
     slot_v_ = static_cast<T*>(p_.slots.v) + row_ * S_ * p_.D;
     position_ = p_.slots.position + row_ * S_;
     score_ = p_.slots.score + row_ * S_;
@@ -81,6 +84,7 @@ class Head {
     load();
     logits();
     softmax();
+    if (!last) prefetch_numbers(next);
     weigh();
     if (p_.H != nullptr) merge();
     for (int64_t g = 0; g < G_; ++g) {
@@ -95,6 +99,24 @@ class Head {
 
  private:
   static constexpr bool kScaled = std::is_same_v<T, int8_t>;
+
+  T* slot_keys(int64_t row) const { return static_cast<T*>(p_.slots.k) + row * S_ * p_.D; }
+
+  // What the next head needs before and after its keys.
+  void prefetch_numbers(int64_t row) const {
+    const int64_t bytes = S_ * 4;
+    prefetch(p_.slots.position + row * S_, bytes);
+    prefetch(p_.slots.weight + row * S_, bytes);
+    prefetch(p_.slots.score + row * S_, bytes);
+    if (kScaled) {
+      prefetch(p_.slots.k_scale + row * S_, bytes);
+      prefetch(p_.slots.v_scale + row * S_, bytes);
+    }
+    if (p_.H != nullptr) {
+      prefetch(p_.H + row * p_.R * p_.D, p_.R * p_.D * 4);
+      prefetch(p_.z + row * p_.R, p_.R * 4);
+    }
+  }
 
   int64_t query(int64_t g) const { return b_ * p_.Q + head_ * G_ + g; }
 
@@ -147,11 +169,10 @@ class Head {
   // logit_[g] = scale q.k + weight over slots and token, -inf for empty slots and the padding.
   void logits() {
     for_each_run([this](int64_t first, int64_t count) {
-      dots_of_rows(q_, G_, width_, slot_k_ + first * p_.D, count, p_.D, logit_ + first, stride_);
+      dots_of_rows(q_, G_, width_, slot_k_ + first * p_.D, count, p_.D, logit_ + first, stride_,
+                   slot_v_);
     });
-    dots_of_rows(q_, G_, width_, new_k_, 1, p_.D, logit_ + S_, stride_);
-    // What comes next, while the exponentials keep the core busy.
-    prefetch(slot_v_, std::min<int64_t>(S_ * p_.D * int64_t(sizeof(T)), kAhead));
+    dots_of_rows<T>(q_, G_, width_, new_k_, 1, p_.D, logit_ + S_, stride_, nullptr);
     const float* weight = p_.slots.weight + row_ * S_;
     const float* k_scale = kScaled ? p_.slots.k_scale + row_ * S_ : nullptr;
     const Vec scale(p_.scale);
@@ -205,10 +226,10 @@ class Head {
 
   void weigh(const float* p, int64_t heads, float* out) {
     for_each_run([=, this](int64_t first, int64_t count) {
-      add_weighted_rows(p + first, heads, stride_, slot_v_ + first * p_.D, count, p_.D, out,
-                        width_);
+      add_weighted_rows(p + first, heads, stride_, slot_v_ + first * p_.D, count, p_.D, out, width_,
+                        next_k_);
     });
-    add_weighted_rows(p + S_, heads, stride_, new_v_, 1, p_.D, out, width_);
+    add_weighted_rows<T>(p + S_, heads, stride_, new_v_, 1, p_.D, out, width_, nullptr);
   }
 
   void merge() {
@@ -310,12 +331,11 @@ class Head {
     p_.slots.weight[row_ * S_ + slot] = 0.0f;
   }
 
-  static constexpr int64_t kAhead = 4096;  // bytes asked for ahead of a phase
-
   const DecodeStepParams& p_;
   const int64_t G_, S_, width_, stride_;
   int64_t head_ = 0, b_ = 0, row_ = 0, held_ = 0;
   T *slot_k_ = nullptr, *slot_v_ = nullptr;
+  const T* next_k_ = nullptr;  // the keys of the head that comes next; null: none does
   int32_t* position_ = nullptr;
   float* score_ = nullptr;
   float new_k_scale_ = 0.0f, new_v_scale_ = 0.0f;
@@ -332,7 +352,7 @@ class Head {
 template <typename T>
 void decode(const DecodeStepParams& p, int64_t begin, int64_t end) {
   Head<T> head(p);
-  for (int64_t item = begin; item < end; ++item) head.run(item / p.B, item % p.B);
+  for (int64_t item = begin; item < end; ++item) head.run(item, item + 1 == end);
 }
 
 }  // namespace

@@ -21,6 +21,32 @@ LESS_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
 }
 
+// What is asked for while rows are read: kBytes further on, and, past the last row, from where the
+// reading goes on. A core's own prefetchers start anew at each head's keys and values, and idle
+// while it computes exponentials; with this the memory never waits.
+template <typename T>
+class Ahead {
+ public:
+  static constexpr int64_t kBytes = 6144;
+
+  Ahead(const T* rows, int64_t N, int64_t D, const T* next)
+      : rows_(rows), N_(N), D_(D), distance_(kBytes / (D * int64_t(sizeof(T))) + 1) {
+    next_ = next == nullptr ? rows : next;
+  }
+
+  // Asks for what lies ahead of rows n .. n + count.
+  LESS_INLINE void ask(int64_t n, int64_t count) const {
+    const int64_t at = n + distance_;
+    const T* row = at < N_ ? rows_ + at * D_ : next_ + (at - N_) * D_;
+    prefetch(row, count * D_ * int64_t(sizeof(T)));
+  }
+
+ private:
+  const T* rows_;
+  const T* next_;
+  int64_t N_, D_, distance_;
+};
+
 // logit[h * stride + n] = q[h] . k[n] for kHeads heads and kRows rows, kRows a multiple of four.
 template <typename T, int kHeads, int kRows>
 LESS_INLINE void dot_rows(const float* q, int64_t width, const T* k, int64_t D, float* logit,
@@ -72,11 +98,12 @@ LESS_INLINE void dot_last_rows(const float* q, int64_t width, const T* k, int64_
 
 template <typename T, int kHeads>
 LESS_INLINE void dot_all_rows(const float* q, int64_t width, const T* k, int64_t N, int64_t D,
-                              float* logit, int64_t stride) {
+                              float* logit, int64_t stride, const Ahead<T>& ahead, int64_t first) {
   // Enough accumulators to hide the latency of fma, no more than there are registers.
   constexpr int kRows = kHeads == 1 ? 8 : 4;
   int64_t n = 0;
   for (; n + kRows <= N; n += kRows) {
+    if (first >= 0) ahead.ask(first + n, kRows);
     dot_rows<T, kHeads, kRows>(q, width, k + n * D, D, logit + n, stride);
   }
   if constexpr (kRows == 8) {
@@ -135,7 +162,8 @@ LESS_INLINE void add_all_rows(const float* p, int64_t stride, const T* v, int64_
 // k is [N, D].
 template <typename T>
 LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, const T* k, int64_t N,
-                              int64_t D, float* logit, int64_t stride) {
+                              int64_t D, float* logit, int64_t stride, const T* next) {
+  const Ahead<T> ahead(k, N, D, next);
   // Where the heads take several passes, so many rows stay in the first-level cache over them.
   const int64_t tile = heads_at_once(heads) == heads ? N : 16;
   for (int64_t n0 = 0; n0 < N; n0 += tile) {
@@ -143,13 +171,14 @@ LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, cons
     for (int64_t h = 0; h < heads;) {
       const int now = heads_at_once(heads - h);
       const float* query = q + h * width;
+      const int64_t first = h == 0 ? n0 : -1;  // the first pass alone asks
       float* l = logit + h * stride + n0;
       const T* rows = k + n0 * D;
-      if (now == 1) dot_all_rows<T, 1>(query, width, rows, count, D, l, stride);
-      if (now == 2) dot_all_rows<T, 2>(query, width, rows, count, D, l, stride);
-      if (now == 3) dot_all_rows<T, 3>(query, width, rows, count, D, l, stride);
+      if (now == 1) dot_all_rows<T, 1>(query, width, rows, count, D, l, stride, ahead, first);
+      if (now == 2) dot_all_rows<T, 2>(query, width, rows, count, D, l, stride, ahead, first);
+      if (now == 3) dot_all_rows<T, 3>(query, width, rows, count, D, l, stride, ahead, first);
       if constexpr (Vec::kSize == 16) {
-        if (now == 4) dot_all_rows<T, 4>(query, width, rows, count, D, l, stride);
+        if (now == 4) dot_all_rows<T, 4>(query, width, rows, count, D, l, stride, ahead, first);
       }
       h += now;
     }
@@ -159,10 +188,12 @@ LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, cons
 // out[h * width + d] += sum_n p[h * stride + n] v[n][d], h < heads, n < N, in ascending order.
 template <typename T>
 LESS_INLINE void add_weighted_rows(const float* p, int64_t heads, int64_t stride, const T* v,
-                                   int64_t N, int64_t D, float* out, int64_t width) {
-  constexpr int64_t kTile = 32;
+                                   int64_t N, int64_t D, float* out, int64_t width, const T* next) {
+  constexpr int64_t kTile = 16;
+  const Ahead<T> ahead(v, N, D, next);
   for (int64_t n0 = 0; n0 < N; n0 += kTile) {
     const int64_t count = N - n0 < kTile ? N - n0 : kTile;
+    ahead.ask(n0, count);
     for (int64_t h = 0; h < heads;) {
       const int now = heads_at_once(heads - h);
       const float* weight = p + h * stride + n0;

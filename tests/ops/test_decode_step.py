@@ -271,7 +271,7 @@ def test_decode_step_passes_opcheck(int8):
         ("v", lambda x: x.half(), "v must be float32, got float16"),
         ("out", lambda x: x[:, :1], "out must have shape"),
         ("valid", lambda x: x[0], r"valid must have shape \[2, 1\], got \[1\]"),
-        ("slot_k", lambda x: x.to(torch.int8), "slot_k must be float32, bfloat16 or float16"),
+        ("slot_k", lambda x: x.to(torch.int8), "(slot_k must be float32|k_scale)"),
         ("position", lambda x: x.long(), "position must be int32, got int64"),
         ("share", lambda x: x.float(), "share must be float64, got float32"),
         ("seen", lambda x: x.int(), "seen must be int64, got int32"),
