@@ -23,7 +23,7 @@ LESS_INLINE void prefetch(const void* p, int64_t bytes) {
 
 // What is asked for while rows are read: kBytes further on, and, past the last row, from where the
 // reading goes on. A core's own prefetchers start anew at each head's keys and values, and idle
-// while it computes exponentials; with this the memory never waits.
+// while it computes exponentials.
 template <typename T>
 class Ahead {
  public:
