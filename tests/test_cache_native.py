@@ -62,6 +62,28 @@ def test_native_equals_reference_call_by_call(simd, policy, kind, dtype):
         assert x == pytest.approx(y, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("slots", [torch.float32, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("maps", [torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_small_maps_serve_slots_of_any_dtype(simd, kind, slots, maps):
+    sidekick = sidekick_of(6, 2, 16, 12, 5, kind).to(maps)
+    native, plain = (
+        LessKVCache(1, 6, 2, 16, 2, POLICIES[1], sidekick, dtype=slots, backend=b)
+        for b in ("native", "reference")
+    )
+    assert native.memory()["maps"] == plain.memory()["maps"] == sidekick.nbytes
+    calls = [30, 1, 1, 5, 1, 40, 1]
+    q, k, v = random_qkv(2, 6, 2, sum(calls), 16, seed=4)
+    start = 0
+    for T in calls:
+        part = [x[:, :, start : start + T] for x in (q, k, v)]
+        assert_close(native.attend(0, *part), plain.attend(0, *part), torch.float32)
+        assert torch.equal(held(native), held(plain))
+        for x, y in zip(native.state(0), plain.state(0), strict=True):
+            assert_close(x, y, torch.float32)
+        start += T
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 8), (6, 3, 20), (8, 1, 64), (40, 2, 128)])
 @pytest.mark.parametrize("kind", ["paper", "exp"])
 def test_native_equals_float64_for_every_shape(simd, shape, kind):
@@ -159,13 +181,14 @@ def test_a_padded_batch_equals_its_rows_alone(backend, policy):
         assert (out[row][:, ~keep] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 def test_thread_count_never_changes_a_bit(simd, with_threads, dtype):
     results = []
     for threads in (1, 2, 3):
         with_threads(threads)
         cache, _ = pair(H2O(heavy=40, recent=40), B=3, D=64, dtype=dtype)
-        q, k, v = random_qkv(3, 6, 2, 420, 64, seed=7, dtype=dtype)
+        q, k, v = random_qkv(3, 6, 2, 420, 64, seed=7)
+        q, k, v = (x if dtype == torch.int8 else x.to(dtype) for x in (q, k, v))
         outs = [cache.attend(0, q[:, :, :400], k[:, :, :400], v[:, :, :400])]
         outs += [cache.attend(0, *(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(400, 420)]
         results.append([*outs, cache.positions(0), cache.scores(0), *cache.state(0)])

@@ -524,10 +524,10 @@ def test_the_command_trains_saves_and_logs_each_layer(folder, capsys):
     ]
 
 
-def test_the_command_takes_sinks_and_paper_maps(folder):
-    assert main(command(folder, "--policy", "sinks", "--kind", "paper")) == 0
+def test_the_command_takes_sinks_paper_maps_and_a_dtype(folder):
+    assert main(command(folder, "--policy", "sinks", "--kind", "paper", "--dtype", "int8")) == 0
     sidekick = Sidekick.from_pretrained(folder / "out")
-    assert sidekick.kind == "paper"
+    assert (sidekick.kind, sidekick.dtype) == ("paper", torch.int8)
     assert sidekick.config["policies"][0] == SinkRecent(4, 4).to_dict()
 
 

@@ -48,6 +48,7 @@ def gather() -> dict[str, dict[str, Any]]:
         sidekick = Sidekick.from_pretrained(shipped(name))
         sidekicks[name] = (
             f"{sidekick.kind} maps, rank {sidekick.rank}, hidden {sidekick.hidden}, "
-            f"{sidekick.layers} layers, {sidekick.nbytes / 2**20:.1f} MiB"
+            f"{sidekick.layers} layers, {str(sidekick.dtype).removeprefix('torch.')}, "
+            f"{sidekick.nbytes / 2**20:.1f} MiB"
         )
     return {"machine": machine(), "native code": native, "sidekicks": sidekicks or {"shipped": ""}}
