@@ -404,6 +404,65 @@ void test_call(DType dtype, int64_t T, int64_t held) {
   }
 }
 
+void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule) {
+  Layer before(dtype, 1, held);
+  before.rule = rule;
+  Layer after = before;
+  constexpr int64_t B = Layer::B, K = Layer::K, Q = Layer::Q, G = Layer::G, D = Layer::D,
+                    R = Layer::R, S = Layer::S;
+  std::vector<float> out(B * Q * D, NAN), k(B * K * D), v(B * K * D);
+  // The step rounds the token to the slots' dtype by itself: int8 rows go in as they came out.
+  for (int64_t i = 0; i < B * K * D; ++i) {
+    k[i] = float(before.k.wide[i]);
+    v[i] = float(before.v.wide[i]);
+  }
+  const DecodeStepParams step{.q = after.q.bytes.data(),
+                              .k = k.data(),
+                              .v = v.data(),
+                              .valid = nullptr,
+                              .seen = after.seen.data(),
+                              .slots = after.slots(),
+                              .H = after.H.data(),
+                              .z = after.z.data(),
+                              .share = after.share.data(),
+                              .phi = after.phi_maps.maps,
+                              .psi = after.psi_maps.maps,
+                              .out = out.data(),
+                              .rule = rule,
+                              .victim = victim,
+                              .q_dtype = DType::f32,
+                              .kv_dtype = DType::f32,
+                              .scores = true,
+                              .scale = after.scale,
+                              .decay = after.decay,
+                              .B = B,
+                              .Q = Q,
+                              .K = K,
+                              .D = D,
+                              .R = R};
+  cpu::decode_step(step, 0, B * K);
+  for (int64_t row = 0; row < B * K; ++row) {
+    naive::Head wanted = before.head(row);
+    wanted.attend(1, G, before.scale, before.decay);
+    before.expect_out(row, wanted, out);
+    double share = 0.0;
+    for (double part : wanted.share) share += part;
+    expect_close(after.share[row], share, 5e-6, "share", row);
+    if (victim == Victim::none) {
+      expect(after.position == before.position && after.score == before.score, "slots changed");
+      expect(after.slot_k.bytes == before.slot_k.bytes, "keys changed");
+      expect(after.H == before.H, "the state changed");
+      continue;
+    }
+    wanted.compact(S, before.seen[row / K] + 1, rule, [&](const double* key) {
+      std::vector<double> psi = naive::features(before.psi_maps.maps, row % K, key);
+      if (victim == Victim::forget) psi.assign(psi.size(), 0.0);
+      return psi;
+    });
+    after.expect_as(before, row, wanted);
+  }
+}
+
 void test_level(const std::string& level) {
   cpu::set_level(level);
   where = level + " simd";
@@ -425,6 +484,13 @@ void test_level(const std::string& level) {
                 " held=" + std::to_string(held);
         test_call(dtype, T, held);
       }
+    }
+    for (int64_t held : {Layer::S, Layer::S - 3, int64_t(0)}) {
+      where = level + " decode_step " + name(dtype) + " held=" + std::to_string(held);
+      test_decode_step(dtype, held, Victim::none, {6, 2, true, false});
+      test_decode_step(dtype, held, Victim::forget, {6, 2, true, false});
+      test_decode_step(dtype, held, Victim::fold, {6, 2, true, true});
+      test_decode_step(dtype, held, Victim::fold, {Layer::S - 2, 2, false, false});
     }
   }
 }
