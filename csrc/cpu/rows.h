@@ -145,6 +145,12 @@ LESS_INLINE void add_all_rows(const float* p, int64_t stride, const T* v, int64_
   for (; d + kVecs * Vec::kSize <= D; d += kVecs * Vec::kSize) {
     add_rows<T, kHeads, kVecs>(p, stride, v, N, D, d, out, width);
   }
+  if constexpr (kVecs == 8) {
+    if (d + 4 * Vec::kSize <= D) {
+      add_rows<T, kHeads, 4>(p, stride, v, N, D, d, out, width);
+      d += 4 * Vec::kSize;
+    }
+  }
   for (; d + Vec::kSize <= D; d += Vec::kSize) {
     add_rows<T, kHeads, 1>(p, stride, v, N, D, d, out, width);
   }
