@@ -87,7 +87,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/gersemi -i $(CMAKE)
 
 bench: $(VENV)/package.stamp $(VENV)/assets.stamp
-	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
 bench-cpp: $(VENV)/requirements.stamp
 	$(BIN)/python -m bench.native less_kernels

@@ -1,1 +1,1 @@
-"""Timings of the ops and of the whole cache step; ``make bench`` runs them."""
+"""Timings: ``python -m bench.run`` for each op, ``make bench`` for a step against its rivals."""
