@@ -71,7 +71,10 @@ class Backend(Protocol):
         decay: float,
         scores: bool,
     ) -> Step:
-        """Attend over slots, state and the call's tokens; writes nothing but its result."""
+        """Attend over slots, state and the call's tokens; writes nothing but its result.
+
+        Without maps the state is left out: there is none, or nothing is in it yet.
+        """
 
     def compact(
         self,
@@ -253,8 +256,8 @@ class NativeBackend:
                 k_scale=layer.k_scale,
                 v_scale=layer.v_scale,
                 phi_q=ops.phi(q, maps, kind) if maps is not None else None,
-                H=layer.H,
-                z=layer.z,
+                H=layer.H if maps is not None else None,
+                z=layer.z if maps is not None else None,
                 scale=scale,
                 decay=decay,
                 scores=scores,

@@ -198,12 +198,14 @@ class LessKVCache(CacheProtocol):
             self._columns[layer] += 1
             return out
         new = self._backend.rounded(k, v, self.dtype)
+        # Until more tokens came than fit, nothing can have left: no use to look at an empty state.
+        something_left = self._columns[layer] > self.policy.capacity
         step = self._backend.attend(
             at,
             q,
             new,
             valid,
-            maps=maps,
+            maps=maps if something_left else None,
             kind=self._kind,
             scale=self.scale,
             decay=self.policy.decay,

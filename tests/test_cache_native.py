@@ -7,6 +7,7 @@ from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
 from tests.helpers import assert_close, random_maps, random_qkv
 
 pytest.importorskip("less._C")
+from less import ops
 
 POLICIES = [
     H2O(heavy=9, recent=12),
@@ -223,3 +224,17 @@ def test_every_output_is_written_over_poison():
     assert cache.scores(0).isfinite().all()
     assert (out[1] == 0).all()
     assert cache.seen.tolist() == [40, 0]
+
+
+def test_an_empty_state_is_not_looked_at(monkeypatch):
+    maps = [random_maps(4, 2, 16, 12, 4, "exp", seed=1)]
+    cache = LessKVCache(
+        1, 4, 2, 16, 1, H2O(heavy=4, recent=4), sidekick=Sidekick(layers=maps, kind="exp")
+    )
+    looked = []
+    phi = ops.phi
+    monkeypatch.setattr(ops, "phi", lambda *a: (looked.append(cache.columns), phi(*a))[1])
+    q, k, v = random_qkv(1, 4, 2, 40, 16)
+    for begin, end in ((0, 3), (3, 8), (8, 20), (20, 30), (30, 40)):
+        cache.attend(0, *(x[:, :, begin:end] for x in (q, k, v)))
+    assert looked == [20, 30]

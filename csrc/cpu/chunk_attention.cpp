@@ -22,6 +22,7 @@
 #include "cpu/arena.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
+#include "cpu/state.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -196,32 +197,6 @@ void attend_panel(const PanelStep& s) {
   });
 }
 
-// What the state adds to one query: merges it into out and returns its part of the mass.
-float merge_state(const ChunkAttentionParams& p, int64_t row, const float* phi, float top,
-                  float total, float* out) {
-  const float* z = p.z + row * p.R;
-  float low = 0.0f;
-  for (int64_t r = 0; r < p.R; ++r) low += phi[r] * z[r];
-  if (!(low > 0.0f)) return 0.0f;
-  const float log_low = std::log(low);
-  const float both = std::max(top, log_low);
-  const float kept_mass = std::exp(top - both) * total;
-  const float low_mass = std::exp(log_low - both);
-  const float inverse = 1.0f / (kept_mass + low_mass);
-  const Vec kept_part(kept_mass * inverse);  // out is already divided by total
-  const Vec low_part(low_mass * inverse / low);
-  const float* H = p.H + row * p.R * p.D;
-  for_each(out, p.D, [&](Vec kept, int64_t d, int n) {
-    Vec a(0.0f);
-    for (int64_t r = 0; r < p.R; ++r) {
-      const float* h = H + r * p.D + d;
-      a = fma(Vec(phi[r]), n == Vec::kSize ? Vec::load(h) : Vec::load(h, n), a);
-    }
-    return fma(a, low_part, kept * kept_part);
-  });
-  return low_mass * inverse;
-}
-
 // The strips of one thread: what is in flight for a block, and scratch.
 template <typename T>
 class Attention {
@@ -235,7 +210,7 @@ class Attention {
         arena_(Arena::size(kKeys * p.D) * 2 + Arena::size(panels_ * p.D * kLanes) * 2 +
                Arena::size(tiles_ * panels_ * kKeys * kLanes) +
                Arena::size(tiles_ * panels_ * kLanes) + Arena::size(panels_ * kLanes) * 3 +
-               Arena::size(kKeys) + Arena::size(kLanes) + Arena::size(p.D)),
+               Arena::size(kKeys) + Arena::size(kLanes) + Arena::size(p.D + Vec::kSize)),
         k_(arena_.take(kKeys * p.D)),
         v_(arena_.take(kKeys * p.D)),
         q_(arena_.take(panels_ * p.D * kLanes)),
@@ -247,7 +222,9 @@ class Attention {
         factor_(arena_.take(panels_ * kLanes)),
         weight_(arena_.take(kKeys)),
         visible_(arena_.take(kLanes)),
-        row_out_(arena_.take(p.D)) {}
+        row_out_(arena_.take(p.D + Vec::kSize)) {
+    std::fill(row_out_, row_out_ + p.D + Vec::kSize, 0.0f);
+  }
 
   void run(int64_t row, int64_t strip) {
     if (row != row_) keys_.gather(p_, row);
@@ -363,6 +340,8 @@ class Attention {
   // out and share of the block's queries; and factor: what a query's weight counts in a score.
   void write_outputs() {
     const int64_t head = row_ / p_.K * p_.Q + row_ % p_.K * G_;
+    const float* H = p_.H == nullptr ? nullptr : p_.H + row_ * p_.R * p_.D;
+    const float* z = p_.z == nullptr ? nullptr : p_.z + row_ * p_.R;
     std::fill(factor_, factor_ + panels() * kLanes, 0.0f);
     float fade = 1.0f;
     for (int64_t m = 0; m < lanes(); ++m) {
@@ -374,8 +353,8 @@ class Attention {
       take_lane(out_ + m / kLanes * p_.D * kLanes, p_.D, m % kLanes, row_out_);
       for_each(row_out_, p_.D, [inverse](Vec x, int64_t, int) { return x * Vec(inverse); });
       p_.share[at] = p_.phi_q == nullptr ? 0.0f
-                                         : merge_state(p_, row_, p_.phi_q + at * p_.R, top_[m],
-                                                       total_[m], row_out_);
+                                         : merge_state(p_.phi_q + at * p_.R, H, z, p_.R, p_.D,
+                                                       top_[m], total_[m], row_out_);
       narrow(row_out_, p_.D, p_.q_dtype, at * p_.D, p_.out);
     }
   }
@@ -437,7 +416,7 @@ class Attention {
   float* const factor_;    // [panels][kLanes]
   float* const weight_;    // [kKeys]
   float* const visible_;   // [kLanes]
-  float* const row_out_;   // [D]
+  float* const row_out_;   // [D], padded to whole vectors
   Keys keys_;
   int64_t row_ = -1;    // b * K + kv head
   int64_t first_ = 0;   // of the block's tokens

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from less import reference
+from less import Sidekick, reference
 from less.policies import Rule
 from tests.helpers import assert_close
 from tests.ops.common import SCALES, in_int8, layer
@@ -165,3 +165,32 @@ def test_compact_refuses_bad_input_and_writes_nothing(name, change, message):
     assert all(torch.equal(a[n], before[n]) for n in LAYER)
     with pytest.raises(ValueError, match="compact: exactly one of rule and rank"):
         ops.compact(a["k"], a["v"], a["score"], a["score"], None, *(a[n] for n in LAYER[:6]))
+
+
+@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str
+)
+def test_what_leaves_a_long_prompt_goes_through_maps_of_any_dtype(simd, kind, dtype):
+    a = layer(T=150, S=20, D=21, R=7, E=37, kind=kind)
+    maps = Sidekick(layers=[a["maps"]], kind=kind).to(dtype)[0]
+    got, want = run_both(a | {"maps": maps}, kind=kind, rule=RULES[0])
+    assert_close(got["H"], want.H, torch.float32)
+    assert_close(got["z"], want.z, torch.float32)
+
+
+@pytest.mark.parametrize("T", [12, 200])
+def test_a_row_alone_has_the_bits_that_it_has_in_a_padded_batch(simd, T):
+    a = layer(B=3, T=T, S=11, D=24, R=8, E=32)
+    got, _ = run_both(a, rule=RULES[0])
+    chunk_score = torch.rand(a["k"].shape[:3], generator=torch.Generator().manual_seed(9))
+    for b in range(3):
+        mine = a["valid"][b]
+        row = {n: a[n][b : b + 1].clone() for n in LAYER}
+        k, v = (a[n][b : b + 1, :, mine].clone() for n in ("k", "v"))
+        ops.compact(
+            k, v, chunk_score[b : b + 1, :, mine].contiguous(), row["score"] * 1.5, None,
+            *(row[n] for n in LAYER[:6]), H=row["H"], z=row["z"], maps=a["maps"], rule=RULES[0],
+        )  # fmt: skip
+        for n in LAYER:
+            assert torch.equal(row[n][0], got[n][b]), n
