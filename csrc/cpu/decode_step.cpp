@@ -56,7 +56,7 @@ class Head {
     q_ = scratch.floats(G_ * width_);
     out_ = scratch.floats(G_ * width_);
     logit_ = scratch.floats(G_ * stride_);
-    weight_ = kScaled ? scratch.floats(stride_) : nullptr;
+    weight_ = kScaled ? scratch.floats(G_ * stride_) : nullptr;
     top_ = scratch.floats(G_);
     total_ = scratch.floats(G_);
     key_ = scratch.floats(width_);
@@ -127,7 +127,7 @@ class Head {
 
   int64_t total_floats() const {
     constexpr auto line = Scratch::padded_floats;
-    return 2 * line(G_ * width_) + line(G_ * stride_) + line(stride_) + 2 * line(G_) +
+    return 2 * line(G_ * width_) + (kScaled ? 2 : 1) * line(G_ * stride_) + 2 * line(G_) +
            4 * line(width_) + line(padded(p_.R)) + line(hidden_floats());
   }
 
@@ -208,13 +208,14 @@ class Head {
       const float* v_scale = p_.slots.v_scale + row_ * S_;
       for (int64_t g = 0; g < G_; ++g) {
         const float* p = logit_ + g * stride_;
+        float* weight = weight_ + g * stride_;
         for (int64_t s = 0; s < S_; s += Vec::kSize) {
           const int n = int(std::min<int64_t>(Vec::kSize, S_ - s));
-          (Vec::load(p + s) * load_some(v_scale + s, n)).store(weight_ + s, n);
+          (Vec::load(p + s) * load_some(v_scale + s, n)).store(weight + s, n);
         }
-        weight_[S_] = p[S_] * new_v_scale_;
-        weigh(weight_, 1, out_ + g * width_);
+        weight[S_] = p[S_] * new_v_scale_;
       }
+      weigh(weight_, G_, out_);
     } else {
       weigh(logit_, G_, out_);
     }
@@ -341,7 +342,7 @@ class Head {
   float new_k_scale_ = 0.0f, new_v_scale_ = 0.0f;
   float *q_, *out_;      // [G, width]
   float* logit_;         // [G, stride], then probabilities before they are divided by total_
-  float* weight_;        // [stride]
+  float* weight_;        // [G, stride], of int8 slots: those times the values' scales
   float *top_, *total_;  // [G]
   float *key_, *value_;  // [width]
   T *new_k_, *new_v_;    // [D]
