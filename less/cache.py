@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,25 @@ from torch import Tensor
 from less import _backend
 from less._backend import Layer, Rows, Step
 from less._check import require_int, require_shape, require_tensor, shape_text
-from less.hf.protocol import CacheProtocol
+from less.hf.protocol import CacheProtocol, NativeLayer, load_native, native_tensors
 from less.policies import Candidates, Policy
 from less.reference import chunk_position
 from less.sidekick import Sidekick
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_FORMAT = 2
+
+
+def _native_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ...]:
+    """``native``, checked and sorted."""
+    indices = sorted({require_int(op, "native", i, 0) for i in native})
+    if indices and indices[-1] >= layers:
+        raise ValueError(f"{op}: native must be in 0 .. {layers - 1}, got {indices[-1]}")
+    if len(indices) == layers:
+        raise ValueError(
+            f"{op}: native names every one of the {layers} layers, so there is nothing to bound"
+        )
+    return tuple(indices)
 
 
 class LessKVCache(CacheProtocol):
@@ -46,6 +59,9 @@ class LessKVCache(CacheProtocol):
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
             device) or None: native where it was built for the device, else the reference with a
             warning.
+        native: Indices of layers that bound themselves (a sliding window): a cache layer of
+            transformers serves them, inside this cache, and nothing here applies to them.
+            ``less.hf`` finds and makes them.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -66,6 +82,7 @@ class LessKVCache(CacheProtocol):
         device: torch.device | str = "cpu",
         scale: float | None = None,
         backend: str | None = None,
+        native: Sequence[int] = (),
     ) -> None:
         """See the class."""
         op = "LessKVCache"
@@ -104,6 +121,9 @@ class LessKVCache(CacheProtocol):
         self.policy = policy
         self.dtype = dtype
         self.sidekick = sidekick
+        self.native = _native_layers(op, native, self.layers)
+        # Made by less.hf, which knows the windows.
+        self._native: dict[int, NativeLayer | None] = dict.fromkeys(self.native)
         self._kind = ""
         self._maps: list[dict[str, Tensor]] | None = None
         if sidekick is not None:
@@ -128,15 +148,19 @@ class LessKVCache(CacheProtocol):
                 )
         self._kind = sidekick.kind
         self._maps = [
-            {n: t.to(self.device) for n, t in sidekick[i].items()} for i in range(self.layers)
+            {} if i in self.native else {n: t.to(self.device) for n, t in sidekick[i].items()}
+            for i in range(self.layers)
         ]
 
     def _new_layer(self, layer: int) -> Layer:
         B, K, S, D = self.batch, self.kv_heads, self.policy.capacity, self.head_dim
+        native = layer in self.native
+        if native:  # tokens seen are counted here, and nothing is held
+            S = 0
         state = torch.float64 if self.dtype == torch.float64 else torch.float32
         at = self.device
         H = z = None
-        if self._maps is not None:
+        if self._maps is not None and not native:
             R = self._maps[layer]["q_w2"].shape[-1]
             H = torch.zeros(B, K, R, D, dtype=state, device=at)
             z = torch.zeros(B, K, R, dtype=state, device=at)
@@ -265,6 +289,12 @@ class LessKVCache(CacheProtocol):
             raise ValueError(f"{op}: layer must be a whole number, got {layer!r}")
         if not 0 <= layer < self.layers:
             raise ValueError(f"{op}: layer must be in 0 .. {self.layers - 1}, got {layer}")
+        if layer in self.native:
+            held = [i for i in range(self.layers) if i not in self.native]
+            raise ValueError(
+                f"{op}: layer {layer} is native: it bounds itself, and this cache holds none of "
+                f"its tokens; the layers that it holds are {held}"
+            )
 
     def _rank(self, at: Layer, step: Step, new: Rows, valid: Tensor | None) -> Tensor:
         B, K, T, _ = new.k.shape
@@ -331,9 +361,10 @@ class LessKVCache(CacheProtocol):
 
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
-            ``maps`` (the sidekick's weights), ``workspace`` (counters), ``total`` of these, and
-            ``full``: the k and v that a full cache would hold of the same tokens now, in this
-            cache's dtype, or in 16 bits where that is int8, which full caches are not held in.
+            ``maps`` (the sidekick's weights), ``workspace`` (counters), ``native`` (k and v of
+            native layers), ``total`` of these, and ``full``: the k and v that a full cache would
+            hold of the same tokens now, in this cache's dtype, or in 16 bits where that is int8,
+            which full caches are not held in; for native layers, what they hold.
         """
         slots = state = workspace = 0
         for at in self._layers:
@@ -346,14 +377,22 @@ class LessKVCache(CacheProtocol):
                     slots += x.nbytes
         maps = sum(x.nbytes for m in self._maps or [] for x in m.values())
         per_token = 2 * self.kv_heads * self.head_dim * max(2, self.dtype.itemsize)
-        tokens = sum(int(at.seen.sum()) for at in self._layers)
+        tokens = sum(
+            int(at.seen.sum()) for i, at in enumerate(self._layers) if i not in self.native
+        )
+        native = sum(
+            x.untyped_storage().nbytes()
+            for _, at in self._made_native()
+            for x in native_tensors(at).values()
+        )
         return {
             "slots": slots,
             "state": state,
             "maps": maps,
             "workspace": workspace,
-            "total": slots + state + maps + workspace,
-            "full": tokens * per_token,
+            "native": native,
+            "total": slots + state + maps + workspace + native,
+            "full": tokens * per_token + native,
         }
 
     def stats(self) -> dict[str, list[int] | list[float]]:
@@ -362,11 +401,15 @@ class LessKVCache(CacheProtocol):
         Returns:
             ``seen``: tokens, summed over rows; ``kept``: tokens in slots, summed over rows, mean
             over kv heads; ``evictions``: their difference; ``memory_share``: mean part of a
-            query's attention mass that the low-rank state took.
+            query's attention mass that the low-rank state took. A native layer keeps what its
+            own window needs and evicts nothing here: its ``kept`` is its ``seen``.
         """
         seen = [int(at.seen.sum()) for at in self._layers]
         held = [int((at.position >= 0).sum()) for at in self._layers]
-        kept = [h // self.kv_heads for h in held]
+        kept = [
+            n if i in self.native else h // self.kv_heads
+            for i, (n, h) in enumerate(zip(seen, held, strict=True))
+        ]
         share = [
             float(at.share.sum()) / (n * self.q_heads) if n else 0.0
             for at, n in zip(self._layers, seen, strict=True)
@@ -383,6 +426,8 @@ class LessKVCache(CacheProtocol):
         for at in self._layers:
             for name, x in at.tensors().items():
                 x.fill_(-1 if name == "position" else 0)
+        for _, layer in self._made_native():
+            layer.reset()
         self._columns = [0] * self.layers
 
     def reorder(self, rows: Tensor) -> None:
@@ -404,7 +449,12 @@ class LessKVCache(CacheProtocol):
         for at in self._layers:
             for x in at.tensors().values():
                 x.copy_(x.index_select(0, rows))
+        for _, layer in self._made_native():
+            layer.reorder_cache(rows)
         self._reorder_fed(rows)
+
+    def _made_native(self) -> list[tuple[int, NativeLayer]]:
+        return [(i, at) for i, at in self._native.items() if at is not None]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -417,6 +467,9 @@ class LessKVCache(CacheProtocol):
             "dtype": str(self.dtype),
             "scale": self.scale,
             "policy": repr(self.policy),
+            "native": {
+                i: None if at is None else at.sliding_window for i, at in self._native.items()
+            },
             "kind": self._kind,
             "rank": self.sidekick.rank if self.sidekick is not None else 0,
         }
@@ -435,8 +488,11 @@ class LessKVCache(CacheProtocol):
             "fed": self._fed_state(),
             "tensors": {
                 f"{i}.{name}": x.detach().clone()
-                for i, at in enumerate(self._layers)
-                for name, x in at.tensors().items()
+                for i, tensors in [
+                    *((i, at.tensors()) for i, at in enumerate(self._layers)),
+                    *((i, native_tensors(at)) for i, at in self._made_native()),
+                ]
+                for name, x in tensors.items()
             },
         }
 
@@ -450,6 +506,11 @@ class LessKVCache(CacheProtocol):
         op = "load_state_dict"
         if not isinstance(d, dict) or not {"cache", "columns", "fed", "tensors"} <= d.keys():
             raise ValueError(f"{op}: d must be a result of LessKVCache.state_dict")
+        if None in self._native.values():
+            raise ValueError(
+                f"{op}: the native layers {list(self.native)} are made by less.hf.cache_for, or "
+                "when the cache is attached; load the snapshot after that"
+            )
         for name, want in self._identity().items():
             got = d["cache"].get(name)
             if got != want:
@@ -459,7 +520,17 @@ class LessKVCache(CacheProtocol):
             for i, at in enumerate(self._layers)
             for name, x in at.tensors().items()
         }
-        missing, unknown = mine.keys() - d["tensors"].keys(), d["tensors"].keys() - mine.keys()
+        columns = d["columns"]
+        if not isinstance(columns, list) or len(columns) != self.layers:
+            raise ValueError(f"{op}: columns must list {self.layers} numbers, got {columns!r}")
+        columns = [int(c) for c in columns]
+        native = {
+            f"{i}.{name}": min(columns[i], at.sliding_window - 1)
+            for i, at in self._made_native()
+            for name in (("keys", "values") if columns[i] else ())
+        }
+        wanted = mine.keys() | native.keys()
+        missing, unknown = wanted - d["tensors"].keys(), d["tensors"].keys() - wanted
         if missing or unknown:
             raise ValueError(
                 f"{op}: tensors missing: {sorted(missing)}, unknown: {sorted(unknown)}"
@@ -469,16 +540,18 @@ class LessKVCache(CacheProtocol):
             require_shape(op, name, got, list(x.shape))
             if got.dtype != x.dtype:
                 raise ValueError(f"{op}: {name} must have dtype {x.dtype}, got {got.dtype}")
-        columns = d["columns"]
-        if not isinstance(columns, list) or len(columns) != self.layers:
-            raise ValueError(f"{op}: columns must list {self.layers} numbers, got {columns!r}")
+        for name, length in native.items():
+            got = require_tensor(op, name, d["tensors"][name])
+            require_shape(op, name, got, [self.batch, self.kv_heads, length, self.head_dim])
         fed = require_tensor(op, "fed", d["fed"])
         require_shape(op, "fed", fed, [self.batch, 2])
         if fed.dtype != torch.int64:
             raise ValueError(f"{op}: fed must have dtype torch.int64, got {fed.dtype}")
         for name, x in mine.items():
             x.copy_(d["tensors"][name])
-        self._columns = [int(c) for c in columns]
+        for i, at in self._made_native():
+            load_native(at, d["tensors"], i, columns[i], self.device)
+        self._columns = columns
         self._load_fed(fed)
 
     def __repr__(self) -> str:

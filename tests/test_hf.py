@@ -637,7 +637,7 @@ REFUSED = {
     "sliding qwen2": (
         transformers.Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-        "sliding_attention",
+        "every layer slides",
     ),
     "not tested": (transformers.GPT2Config, {"n_head": 4, "n_embd": 32}, "not among the tested"),
     "encoder-decoder": (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from less.hf import interface
 from less.hf.models import ModelFacts, check_fits, describe
+from less.hf.native import NativeAttention, make_native
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
@@ -58,8 +59,10 @@ def cache_for(
         device=facts.device,
         scale=facts.scale,
         backend=backend,
+        native=sorted(facts.windows),
     )
     check_fits("cache_for", cache, facts)
+    make_native(cache, facts)
     return cache
 
 
@@ -98,11 +101,16 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
     if cache._bound is not None:
         raise RuntimeError("attach: the cache is attached to a model; leave that block first")
     interface.register()
+    native = NativeAttention(facts) if facts.windows else None
+    make_native(cache, facts)
     with ExitStack() as leave:
-        binding = Binding(cache, facts)
+        binding = Binding(cache, facts, native)
         _use_less_attention(model, leave)
         leave.callback(setattr, cache, "_bound", None)
         cache._bound = binding
+        if native is not None:
+            interface.native_masks[id(facts.decoder.config)] = native
+            leave.callback(interface.native_masks.pop, id(facts.decoder.config), None)
         for layer, module in enumerate(facts.modules):
             interface.bound[module] = (binding, layer)
             leave.callback(interface.bound.pop, module, None)
@@ -209,9 +217,12 @@ class _Call:
 class Binding:
     """A cache at work in a model: checks each forward pass and serves its attention."""
 
-    def __init__(self, cache: LessKVCache, facts: ModelFacts) -> None:
+    def __init__(
+        self, cache: LessKVCache, facts: ModelFacts, native: NativeAttention | None = None
+    ) -> None:
         self.cache = cache
         self.facts = facts
+        self.native = native
         self.signature = inspect.signature(facts.decoder.forward)
         self.call: _Call | None = None
         self.handed: tuple[int, Tensor] | None = None
@@ -385,6 +396,25 @@ class Binding:
         """Keys come by on their way from ``update`` to ``attend``."""
         self.handed = (layer_idx, key)
 
+    def update_native(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer that slides: [B, K, T, D] into its own cache; what its queries may see of it."""
+        cache, call = self.cache, self.call
+        at = cache._native[layer_idx]
+        if call is None or at is None:
+            raise RuntimeError(f"layer {layer_idx}: called outside of the attached model's forward")
+        T = key.shape[2]
+        # Counted before it is stored: a call that fails between the two is then found unfinished.
+        cache._columns[layer_idx] += T
+        seen = cache._layers[layer_idx].seen
+        seen += T if call.valid is None else call.valid.sum(1).to(seen.device)
+        key, value = at.update(key, value)
+        if T > 1:  # what the layer keeps is a view, which would hold the memory of all T tokens
+            assert at.keys is not None
+            assert at.values is not None
+            at.keys, at.values = at.keys.clone(), at.values.clone()
+        self.handed = (layer_idx, key)
+        return key, value
+
     def attend(
         self,
         module: nn.Module,
@@ -397,7 +427,10 @@ class Binding:
         dropout: float,
         others: dict[str, Any],
     ) -> Tensor:
-        """Serve one layer's attention: [B, T, Q, D]; arguments as in ``interface.attention``."""
+        """Serve one layer's attention: [B, T, Q, D]; arguments as in ``interface.attention``.
+
+        A layer that slides has its tokens by now, and runs the model's own attention function.
+        """
         op = f"{type(module).__name__} (layer {layer})"
         handed, self.handed = self.handed, None
         if self.call is None:
@@ -406,6 +439,10 @@ class Binding:
             raise RuntimeError(
                 f"{op}: its keys did not come through cache.update, so this is not the attached "
                 "cache's attention (was the model called with another cache, or without?)"
+            )
+        if self.native is not None and layer in self.facts.windows:
+            return self.native.attend(
+                module, query, key, value, valid, scaling=scaling, dropout=dropout, **others
             )
         if dropout:
             raise ValueError(f"{op}: dropout={dropout}: call model.eval()")

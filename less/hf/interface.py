@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from less.hf.binding import Binding
+    from less.hf.native import NativeAttention
 
 NAME = "less"
 
 # Attention module -> who serves it, and as which layer of the cache.
 bound: WeakKeyDictionary[nn.Module, tuple[Binding, int]] = WeakKeyDictionary()
+# id of an attached model's config -> what its sliding layers run. Of the model, a mask function
+# learns its config alone.
+native_masks: dict[int, NativeAttention] = {}
 
 
 def register() -> None:
@@ -58,7 +62,8 @@ def attention(
         query: [B, Q, T, D], after the rotary embedding.
         key: [B, K, T, D], the call's own tokens alone.
         value: [B, K, T, D].
-        attention_mask: What ``mask`` returned: bool [B, T] or None.
+        attention_mask: What ``mask`` returned: bool [B, T] or None; of a layer that slides, what
+            the model's own mask function did.
         scaling: Factor of q.k.
         dropout: Must be 0.
         **kwargs: Whatever else the model passes on; what would change the result is refused.
@@ -93,13 +98,17 @@ def mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Which of the call's tokens are text, not padding.
+    """Which of the call's tokens are text, not padding; for layers that slide, their own mask.
 
-    Causality needs no mask: the cache knows the order. What was padding in earlier calls never
-    entered the cache, so only the mask's last columns matter.
+    Layers that slide run the attention function that the model had before ``attach``, so their
+    mask is made by its mask function, as if nobody had been here.
+
+    For the others, causality needs no mask: the cache knows the order. What was padding in earlier
+    calls never entered the cache, so only the mask's last columns matter.
 
     Returns:
-        bool [B, T], False for padding; None if there is none.
+        bool [B, T], False for padding; None if there is none. Or what the model's own mask
+        function returns.
 
     Raises:
         ValueError: The mask does not cover the columns seen and the call's own, or the model asks
@@ -107,6 +116,19 @@ def mask(
     """
     from transformers.masking_utils import causal_mask_function
 
+    native = native_masks.get(id(kwargs.get("config")))
+    if native is not None and native.slides(mask_function):
+        own: Tensor | None = native.mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        return own
     if mask_function is not None and mask_function is not causal_mask_function:
         raise ValueError(
             "less.hf: the model asks for an attention pattern that is not plain causal attention "
@@ -115,8 +137,10 @@ def mask(
         )
     if attention_mask is None:
         return None
-    if attention_mask.shape != (batch_size, kv_length):
-        raise ValueError(mask_message(list(attention_mask.shape), batch_size, kv_length, q_length))
+    # kv_length is that of layer 0, which may be native; the columns seen are everybody's.
+    columns = q_offset + q_length
+    if attention_mask.shape != (batch_size, columns):
+        raise ValueError(mask_message(list(attention_mask.shape), batch_size, columns, q_length))
     return text_columns(attention_mask, q_length)
 
 

@@ -1,8 +1,8 @@
 """Which models can run on a bounded cache: one table of facts, and the checks that go with it.
 
-A model is in the table when tests/test_hf.py runs it. Others are refused by name: a model that
-scores its keys in another way (soft-cap, sinks, alibi) or forgets them itself (sliding window)
-would run without an error and be wrong.
+A model is in the table when tests/test_hf.py or tests/test_hf_native.py runs it. Others are refused
+by name: a model that scores its keys in another way (soft-cap, sinks, alibi) would run without an
+error and be wrong. Layers that slide bound themselves: they stay as they are.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ class Architecture:
 
 # model_type -> facts
 ARCHITECTURES: dict[str, Architecture] = {
+    "cohere2": Architecture("Cohere2Attention"),
+    "gemma3_text": Architecture("Gemma3Attention"),
     "granite": Architecture("GraniteAttention"),
     "llama": Architecture("LlamaAttention"),
     "mistral": Architecture("MistralAttention"),
+    "ministral": Architecture("MinistralAttention"),
     "olmo2": Architecture("Olmo2Attention"),
+    "olmo3": Architecture("Olmo3Attention"),
     "phi3": Architecture("Phi3Attention"),
     "qwen2": Architecture("Qwen2Attention"),
     "qwen3": Architecture("Qwen3Attention"),
@@ -62,7 +66,7 @@ REFUSED: dict[str, str] = {
     "falcon": _OWN_ATTENTION,
     "falcon_h1": _STATE,
     "gemma2": _SOFT_CAP + " and some of its layers slide",
-    "gemma3_text": "some of its layers slide",
+    "gemma3": "it takes images; attach its language model, model.model.language_model",
     "gpt_oss": "its attention has learned sinks, and some of its layers slide",
     "jamba": _STATE,
     "mamba": _STATE,
@@ -74,7 +78,10 @@ REFUSED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as the cache sees it; ``modules[i]`` is the attention of layer i."""
+    """A model as the cache sees it; ``modules[i]`` is the attention of layer i.
+
+    ``windows`` has the length of the window of each layer that slides: those bound themselves.
+    """
 
     name: str
     config: Any
@@ -86,6 +93,7 @@ class ModelFacts:
     scale: float
     dtype: torch.dtype
     device: torch.device
+    windows: dict[int, int]
 
     @property
     def layers(self) -> int:
@@ -130,11 +138,8 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
     scales = {float(getattr(m, facts.scale)) for m in modules}
     if len(scales) != 1:
         raise UnsupportedModelError(f"{op}: {name}: its layers scale q.k by {sorted(scales)}")
-    for i, module in enumerate(modules):
-        if getattr(module, "sliding_window", None) is not None:
-            raise UnsupportedModelError(
-                f"{op}: {name}: layer {i} slides (sliding_window={module.sliding_window})"
-            )
+    windows = _windows(op, name, config, modules)
+    for module in modules:
         rate = getattr(module, facts.dropout, 0.0)
         if model.training and rate:
             raise UnsupportedModelError(
@@ -159,31 +164,52 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
         scale=scales.pop(),
         dtype=next(modules[0].parameters()).dtype,
         device=where.pop(),
+        windows=windows,
     )
 
 
 def _check_config(op: str, name: str, config: Any) -> None:
     """Refuse what a supported model type may still be configured to do."""
     kinds = getattr(config, "layer_types", None) or []
-    others = sorted({str(k) for k in kinds} - {"full_attention"})
+    others = sorted({str(k) for k in kinds} - {"full_attention", "sliding_attention"})
     if others:
         raise UnsupportedModelError(f"{op}: {name}: it has layers of other kinds: {others}")
-    # Where a config lists its layers' kinds, they decide; otherwise the window is for all.
-    if not kinds and getattr(config, "sliding_window", None) is not None:
-        raise UnsupportedModelError(
-            f"{op}: {name}: its layers slide (config.sliding_window={config.sliding_window})"
-        )
     if getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError(f"{op}: {name}: its attention is not causal")
     for field, why in (
         ("attn_logit_softcapping", "caps its attention logits"),
         ("attention_chunk_size", "attends within chunks"),
         ("num_kv_shared_layers", "shares keys between layers"),
+        ("use_bidirectional_attention", "attends in both directions"),
     ):
         if getattr(config, field, None):
             raise UnsupportedModelError(
                 f"{op}: {name}: it {why} (config.{field}={getattr(config, field)})"
             )
+
+
+def _windows(op: str, name: str, config: Any, modules: tuple[nn.Module, ...]) -> dict[int, int]:
+    """Layer -> window, of the layers that slide: as their modules say, not the config alone."""
+    of_all = getattr(config, "sliding_window", None)  # where modules have no window of their own
+    windows = {}
+    for i, module in enumerate(modules):
+        window = getattr(module, "sliding_window", of_all)
+        if window is not None and getattr(module, "is_sliding", True):
+            windows[i] = int(window)
+    if len(windows) == len(modules):
+        raise UnsupportedModelError(
+            f"{op}: {name}: every layer slides (sliding_window={windows[0]}), so its own cache is "
+            "bounded already and there is nothing to bound"
+        )
+    kinds = getattr(config, "layer_types", None)
+    listed = [i for i, k in enumerate(kinds or ()) if k == "sliding_attention"]
+    if kinds is not None and listed != sorted(windows):
+        raise UnsupportedModelError(
+            f"{op}: {name}: layers {sorted(windows)} slide, but config.layer_types names {listed}"
+        )
+    if any(w < 2 for w in windows.values()):
+        raise UnsupportedModelError(f"{op}: {name}: windows must be 2 or longer, got {windows}")
+    return windows
 
 
 def _attention_modules(
@@ -215,6 +241,12 @@ def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
                 f"{op}: cache.{field} must be {wanted} for {facts.name}, got {got}; "
                 "less.hf.cache_for builds a cache that fits"
             )
+    if cache.native != tuple(sorted(facts.windows)):
+        raise ValueError(
+            f"{op}: cache.native must be {tuple(sorted(facts.windows))}, the layers of "
+            f"{facts.name} that slide, got {cache.native}; less.hf.cache_for builds a cache "
+            "that fits"
+        )
     if abs(cache.scale - facts.scale) > 1e-6 * facts.scale:
         raise ValueError(
             f"{op}: cache.scale must be {facts.scale!r} for {facts.name}, got {cache.scale!r}"

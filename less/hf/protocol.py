@@ -12,7 +12,7 @@ transformers (5.23) treats a cache by its methods, so ``LessKVCache`` need not i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -51,11 +51,60 @@ def extend_digest(digest: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
     return (digest * mul[:, 0] + add[:, 0]) % _PRIME
 
 
+class NativeLayer(Protocol):
+    """What is used of a sliding cache layer of transformers, ``DynamicSlidingWindowLayer``."""
+
+    keys: Tensor | None  # [B, K, min(columns, window - 1), D]
+    values: Tensor | None
+    sliding_window: int
+    cumulative_length: int  # columns seen
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device."""
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens; returns those that the call's queries may see, and the call's own."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what ``update`` will return."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i what row ``beam_idx[i]`` was."""
+
+
+def native_tensors(layer: NativeLayer) -> dict[str, Tensor]:
+    """What a native layer holds; nothing before its first token."""
+    if layer.keys is None or layer.values is None:
+        return {}
+    return {"keys": layer.keys, "values": layer.values}
+
+
+def load_native(
+    layer: NativeLayer,
+    tensors: Mapping[str, Tensor],
+    index: int,
+    columns: int,
+    device: torch.device,
+) -> None:
+    """Put a snapshot's ``<index>.keys`` and ``<index>.values`` into a native layer."""
+    layer.reset()
+    if columns:
+        keys, values = (tensors[f"{index}.{n}"].to(device, copy=True) for n in ("keys", "values"))
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values, layer.cumulative_length = keys, values, columns
+
+
 class Bound(Protocol):
     """The side of ``attach`` that a cache knows."""
 
     def hand(self, layer_idx: int, key: Tensor) -> None:
         """Take note of keys on their way to the attention function."""
+
+    def update_native(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values in a native layer; returns those to attend to."""
 
 
 class CacheProtocol:
@@ -77,6 +126,8 @@ class CacheProtocol:
     layers: int
     batch: int
     device: torch.device
+    native: tuple[int, ...]
+    _native: dict[int, NativeLayer | None]
 
     @property
     def seen(self) -> Tensor:
@@ -103,7 +154,15 @@ class CacheProtocol:
         return self.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the columns that an attention mask must cover."""
+        """Length and offset of the columns that an attention mask must cover.
+
+        A native layer's are its window's. The model asks with the index of a layer that slides for
+        the mask of those, and with 0, whatever that is, for the others': ``less.hf.interface``
+        takes their columns from ``get_query_offset``.
+        """
+        native = self._native.get(layer_idx)
+        if native is not None:
+            return native.get_mask_sizes(int(query_length))
         return self.columns + int(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -138,8 +197,8 @@ class CacheProtocol:
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Per layer: False."""
-        return [False] * self.layers
+        """Per layer: whether it is native; native layers slide."""
+        return [i in self.native for i in range(self.layers)]
 
     @property
     def is_linear(self) -> list[bool]:
@@ -167,6 +226,8 @@ class CacheProtocol:
     ) -> tuple[Tensor, Tensor]:
         """Hand keys and values through to the attention function, which stores them.
 
+        Those of a native layer are stored here, and what its queries may see is returned.
+
         Raises:
             RuntimeError: The cache is not attached to a model, so nothing would store them.
         """
@@ -175,6 +236,8 @@ class CacheProtocol:
                 "update: this LessKVCache is not attached to the model, so its attention would "
                 "ignore it: use `with less.hf.attach(model, cache):` around the call"
             )
+        if layer_idx in self.native:
+            return self._bound.update_native(layer_idx, key_states, value_states)
         self._bound.hand(layer_idx, key_states)
         return key_states, value_states
 
