@@ -13,6 +13,8 @@ import transformers
 
 import less.hf
 from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
+from less.evaluate.perplexity import full_attention, through_caches
+from less.evaluate.side_by_side import SideBySide
 from less.hf import UnsupportedModelError
 from tests.helpers import assert_close
 from tests.test_hf import (
@@ -381,6 +383,21 @@ def test_the_text_part_of_a_model_with_images_works_and_the_whole_is_refused():
                 [part(c, past_key_values=cache).last_hidden_state for c in ids.split(7, 1)], 1
             )
     assert_close(got, want, torch.float32)
+
+
+def test_perplexity_through_several_caches_is_that_of_each_alone(model):
+    chunks = prompt(24, rows=2)
+    caches = [new_cache(model, p, batch=2) for p in (WIDE, SMALL)]
+    together = through_caches(model, chunks, caches)
+    for cache, got in zip(caches, together, strict=True):
+        cache.reset()
+        alone = through_caches(model, chunks, [cache])[0]
+        assert torch.equal(alone.values[:, 1:], got.values[:, 1:])
+    want = full_attention(model, chunks)
+    assert together[0].mean(1) == pytest.approx(want.mean(1), abs=1e-4)
+    assert abs(together[1].mean(1) - want.mean(1)) > 1e-3
+    with pytest.raises(ValueError, match="one after the other"):
+        SideBySide(caches)
 
 
 def test_prompts_of_one_token_and_of_a_window_work(model):

@@ -161,12 +161,14 @@ def compare(
     memory = {m.name: c.memory() for m, c in zip(bounded, caches, strict=True)}
     stats = {m.name: c.stats() for m, c in zip(bounded, caches, strict=True)}
 
+    bounded_layers = caches[0].layers - len(caches[0].native)
     results = []
     for method in methods:
         if method.policy is None:
             mine, mine_probes = full.chunks, full.probes
             # Of the same dtype as the slots (16 bits for int8), and of all the length's tokens.
-            heads = caches[0].layers * caches[0].kv_heads * caches[0].head_dim
+            # Layers that slide hold the same with every method, and are not counted.
+            heads = bounded_layers * caches[0].kv_heads * caches[0].head_dim
             sizes = {
                 "slots": 2 * heads * max(2, dtype.itemsize) * length * len(rows),
                 "state": 0,
@@ -180,7 +182,7 @@ def compare(
             )
             sizes = memory[method.name]
             shares = stats[method.name]["memory_share"]
-            share = sum(shares) / len(shares)
+            share = sum(shares) / bounded_layers
         loss = mine.per_chunk(start) - full.chunks.per_chunk(start)
         won = recovered(full.chunks, baseline, mine, start)
         results.append(

@@ -85,8 +85,10 @@ def through_caches(
 
     Every cache sees every chunk. The batch of a model step is caches x chunks rows, so the model's
     weights are read once per token for all of them; each cache attends to its own rows alone.
-    The first tokens, as many as the smallest cache keeps, are fed at once: nothing is evicted
-    there, and their scores are those of single steps. From there on it is one token per step.
+    A mixed model, whose sliding layers keep tokens of their own in each cache, runs once per cache
+    instead. The first tokens, as many as the smallest cache keeps, are fed at once: nothing is
+    evicted there, and their scores are those of single steps. From there on it is one token per
+    step.
 
     Args:
         model: A causal language model of transformers that ``less.hf.attach`` takes.
@@ -113,6 +115,8 @@ def through_caches(
             )
         if bool((cache.seen != 0).any()):
             raise ValueError(f"through_caches: caches[{i}] has seen tokens, reset() it first")
+    if len(caches) > 1 and caches[0].native:
+        return [through_caches(model, chunks, [cache], progress)[0] for cache in caches]
     count, length = chunks.shape
     together = caches[0] if len(caches) == 1 else SideBySide(caches)
     rows = chunks.to(model.device).repeat(len(caches), 1)

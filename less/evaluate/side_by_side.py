@@ -36,8 +36,14 @@ class SideBySide(LessKVCache):
                         f"SideBySide: caches[{i}] must have {name}={getattr(first, name)} like "
                         f"caches[0], got {getattr(cache, name)}"
                     )
+        if any(cache.native for cache in caches):
+            raise ValueError(
+                "SideBySide: caches must hold every layer, got native layers "
+                f"{list(first.native)}: run the caches of such a model one after the other"
+            )
         # Not LessKVCache.__init__: that would allocate slots of its own.
         self.caches = list(caches)
+        self.native, self._native = (), {}
         self.layers = first.layers
         self.q_heads, self.kv_heads = first.q_heads, first.kv_heads
         self.head_dim, self.scale = first.head_dim, first.scale
