@@ -15,6 +15,7 @@ import less.hf
 from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
 from less.evaluate.perplexity import full_attention, through_caches
 from less.evaluate.side_by_side import SideBySide
+from less.fit import LayerWalk, Recipe, train
 from less.hf import UnsupportedModelError
 from tests.helpers import assert_close
 from tests.test_hf import (
@@ -398,6 +399,46 @@ def test_perplexity_through_several_caches_is_that_of_each_alone(model):
     assert abs(together[1].mean(1) - want.mean(1)) > 1e-3
     with pytest.raises(ValueError, match="one after the other"):
         SideBySide(caches)
+
+
+def test_training_leaves_sliding_layers_out_and_its_sidekick_serves_the_others(model, tmp_path):
+    text = prompt(40, rows=4)
+    recipe = Recipe(rank=4, hidden=8, steps=2, rows=4, held_rows=4)
+    made = train(model, text, H2O(4, 4), recipe=recipe, held=1)
+    assert [r["layer"] for r in made.config["training"]["layers"]] == list(FULL)
+    for layer, maps in enumerate(made):
+        assert any(bool(t.any()) for t in maps.values()) == (layer in FULL)
+    made.save_pretrained(tmp_path)
+    loaded = Sidekick.from_pretrained(tmp_path)
+    cache = new_cache(model, SMALL, loaded)
+    generate(model, cache, prompt(20))
+    assert [share > 0 for share in cache.stats()["memory_share"]] == [i in FULL for i in range(4)]
+
+
+def test_a_walk_through_a_mixed_model_gives_what_its_bounded_layers_saw(model, tmp_path):
+    ids = prompt(25, rows=2)
+    walk = LayerWalk(model, ids, tmp_path)
+    assert walk.sliding == NATIVE
+    cache = new_cache(model, WIDE, batch=2)
+    spy = Spy(cache)
+    feed(model, cache, ids)
+    for layer in FULL:
+        walk.seek(layer)
+        captured = walk.capture(layer)
+        for got, want in zip(
+            (captured.q, captured.k, captured.v, captured.out), spy.layer(layer), strict=True
+        ):
+            assert_close(got, want, torch.float32)
+    walk.seek(2)
+    with pytest.raises(ValueError, match="sliding_window=6"):
+        walk.capture(2)
+
+
+def test_training_a_model_that_slides_in_every_layer_is_refused():
+    model = build("qwen3")
+    model.config.layer_types = ["sliding_attention"] * LAYERS
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(model, prompt(40, rows=4), H2O(4, 4), held=1)
 
 
 def test_prompts_of_one_token_and_of_a_window_work(model):

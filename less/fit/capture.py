@@ -81,6 +81,12 @@ class LayerWalk:
         self._hidden = int(self.decoder.get_input_embeddings().weight.shape[1])
 
     @property
+    def sliding(self) -> tuple[int, ...]:
+        """The layers that have a sliding window: they are walked through, not captured."""
+        kinds = getattr(getattr(self.decoder, "config", None), "layer_types", None) or ()
+        return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+
+    @property
     def boundaries(self) -> list[int]:
         """The layers whose input lies ready on disk, ascending."""
         return sorted(int(p.stem.split("-")[1]) for p in self.folder.glob("before-*.f32"))
@@ -144,7 +150,7 @@ class LayerWalk:
         scale = 0.0
         with (
             self._as_it_was(),
-            _catching(self.model) as caught,
+            _catching(self.model, windows=not keep) as caught,
             self._map(layer) as before,
             self._map(layer + 1, "part") as after,
             torch.no_grad(),
@@ -226,7 +232,7 @@ class LayerWalk:
 
             handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.layers]
             try:
-                with self._as_it_was(), _catching(self.model), torch.no_grad():
+                with self._as_it_was(), _catching(self.model, windows=True), torch.no_grad():
                     self.decoder(input_ids=self._row(0), use_cache=False)
             finally:
                 for handle in handles:
@@ -257,8 +263,12 @@ def _output_weight(attention: nn.Module | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _catching(model: Any) -> Iterator[list[Any]]:
-    """Let the model's attention append (module, scale, q, k, v, out) to a list, then restore."""
+def _catching(model: Any, windows: bool = False) -> Iterator[list[Any]]:
+    """Let the model's attention append (module, scale, q, k, v, out) to a list, then restore.
+
+    Attention within a window shorter than the text is refused unless `windows`: the mask that the
+    model makes says it all, and what is appended is not to be learned from.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -277,7 +287,7 @@ def _catching(model: Any) -> Iterator[list[Any]]:
     ) -> tuple[Tensor, None]:
         special = [name for name in _NOT_PLAIN if kwargs.get(name) is not None]
         window = kwargs.get("sliding_window")
-        if window is not None and window < query.shape[2]:
+        if not windows and window is not None and window < query.shape[2]:
             special.append(f"sliding_window={window}")
         if special:
             raise ValueError(
@@ -294,7 +304,10 @@ def _catching(model: Any) -> Iterator[list[Any]]:
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
     ALL_ATTENTION_FUNCTIONS[_NAME] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS[_NAME] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    # An entry of this one object would be overlooked: where the class has none, a model makes no
+    # mask at all, and a window would be forgotten.
+    masks = type(ALL_MASK_ATTENTION_FUNCTIONS)
+    masks.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
@@ -303,4 +316,4 @@ def _catching(model: Any) -> Iterator[list[Any]]:
         for key, config in configs.items():
             config._attn_implementation = before[key]
         del ALL_ATTENTION_FUNCTIONS[_NAME]
-        del ALL_MASK_ATTENTION_FUNCTIONS[_NAME]
+        del masks._global_mapping[_NAME]

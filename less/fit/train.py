@@ -279,6 +279,9 @@ def train(
     it was in, and ends with the same sidekick bit for bit as a run that was not (same machine and
     thread count): everything random is seeded per layer.
 
+    Layers that slide are not trained: they bound themselves, and a cache leaves them as they are
+    (`less.hf`). Their entries in the sidekick are zeros, and they have no record.
+
     Args:
         model: A transformers causal language model of the Llama kind, on any device.
         text: Token ids, int64 [chunks, tokens], used as they are; or a text, or texts in any
@@ -335,6 +338,11 @@ def train(
     try:
         _claim(folder, run)
         walk = LayerWalk(model, ids, folder)
+        if len(walk.sliding) == len(walk.layers):
+            raise ValueError(
+                "train: every layer of the model slides; such layers bound themselves, and there "
+                "is nothing to train"
+            )
         layers, records = _train_layers(walk, policies, recipe, held, folder, show)
         config = {
             "model": model_record,
@@ -371,9 +379,11 @@ def _train_layers(
     show: Callable[[Progress], None],
 ) -> tuple[list[dict[str, Tensor]], list[LayerRecord]]:
     total = len(walk.layers)
-    layers: list[dict[str, Tensor]] = []
+    trained: dict[int, dict[str, Tensor]] = {}
     records: list[LayerRecord] = []
     for layer in range(total):
+        if layer in walk.sliding:  # walked through on the way to the next
+            continue
         path = folder / f"layer-{layer}.safetensors"
         resumed = path.exists()
         if resumed:
@@ -384,10 +394,13 @@ def _train_layers(
         for passed in walk.boundaries:
             if passed <= layer and (layer + 1 in walk.boundaries):
                 walk.release(passed)
-        layers.append(maps)
+        trained[layer] = maps
         records.append(record)
         show(Progress(layer, total, "done", 1.0, record, resumed))
-    return layers, records
+    # A sidekick has an entry for each layer of the model; those of sliding layers are not used.
+    some = next(iter(trained.values()))
+    unused = {n: torch.zeros_like(t) for n, t in some.items()}
+    return [trained.get(layer, unused) for layer in range(total)], records
 
 
 def _train_layer(
