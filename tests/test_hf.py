@@ -39,6 +39,9 @@ SHAPE = {
     "eos_token_id": None,
 }
 FAMILIES = {
+    "exaone4": lambda: transformers.Exaone4Config(
+        **SHAPE, head_dim=D, sliding_window=None, layer_types=["full_attention"] * LAYERS
+    ),
     "granite": lambda: transformers.GraniteConfig(**SHAPE, attention_multiplier=0.2),
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
     "llama-mqa": lambda: transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),

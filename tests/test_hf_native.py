@@ -42,6 +42,7 @@ MIXED = {**SHAPE, "num_hidden_layers": LAYERS, "layer_types": KINDS, "sliding_wi
 NATIVE, FULL = (0, 2), (1, 3)
 FAMILIES = {
     "cohere2": lambda: transformers.Cohere2Config(**MIXED),
+    "exaone4": lambda: transformers.Exaone4Config(**MIXED, head_dim=D),
     "gemma3_text": lambda: transformers.Gemma3TextConfig(
         **MIXED, head_dim=D, query_pre_attn_scalar=5
     ),

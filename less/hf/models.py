@@ -40,6 +40,7 @@ class Architecture:
 # model_type -> facts
 ARCHITECTURES: dict[str, Architecture] = {
     "cohere2": Architecture("Cohere2Attention"),
+    "exaone4": Architecture("Exaone4Attention"),
     "gemma3_text": Architecture("Gemma3Attention"),
     "granite": Architecture("GraniteAttention"),
     "llama": Architecture("LlamaAttention"),
