@@ -71,6 +71,7 @@ MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: What config.json says of the tensors, and Sidekick's attribute of the same name must confirm.
 _SHAPE_FIELDS = ("kind", "layers", "q_heads", "kv_heads", "head_dim", "rank", "hidden")
+_HEADS = ("q_heads", "kv_heads")
 #: The authors' names -> ours, and whether a plain tensor or an nn.Linear's (transposed) weight.
 _REFERENCE_NAMES = {
     "kernel_q_mat1": "q_w1",
@@ -133,6 +134,7 @@ class Sidekick:
                 f"and {self.kv_heads} (k_w1)"
             )
         self.device = self._layers[0]["q_w1"].device
+        self._part = (0, 1)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -195,7 +197,37 @@ class Sidekick:
         _check_dtype("Sidekick.to", dtype)
         device = self.device if target is None else target
         moved = [{n: t.to(device) for n, t in layer.items()} for layer in self._layers]
-        return Sidekick(moved, kind=self.kind, config=self.config, dtype=dtype)
+        other = Sidekick(moved, kind=self.kind, config=self.config, dtype=dtype)
+        other._part = self._part
+        return other
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Rank and world: which part of the model's heads these are; (0, 1) for all of them."""
+        return self._part
+
+    def shard(self, rank: int, world: int) -> Sidekick:
+        """The maps of one process's heads, where a model's heads are dealt out to several.
+
+        Args:
+            rank: Which part: heads rank * Q / world on, and kv heads rank * K / world on.
+            world: Number of parts.
+
+        Returns:
+            A sidekick of Q / world query heads and K / world kv heads, in copies.
+
+        Raises:
+            ValueError: the heads cannot be dealt out evenly, there is no such part, or this is a
+                part already.
+        """
+        op = "Sidekick.shard"
+        if self._part != (0, 1):
+            raise ValueError(f"{op}: this is part {self._part} already; shard the whole sidekick")
+        check_part(op, rank, world, self.q_heads, self.kv_heads)
+        cut = [{n: t[part_slice(t.shape[0], rank, world)] for n, t in m.items()} for m in self]
+        part = Sidekick(cut, kind=self.kind, config=self.config, dtype=self.dtype)
+        part._part = (rank, world)
+        return part
 
     # -- building ----------------------------------------------------------------------------
 
@@ -285,18 +317,22 @@ class Sidekick:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+        cls,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> Sidekick:
         """Load a folder written by `save_pretrained`, or a shipped sidekick by its name.
 
         Args:
             path: The folder; or a name in `shipped_names()`, such as "smollm2-135m-instruct".
             dtype: Of the matrices, see `to`; the file's own by default.
+            shard: Rank and world: read one part of the heads alone, as `shard` would cut it.
 
         Raises:
             FileNotFoundError: neither a folder nor a shipped name, or a file is missing in it.
-            ValueError: a file is truncated, foreign, of another format version, or the two files
-                do not belong together. The message names the file.
+            ValueError: a file is truncated, foreign, of another format version, the two files do
+                not belong together (the message names the file), or there is no such part.
         """
         if dtype is not None:
             _check_dtype("Sidekick.from_pretrained", dtype)
@@ -309,18 +345,24 @@ class Sidekick:
                 f"that name (shipped: {', '.join(shipped_names()) or 'none'})"
             )
         header = _read_config(root / CONFIG_FILE)
-        layers = _read_tensors(root / TENSORS_FILE)
+        rank, world = shard
+        check_part(
+            "Sidekick.from_pretrained", rank, world, header.get("q_heads"), header.get("kv_heads")
+        )
+        layers = _read_tensors(root / TENSORS_FILE, rank, world)
         try:
             held = _dtype_of(layers)
             sidekick = cls(layers, kind=header["kind"], config=_extra(header), dtype=held)
+            sidekick._part = (rank, world)
         except ValueError as error:
             raise ValueError(f"Sidekick.from_pretrained: {root / TENSORS_FILE}: {error}") from None
         for field in _SHAPE_FIELDS:
-            if header.get(field) != getattr(sidekick, field):
+            held_field = getattr(sidekick, field) * (world if field in _HEADS else 1)
+            if header.get(field) != held_field:
                 raise ValueError(
                     f"Sidekick.from_pretrained: {root}: the files do not belong together: "
                     f"{CONFIG_FILE} says {field} = {header.get(field)!r}, {TENSORS_FILE} holds "
-                    f"{getattr(sidekick, field)!r}"
+                    f"{held_field!r}"
                 )
         return sidekick if dtype in (None, held) else sidekick.to(dtype)
 
@@ -338,10 +380,16 @@ class Sidekick:
             The folder.
 
         Raises:
-            ValueError: another dtype, or a weight beyond float16; nothing is written.
+            ValueError: another dtype, a weight beyond float16, or a part of a sidekick (`shard`);
+                nothing is written.
         """
         from safetensors.torch import save
 
+        if self._part != (0, 1):
+            raise ValueError(
+                f"Sidekick.save_pretrained: this is part {self._part} (rank, world) of a sidekick; "
+                "save the whole one, and load parts of it with from_pretrained(path, shard=...)"
+            )
         dtype = self.dtype if dtype is None else dtype
         _check_dtype("Sidekick.save_pretrained", dtype)
         stored = self if dtype == self.dtype else self.to(dtype)
@@ -368,7 +416,7 @@ class Sidekick:
 
     # -- belonging ---------------------------------------------------------------------------
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, part: tuple[int, int] = (0, 1)) -> None:
         """Refuse a model that these maps were not trained for.
 
         The head shapes are always compared; where the sidekick records its model ("model" in
@@ -377,13 +425,22 @@ class Sidekick:
 
         Args:
             model: A transformers model or its config.
+            part: Rank and world of the heads that this process computes, where the model's heads
+                are dealt out to several.
 
         Raises:
             ValueError: something differs; the message lists each field with both values.
         """
+        if self._part != tuple(part):
+            raise ValueError(
+                f"Sidekick.check_model: the model computes part {tuple(part)} (rank, world) of its "
+                f"heads here, the sidekick is of part {self._part}; Sidekick.from_pretrained(path, "
+                f"shard={tuple(part)}) reads the part that fits"
+            )
         got = model_identity(model)
         wanted: dict[str, Any] = dict(self.config.get("model") or {})
-        wanted |= {f: getattr(self, f) for f in ("layers", "q_heads", "kv_heads", "head_dim")}
+        wanted |= {"layers": self.layers, "head_dim": self.head_dim}
+        wanted |= {f: getattr(self, f) * self._part[1] for f in _HEADS}
         differing = [
             f"{field}: sidekick {wanted[field]!r}, model {got.get(field)!r}"
             for field in wanted
@@ -470,6 +527,30 @@ def shipped(name: str) -> Path:
             + (", ".join(shipped_names()) or "none")
         )
     return Path(__file__).parent / "sidekicks" / name
+
+
+# -- parts of the heads ------------------------------------------------------------------------
+
+
+def check_part(op: str, rank: int, world: int, q_heads: Any, kv_heads: Any) -> None:
+    """Refuse a part that does not exist, or heads that cannot be dealt out evenly.
+
+    Raises:
+        ValueError: the message says which.
+    """
+    for name, x in (("rank", rank), ("world", world)):
+        if isinstance(x, bool) or not isinstance(x, int):
+            raise ValueError(f"{op}: {name} must be a whole number, got {x!r}")
+    if not 0 <= rank < world:
+        raise ValueError(f"{op}: rank must be in 0 .. world - 1, got rank {rank} of world {world}")
+    for name, heads in (("q_heads", q_heads), ("kv_heads", kv_heads)):
+        if world > 1 and (not isinstance(heads, int) or heads % world):
+            raise ValueError(f"{op}: {name} must be a multiple of world = {world}, got {heads!r}")
+
+
+def part_slice(heads: int, rank: int, world: int) -> slice:
+    """Which of a tensor's first dim, the heads, are of a part."""
+    return slice(rank * heads // world, (rank + 1) * heads // world)
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -618,7 +699,7 @@ def _extra(header: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in header.items() if k not in derived}
 
 
-def _read_tensors(path: Path) -> list[dict[str, Tensor]]:
+def _read_tensors(path: Path, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     at = f"Sidekick.from_pretrained: {path}"
@@ -633,7 +714,11 @@ def _read_tensors(path: Path) -> list[dict[str, Tensor]]:
                 match = re.fullmatch(r"layers\.(\d+)\.(\w+)", key)
                 if match is None:
                     raise ValueError(f"{at}: unknown tensor {key!r}, wanted layers.<i>.<name>")
-                layers.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
+                held = file.get_slice(key)  # reads no more of the file than the part
+                shape = held.get_shape()
+                part = part_slice(shape[0], rank, world) if shape else slice(None)
+                tensor = held[part] if world > 1 else file.get_tensor(key)
+                layers.setdefault(int(match[1]), {})[match[2]] = tensor
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{at}: truncated or not a safetensors file ({error})") from None
     if sorted(layers) != list(range(len(layers))):

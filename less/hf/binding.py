@@ -35,7 +35,8 @@ def cache_for(
     Args:
         model: A supported transformers model.
         policy: Who stays.
-        sidekick: Feature maps of the low-rank state; None is eviction alone.
+        sidekick: Feature maps of the low-rank state; None is eviction alone. Of a model whose heads
+            are dealt out to several processes, a whole sidekick is cut to this one's.
         batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
         dtype: Of the slots; the model's by default.
         backend: As in ``LessKVCache``.
@@ -45,8 +46,12 @@ def cache_for(
         ValueError: The sidekick is of another model, or an argument is wrong.
     """
     from less.cache import LessKVCache
+    from less.sidekick import Sidekick
 
     facts = describe(model, "cache_for")
+    if isinstance(sidekick, Sidekick) and sidekick.part == (0, 1) != facts.part:
+        sidekick.check_model(facts.config)  # its message speaks of the whole model
+        sidekick = sidekick.shard(*facts.part)
     cache = LessKVCache(
         layers=facts.layers,
         q_heads=facts.q_heads,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from less.hf.parallel import part_of
+
 if TYPE_CHECKING:
     from less.cache import LessKVCache
 
@@ -82,6 +84,8 @@ class ModelFacts:
     """A model as the cache sees it; ``modules[i]`` is the attention of layer i.
 
     ``windows`` has the length of the window of each layer that slides: those bound themselves.
+    Heads are those that this process computes: ``part`` is (rank, world) of a model sharded by
+    tensor parallelism, else (0, 1).
     """
 
     name: str
@@ -95,6 +99,7 @@ class ModelFacts:
     dtype: torch.dtype
     device: torch.device
     windows: dict[int, int]
+    part: tuple[int, int]
 
     @property
     def layers(self) -> int:
@@ -153,19 +158,25 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
             "a cache lives on one device"
         )
     q_heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or q_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    try:
+        part = part_of(model, q_heads, kv_heads)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{op}: {name}: {error}") from None
     return ModelFacts(
         name=name,
         config=config,
         decoder=decoder,
         modules=modules,
-        q_heads=q_heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or q_heads),
+        q_heads=q_heads // part[1],
+        kv_heads=kv_heads // part[1],
         head_dim=int(head_dim),
         scale=scales.pop(),
         dtype=next(modules[0].parameters()).dtype,
         device=where.pop(),
         windows=windows,
+        part=part,
     )
 
 
@@ -264,7 +275,7 @@ def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
             f"{cache.dtype}), got {facts.dtype}"
         )
     if cache.sidekick is not None:
-        cache.sidekick.check_model(facts.config)
+        cache.sidekick.check_model(facts.config, facts.part)
 
 
 def _full(device: torch.device) -> torch.device:
