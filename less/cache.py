@@ -430,6 +430,59 @@ class LessKVCache(CacheProtocol):
             layer.reset()
         self._columns = [0] * self.layers
 
+    def to(self, device: torch.device | str) -> LessKVCache:
+        """Move everything held to another device, in place; decoding goes on there.
+
+        Nothing is rounded on the way, so there and back changes no bit. The sidekick that the
+        cache was built from stays where it is; the cache moves its own copy.
+
+        Args:
+            device: Where to; the backend must serve it.
+
+        Returns:
+            The cache itself.
+
+        Raises:
+            ValueError: The device is none that holds values here, or the cache's backend does not
+                serve it; the cache is as it was.
+            RuntimeError: The cache is attached to a model, which would not move with it.
+        """
+        try:
+            target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:<current>"
+        except (AssertionError, RuntimeError, TypeError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(
+                f"to: device must be one that is here, got {device!r}: {reason}"
+            ) from e
+        if target.type == "meta":
+            raise ValueError("to: device must hold values, got 'meta'")
+        if target == self._layers[0].seen.device:
+            return self
+        if self._bound is not None:
+            raise RuntimeError(
+                f"to: the cache is attached to a model on {self.device}; leave that block first"
+            )
+        self._move(target)
+        return self
+
+    def _move(self, target: torch.device) -> None:
+        backend = _backend.choose(self.backend, target)
+        moved = [{n: x.to(target) for n, x in at.tensors().items()} for at in self._layers]
+        maps = self._maps and [{n: x.to(target) for n, x in m.items()} for m in self._maps]
+        native = [
+            (at, {n: x.to(target) for n, x in native_tensors(at).items()})
+            for _, at in self._made_native()
+        ]
+        # All of it is there; now nothing can fail on its way.
+        self._fed = self._fed_tokens().to(target)
+        for at, tensors in zip(self._layers, moved, strict=True):
+            vars(at).update(tensors)
+        for layer, tensors in native:
+            vars(layer).update(tensors)
+            if tensors:
+                layer.device = target
+        self._maps, self._backend, self.device = maps, backend, target
+
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was, as beam search does.
 
@@ -468,7 +521,9 @@ class LessKVCache(CacheProtocol):
             "scale": self.scale,
             "policy": repr(self.policy),
             "native": {
-                i: None if at is None else at.sliding_window for i, at in self._native.items()
+                # Names, not numbers: a snapshot may pass through JSON.
+                str(i): None if at is None else at.sliding_window
+                for i, at in self._native.items()
             },
             "kind": self._kind,
             "rank": self.sidekick.rank if self.sidekick is not None else 0,

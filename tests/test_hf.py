@@ -897,3 +897,16 @@ def test_importing_less_works_without_transformers():
         "less.LessKVCache(1, 2, 1, 4, 1, less.H2O(2, 2), backend='reference')\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_less_costs_little_more_than_torch():
+    done = python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import less, less.hf\n"
+        "new = set(sys.modules) - before\n"
+        "others = {m.split('.')[0] for m in new} - {'less'} - set(sys.stdlib_module_names)\n"
+        "assert not others, others\n"
+        "assert len(new) <= 60, sorted(new)\n"
+    )
+    assert done.returncode == 0, done.stderr

@@ -58,6 +58,7 @@ class NativeLayer(Protocol):
     values: Tensor | None
     sliding_window: int
     cumulative_length: int  # columns seen
+    device: torch.device  # once there are keys
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device."""
