@@ -516,6 +516,7 @@ class LessKVCache(CacheProtocol):
             "q_heads": self.q_heads,
             "kv_heads": self.kv_heads,
             "head_dim": self.head_dim,
+            "part": list(self.part),  # a list, as JSON gives it back
             "batch": self.batch,
             "dtype": str(self.dtype),
             "scale": self.scale,

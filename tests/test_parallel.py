@@ -185,3 +185,16 @@ def test_a_part_does_not_fit_a_whole_model():
         sidekick.shard(1, 2).check_model(model)
     with pytest.raises(ValueError, match="q_heads"):
         less.hf.cache_for(model, test_hf.SMALL, sidekick.shard(1, 2))
+
+
+def test_a_snapshot_is_of_one_process_and_a_cache_too():
+    model, sidekick = built("llama")
+    caches = [less.hf.cache_for(model, test_hf.SMALL, sidekick) for _ in range(2)]
+    caches[0].part, caches[1].part = (0, 2), (1, 2)
+    with pytest.raises(ValueError, match=r"part must be \[1, 2\], got \[0, 2\]"):
+        caches[1].load_state_dict(caches[0].state_dict())
+    with (
+        pytest.raises(ValueError, match=r"cache.part must be \(0, 1\) \(rank, world\)"),
+        less.hf.attach(model, caches[1]),
+    ):
+        pass

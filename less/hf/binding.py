@@ -66,6 +66,7 @@ def cache_for(
         backend=backend,
         native=sorted(facts.windows),
     )
+    cache.part = facts.part
     check_fits("cache_for", cache, facts)
     make_native(cache, facts)
     return cache

@@ -253,6 +253,11 @@ def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
                 f"{op}: cache.{field} must be {wanted} for {facts.name}, got {got}; "
                 "less.hf.cache_for builds a cache that fits"
             )
+    if cache.part != facts.part:
+        raise ValueError(
+            f"{op}: cache.part must be {facts.part} (rank, world), the heads of {facts.name} that "
+            f"this process computes, got {cache.part}; less.hf.cache_for builds a cache that fits"
+        )
     if cache.native != tuple(sorted(facts.windows)):
         raise ValueError(
             f"{op}: cache.native must be {tuple(sorted(facts.windows))}, the layers of "

@@ -117,6 +117,8 @@ class CacheProtocol:
 
     # transformers sets this on caches that the user passed to generate.
     _is_user_defined = False
+    #: Rank and world: which part of a sharded model's heads these are; ``cache_for`` knows.
+    part: tuple[int, int] = (0, 1)
     _bound: Bound | None = None
     # What was fed through a model, per row: tokens and their digest, int64 [B, 2]. Unlike the ids
     # it does not grow; it is what tells a continuation from a second prompt.
