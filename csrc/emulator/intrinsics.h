@@ -1,0 +1,58 @@
+// CUDA's device-only arithmetic that its headers keep from a host compiler.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+using std::max;
+using std::min;
+
+template <typename T>
+inline T __ldg(const T* p) {
+  return *p;
+}
+
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
+inline float __int2float_rn(int x) { return float(x); }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+
+template <typename To, typename From>
+inline To less_emulator_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline int __float_as_int(float x) { return less_emulator_bits<int>(x); }
+inline unsigned __float_as_uint(float x) { return less_emulator_bits<unsigned>(x); }
+inline float __int_as_float(int x) { return less_emulator_bits<float>(x); }
+inline float __uint_as_float(unsigned x) { return less_emulator_bits<float>(x); }
+
+// A fused multiply-add of two half floats is exact in double, but for its one rounding.
+inline __half __hfma(__half a, __half b, __half c) {
+  return __double2half(
+      std::fma(double(__half2float(a)), double(__half2float(b)), double(__half2float(c))));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return __halves2half2(__hfma(__low2half(a), __low2half(b), __low2half(c)),
+                        __hfma(__high2half(a), __high2half(b), __high2half(c)));
+}
