@@ -7,7 +7,18 @@ integration is ``less.hf``.
 
 from less._version import __version__
 from less.cache import LessKVCache
-from less.policies import H2O, Candidates, Policy, SinkRecent
+from less.config import LessConfig
+from less.policies import H2O, Candidates, Full, Policy, SinkRecent
 from less.sidekick import Sidekick
 
-__all__ = ["H2O", "Candidates", "LessKVCache", "Policy", "Sidekick", "SinkRecent", "__version__"]
+__all__ = [
+    "H2O",
+    "Candidates",
+    "Full",
+    "LessConfig",
+    "LessKVCache",
+    "Policy",
+    "Sidekick",
+    "SinkRecent",
+    "__version__",
+]

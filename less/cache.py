@@ -21,6 +21,32 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_FORMAT = 2
 
 
+def _layer_policies(
+    op: str, policy: Policy | Sequence[Policy | None], layers: int, native: Sequence[int]
+) -> tuple[Policy | None, ...]:
+    """``policy`` as one per layer, checked; None for native layers."""
+    if isinstance(policy, Policy):
+        listed, name = [policy] * layers, "policy"
+    elif isinstance(policy, (list, tuple)):
+        listed, name = list(policy), "policy[{}]"
+    else:
+        raise ValueError(
+            f"{op}: policy must be a Policy or a list of them, got {type(policy).__name__}"
+        )
+    if len(listed) != layers:
+        raise ValueError(
+            f"{op}: policy must list {layers} policies, one per layer, got {len(listed)}"
+        )
+    for i, one in enumerate(listed):
+        if i not in native:
+            if not isinstance(one, Policy):
+                raise ValueError(
+                    f"{op}: {name.format(i)} must be a Policy, got {type(one).__name__}"
+                )
+            require_int(op, f"{name.format(i)}.capacity", one.capacity, 1)
+    return tuple(None if i in native else one for i, one in enumerate(listed))
+
+
 def _native_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ...]:
     """``native``, checked and sorted."""
     indices = sorted({require_int(op, "native", i, 0) for i in native})
@@ -49,7 +75,9 @@ class LessKVCache(CacheProtocol):
         kv_heads: Key-value heads K; Q must be a multiple.
         head_dim: Head dim D.
         batch: Batch rows B. Rows are independent and may hold different numbers of tokens.
-        policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own.
+        policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own; or a list of one
+            per layer, which may keep more tokens in one layer than in another (``Full`` keeps all;
+            what is listed for native layers is not used).
         sidekick: Feature maps of the low-rank state; None is eviction alone.
         dtype: Of the slots: float32, bfloat16, float16 or int8, whose rows have a float32 scale
             each, max|x| / 127 (float64 with the reference backend). k and v are rounded to it on
@@ -76,7 +104,7 @@ class LessKVCache(CacheProtocol):
         kv_heads: int,
         head_dim: int,
         batch: int,
-        policy: Policy,
+        policy: Policy | Sequence[Policy | None],
         sidekick: Sidekick | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -95,9 +123,12 @@ class LessKVCache(CacheProtocol):
             raise ValueError(
                 f"{op}: q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}"
             )
-        if not isinstance(policy, Policy):
-            raise ValueError(f"{op}: policy must be a Policy, got {type(policy).__name__}")
-        require_int(op, "policy.capacity", policy.capacity, 1)
+        self.native = _native_layers(op, native, self.layers)
+        self.policies = _layer_policies(op, policy, self.layers, self.native)
+        #: Tokens per row, padding included, that can be passed in: None but for ``Full`` layers.
+        self.max_columns: int | None = min(
+            (p.capacity for p in self.policies if p is not None and not p.evicts), default=None
+        )
         try:
             self.device = torch.device(device)
         except (RuntimeError, TypeError) as e:
@@ -118,10 +149,8 @@ class LessKVCache(CacheProtocol):
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"{op}: scale must be finite and positive, got {scale}")
         self.scale = float(scale)
-        self.policy = policy
         self.dtype = dtype
         self.sidekick = sidekick
-        self.native = _native_layers(op, native, self.layers)
         # Made by less.hf, which knows the windows.
         self._native: dict[int, NativeLayer | None] = dict.fromkeys(self.native)
         self._kind = ""
@@ -148,19 +177,23 @@ class LessKVCache(CacheProtocol):
                 )
         self._kind = sidekick.kind
         self._maps = [
-            {} if i in self.native else {n: t.to(self.device) for n, t in sidekick[i].items()}
+            {n: t.to(self.device) for n, t in sidekick[i].items()} if self._evicts(i) else {}
             for i in range(self.layers)
         ]
 
+    def _evicts(self, layer: int) -> bool:
+        """Whether tokens can leave the layer's slots: not where it is native or full."""
+        policy = self.policies[layer]
+        return policy is not None and policy.evicts
+
     def _new_layer(self, layer: int) -> Layer:
-        B, K, S, D = self.batch, self.kv_heads, self.policy.capacity, self.head_dim
-        native = layer in self.native
-        if native:  # tokens seen are counted here, and nothing is held
-            S = 0
+        policy = self.policies[layer]
+        B, K, D = self.batch, self.kv_heads, self.head_dim
+        S = 0 if policy is None else policy.capacity  # of a native layer, tokens are only counted
         state = torch.float64 if self.dtype == torch.float64 else torch.float32
         at = self.device
         H = z = None
-        if self._maps is not None and not native:
+        if self._maps is not None and self._maps[layer]:
             R = self._maps[layer]["q_w2"].shape[-1]
             H = torch.zeros(B, K, R, D, dtype=state, device=at)
             z = torch.zeros(B, K, R, dtype=state, device=at)
@@ -202,9 +235,10 @@ class LessKVCache(CacheProtocol):
             ValueError: An argument is wrong; the cache is as it was.
         """
         self._check_attend(layer, q, k, v, valid)
-        at = self._layers[layer]
-        maps = self._maps[layer] if self._maps is not None else None
-        rule = self.policy.rule
+        at, policy = self._layers[layer], self.policies[layer]
+        assert policy is not None  # the check has refused native layers
+        maps = (self._maps[layer] or None) if self._maps is not None else None
+        rule = policy.rule
         if rule is not None and q.shape[2] == 1:
             out = self._backend.decode_step(
                 at,
@@ -215,15 +249,15 @@ class LessKVCache(CacheProtocol):
                 maps=maps,
                 kind=self._kind,
                 scale=self.scale,
-                decay=self.policy.decay,
-                scores=self.policy.needs_scores,
+                decay=policy.decay,
+                scores=policy.needs_scores,
                 rule=rule,
             )
             self._columns[layer] += 1
             return out
         new = self._backend.rounded(k, v, self.dtype)
         # Until more tokens came than fit, nothing can have left: no use to look at an empty state.
-        something_left = self._columns[layer] > self.policy.capacity
+        something_left = self._columns[layer] > policy.capacity
         step = self._backend.attend(
             at,
             q,
@@ -232,10 +266,10 @@ class LessKVCache(CacheProtocol):
             maps=maps if something_left else None,
             kind=self._kind,
             scale=self.scale,
-            decay=self.policy.decay,
-            scores=self.policy.needs_scores,
+            decay=policy.decay,
+            scores=policy.needs_scores,
         )
-        rank = None if rule is not None else self._rank(at, step, new, valid)
+        rank = None if rule is not None else self._rank(policy, at, step, new, valid)
         self._backend.compact(
             at, step, new, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
         )
@@ -252,6 +286,7 @@ class LessKVCache(CacheProtocol):
         q = require_tensor(op, "q", q)
         require_shape(op, "q", q, [B, Q, "T", D])
         T = q.shape[2]
+        self._check_room(op, layer, self._columns[layer] + T)
         for name, x in (("k", k), ("v", v)):
             x = require_tensor(op, name, x)
             if x.shape != (B, K, T, D):
@@ -279,6 +314,14 @@ class LessKVCache(CacheProtocol):
                 raise ValueError(f"{op}: valid must have dtype torch.bool, got {valid.dtype}")
             self._check_device(op, "valid", valid)
 
+    def _check_room(self, op: str, layer: int, columns: int) -> None:
+        policy = self.policies[layer]
+        if policy is not None and not policy.evicts and columns > policy.capacity:
+            raise ValueError(
+                f"{op}: layer {layer} is full attention with room for {policy.capacity} tokens, "
+                f"padding included, got {columns}; build the cache with a larger max_tokens"
+            )
+
     def _check_device(self, op: str, name: str, x: Tensor) -> None:
         want = self._layers[0].seen.device
         if x.device != want:
@@ -296,7 +339,9 @@ class LessKVCache(CacheProtocol):
                 f"its tokens; the layers that it holds are {held}"
             )
 
-    def _rank(self, at: Layer, step: Step, new: Rows, valid: Tensor | None) -> Tensor:
+    def _rank(
+        self, policy: Policy, at: Layer, step: Step, new: Rows, valid: Tensor | None
+    ) -> Tensor:
         B, K, T, _ = new.k.shape
         (held_k, held_v), (k, v) = at.rows.floats(), new.floats()
         position, seen = chunk_position(at.seen, valid, B, T)
@@ -308,8 +353,8 @@ class LessKVCache(CacheProtocol):
             k=torch.cat([held_k, k], 2),
             v=torch.cat([held_v, v], 2),
         )
-        name = f"{type(self.policy).__name__}.rank"
-        rank = require_tensor(name, "its result", self.policy.rank(tokens))
+        name = f"{type(policy).__name__}.rank"
+        rank = require_tensor(name, "its result", policy.rank(tokens))
         if rank.shape != tokens.score.shape:
             raise ValueError(
                 f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
@@ -318,6 +363,18 @@ class LessKVCache(CacheProtocol):
         if not rank.is_floating_point():
             raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
         return rank.to(tokens.score.dtype).contiguous()
+
+    @property
+    def policy(self) -> Policy:
+        """Who stays, where that is the same in every layer.
+
+        Raises:
+            ValueError: Layers differ; ``policies`` has one for each.
+        """
+        first, *others = (p for p in self.policies if p is not None)
+        if any(p != first for p in others):
+            raise ValueError("policy: the layers of this cache have several; see cache.policies")
+        return first
 
     def positions(self, layer: int) -> Tensor:
         """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty."""
@@ -338,11 +395,13 @@ class LessKVCache(CacheProtocol):
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
 
         Raises:
-            ValueError: The cache has no sidekick, hence no state.
+            ValueError: The cache has no sidekick, or the layer is full, hence no state.
         """
         self._check_layer("state", layer)
         at = self._layers[layer]
         if at.H is None or at.z is None:
+            if self.sidekick is not None:
+                raise ValueError(f"state: layer {layer} keeps every token, hence no low-rank state")
             raise ValueError("state: this cache has no sidekick, hence no low-rank state")
         return at.H.clone(), at.z.clone()
 
@@ -520,7 +579,7 @@ class LessKVCache(CacheProtocol):
             "batch": self.batch,
             "dtype": str(self.dtype),
             "scale": self.scale,
-            "policy": repr(self.policy),
+            "policy": self._policy_text(),
             "native": {
                 # Names, not numbers: a snapshot may pass through JSON.
                 str(i): None if at is None else at.sliding_window
@@ -610,11 +669,29 @@ class LessKVCache(CacheProtocol):
         self._columns = columns
         self._load_fed(fed)
 
+    def _policy_text(self) -> str:
+        """The policy, or the runs of layers that share one: ``0-1 Full(...); 2-29 H2O(...)``."""
+        runs: list[tuple[int, int, str]] = []
+        for i, policy in enumerate(self.policies):
+            if policy is None:
+                continue
+            text = repr(policy)
+            if runs and runs[-1][2] == text:
+                runs[-1] = (runs[-1][0], i, text)
+            else:
+                runs.append((i, i, text))
+        if len(runs) == 1:
+            return runs[0][2]
+        return "; ".join(
+            f"{first}-{last} {text}" if last > first else f"{first} {text}"
+            for first, last, text in runs
+        )
+
     def __repr__(self) -> str:
         """Shape, policy and backend."""
         return (
             f"LessKVCache(layers={self.layers}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, "
-            f"head_dim={self.head_dim}, batch={self.batch}, policy={self.policy}, "
+            f"head_dim={self.head_dim}, batch={self.batch}, policy={self._policy_text()}, "
             f"sidekick={self._kind or None}, dtype={self.dtype}, device={self.device}, "
             f"backend={self.backend})"
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from less import H2O, LessKVCache, Policy, Sidekick, SinkRecent, reference
-from less.evaluate.methods import slot_bytes
+from less.budget import slot_bytes
 from tests.helpers import assert_close, random_maps, random_qkv
 
 POLICIES = [

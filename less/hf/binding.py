@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def cache_for(
     model: nn.Module,
-    policy: Policy,
+    policy: Policy | Sequence[Policy | None],
     sidekick: Sidekick | None = None,
     batch: int = 1,
     dtype: torch.dtype | None = None,
@@ -34,7 +34,8 @@ def cache_for(
 
     Args:
         model: A supported transformers model.
-        policy: Who stays.
+        policy: Who stays; or a list of one policy per layer. ``LessConfig.cache`` makes it from a
+            budget in tokens, bytes or a share of the prompt.
         sidekick: Feature maps of the low-rank state; None is eviction alone. Of a model whose heads
             are dealt out to several processes, a whole sidekick is cut to this one's.
         batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
@@ -255,6 +256,13 @@ class Binding:
                 f"generate: the cache has batch={cache.batch}, got {rows} rows (the prompts, times "
                 f"num_beams or num_return_sequences); build the cache with batch={rows}"
             )
+        end, room = getattr(generation_config, "max_length", None), cache.max_columns
+        if room is not None and end is not None and end - 1 > room:  # the last is never fed
+            raise ValueError(
+                f"generate: prompt and new tokens may come to {end - 1}, padding included, but the "
+                f"cache has room for {room} in its layers of full attention; build it with a "
+                "larger max_tokens"
+            )
         seen = cache.columns
         if seen == 0:
             return
@@ -316,6 +324,11 @@ class Binding:
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"{op}: the cache has no backward; call under torch.no_grad()")
         self._check_whole()
+        if cache.max_columns is not None and cache.columns + ids.shape[1] > cache.max_columns:
+            raise ValueError(
+                f"{op}: the cache has seen {cache.columns} tokens and has room for "
+                f"{cache.max_columns} in its layers of full attention, got {ids.shape[1]} more"
+            )
         cache._fed_tokens()  # starts a new record after a reset
         valid = self._check_mask(op, given.get("attention_mask"), ids.shape[1])
         self._check_positions(op, given.get("position_ids"), valid)

@@ -1,12 +1,13 @@
 """Eviction policies: who stays in the slots."""
 
 from less.policies.base import Candidates, Policy, Rule
+from less.policies.full import Full
 from less.policies.h2o import H2O
 from less.policies.sink_recent import SinkRecent
 
-__all__ = ["H2O", "Candidates", "Policy", "Rule", "SinkRecent", "policy_from_dict"]
+__all__ = ["H2O", "Candidates", "Full", "Policy", "Rule", "SinkRecent", "policy_from_dict"]
 
-_BUILT_IN: dict[str, type[Policy]] = {"H2O": H2O, "SinkRecent": SinkRecent}
+_BUILT_IN: dict[str, type[Policy]] = {"Full": Full, "H2O": H2O, "SinkRecent": SinkRecent}
 
 
 def policy_from_dict(d: dict[str, object]) -> Policy:

@@ -58,6 +58,8 @@ class Policy(ABC):
 
     decay: float = 1.0
     needs_scores: ClassVar[bool] = True
+    #: False: nothing ever leaves, and a token too many is refused (``Full``).
+    evicts: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -79,6 +81,19 @@ class Policy(ABC):
     def rule(self) -> Rule | None:
         """The native form of ``rank``, or None where only ``rank`` itself defines it."""
         return None
+
+    def at_capacity(self, capacity: int) -> Policy:
+        """The same policy at another capacity; override it to say how yours is scaled.
+
+        Raises:
+            ValueError: The policy does not say how, or has no place for its parts in so few tokens.
+        """
+        if capacity == self.capacity:
+            return self
+        raise ValueError(
+            f"{type(self).__name__}.at_capacity: it keeps {self.capacity} tokens and does not say "
+            f"how to keep {capacity}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The policy's name and settings, as JSON-ready values."""

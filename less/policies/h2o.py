@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -59,6 +59,16 @@ class H2O(Policy):
     def capacity(self) -> int:
         """Tokens kept per head: heavy + recent."""
         return self.heavy + self.recent
+
+    def at_capacity(self, capacity: int) -> H2O:
+        """Heavy and recent tokens in proportion, at least one each; sinks as many as they are."""
+        if capacity < (self.heavy > 0) + (self.recent > 0):
+            raise ValueError(
+                f"H2O.at_capacity: heavy and recent tokens need 2 or more, got {capacity}"
+            )
+        recent = round(capacity * self.recent / self.capacity)
+        recent = min(max(recent, int(self.recent > 0)), capacity - int(self.heavy > 0))
+        return replace(self, heavy=capacity - recent, recent=recent)
 
     @property
     def rule(self) -> Rule:

@@ -41,6 +41,15 @@ class SinkRecent(Policy):
         """Tokens kept per head: sinks + recent."""
         return self.sinks + self.recent
 
+    def at_capacity(self, capacity: int) -> SinkRecent:
+        """As many sinks, and a shorter or longer window."""
+        if capacity < self.sinks + (self.recent > 0):
+            raise ValueError(
+                f"SinkRecent.at_capacity: {self.sinks} sinks and a window do not fit into "
+                f"{capacity} tokens"
+            )
+        return SinkRecent(sinks=self.sinks, recent=capacity - self.sinks)
+
     @property
     def rule(self) -> Rule:
         """Sinks and recents, no scores."""

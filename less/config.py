@@ -1,0 +1,405 @@
+"""``LessConfig``: a cache's settings as one frozen object that JSON can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from less.budget import BETA, deal, parse_bytes, pyramid, slot_bytes, state_bytes
+from less.policies import H2O, Full, Policy, policy_from_dict
+from less.sidekick import Sidekick, shipped, shipped_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from less.cache import LessKVCache
+
+CONFIG_FILE = "less_config.json"
+FORMAT = "less-config"
+_VERSION = 1
+_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+@dataclass(frozen=True)
+class LessConfig:
+    """A budget, how the layers share it, the policy, and the sidekick.
+
+    One of ``tokens``, ``share`` and ``bytes`` is the budget; the rest has defaults::
+
+        config = LessConfig(bytes="64MiB", shape="pyramid", sidekick="my-sidekick")
+        cache = config.cache(model, batch=8)
+
+    Attributes:
+        tokens: Tokens per kv head, the mean over layers; or a list of one number per layer.
+        share: Tokens per kv head as a share of the prompt's, the mean over layers, in (0, 1].
+        bytes: What slots and low-rank state hold at most, all layers and rows together: a number
+            or a text as "64MiB". (Of a sharded model: in this process.) The sidekick's maps are
+            weights, held once beside it; counters, a few bytes per row and layer, are not counted.
+        shape: "uniform", "pyramid" (``less.budget.pyramid``), or a list of one weight per layer, in
+            proportion to which the budget is dealt out.
+        beta: Of the pyramid: the last layer gets 1 / beta of the mean.
+        full_layers: So many first layers keep every token (``Full``). Their weights in ``shape``
+            are not used. A budget in bytes includes them; in tokens or as a share it is that of the
+            others.
+        max_tokens: Tokens that full layers have room for, prompt, new tokens and padding.
+        policy: Who stays; its own capacity is replaced, its proportions are kept. None: the policy
+            that the sidekick was trained with, or H2O, half of it recent.
+        dtype: Of the slots, by name; None is the model's.
+        sidekick: Folder or shipped name of the feature maps; None is eviction alone.
+
+    Raises:
+        ValueError: A setting is wrong, or contradicts another; the message names it.
+    """
+
+    tokens: int | Sequence[int] | None = None
+    share: float | None = None
+    bytes: int | str | None = None
+    shape: str | Sequence[float] = "uniform"
+    beta: float = BETA
+    full_layers: int = 0
+    max_tokens: int | None = None
+    policy: Policy | None = None
+    dtype: str | None = None
+    sidekick: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every setting by itself, and those that go together."""
+        for name in ("tokens", "shape"):  # hashable, and equal to what JSON gives back
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        self._check_budget()
+        self._check_shape()
+        for name in ("full_layers", "max_tokens"):
+            value = getattr(self, name)
+            if name == "max_tokens" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"LessConfig: {name} must be a whole number >= 0, got {value!r}")
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            raise ValueError(
+                f"LessConfig: policy must be a Policy, got {type(self.policy).__name__}; a list of "
+                "one per layer goes to less.hf.cache_for"
+            )
+        if isinstance(self.policy, Full):
+            raise ValueError("LessConfig: policy Full has no budget; see full_layers")
+        if self.dtype not in (None, *_DTYPES):
+            raise ValueError(
+                f"LessConfig: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}"
+            )
+        if not (self.sidekick is None or isinstance(self.sidekick, (str, os.PathLike))):
+            raise ValueError(
+                f"LessConfig: sidekick must be a folder or a shipped name, got "
+                f"{type(self.sidekick).__name__}; an object goes to cache(model, sidekick=...)"
+            )
+        if isinstance(self.sidekick, os.PathLike):
+            object.__setattr__(self, "sidekick", os.fspath(self.sidekick))
+
+    def _check_budget(self) -> None:
+        given = [n for n in ("tokens", "share", "bytes") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "LessConfig: one of tokens, share and bytes must be given, got "
+                + (" and ".join(given) or "none")
+            )
+        if self.bytes is not None:
+            parse_bytes("LessConfig", self.bytes)
+        if self.share is not None:
+            _check_number("share", self.share)
+            if not 0 < self.share <= 1:
+                raise ValueError(f"LessConfig: share must be in (0, 1], got {self.share}")
+        if self.tokens is not None:
+            counts = self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
+            for count in counts:
+                if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                    raise ValueError(
+                        "LessConfig: tokens must be a whole number >= 1, or a list of them, got "
+                        f"{self.tokens!r}"
+                    )
+
+    def _check_shape(self) -> None:
+        _check_number("beta", self.beta)
+        if self.shape == "pyramid":
+            pyramid(2, self.beta)
+        if isinstance(self.tokens, tuple) and self.shape != "uniform":
+            raise ValueError("LessConfig: a list of tokens is a shape already; leave shape alone")
+        if isinstance(self.shape, str):
+            if self.shape not in ("uniform", "pyramid"):
+                raise ValueError(
+                    "LessConfig: shape must be 'uniform', 'pyramid' or a list of one weight per "
+                    f"layer, got {self.shape!r}"
+                )
+            return
+        for weight in self.shape:
+            _check_number("shape", weight)
+            if weight <= 0:
+                raise ValueError(f"LessConfig: weights of shape must be above 0, got {weight}")
+
+    # -- the cache -----------------------------------------------------------------------------
+
+    def cache(
+        self,
+        model: nn.Module,
+        batch: int = 1,
+        prompt_tokens: int | None = None,
+        sidekick: Sidekick | None = None,
+        max_tokens: int | None = None,
+        backend: str | None = None,
+    ) -> LessKVCache:
+        """Build the cache for a transformers model.
+
+        Args:
+            model: As in ``less.hf.cache_for``.
+            batch: Rows.
+            prompt_tokens: Length of the (longest) prompt, of which ``share`` is a share.
+            sidekick: In place of the one that the config names.
+            max_tokens: In place of the config's.
+            backend: As in ``LessKVCache``.
+
+        Raises:
+            UnsupportedModelError: The model cannot run on a bounded cache.
+            ValueError: The budget is too small for every layer to keep a token, or something that
+                it needs is not given; the message says what.
+        """
+        from less.hf import cache_for
+        from less.hf.models import describe
+
+        facts = describe(model, "LessConfig.cache")
+        if sidekick is None:
+            sidekick = self.load_sidekick()
+        dtype = facts.dtype if self.dtype is None else getattr(torch, self.dtype)
+        rank = sidekick.rank if sidekick is not None else 0
+        capacities = self.capacities(
+            facts.layers,
+            token_bytes=batch * facts.kv_heads * slot_bytes(facts.head_dim, dtype),
+            layer_bytes=batch * facts.kv_heads * state_bytes(facts.head_dim, rank),
+            native=tuple(facts.windows),
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+        )
+        policies = [
+            None
+            if capacity is None
+            else Full(capacity)
+            if layer < self.full_layers
+            else self.policy_at(capacity, sidekick)
+            for layer, capacity in enumerate(capacities)
+        ]
+        return cache_for(model, policies, sidekick, batch=batch, dtype=dtype, backend=backend)
+
+    def capacities(
+        self,
+        layers: int,
+        token_bytes: int = 0,
+        layer_bytes: int = 0,
+        native: Sequence[int] = (),
+        prompt_tokens: int | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int | None]:
+        """Tokens that each layer keeps per kv head; None for native layers, which bound themselves.
+
+        Args:
+            layers: Number of layers.
+            token_bytes: What one token takes in one layer, all heads and rows: for ``bytes``.
+            layer_bytes: What the low-rank state takes in one layer that evicts.
+            native: Indices of native layers.
+            prompt_tokens: For ``share``.
+            max_tokens: In place of the config's.
+
+        Raises:
+            ValueError: As in ``cache``.
+        """
+        bounded = [i for i in range(self.full_layers, layers) if i not in native]
+        full = [i for i in range(min(self.full_layers, layers)) if i not in native]
+        if not bounded:
+            raise ValueError(
+                f"LessConfig: full_layers={self.full_layers} leaves none of {layers} layers "
+                "to be bounded"
+            )
+        room = self.max_tokens if max_tokens is None else max_tokens
+        if full and not room:
+            raise ValueError(
+                "LessConfig: full_layers needs max_tokens, the most that prompt and new tokens "
+                "come to: memory is allocated once"
+            )
+        out: list[int | None] = [None] * layers
+        for i in full:
+            out[i] = room
+        if isinstance(self.tokens, tuple):
+            _check_length("tokens", self.tokens, layers)
+            for i in bounded:
+                out[i] = self.tokens[i]
+            return out
+        spent = len(full) * (room or 0) * token_bytes + len(bounded) * layer_bytes
+        total = self._total(len(bounded), token_bytes, spent, prompt_tokens)
+        weights = self._weights(layers)
+        dealt = deal(total, [weights[i] for i in bounded])
+        for i, tokens in zip(bounded, dealt, strict=True):
+            if tokens < 1:
+                raise ValueError(
+                    f"LessConfig: layer {i} would keep {tokens} tokens: {total} for "
+                    f"{len(bounded)} layers with shape={self.shape!r}; raise the budget"
+                    + ("" if self.shape == "uniform" else " or flatten the shape")
+                )
+            out[i] = tokens
+        return out
+
+    def _total(self, bounded: int, token_bytes: int, spent: int, prompt_tokens: int | None) -> int:
+        """Tokens of all bounded layers together."""
+        if self.bytes is not None:
+            budget = parse_bytes("LessConfig", self.bytes)
+            if token_bytes < 1:
+                raise ValueError("LessConfig: a budget in bytes needs token_bytes")
+            least = spent + bounded * token_bytes
+            if budget < least:
+                raise ValueError(
+                    f"LessConfig: bytes={budget:,} cannot hold one token per head in each of "
+                    f"{bounded} layers beside {spent:,} bytes of low-rank state and full layers: "
+                    f"that takes {least:,}"
+                )
+            return (budget - spent) // token_bytes
+        if self.share is not None:
+            if prompt_tokens is None:
+                raise ValueError("LessConfig: share needs prompt_tokens, the prompt's length")
+            tokens = round(self.share * prompt_tokens)
+            if tokens < 1:
+                raise ValueError(
+                    f"LessConfig: share={self.share} of {prompt_tokens} tokens is less than one"
+                )
+            return tokens * bounded
+        assert isinstance(self.tokens, int)
+        return self.tokens * bounded
+
+    def _weights(self, layers: int) -> list[float]:
+        if self.shape == "uniform":
+            return [1.0] * layers
+        if self.shape == "pyramid":
+            return pyramid(layers, self.beta)
+        assert not isinstance(self.shape, str)
+        _check_length("shape", self.shape, layers)
+        return [float(weight) for weight in self.shape]
+
+    def policy_at(self, capacity: int, sidekick: Sidekick | None = None) -> Policy:
+        """The policy of a layer that keeps ``capacity`` tokens."""
+        policy = self.policy
+        if policy is None and sidekick is not None:
+            policy = trained_policy(sidekick, capacity)
+        if policy is None:
+            policy = H2O(heavy=capacity - capacity // 2, recent=capacity // 2)
+        return policy.at_capacity(capacity)
+
+    def load_sidekick(self) -> Sidekick | None:
+        """Read the sidekick that the config names; None where it names none."""
+        if self.sidekick is None:
+            return None
+        name = self.sidekick
+        return Sidekick.from_pretrained(shipped(name) if name in shipped_names() else name)
+
+    # -- JSON ----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as JSON-ready values; ``from_dict`` takes them back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("tokens", "shape"):
+            if isinstance(values[name], tuple):
+                values[name] = list(values[name])
+        if self.policy is not None:
+            values["policy"] = self.policy.to_dict()
+            policy_from_dict(values["policy"])  # refuses a policy that could not be read back
+        return {"format": FORMAT, "version": _VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> LessConfig:
+        """Build the config from ``to_dict``'s result.
+
+        Raises:
+            ValueError: It is of another format or version, or a setting is unknown or wrong.
+        """
+        settings = dict(d)
+        kind, version = settings.pop("format", None), settings.pop("version", None)
+        if (kind, version) != (FORMAT, _VERSION):
+            raise ValueError(
+                f"LessConfig: format must be {FORMAT!r} version {_VERSION}, got {kind!r} {version}"
+            )
+        unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"LessConfig: unknown settings {unknown}")
+        if settings.get("policy") is not None:
+            settings["policy"] = policy_from_dict(settings["policy"])
+        return cls(**settings)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``less_config.json`` into a folder: the sidekick's, or one of its own.
+
+        A sidekick in that folder is named relative to it, so the folder can be moved; another one
+        by its whole path.
+        """
+        here = Path(folder)
+        values = self.to_dict()
+        if self.sidekick is not None and self.sidekick not in shipped_names():
+            path = Path(self.sidekick).resolve()
+            inside = path.is_relative_to(here.resolve())
+            values["sidekick"] = (
+                path.relative_to(here.resolve()).as_posix() if inside else str(path)
+            )
+        here.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(values, indent=2) + "\n"
+        (here / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> LessConfig:
+        """Read ``less_config.json`` from a folder.
+
+        Raises:
+            ValueError: There is none, or it cannot be read; the message names the file.
+        """
+        file = Path(folder) / CONFIG_FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"LessConfig: cannot read {file}: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"LessConfig: {file} must hold an object")
+        name = values.get("sidekick")
+        if isinstance(name, str) and name not in shipped_names():
+            values["sidekick"] = str(Path(folder) / name)  # a whole path stays what it is
+        return cls.from_dict(values)
+
+
+def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
+    """The policy that a sidekick was trained with, brought to `budget`; None where it names none.
+
+    Of several, the one whose own budget is nearest.
+
+    Raises:
+        ValueError: the sidekick's config names a policy that this library does not have.
+    """
+    listed = sidekick.config.get("policies") or sidekick.config.get("policy") or []
+    if isinstance(listed, dict):
+        listed = [listed]
+    policies = [policy_from_dict(entry) for entry in listed]
+    if not policies:
+        return None
+    nearest = min(policies, key=lambda policy: abs(policy.capacity - budget))
+    return nearest.at_capacity(budget)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"LessConfig: {name} must be a number, got {value!r}")
+
+
+def _check_length(name: str, values: Sequence[object], layers: int) -> None:
+    if len(values) != layers:
+        raise ValueError(
+            f"LessConfig: {name} must list {layers} numbers, one per layer, got {len(values)}"
+        )

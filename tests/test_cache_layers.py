@@ -1,0 +1,192 @@
+"""A cache whose layers differ: one policy each, and layers that keep everything."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from less import H2O, Full, LessKVCache, Sidekick, SinkRecent
+from tests.helpers import random_maps, random_qkv
+
+MIXED = [Full(40), H2O(3, 5), H2O(9, 2, decay=0.9), SinkRecent(2, 4)]
+CALLS = [11, 1, 1, 7, 1, 1, 1]
+
+
+def sidekick(layers, kind="exp"):
+    maps = [random_maps(4, 2, 8, 6, 3, kind, seed=i) for i in range(layers)]
+    return Sidekick(layers=maps, kind=kind)
+
+
+def build(policies=MIXED, batch=2, maps=True, **kw):
+    layers = len(policies)
+    return LessKVCache(layers, 4, 2, 8, batch, policies, sidekick(layers) if maps else None, **kw)
+
+
+def feed(cache, calls=CALLS, start=0, valid=None):
+    """Feed each layer its own text; returns the outputs, layer by layer."""
+    outs = []
+    for layer in range(cache.layers):
+        q, k, v = random_qkv(cache.batch, 4, 2, 60, 8, seed=layer)
+        at = start
+        for T in calls:
+            part = [x[:, :, at : at + T] for x in (q, k, v)]
+            outs.append(cache.attend(layer, *part, valid=valid))
+            at += T
+    return outs
+
+
+def held(cache, layer, row):
+    return cache.positions(layer)[row].sort(-1).values
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_each_layer_is_the_cache_of_its_own_policy(backend):
+    mixed = build(backend=backend)
+    outs = feed(mixed)
+    whole = sidekick(4)
+    for layer, policy in enumerate(MIXED):
+        maps = None if isinstance(policy, Full) else Sidekick([whole[layer]], kind="exp")
+        alone = LessKVCache(1, 4, 2, 8, 2, policy, maps, backend=backend)
+        q, k, v = random_qkv(2, 4, 2, 60, 8, seed=layer)
+        at = 0
+        for i, T in enumerate(CALLS):
+            want = alone.attend(0, *[x[:, :, at : at + T] for x in (q, k, v)])
+            assert torch.equal(outs[layer * len(CALLS) + i], want)
+            at += T
+        assert torch.equal(mixed.positions(layer), alone.positions(0))
+        assert torch.equal(mixed.scores(layer), alone.scores(0))
+
+
+def test_a_full_layer_is_plain_causal_attention():
+    cache = build([Full(40), H2O(2, 2)])
+    out = torch.cat(feed(cache)[: len(CALLS)], 2)
+    q, k, v = random_qkv(2, 4, 2, 60, 8, seed=0)
+    T = sum(CALLS)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, :T], k[:, :, :T], v[:, :, :T], is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
+def test_stats_and_memory_are_those_of_the_layers():
+    cache = build()
+    feed(cache)
+    stats = cache.stats()
+    T = sum(CALLS)
+    assert stats["seen"] == [2 * T] * 4
+    assert stats["kept"] == [2 * min(T, p.capacity) for p in MIXED]
+    assert stats["evictions"] == [2 * max(0, T - p.capacity) for p in MIXED]
+    assert stats["memory_share"][0] == 0
+    assert all(0 < s < 1 for s in stats["memory_share"][1:])
+    memory = cache.memory()
+    assert memory["slots"] == 2 * 2 * sum(p.capacity for p in MIXED) * (2 * 8 * 4 + 12)
+    assert memory["state"] == 2 * 2 * 3 * 4 * 3 * (8 + 1)  # three layers evict
+    assert memory["maps"] == sum(
+        t.nbytes for layer in list(sidekick(4))[1:] for t in layer.values()
+    )
+
+
+def test_a_token_too_many_for_a_full_layer_is_refused_and_changes_nothing():
+    cache = build([Full(12), H2O(3, 3)])
+    feed(cache, [10])
+    before = copy.deepcopy(cache.state_dict())
+    q, k, v = random_qkv(2, 4, 2, 3, 8)
+    with pytest.raises(ValueError, match="layer 0 is full attention with room for 12 tokens"):
+        cache.attend(0, q, k, v)
+    for name, x in cache.state_dict()["tensors"].items():
+        assert torch.equal(x, before["tensors"][name])
+    cache.attend(1, q, k, v)  # the other has no end
+    assert cache.max_columns == 12
+    assert build([H2O(3, 3)] * 2).max_columns is None
+
+
+def test_padding_enters_no_layer():
+    cache, alone = build(batch=2), build(batch=1)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, :4] = False
+    feed(cache, [9], valid=valid)
+    for layer in range(4):
+        q, k, v = random_qkv(2, 4, 2, 60, 8, seed=layer)
+        alone.attend(layer, *[x[1:, :, 4:9] for x in (q, k, v)])
+        assert held(cache, layer, 1).equal(held(alone, layer, 0))
+
+
+def test_a_snapshot_goes_on_bit_for_bit_in_another_cache():
+    cache = build()
+    feed(cache)
+    file = io.BytesIO()
+    torch.save(cache.state_dict(), file)
+    file.seek(0)
+    other = build()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    start = sum(CALLS)
+    for a, b in zip(feed(cache, [1, 4, 1], start), feed(other, [1, 4, 1], start), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_snapshot_of_other_layer_budgets_is_refused():
+    d = build([H2O(3, 5), H2O(2, 2)]).state_dict()
+    with pytest.raises(ValueError, match="policy must be .*0 H2O.*heavy=2.*1 H2O.*heavy=3"):
+        build([H2O(2, 2), H2O(3, 5)]).load_state_dict(d)
+
+
+def test_reorder_and_reset_reach_every_layer():
+    cache = build()
+    feed(cache)
+    before = [cache.positions(i) for i in range(4)]
+    scores = [cache.scores(i) for i in range(4)]
+    cache.reorder(torch.tensor([1, 0]))
+    for i in range(4):
+        assert torch.equal(cache.positions(i), before[i].flip(0))
+        assert torch.equal(cache.scores(i), scores[i].flip(0))
+    cache.reset()
+    assert cache.stats()["kept"] == [0] * 4
+    outs, fresh = feed(cache), feed(build())
+    assert all(torch.equal(a, b) for a, b in zip(outs, fresh, strict=True))
+
+
+def test_repr_names_runs_of_layers():
+    text = repr(build([Full(9), H2O(2, 2), H2O(2, 2), SinkRecent(1, 2)]))
+    assert "policy=0 Full(max_tokens=9); 1-2 H2O(" in text
+    assert "3 SinkRecent(sinks=1, recent=2)" in text
+    assert "policy=H2O(" in repr(build([H2O(2, 2)] * 3))
+
+
+def test_policy_is_the_one_of_all_layers_or_none():
+    assert build([H2O(2, 2)] * 3).policy == H2O(2, 2)
+    with pytest.raises(ValueError, match="several; see cache.policies"):
+        _ = build().policy
+    assert build().policies == tuple(MIXED)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ([H2O(1, 1)], "policy must list 2 policies, one per layer, got 1"),
+        ([H2O(1, 1), "h2o"], r"policy\[1\] must be a Policy, got str"),
+        ([H2O(1, 1), None], r"policy\[1\] must be a Policy, got NoneType"),
+        ({0: H2O(1, 1)}, "policy must be a Policy or a list of them, got dict"),
+    ],
+)
+def test_a_wrong_list_is_refused_by_name(policy, message):
+    with pytest.raises(ValueError, match=message):
+        LessKVCache(2, 4, 2, 8, 1, policy)
+
+
+def test_a_full_layer_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="Full: max_tokens must be 1 or more, got 0"):
+        Full(0)
+
+
+def test_what_full_keeps_has_no_state():
+    with pytest.raises(ValueError, match="layer 0 keeps every token"):
+        build().state(0)
+
+
+def test_side_by_side_has_the_room_of_its_members():
+    from less.evaluate.side_by_side import SideBySide
+
+    both = SideBySide([build([Full(30), H2O(2, 2)]), build([Full(20), H2O(2, 2)])])
+    assert both.max_columns == 20
+    assert SideBySide([build([H2O(2, 2)] * 2)]).max_columns is None
