@@ -12,6 +12,21 @@
 #include <cstdint>
 #include <type_traits>
 
+// A bug that a test of the tests plants: LESS_BUG(name) is true where the file is compiled with
+// -DLESS_PLANTED=name, and otherwise the constant false.
+#ifdef LESS_PLANTED
+#define LESS_BUG_TEXT(name) #name
+#define LESS_BUG_NAME(name) LESS_BUG_TEXT(name)
+#define LESS_BUG(name) (::less::cuda::same_name(#name, LESS_BUG_NAME(LESS_PLANTED)))
+namespace less::cuda {
+constexpr bool same_name(const char* a, const char* b) {
+  return *a == *b && (*a == '\0' || same_name(a + 1, b + 1));
+}
+}  // namespace less::cuda
+#else
+#define LESS_BUG(name) false
+#endif
+
 #ifdef LESS_EMULATOR
 #include "emulator/device.h"
 #else
@@ -450,6 +465,35 @@ struct Launch {
   int cluster = 1;         // blocks of a cluster, along x; more than 1 wants sm_90
   bool dependent = false;  // may start before the kernel before it is over; wants sm_90
 };
+
+// What a launcher may ask of the current device.
+struct DeviceLimits {
+  bool clusters;  // of more than one block
+  int shared;     // bytes of shared memory that a block can have
+};
+
+#ifndef LESS_EMULATOR
+inline cudaError_t device_limits(DeviceLimits& limits) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  limits.clusters = major >= 9;
+  return error;
+}
+#else
+// The environment's LESS_EMULATOR_ARCHITECTURE says whose limits: 80, or (the default) 90.
+inline cudaError_t device_limits(DeviceLimits& limits) {
+  const char* const architecture = std::getenv("LESS_EMULATOR_ARCHITECTURE");
+  limits.clusters = architecture == nullptr || std::atoi(architecture) >= 90;
+  limits.shared = limits.clusters ? 232448 : 166912;
+  return cudaSuccess;
+}
+#endif
 
 #ifndef LESS_EMULATOR
 template <typename... Params, typename... Args>
