@@ -9,14 +9,15 @@
 
 namespace less {
 
-// A row of i8 has a float scale of its own: x = scale * row; see Slots.
-enum class DType : int32_t { f32 = 0, bf16 = 1, fp16 = 2, i8 = 3 };
+// A row of i8 or fp8 has a float scale of its own: x = scale * row; see Slots. fp8 is e4m3, of 4
+// bits of exponent and 3 of mantissa, without infinity; no CPU kernel has it.
+enum class DType : int32_t { f32 = 0, bf16 = 1, fp16 = 2, i8 = 3, fp8 = 4 };
 
 // What a layer keeps of the tokens that stay.
 struct Slots {
   void* k;            // [B, K, S, D]  keys after the rotary embedding, of dtype
   void* v;            // [B, K, S, D]  values, of dtype
-  float* k_scale;     // [B, K, S]     of each row of k: max|x| / 127; null unless dtype is i8
+  float* k_scale;     // [B, K, S]     of each row of k: max|x| / 127, of fp8 / 448; else null
   float* v_scale;     // [B, K, S]     of each row of v
   int32_t* position;  // [B, K, S]     -1: empty
   float* score;       // [B, K, S]
@@ -48,12 +49,13 @@ struct FoldParams {
   int64_t D;
 };
 
-// eight[n,:] = round(x[n,:] / scale[n]), scale[n] = max|x[n,:]| / 127
+// eight[n,:] = round(x[n,:] / scale[n]), scale[n] = max|x[n,:]| / 127, of fp8 / 448
 struct QuantizeParams {
   const void* x;  // [rows, D]  of x_dtype
-  int8_t* eight;  // [rows, D]  written
+  void* eight;    // [rows, D]  of dtype; written
   float* scale;   // [rows]     written
   DType x_dtype;
+  DType dtype;  // i8 or fp8
   int64_t rows;
   int64_t D;
 };
@@ -99,7 +101,7 @@ struct ChunkAttentionParams {
   const void* q;         // [B, Q, T, D]  of q_dtype
   const void* k;         // [B, K, T, D]  of the slots' dtype, as v
   const void* v;         // [B, K, T, D]
-  const float* k_scale;  // [B, K, T]   of each row of k; null unless the slots are i8
+  const float* k_scale;  // [B, K, T]   of each row of k; null unless the slots are i8 or fp8
   const float* v_scale;  // [B, K, T]   of each row of v
   const bool* valid;     // [B, T]        false: padding; null: all valid
   Slots slots;           // only read
@@ -110,11 +112,13 @@ struct ChunkAttentionParams {
   float* slot_score;     // [B, K, S]     after the call; written
   float* chunk_score;    // [B, K, T]     of the call's tokens; written
   float* share;          // [B, Q, T]     mass taken by the state, of 1; written
-  float* received;       // [B, K, strips, S + T]  scratch: what a strip's queries gave each key
+  float* received;       // [B, K, strips, S + T]  the CPU's scratch: what a strip gave each key
+  void* workspace;       // a GPU's scratch; see cuda/kernels.h
   DType q_dtype;
   bool scores;  // false: slot_score is the slots' score, chunk_score is 0
   float scale;
-  float decay;  // what a score keeps per token
+  float softcap;  // 0: none; else logits become softcap * tanh(scale * q.k / softcap) + weight
+  float decay;    // what a score keeps per token
   int64_t strips;
   int64_t B;
   int64_t Q;
@@ -128,16 +132,17 @@ struct ChunkAttentionParams {
 struct CompactParams {
   const void* k;             // [B, K, T, D]  of the slots' dtype, as v
   const void* v;             // [B, K, T, D]
-  const float* k_scale;      // [B, K, T]    of each row of k; null unless the slots are i8
+  const float* k_scale;      // [B, K, T]    of each row of k; null unless the slots are i8 or fp8
   const float* v_scale;      // [B, K, T]    of each row of v
   const float* chunk_score;  // [B, K, T]
   const float* slot_score;   // [B, K, S]    the slots' scores after the call
   const bool* valid;         // [B, T]        false: padding; null: all valid
   const float* rank;         // [B, K, S + T] the policy's own ranks; null: by the rule below
   Slots slots;               // written
-  const int64_t* seen;       // [B]           tokens seen before the call
+  int64_t* seen;             // [B]           tokens seen before the call; a launcher adds its own
   float* H;                  // [B, K, R, D]  written; null: eviction alone
   float* z;                  // [B, K, R]     written
+  void* workspace;           // a GPU's scratch; see cuda/kernels.h
   FeatureMaps psi;
   Rule rule;
   int64_t B;
@@ -153,17 +158,18 @@ enum class Victim : int32_t { none = 0, forget = 1, fold = 2 };
 
 // One token of every row: attend, score, choose the victim, fold it, take its slot.
 struct DecodeStepParams {
-  const void* q;        // [B, Q, D]  of q_dtype
-  const void* k;        // [B, K, D]  of kv_dtype, as v; rounded to the slots' dtype on entry
-  const void* v;        // [B, K, D]
-  const bool* valid;    // [B]        false: this row has no token; null: all have
-  const int64_t* seen;  // [B]        tokens seen before the step
-  Slots slots;          // written
-  float* H;             // [B, K, R, D]  null: no state; written by Victim::fold
-  float* z;             // [B, K, R]
-  double* share;        // [B, K]     plus the state's share of each query's mass; with H
-  FeatureMaps phi;      // with H
-  FeatureMaps psi;      // with H
+  const void* q;      // [B, Q, D]  of q_dtype
+  const void* k;      // [B, K, D]  of kv_dtype, as v; rounded to the slots' dtype on entry
+  const void* v;      // [B, K, D]
+  const bool* valid;  // [B]        false: this row has no token; null: all have
+  int64_t* seen;      // [B]        tokens seen before the step; a launcher adds its own
+  Slots slots;        // written
+  float* H;           // [B, K, R, D]  null: no state; written by Victim::fold
+  float* z;           // [B, K, R]
+  double* share;      // [B, K]     plus the state's share of each query's mass; with H
+  void* workspace;    // a GPU's scratch; see cuda/kernels.h
+  FeatureMaps phi;    // with H
+  FeatureMaps psi;    // with H
 
   void* out;  // [B, Q, D]  of q_dtype; written, 0 for a row without a token
   Rule rule;
@@ -172,7 +178,8 @@ struct DecodeStepParams {
   DType kv_dtype;
   bool scores;  // false: scores stay as they are, the new token's is 0
   float scale;
-  float decay;  // what a score keeps per token
+  float softcap;  // 0: none; else logits become softcap * tanh(scale * q.k / softcap) + weight
+  float decay;    // what a score keeps per token
   int64_t B;
   int64_t Q;
   int64_t K;

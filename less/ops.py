@@ -54,19 +54,25 @@ def fold(H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = N
     torch.ops.less.fold(H, z, psi_k, v, keep)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to int8 with a scale each; ``less.reference.quantize`` defines it, bit for bit.
+def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Round rows to 8 bits with a scale each; ``less.reference.quantize`` defines it, bit for bit.
 
     Args:
         x: Keys or values, float32, bfloat16 or float16 [B, K, T, D].
+        dtype: int8, or on a GPU float8_e4m3fn.
 
     Returns:
-        int8 [B, K, T, D] and the scales, float32 [B, K, T].
+        [B, K, T, D] of that dtype and the scales, float32 [B, K, T].
 
     Raises:
         RuntimeError: The shape or dtype differs from the above.
+        ValueError: ``dtype`` is another one.
     """
-    result: tuple[Tensor, Tensor] = torch.ops.less.quantize(x.contiguous())
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"quantize: dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
+    result: tuple[Tensor, Tensor] = torch.ops.less.quantize(
+        x.contiguous(), dtype == torch.float8_e4m3fn
+    )
     return result
 
 
@@ -166,7 +172,9 @@ def chunk_attention(
     phi_q: Tensor | None = None,
     H: Tensor | None = None,
     z: Tensor | None = None,
+    workspace: Tensor | None = None,
     scale: float,
+    softcap: float = 0.0,
     decay: float = 1.0,
     scores: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,7 +197,9 @@ def chunk_attention(
         phi_q: float32 [B, Q, T, R], with H and z.
         H: float32 [B, K, R, D].
         z: float32 [B, K, R].
+        workspace: uint8 [bytes], a GPU's scratch, zero; None: made for the call.
         scale: Factor of q.k.
+        softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap) + weight.
         decay: What a score keeps per token.
         scores: False leaves the scores as they are, and those of the call at 0.
 
@@ -217,7 +227,9 @@ def chunk_attention(
         phi_q,
         H,
         z,
+        workspace,
         scale,
+        softcap,
         decay,
         scores,
     )
@@ -243,6 +255,7 @@ def compact(
     v_scale: Tensor | None = None,
     H: Tensor | None = None,
     z: Tensor | None = None,
+    workspace: Tensor | None = None,
     maps: Mapping[str, Tensor] | None = None,
     kind: str = "exp",
     rule: Rule | None = None,
@@ -270,6 +283,7 @@ def compact(
         v_scale: float32 [B, K, S]. Written.
         H: float32 [B, K, R, D], with z and maps. Written.
         z: float32 [B, K, R]. Written.
+        workspace: uint8 [bytes], a GPU's scratch, zero; None: made for the call.
         maps: The layer's feature maps.
         kind: Their kind.
         rule: The policy's native ranking, or
@@ -302,6 +316,7 @@ def compact(
         seen,
         H,
         z,
+        workspace,
         weights.get("k_w1"),
         weights.get("k_w2"),
         weights.get("k_w1_scale"),
@@ -340,15 +355,17 @@ def decode_step(
     H: Tensor | None = None,
     z: Tensor | None = None,
     share: Tensor | None = None,
+    workspace: Tensor | None = None,
     maps: Mapping[str, Tensor] | None = None,
     kind: str = "exp",
     scale: float,
+    softcap: float = 0.0,
     decay: float = 1.0,
     scores: bool = True,
     rule: Rule,
     victim: str = "fold",
 ) -> None:
-    """Do a layer's whole step for one token of every row, in place, in one fork-join.
+    """Do a layer's whole step for one token of every row, in place, in one fork-join or launch.
 
     ``less.reference.decode_step`` defines it: ``chunk_attention``, then ``compact``.
 
@@ -369,9 +386,12 @@ def decode_step(
         H: float32 [B, K, R, D], with z, share and maps. Written.
         z: float32 [B, K, R]. Written.
         share: float64 [B, K], to which the state's share of each query's mass is added. Written.
+        workspace: uint8, of ``decode_step_workspace`` bytes, zero before its first use; None: made
+            for the call.
         maps: The layer's feature maps.
         kind: Their kind.
         scale: Factor of q.k.
+        softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap) + weight.
         decay: What a score keeps per token.
         scores: False leaves the scores as they are.
         rule: Who stays.
@@ -402,6 +422,7 @@ def decode_step(
         H,
         z,
         share,
+        workspace,
         get("q_w1"),
         get("q_w2"),
         get("q_w1_scale"),
@@ -417,6 +438,7 @@ def decode_step(
         get("k_mix_scale"),
         _kind("decode_step", kind),
         scale,
+        softcap,
         decay,
         scores,
         rule.recent,
@@ -425,6 +447,18 @@ def decode_step(
         rule.per_age,
         _VICTIMS[victim],
     )
+
+
+def decode_step_workspace(slot_k: Tensor, Q: int, maps: Mapping[str, Tensor] | None) -> int:
+    """Bytes of scratch that ``decode_step`` wants for these slots, on their device; 0 on a CPU.
+
+    Args:
+        slot_k: [B, K, S, D].
+        Q: Query heads.
+        maps: The layer's feature maps, or None for eviction alone.
+    """
+    _, E, R = (0, 0, 0) if maps is None else maps["q_w2"].shape
+    return int(torch.ops.less.decode_step_workspace(slot_k, Q, R, E))
 
 
 if _native:
@@ -440,9 +474,9 @@ if _native:
         return None
 
     @torch.library.register_fake("less::quantize")
-    def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize_fake(x: Tensor, fp8: bool = False) -> tuple[Tensor, Tensor]:
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        return torch.empty_like(x, dtype=torch.int8), scale
+        return torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else torch.int8), scale
 
     @torch.library.register_fake("less::feature_map")
     def _feature_map_fake(x: Tensor, w1: Tensor, w2: Tensor, *rest: object) -> Tensor:

@@ -27,6 +27,8 @@ void put(void* array, DType dtype, int64_t i, float x) {
     case DType::i8:
       static_cast<int8_t*>(array)[i] = int8_t(std::lrint(127.0f * x));
       return;
+    case DType::fp8:
+      return;  // on a GPU alone
   }
 }
 
@@ -42,6 +44,8 @@ const char* name(DType dtype) {
       return "float16";
     case DType::i8:
       return "int8";
+    case DType::fp8:
+      return "float8_e4m3fn";
   }
   return "unknown";
 }

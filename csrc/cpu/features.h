@@ -124,6 +124,8 @@ inline void features(const FeatureMaps& m, int64_t head, const float* x, float* 
       return features_of<fp16>(m, head, x, scratch, y);
     case DType::i8:
       return features_of<int8_t>(m, head, x, scratch, y);
+    case DType::fp8:
+      return;  // no op lets it in
   }
 }
 
@@ -155,7 +157,8 @@ inline void widen(const void* x, DType dtype, int64_t offset, int64_t n, float* 
     case DType::fp16:
       return widen(static_cast<const fp16*>(x) + offset, n, out);
     case DType::i8:
-      return;  // no op lets it in
+    case DType::fp8:
+      return;  // no op lets them in
   }
 }
 
@@ -175,7 +178,8 @@ inline void narrow(const float* x, int64_t n, DType dtype, int64_t offset, void*
     case DType::fp16:
       return narrow(x, n, static_cast<fp16*>(out) + offset);
     case DType::i8:
-      return;  // no op lets it in
+    case DType::fp8:
+      return;  // no op lets them in
   }
 }
 

@@ -40,7 +40,8 @@ void fold(const FoldParams& p, int64_t begin, int64_t end) {
     case DType::fp16:
       return fold_heads<fp16>(p, begin, end);
     case DType::i8:
-      return;  // no op lets it in
+    case DType::fp8:
+      return;  // no op lets them in
   }
 }
 

@@ -13,7 +13,8 @@ namespace {
 template <typename T>
 void quantize_rows(const QuantizeParams& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    p.scale[n] = quantize_row(static_cast<const T*>(p.x) + n * p.D, p.D, p.eight + n * p.D);
+    int8_t* row = static_cast<int8_t*>(p.eight) + n * p.D;
+    p.scale[n] = quantize_row(static_cast<const T*>(p.x) + n * p.D, p.D, row);
   }
 }
 
@@ -28,7 +29,8 @@ void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
     case DType::fp16:
       return quantize_rows<fp16>(p, begin, end);
     case DType::i8:
-      return;  // no op lets it in
+    case DType::fp8:
+      return;  // no op lets them in
   }
 }
 

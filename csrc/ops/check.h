@@ -39,6 +39,10 @@ inline const char* dtype_name(ScalarType type) {
       return "float64";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Bool:
       return "bool";
     case ScalarType::Int:
@@ -48,6 +52,11 @@ inline const char* dtype_name(ScalarType type) {
     default:
       return "another dtype";
   }
+}
+
+inline std::string device_text(const torch::stable::Device& device) {
+  if (device.is_cpu()) return "cpu";
+  return (device.is_cuda() ? "cuda:" : "another kind of device, ") + std::to_string(device.index());
 }
 
 template <typename Sizes>
@@ -63,35 +72,43 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-// Refuses a tensor that is not contiguous, of this dtype and this shape.
-inline void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape) {
-  const auto sizes = tensor.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
-  if (!same) {
-    fail(op, ": ", name, " must have shape ", shape_text(shape), ", got ", shape_text(sizes));
+// The arguments of one call of an op. Every tensor must lie on the device of the first.
+struct Arguments {
+  const char* op;
+  const char* first_name;
+  const Tensor& first;
+
+  // Refuses a tensor that is not contiguous, of this dtype and this shape.
+  void check(const char* name, const Tensor& tensor, ScalarType dtype,
+             std::initializer_list<int64_t> shape) const {
+    const auto sizes = tensor.sizes();
+    bool same = sizes.size() == shape.size();
+    for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
+    if (!same) {
+      fail(op, ": ", name, " must have shape ", shape_text(shape), ", got ", shape_text(sizes));
+    }
+    if (tensor.scalar_type() != dtype) {
+      fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ",
+           dtype_name(tensor.scalar_type()));
+    }
+    if (!tensor.is_contiguous()) {
+      fail(op, ": ", name, " must be contiguous, got strides ", shape_text(tensor.strides()));
+    }
+    if (tensor.device() != first.device()) {
+      fail(op, ": ", name, " must be on the device of ", first_name, ", ",
+           device_text(first.device()), ", got ", device_text(tensor.device()));
+    }
   }
-  if (tensor.scalar_type() != dtype) {
-    fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ",
-         dtype_name(tensor.scalar_type()));
+
+  // The same, where it is given.
+  void check(const char* name, const OptionalTensor& tensor, ScalarType dtype,
+             std::initializer_list<int64_t> shape) const {
+    if (tensor) check(name, *tensor, dtype, shape);
   }
-  if (!tensor.is_contiguous()) {
-    fail(op, ": ", name, " must be contiguous, got strides ", shape_text(tensor.strides()));
-  }
-}
+};
 
 inline const float* optional_floats(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;
-}
-
-// Refuses a tensor on another device than the op's first one.
-inline void check_device(const char* op, const char* name, const Tensor& tensor,
-                         const char* first_name, const Tensor& first) {
-  if (tensor.device() != first.device()) {
-    fail(op, ": ", name, " must be on the device of ", first_name, ", got another (device types ",
-         int(tensor.device().type()), " and ", int(first.device().type()), ")");
-  }
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim,
@@ -101,7 +118,7 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
   }
 }
 
-// The dtype of slots: float32, bfloat16 or float16.
+// The dtype of slots without scales: float32, bfloat16 or float16.
 inline DType slot_dtype(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -116,11 +133,35 @@ inline DType slot_dtype(const char* op, const char* name, const Tensor& tensor) 
   }
 }
 
-// Work items per thread at least, so that a fork-join (tens of microseconds) pays: `work` is the
-// multiply-adds of one item.
-inline int64_t grain(int64_t work) {
-  constexpr int64_t kWorthAFork = 1 << 19;
-  return work >= kWorthAFork ? 1 : kWorthAFork / (work < 1 ? 1 : work);
+// Whether rows of this dtype have a scale each.
+inline bool has_scales(ScalarType type) {
+  return type == ScalarType::Char || type == ScalarType::Float8_e4m3fn;
+}
+
+// The dtype of slots, those with scales among them.
+inline DType row_dtype(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Char:
+      return DType::i8;
+    case ScalarType::Float8_e4m3fn:
+#ifndef LESS_LAUNCHES
+      fail(op, ": ", name, " must be float32, bfloat16, float16 or int8 on a CPU, got ",
+           "float8_e4m3fn");
+#endif
+      return DType::fp8;
+    default:
+      return slot_dtype(op, name, tensor);
+  }
+}
+
+// Refuses a softcap below 0, or not finite.
+inline void check_softcap(const char* op, double softcap) {
+  if (!(softcap >= 0.0 && softcap <= 1e30)) {
+    fail(op, ": softcap must be 0 (none) or a positive number, got ", softcap);
+  }
+#ifndef LESS_LAUNCHES
+  if (softcap != 0.0) fail(op, ": softcap must be 0, the CPU's kernels have none, got ", softcap);
+#endif
 }
 
 }  // namespace less::ops

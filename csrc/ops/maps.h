@@ -5,28 +5,26 @@
 
 namespace less::ops {
 
-// Weights of `heads` maps of head dim D on the device of `first`. w1 and w2 share a dtype; those of
-// int8 have a scale per column.
-inline FeatureMaps feature_maps(const char* op, const char* first_name, const Tensor& first,
-                                int64_t heads, int64_t D, const Tensor& w1, const Tensor& w2,
-                                const OptionalTensor& w1_scale, const OptionalTensor& w2_scale,
-                                const OptionalTensor& bias, const OptionalTensor& mix,
-                                const OptionalTensor& scale, const OptionalTensor& mix_scale,
-                                int64_t kind) {
+// Weights of `heads` maps of head dim D. w1 and w2 share a dtype; those of int8 have a scale per
+// column.
+inline FeatureMaps feature_maps(const Arguments& arguments, int64_t heads, int64_t D,
+                                const Tensor& w1, const Tensor& w2, const OptionalTensor& w1_scale,
+                                const OptionalTensor& w2_scale, const OptionalTensor& bias,
+                                const OptionalTensor& mix, const OptionalTensor& scale,
+                                const OptionalTensor& mix_scale, int64_t kind) {
+  const char* op = arguments.op;
   check_dim(op, "w1", w1, 3, "[heads, D, E]");
   check_dim(op, "w2", w2, 3, "[heads, E, R]");
   const int64_t E = w1.size(2), R = w2.size(2);
   const ScalarType type = w1.scalar_type();
   const DType w_dtype = type == ScalarType::Char ? DType::i8 : slot_dtype(op, "w1", w1);
-  check(op, "w1", w1, type, {heads, D, E});
-  check(op, "w2", w2, type, {heads, E, R});
-  check_device(op, "w1", w1, first_name, first);
-  check_device(op, "w2", w2, first_name, first);
+  arguments.check("w1", w1, type, {heads, D, E});
+  arguments.check("w2", w2, type, {heads, E, R});
   if (bool(w1_scale) != bool(w2_scale) || bool(w1_scale) != (w_dtype == DType::i8)) {
     fail(op, ": w1_scale and w2_scale belong to int8 weights, and must be given with them");
   }
-  if (w1_scale) check(op, "w1_scale", *w1_scale, ScalarType::Float, {heads, E});
-  if (w2_scale) check(op, "w2_scale", *w2_scale, ScalarType::Float, {heads, R});
+  arguments.check("w1_scale", w1_scale, ScalarType::Float, {heads, E});
+  arguments.check("w2_scale", w2_scale, ScalarType::Float, {heads, R});
   if (kind != int64_t(MapKind::paper) && kind != int64_t(MapKind::exp)) {
     fail(op, ": kind must be 0 (paper) or 1 (exp), got ", kind);
   }
@@ -35,10 +33,10 @@ inline FeatureMaps feature_maps(const char* op, const char* first_name, const Te
   if (bool(mix) != bool(scale) || bool(mix) != bool(mix_scale)) {
     fail(op, ": mix, scale and mix_scale must be given together");
   }
-  if (bias) check(op, "bias", *bias, ScalarType::Float, {heads, R});
-  if (mix) check(op, "mix", *mix, ScalarType::Float, {heads, R, R});
-  if (scale) check(op, "scale", *scale, ScalarType::Float, {heads, R});
-  if (mix_scale) check(op, "mix_scale", *mix_scale, ScalarType::Float, {heads, R});
+  arguments.check("bias", bias, ScalarType::Float, {heads, R});
+  arguments.check("mix", mix, ScalarType::Float, {heads, R, R});
+  arguments.check("scale", scale, ScalarType::Float, {heads, R});
+  arguments.check("mix_scale", mix_scale, ScalarType::Float, {heads, R});
   return FeatureMaps{
       .w1 = w1.const_data_ptr(),
       .w2 = w2.const_data_ptr(),

@@ -5,39 +5,32 @@
 
 namespace less::ops {
 
-// The slots [B, K, S, D] of a layer on the device of `first`; S is what slot_k says. The scales
-// belong to int8 slots, and to them alone.
-inline Slots check_slots(const char* op, const char* first_name, const Tensor& first, int64_t B,
-                         int64_t K, int64_t D, const Tensor& slot_k, const Tensor& slot_v,
-                         const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                         const Tensor& position, const Tensor& score, const Tensor& weight) {
+// The slots [B, K, S, D] of a layer; S is what slot_k says. The scales belong to slots of 8 bits,
+// and to them alone.
+inline Slots check_slots(const Arguments& arguments, int64_t B, int64_t K, int64_t D,
+                         const Tensor& slot_k, const Tensor& slot_v, const OptionalTensor& k_scale,
+                         const OptionalTensor& v_scale, const Tensor& position, const Tensor& score,
+                         const Tensor& weight) {
+  const char* op = arguments.op;
   check_dim(op, "slot_k", slot_k, 4, "[B, K, S, D]");
   const int64_t S = slot_k.size(2);
   const ScalarType type = slot_k.scalar_type();
   if (bool(k_scale) != bool(v_scale)) fail(op, ": k_scale and v_scale must be given together");
-  if (!k_scale && type == ScalarType::Char) {
-    fail(op, ": k_scale and v_scale must be given with int8 slots");
+  if (!k_scale && has_scales(type)) {
+    fail(op, ": k_scale and v_scale must be given with ", dtype_name(type), " slots");
   }
-  if (k_scale && type != ScalarType::Char) {
-    fail(op, ": k_scale and v_scale belong to int8 slots alone, got ", dtype_name(type));
+  if (k_scale && !has_scales(type)) {
+    fail(op, ": k_scale and v_scale belong to int8 and float8_e4m3fn slots alone, got ",
+         dtype_name(type));
   }
-  const DType dtype = k_scale ? DType::i8 : slot_dtype(op, "slot_k", slot_k);
-  check(op, "slot_k", slot_k, type, {B, K, S, D});
-  check(op, "slot_v", slot_v, type, {B, K, S, D});
-  check(op, "position", position, ScalarType::Int, {B, K, S});
-  check(op, "score", score, ScalarType::Float, {B, K, S});
-  check(op, "weight", weight, ScalarType::Float, {B, K, S});
-  check_device(op, "slot_k", slot_k, first_name, first);
-  check_device(op, "slot_v", slot_v, first_name, first);
-  check_device(op, "position", position, first_name, first);
-  check_device(op, "score", score, first_name, first);
-  check_device(op, "weight", weight, first_name, first);
-  if (k_scale) {
-    check(op, "k_scale", *k_scale, ScalarType::Float, {B, K, S});
-    check(op, "v_scale", *v_scale, ScalarType::Float, {B, K, S});
-    check_device(op, "k_scale", *k_scale, first_name, first);
-    check_device(op, "v_scale", *v_scale, first_name, first);
-  }
+  const DType dtype = row_dtype(op, "slot_k", slot_k);
+  arguments.check("slot_k", slot_k, type, {B, K, S, D});
+  arguments.check("slot_v", slot_v, type, {B, K, S, D});
+  arguments.check("position", position, ScalarType::Int, {B, K, S});
+  arguments.check("score", score, ScalarType::Float, {B, K, S});
+  arguments.check("weight", weight, ScalarType::Float, {B, K, S});
+  arguments.check("k_scale", k_scale, ScalarType::Float, {B, K, S});
+  arguments.check("v_scale", v_scale, ScalarType::Float, {B, K, S});
   return Slots{
       .k = slot_k.mutable_data_ptr(),
       .v = slot_v.mutable_data_ptr(),
@@ -51,24 +44,18 @@ inline Slots check_slots(const char* op, const char* first_name, const Tensor& f
   };
 }
 
-// The k, v [B, K, T, D] of a call, of the slots' dtype, with the scales of int8 rows.
-inline void check_rows(const char* op, const char* first_name, const Tensor& first, int64_t B,
-                       int64_t K, int64_t T, int64_t D, const Tensor& slot_k, const Tensor& k,
-                       const Tensor& v, const OptionalTensor& k_scale,
-                       const OptionalTensor& v_scale) {
-  check(op, "k", k, slot_k.scalar_type(), {B, K, T, D});
-  check(op, "v", v, slot_k.scalar_type(), {B, K, T, D});
-  check_device(op, "k", k, first_name, first);
-  check_device(op, "v", v, first_name, first);
-  const bool wanted = slot_k.scalar_type() == ScalarType::Char;
-  if (bool(k_scale) != wanted || bool(v_scale) != wanted) {
-    fail(op, ": chunk_k_scale and chunk_v_scale belong to int8 slots, and must be given with them");
+// The k, v [B, K, T, D] of a call, of the slots' dtype, with the scales of rows of 8 bits.
+inline void check_rows(const Arguments& arguments, int64_t B, int64_t K, int64_t T, int64_t D,
+                       ScalarType type, const Tensor& k, const Tensor& v,
+                       const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  arguments.check("k", k, type, {B, K, T, D});
+  arguments.check("v", v, type, {B, K, T, D});
+  if (bool(k_scale) != has_scales(type) || bool(v_scale) != has_scales(type)) {
+    fail(arguments.op, ": chunk_k_scale and chunk_v_scale belong to slots of 8 bits, and must be ",
+         "given with them");
   }
-  if (!wanted) return;
-  check(op, "chunk_k_scale", *k_scale, ScalarType::Float, {B, K, T});
-  check(op, "chunk_v_scale", *v_scale, ScalarType::Float, {B, K, T});
-  check_device(op, "chunk_k_scale", *k_scale, first_name, first);
-  check_device(op, "chunk_v_scale", *v_scale, first_name, first);
+  arguments.check("chunk_k_scale", k_scale, ScalarType::Float, {B, K, T});
+  arguments.check("chunk_v_scale", v_scale, ScalarType::Float, {B, K, T});
 }
 
 }  // namespace less::ops

@@ -169,7 +169,8 @@ void test_quantize(DType dtype) {
   std::fill(exact.begin(), exact.begin() + (dtype == DType::f32 ? D : 0), 0.0f);
   const Rows input(exact, dtype, D), wanted(exact, DType::i8, D);
   std::vector<int8_t> eight(rows * D, 99);
-  cpu::quantize({input.bytes.data(), eight.data(), scale.data(), dtype, rows, D}, 0, rows);
+  cpu::quantize({input.bytes.data(), eight.data(), scale.data(), dtype, DType::i8, rows, D}, 0,
+                rows);
   expect(scale == wanted.scale, "scales differ");
   expect(std::memcmp(eight.data(), wanted.bytes.data(), eight.size()) == 0, "rows differ");
 }
@@ -357,9 +358,11 @@ void test_call(DType dtype, int64_t T, int64_t held) {
                                        .chunk_score = chunk_score.data(),
                                        .share = share.data(),
                                        .received = received.data(),
+                                       .workspace = nullptr,
                                        .q_dtype = DType::f32,
                                        .scores = true,
                                        .scale = after.scale,
+                                       .softcap = 0.0f,
                                        .decay = after.decay,
                                        .strips = strips,
                                        .B = B,
@@ -382,6 +385,7 @@ void test_call(DType dtype, int64_t T, int64_t held) {
                               .seen = after.seen.data(),
                               .H = after.H.data(),
                               .z = after.z.data(),
+                              .workspace = nullptr,
                               .psi = after.psi_maps.maps,
                               .rule = after.rule,
                               .B = B,
@@ -425,6 +429,7 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
                               .H = after.H.data(),
                               .z = after.z.data(),
                               .share = after.share.data(),
+                              .workspace = nullptr,
                               .phi = after.phi_maps.maps,
                               .psi = after.psi_maps.maps,
                               .out = out.data(),
@@ -434,6 +439,7 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
                               .kv_dtype = DType::f32,
                               .scores = true,
                               .scale = after.scale,
+                              .softcap = 0.0f,
                               .decay = after.decay,
                               .B = B,
                               .Q = Q,

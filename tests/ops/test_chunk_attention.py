@@ -102,10 +102,13 @@ def test_scales_are_refused_where_they_do_not_belong():
     scales = {n: eight[n] for n in SCALES}
     for args, message in (
         (arguments(eight), "k_scale and v_scale must be given with int8 slots"),
-        (arguments(plain) | scales, "k_scale and v_scale belong to int8 slots alone, got float32"),
+        (
+            arguments(plain) | scales,
+            "k_scale and v_scale belong to int8 and .* slots alone, got float32",
+        ),
         (
             arguments(eight) | scales | {"chunk_k_scale": None},
-            "chunk_k_scale and chunk_v_scale belong to int8 slots, and must be given with them",
+            "chunk_k_scale and chunk_v_scale belong to slots of 8 bits, and must be given",
         ),
         (
             arguments(eight) | scales | {"chunk_v_scale": scales["v_scale"]},
@@ -131,7 +134,7 @@ def test_chunk_attention_passes_opcheck():
                     x["q"], x["k"], x["v"], x.get(SCALES[0]), x.get(SCALES[1]), x["valid"],
                     x["slot_k"], x["slot_v"], x.get(SCALES[2]), x.get(SCALES[3]), x["position"],
                     x["score"], x["weight"], *(x[n] if state else None for n in STATE),
-                    0.25, 0.9, True,
+                    None, 0.25, 0.0, 0.9, True,
                 ),
             )  # fmt: skip
 

@@ -133,8 +133,8 @@ def test_compact_passes_opcheck():
             (
                 x["k"], x["v"], x.get(SCALES[0]), x.get(SCALES[1]), torch.rand(2, 2, 5),
                 x["score"].clone(), x["valid"], None, x["slot_k"], x["slot_v"], x.get(SCALES[2]),
-                x.get(SCALES[3]), *(x[n] for n in LAYER[2:]), w["k_w1"], w["k_w2"], None, None,
-                w["k_bias"], None, None, None, 1, 4, 0, True, False,
+                x.get(SCALES[3]), *(x[n] for n in LAYER[2:]), None, w["k_w1"], w["k_w2"], None,
+                None, w["k_bias"], None, None, None, 1, 4, 0, True, False,
             ),
         )  # fmt: skip
 

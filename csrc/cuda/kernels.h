@@ -1,0 +1,30 @@
+// Every CUDA kernel's launcher.
+//
+// A launcher enqueues on the stream and returns at once; it neither throws nor prints nor allocates
+// nor synchronises, so a CUDA graph can capture it. What it cannot run (a head dim, a dtype) is
+// cudaErrorInvalidValue; an empty problem is cudaSuccess. All output is written.
+//
+// Workspaces: device memory of as many bytes as <op>_workspace says, zero when it is allocated; a
+// kernel leaves zero what it counted in, so that the next launch on the same stream can use it as
+// it is. Two launches that may overlap need two. The size follows from the sizes and dtypes of the
+// params alone; of the pointers, only whether H (phi_q) is null counts.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace less::cuda {
+
+cudaError_t chunk_attention(const ChunkAttentionParams& params, cudaStream_t stream);
+cudaError_t compact(const CompactParams& params, cudaStream_t stream);
+cudaError_t decode_step(const DecodeStepParams& params, cudaStream_t stream);
+cudaError_t feature_map(const FeatureMapParams& params, cudaStream_t stream);
+cudaError_t fold(const FoldParams& params, cudaStream_t stream);
+cudaError_t quantize(const QuantizeParams& params, cudaStream_t stream);
+
+int64_t chunk_attention_workspace(const ChunkAttentionParams& params);
+int64_t compact_workspace(const CompactParams& params);
+int64_t decode_step_workspace(const DecodeStepParams& params);
+
+}  // namespace less::cuda
