@@ -25,8 +25,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt) csrc/emulator/CMakeLists.txt \
-	tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
+CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt csrc/emulator/*.cmake) \
+	csrc/emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
 .PHONY: demo test test-cpp test-aarch64 lint format bench bench-cpp instructions dev sdist clean
