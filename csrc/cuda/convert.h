@@ -12,7 +12,7 @@ template <typename To, typename From>
 LESS_DEVICE To bits_of(From x) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
   To y;
-  memcpy(&y, &x, sizeof y);
+  memcpy(static_cast<void*>(&y), &x, sizeof y);
   return y;
 }
 
