@@ -1,0 +1,68 @@
+// What compact's kernels tell each other, in the caller's workspace.
+#pragma once
+
+#include "cuda/device.h"
+#include "params.h"
+
+namespace less::cuda {
+
+// What a slot does with the call: it stays as it is, is empty, or takes that token.
+constexpr int32_t kStays = -1;
+constexpr int32_t kEmpty = -2;
+
+// Tokens that one block folds: as many as make 64 blocks of a head, and 256 at least.
+constexpr int64_t kStrip = 256;
+constexpr int64_t kMostStrips = 64;
+
+__host__ __device__ inline int64_t strip_tokens(int64_t n) {
+  const int64_t even = (n + kMostStrips - 1) / kMostStrips;
+  return even < kStrip ? kStrip : (even + 31) / 32 * 32;
+}
+
+__host__ __device__ inline int64_t strip_count(int64_t n) {
+  return (n + strip_tokens(n) - 1) / strip_tokens(n);
+}
+
+struct CompactWorkspace {
+  uint32_t* key;       // [B*K, candidates]  ranks as integers in their order; 0: no token
+  int32_t* free;       // [B*K, S]           slots that may be taken, ascending
+  int32_t* take;       // [B*K, S]           kStays, kEmpty or a token
+  int32_t* position;   // [B*K, S]           of the token that the slot takes
+  int32_t* list;       // [B*K, T]           those who leave: a slot, or S + token
+  int32_t* leaving;    // [B*K]              how many
+  int32_t* tokens;     // [B*K]              valid tokens of the call
+  float* psi;          // [B*K, T, R]        features of the list
+  float* part;         // [B*K, strips, part]  a strip's sums: [R, D] of H, then [R] of z
+  int64_t candidates;  // S + T, and up to a multiple of 4
+  int64_t strips;      // at most
+  int64_t part_size;   // floats, a multiple of 4
+  int64_t bytes;
+
+  explicit CompactWorkspace(const CompactParams& p) {
+    const int64_t heads = p.B * p.K, S = p.slots.S;
+    bytes = 0;
+    candidates = (S + p.T + 3) / 4 * 4;
+    take_array(p.workspace, heads * candidates, &key);
+    take_array(p.workspace, heads * S, &free);
+    take_array(p.workspace, heads * S, &take);
+    take_array(p.workspace, heads * S, &position);
+    take_array(p.workspace, heads * p.T, &list);
+    take_array(p.workspace, heads, &leaving);
+    take_array(p.workspace, heads, &tokens);
+    psi = part = nullptr;
+    strips = p.T < kStrip * kMostStrips ? (p.T + kStrip - 1) / kStrip : kMostStrips;
+    part_size = p.R * p.D + (p.R + 3) / 4 * 4;
+    if (p.H == nullptr) return;
+    take_array(p.workspace, heads * p.T * p.R, &psi);
+    take_array(p.workspace, heads * strips * part_size, &part);
+  }
+
+ private:
+  template <typename T>
+  void take_array(void* base, int64_t n, T** array) {
+    *array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes));
+    bytes += (n * int64_t(sizeof(T)) + 127) / 128 * 128;
+  }
+};
+
+}  // namespace less::cuda
