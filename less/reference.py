@@ -23,6 +23,9 @@ from less.policies.base import Candidates, Policy, Rule, rank_by_rule
 
 Maps = Mapping[str, Tensor]
 
+# Dtypes whose rows have a scale each: the largest number of each.
+EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
 EXP_CLAMP = 15.0  # exp maps: features stay within e^-15 .. e^15
 
 
@@ -34,25 +37,31 @@ def _gelu(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="none")
 
 
-def quantize(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Round to int8 with one scale along ``dim``: x = scale * int8, scale = max|x| / 127.
+def quantize(x: Tensor, dim: int = -1, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Round to 8 bits with one scale along ``dim``: x = scale * eight, scale = max|x| / largest.
 
-    To the nearest, ties to even; the error is at most scale / 2. Computed in float32 (float64 for
-    float64 x). What underflows to a scale of 0 becomes 0; NaN or infinity makes the scale so, and
-    with it all that shares it.
+    ``int8``: the largest is 127 and the error at most scale / 2. ``float8_e4m3fn``: the largest is
+    448 and the error at most 1/16 of the number, or scale / 1024 of the smallest. To the nearest,
+    ties to even. Computed in float32 (float64 for float64 x). What underflows to a scale of 0
+    becomes 0; NaN or infinity makes the scale so, and with it all that shares it.
 
     Args:
         x: Any floating tensor, of at least one dimension.
         dim: The dimension that shares a scale: the last one for rows of k and v, -2 (what an
             output column sums over) for weights [N, D, E].
+        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
 
     Returns:
-        int8 in x's shape, each within -127 .. 127, and the scales: x's shape without ``dim``.
+        The rounded numbers in x's shape, none above the largest, and the scales: x's shape
+        without ``dim``.
     """
     x = x.to(_accumulator(x))
-    scale = x.abs().amax(dim) / 127.0
-    steps = (x / scale.unsqueeze(dim)).nan_to_num(0.0).round().clamp(-127, 127)
-    return torch.where(scale.unsqueeze(dim) > 0, steps, 0.0).to(torch.int8), scale
+    largest = EIGHT_BITS[dtype]
+    scale = x.abs().amax(dim) / largest
+    steps = (x / scale.unsqueeze(dim)).nan_to_num(0.0).clamp(-largest, largest)
+    if dtype == torch.int8:
+        steps = steps.round()
+    return torch.where(scale.unsqueeze(dim) > 0, steps, 0.0).to(dtype), scale
 
 
 def dequantize(x: Tensor, scale: Tensor, dim: int = -1) -> Tensor:
@@ -67,7 +76,7 @@ class Rows:
     Attributes:
         k: [B, K, N, D].
         v: [B, K, N, D].
-        k_scale: [B, K, N], of each int8 row of k; None unless k and v are int8.
+        k_scale: [B, K, N], of each row of k; None unless k and v are of 8 bits.
         v_scale: [B, K, N], likewise.
     """
 
@@ -79,14 +88,14 @@ class Rows:
     @classmethod
     def rounded(cls, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
         """Keys and values of any floating dtype, rounded to the slots' dtype."""
-        if dtype != torch.int8:
+        if dtype not in EIGHT_BITS:
             return cls(k.to(dtype), v.to(dtype))
-        eight_k, k_scale = quantize(k)
-        eight_v, v_scale = quantize(v)
+        eight_k, k_scale = quantize(k, dtype=dtype)
+        eight_v, v_scale = quantize(v, dtype=dtype)
         return cls(eight_k, eight_v, k_scale, v_scale)
 
     def floats(self) -> tuple[Tensor, Tensor]:
-        """K and v as numbers: int8 rows times their scales, others as they are."""
+        """K and v as numbers: rows of 8 bits times their scales, others as they are."""
         if self.k_scale is None or self.v_scale is None:
             return self.k, self.v
         return dequantize(self.k, self.k_scale), dequantize(self.v, self.v_scale)
@@ -407,8 +416,8 @@ def compact(
         score: [B, K, S].
         weight: [B, K, S].
         seen: int64 [B], tokens seen before the call.
-        chunk_k_scale: [B, K, T], of each row of k, where k, v and the slots are int8; as the three
-            below.
+        chunk_k_scale: [B, K, T], of each row of k, where k, v and the slots are of 8 bits; as the
+            three below.
         chunk_v_scale: [B, K, T], of each row of v.
         k_scale: [B, K, S], of each row of slot_k.
         v_scale: [B, K, S], of each row of slot_v.

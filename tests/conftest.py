@@ -1,4 +1,4 @@
-"""What every test shares: SIMD levels, thread counts, loud skips where CUDA is missing."""
+"""What every test shares: SIMD levels, devices, thread counts, loud skips where CUDA is missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests import emulated
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulator-tier",
+        choices=emulated.TIERS,
+        default=os.environ.get("LESS_EMULATOR_TIER", "fast"),
+        help="where tests of CUDA kernels run without a GPU (LESS_EMULATOR_TIER; default fast)",
+    )
 
 
 def simd_levels() -> list[str]:
@@ -45,3 +56,51 @@ def cuda() -> torch.device:
     if os.environ.get("LESS_REQUIRE_CUDA") == "1":
         pytest.fail("LESS_REQUIRE_CUDA=1, but torch.cuda.is_available() is false")
     pytest.skip("NO GPU: this test of CUDA kernels did not run")
+
+
+@pytest.fixture
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> emulated.Emulator:
+    """CUDA kernels on the CPU: within the test, the ops of less are those of the emulator."""
+    if not emulated.supported():
+        pytest.skip("NO EMULATOR: it wants Linux on x86-64")
+    tier = request.config.getoption("--emulator-tier")
+    if any(
+        library not in os.environ.get("LD_PRELOAD", "")
+        for library in emulated.preload(tier).split()
+    ):
+        pytest.fail(f"--emulator-tier={tier} wants LD_PRELOAD={emulated.preload(tier)!r}")
+    loaded = emulated.load(tier)
+    monkeypatch.setattr(torch.ops, "less", torch.ops.less_emulated)
+    return loaded
+
+
+def launched_on(where: str, request: pytest.FixtureRequest) -> torch.device:
+    if where == "cuda":
+        device: torch.device = request.getfixturevalue("cuda")
+        return device
+    request.getfixturevalue("emulator")
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def launched(request: pytest.FixtureRequest) -> torch.device:
+    """Runs the test on the emulated GPU, and on a GPU if there is one: where kernels are launched.
+
+    A kernel's parity test takes this or ``device``, puts its tensors on it and calls ``less.ops``.
+    The emulated GPU's tensors lie on the CPU.
+    """
+    return launched_on(request.param, request)
+
+
+@pytest.fixture(params=[*(f"cpu-{level}" for level in simd_levels()), "emulated", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Runs the test once per device: in each SIMD level, and where ``launched`` runs it."""
+    if request.param in ("emulated", "cuda"):
+        yield launched_on(request.param, request)
+        return
+    from less import _C
+
+    before = _C.build_facts()["simd"]
+    _C._test.set_simd(request.param.removeprefix("cpu-"))
+    yield torch.device("cpu")
+    _C._test.set_simd(before)

@@ -457,6 +457,9 @@ LESS_DEVICE void grid_launch_dependents() {
 
 namespace less::cuda {
 
+// Whether accesses of 16 bytes from p on are allowed.
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 struct Launch {
   dim3 grid;
   dim3 block;

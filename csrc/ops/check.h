@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "params.h"
 
@@ -72,11 +73,24 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+#ifdef LESS_EMULATED_HALF
+// Memory that the emulator lets a kernel touch. `fresh`: every byte of it must be written.
+struct Memory {
+  const char* name;
+  void* data;
+  size_t bytes;
+  bool fresh;
+};
+#endif
+
 // The arguments of one call of an op. Every tensor must lie on the device of the first.
 struct Arguments {
   const char* op;
   const char* first_name;
   const Tensor& first;
+#ifdef LESS_EMULATED_HALF
+  mutable std::vector<Memory> memory = {};
+#endif
 
   // Refuses a tensor that is not contiguous, of this dtype and this shape.
   void check(const char* name, const Tensor& tensor, ScalarType dtype,
@@ -98,12 +112,29 @@ struct Arguments {
       fail(op, ": ", name, " must be on the device of ", first_name, ", ",
            device_text(first.device()), ", got ", device_text(tensor.device()));
     }
+    note(name, tensor, false);
   }
 
   // The same, where it is given.
   void check(const char* name, const OptionalTensor& tensor, ScalarType dtype,
              std::initializer_list<int64_t> shape) const {
     if (tensor) check(name, *tensor, dtype, shape);
+  }
+
+  // A new tensor, on the same device, that the op writes.
+  Tensor output(const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) const {
+    Tensor tensor = torch::stable::new_empty(first, shape, dtype);
+    note(name, tensor, true);
+    return tensor;
+  }
+
+ private:
+  void note([[maybe_unused]] const char* name, [[maybe_unused]] const Tensor& tensor,
+            [[maybe_unused]] bool fresh) const {
+#ifdef LESS_EMULATED_HALF
+    const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
+    if (bytes > 0) memory.push_back({name, tensor.mutable_data_ptr(), bytes, fresh});
+#endif
   }
 };
 

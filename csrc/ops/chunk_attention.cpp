@@ -60,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention(
   arguments.check("H", H, ScalarType::Float, {B, K, R, D});
   arguments.check("z", z, ScalarType::Float, {B, K, R});
   check_softcap(kOp, softcap);
-  Tensor out = torch::stable::new_empty(q, {B, Q, T, D});
-  Tensor slot_score = torch::stable::new_empty(score, {B, K, S});
-  Tensor chunk_score = torch::stable::new_empty(score, {B, K, T});
-  Tensor share = torch::stable::new_empty(score, {B, Q, T});
+  Tensor out = arguments.output("out", q.scalar_type(), {B, Q, T, D});
+  Tensor slot_score = arguments.output("slot_score", ScalarType::Float, {B, K, S});
+  Tensor chunk_score = arguments.output("chunk_score", ScalarType::Float, {B, K, T});
+  Tensor share = arguments.output("share", ScalarType::Float, {B, Q, T});
   ChunkAttentionParams params{
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
@@ -95,9 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention(
       .R = R,
   };
 #ifdef LESS_LAUNCHES
-  const OptionalTensor held = scratch(kOp, workspace, q, cuda::chunk_attention_workspace(params));
+  const OptionalTensor held =
+      scratch(arguments, workspace, cuda::chunk_attention_workspace(params));
   params.workspace = pointer(held);
-  launch(kOp, cuda::chunk_attention, params, {{"q", q}, {"slot_k", slot_k}});
+  launch(arguments, cuda::chunk_attention, params, {{"q", q}, {"slot_k", slot_k}});
 #else
   run(params, score);
 #endif

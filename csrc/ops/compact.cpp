@@ -81,9 +81,9 @@ void compact(Tensor k, Tensor v, OptionalTensor chunk_k_scale, OptionalTensor ch
       .R = psi.R,
   };
 #ifdef LESS_LAUNCHES
-  const OptionalTensor held = scratch(kOp, workspace, k, cuda::compact_workspace(params));
+  const OptionalTensor held = scratch(arguments, workspace, cuda::compact_workspace(params));
   params.workspace = pointer(held);
-  launch(kOp, cuda::compact, params, {{"k", k}, {"slot_k", slot_k}});
+  launch(arguments, cuda::compact, params, {{"k", k}, {"slot_k", slot_k}});
 #else
   run(params);
 #endif

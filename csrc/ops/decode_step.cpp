@@ -98,9 +98,9 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
       .R = phi.R,
   };
 #ifdef LESS_LAUNCHES
-  const OptionalTensor held = scratch(kOp, workspace, q, cuda::decode_step_workspace(params));
+  const OptionalTensor held = scratch(arguments, workspace, cuda::decode_step_workspace(params));
   params.workspace = pointer(held);
-  launch(kOp, cuda::decode_step, params, {{"q", q}, {"slot_k", slot_k}});
+  launch(arguments, cuda::decode_step, params, {{"q", q}, {"slot_k", slot_k}});
 #else
   run(params);
 #endif

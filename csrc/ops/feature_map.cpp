@@ -17,7 +17,7 @@ Tensor feature_map(Tensor x, Tensor w1, Tensor w2, OptionalTensor w1_scale, Opti
   arguments.check("x", x, x.scalar_type(), {B, heads, T, D});
   const FeatureMaps maps = feature_maps(arguments, heads, D, w1, w2, w1_scale, w2_scale, bias, mix,
                                         scale, mix_scale, kind);
-  Tensor y = torch::stable::new_empty(x, {B, heads, T, maps.R}, ScalarType::Float);
+  Tensor y = arguments.output("y", ScalarType::Float, {B, heads, T, maps.R});
   const FeatureMapParams params{
       .maps = maps,
       .x = x.const_data_ptr(),
@@ -28,7 +28,7 @@ Tensor feature_map(Tensor x, Tensor w1, Tensor w2, OptionalTensor w1_scale, Opti
       .T = T,
   };
 #ifdef LESS_LAUNCHES
-  launch(kOp, cuda::feature_map, params, {{"x", x}, {"w1", w1}, {"w2", w2}});
+  launch(arguments, cuda::feature_map, params, {{"x", x}, {"w1", w1}, {"w2", w2}});
 #else
   const int64_t work = maps.E * (D + maps.R);  // multiply-adds per row
   torch::stable::parallel_for(0, B * heads * T, grain(work), [&](int64_t begin, int64_t end) {

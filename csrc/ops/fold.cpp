@@ -31,7 +31,7 @@ void fold(Tensor H, Tensor z, Tensor psi_k, Tensor v, OptionalTensor keep) {
       .D = D,
   };
 #ifdef LESS_LAUNCHES
-  launch(kOp, cuda::fold, params, {{"H", H}, {"psi_k", psi_k}});
+  launch(arguments, cuda::fold, params, {{"H", H}, {"psi_k", psi_k}});
 #else
   torch::stable::parallel_for(0, params.heads, 1,
                               [&](int64_t begin, int64_t end) { cpu::fold(params, begin, end); });

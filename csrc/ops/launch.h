@@ -10,6 +10,12 @@
 #include "cuda/kernels.h"
 #include "ops/check.h"
 
+#ifdef LESS_EMULATED_HALF
+#include <cstring>
+
+#include "emulator/control.h"
+#endif
+
 #ifdef LESS_CUDA_HALF
 // Declared in torch's headers only where torch was built with CUDA, and weak because the libraries
 // must also load, for their facts, where it was not.
@@ -36,22 +42,50 @@ inline std::string reason(cudaError_t error) {
   return std::string("no kernels for this GPU's architecture: less was built for ") +
          LESS_CUDA_ARCHS + " (LESS_CUDA_ARCHS)";
 }
+
+template <typename Params>
+cudaError_t enqueue(const Arguments& arguments,
+                    cudaError_t (*launcher)(const Params&, cudaStream_t), const Params& params) {
+  const int32_t device = arguments.first.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return launcher(params, current_stream(arguments.op, device));
+}
 #else
 inline std::string reason(cudaError_t error) { return "CUDA error " + std::to_string(error); }
+
+// Runs the kernel, which may touch the arguments' memory alone and must write what is fresh of it:
+// NaN until then. Whatever else the emulator found wrong is an error too.
+template <typename Params>
+cudaError_t enqueue(const Arguments& arguments,
+                    cudaError_t (*launcher)(const Params&, cudaStream_t), const Params& params) {
+  const char* const tier = less_emulator_tier();
+  const bool track = std::strcmp(tier, "fast") != 0 && std::strcmp(tier, "asan") != 0;
+  less_emulator_reset();
+  for (const Memory& m : arguments.memory) {
+    if (m.fresh) std::memset(m.data, 0xff, m.bytes);
+    less_emulator_register(m.data, m.bytes, m.name, !m.fresh);
+  }
+  const cudaError_t error = launcher(params, nullptr);
+  std::string unwritten;
+  for (const Memory& m : arguments.memory) {
+    if (track && m.fresh && error == cudaSuccess) {
+      const int64_t left = int64_t(m.bytes) - less_emulator_written(m.data, m.bytes);
+      if (left > 0) unwritten += ' ' + std::to_string(left) + " bytes of " + m.name;
+    }
+    less_emulator_unregister(m.data);
+  }
+  if (less_emulator_error_count() > 0) fail(arguments.op, ": ", less_emulator_errors_json());
+  if (!unwritten.empty()) fail(arguments.op, ": never written:", unwritten);
+  return error;
+}
 #endif
 
-// Calls launcher(params, stream) on the device and current stream of the first tensor; the tensors
-// are those whose shapes an error is to name.
+// Calls launcher(params, stream) on the device and current stream of the arguments; the tensors are
+// those whose shapes an error is to name.
 template <typename Params>
-void launch(const char* op, cudaError_t (*launcher)(const Params&, cudaStream_t),
+void launch(const Arguments& arguments, cudaError_t (*launcher)(const Params&, cudaStream_t),
             const Params& params, std::initializer_list<Named> tensors) {
-#ifdef LESS_CUDA_HALF
-  const int32_t device = tensors.begin()->second.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaError_t error = launcher(params, current_stream(op, device));
-#else
-  const cudaError_t error = launcher(params, nullptr);
-#endif
+  const cudaError_t error = enqueue(arguments, launcher, params);
   if (error == cudaSuccess) return;
   std::ostringstream shapes;
   const char* comma = "";
@@ -59,23 +93,22 @@ void launch(const char* op, cudaError_t (*launcher)(const Params&, cudaStream_t)
     shapes << comma << name << ' ' << shape_text(tensor.sizes());
     comma = ", ";
   }
-  fail(op, ": the launch failed: ", reason(error), " (", shapes.str(), ")");
+  fail(arguments.op, ": the launch failed: ", reason(error), " (", shapes.str(), ")");
 }
 
 // Scratch of `bytes`, zero: the caller's, which must be large enough, or else a new one, which must
 // live until the launch is enqueued. Null where no scratch is wanted.
-inline OptionalTensor scratch(const char* op, const OptionalTensor& given, const Tensor& like,
+inline OptionalTensor scratch(const Arguments& arguments, const OptionalTensor& given,
                               int64_t bytes) {
-  if (given) {
-    const Arguments arguments{op, "the other arguments", like};
-    arguments.check("workspace", *given, ScalarType::Byte, {given->numel()});
-    if (given->numel() < bytes) {
-      fail(op, ": workspace must have at least ", bytes, " bytes, got ", given->numel());
-    }
-    return given;
+  if (given && given->numel() < bytes) {
+    fail(arguments.op, ": workspace must have at least ", bytes, " bytes, got ", given->numel());
   }
-  if (bytes == 0) return std::nullopt;
-  return torch::stable::new_zeros(like, {bytes}, ScalarType::Byte);
+  OptionalTensor held = given;
+  if (!given && bytes > 0) {
+    held = torch::stable::new_zeros(arguments.first, {bytes}, ScalarType::Byte);
+  }
+  if (held) arguments.check("workspace", *held, ScalarType::Byte, {held->numel()});
+  return held;
 }
 
 inline void* pointer(const OptionalTensor& tensor) {

@@ -12,13 +12,14 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, bool fp8) {
   check_dim(kOp, "x", x, 4, "[B, K, T, D]");
   const int64_t B = x.size(0), K = x.size(1), T = x.size(2), D = x.size(3);
   const DType x_dtype = slot_dtype(kOp, "x", x);
-  Arguments{kOp, "x", x}.check("x", x, x.scalar_type(), {B, K, T, D});
+  const Arguments arguments{kOp, "x", x};
+  arguments.check("x", x, x.scalar_type(), {B, K, T, D});
 #ifndef LESS_LAUNCHES
   if (fp8) fail(kOp, ": dtype must be int8 on a CPU, got float8_e4m3fn");
 #endif
   const ScalarType type = fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Char;
-  Tensor eight = torch::stable::new_empty(x, {B, K, T, D}, type);
-  Tensor scale = torch::stable::new_empty(x, {B, K, T}, ScalarType::Float);
+  Tensor eight = arguments.output("eight", type, {B, K, T, D});
+  Tensor scale = arguments.output("scale", ScalarType::Float, {B, K, T});
   const QuantizeParams params{
       .x = x.const_data_ptr(),
       .eight = eight.mutable_data_ptr(),
@@ -29,7 +30,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, bool fp8) {
       .D = D,
   };
 #ifdef LESS_LAUNCHES
-  launch(kOp, cuda::quantize, params, {{"x", x}});
+  launch(arguments, cuda::quantize, params, {{"x", x}});
 #else
   torch::stable::parallel_for(0, params.rows, grain(2 * D), [&](int64_t begin, int64_t end) {
     cpu::quantize(params, begin, end);

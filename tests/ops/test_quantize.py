@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_quantize_has_the_bits_of_the_reference(simd, shape, dtype):
+def test_quantize_has_the_bits_of_the_reference(device, shape, dtype):
     g = torch.Generator().manual_seed(shape[-1])
     x = (
         torch.randn(shape, generator=g)
@@ -21,13 +21,25 @@ def test_quantize_has_the_bits_of_the_reference(simd, shape, dtype):
     x[0, 0, -1] = 0
     x = x.to(dtype)
     x = torch.where(x.isfinite(), x, 1)
-    eight, scale = ops.quantize(x)
+    eight, scale = ops.quantize(x.to(device))
     want, want_scale = reference.quantize(x)
-    assert torch.equal(scale, want_scale)
-    assert torch.equal(eight, want)
+    assert torch.equal(scale.cpu(), want_scale)
+    assert torch.equal(eight.cpu(), want)
 
 
-def test_ties_subnormals_and_what_is_not_finite_are_as_in_the_reference(simd):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_rows_have_the_bits_of_the_reference(launched, shape, dtype):
+    g = torch.Generator().manual_seed(shape[-1])
+    x = (torch.randn(shape, generator=g) * 3).to(dtype)
+    x[0, 0, 0, 0] = 0
+    eight, scale = ops.quantize(x.to(launched), torch.float8_e4m3fn)
+    want, want_scale = reference.quantize(x, dtype=torch.float8_e4m3fn)
+    assert torch.equal(scale.cpu(), want_scale)
+    assert torch.equal(eight.cpu().view(torch.uint8), want.view(torch.uint8))
+
+
+def test_ties_subnormals_and_what_is_not_finite_are_as_in_the_reference(device):
     x = torch.zeros(1, 1, 8, 19)
     x[0, 0, 0, :7] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5])
     x[0, 0, 1, 3] = 1e-45
@@ -37,10 +49,10 @@ def test_ties_subnormals_and_what_is_not_finite_are_as_in_the_reference(simd):
     x[0, 0, 5, :2] = torch.tensor([-torch.inf, torch.nan])
     x[0, 0, 6, 17:] = torch.tensor([torch.finfo(torch.float32).max, -1e38])
     x[0, 0, 7, 0] = -0.0
-    eight, scale = ops.quantize(x)
+    eight, scale = ops.quantize(x.to(device))
     want, want_scale = reference.quantize(x)
-    assert torch.equal(scale.nan_to_num(-1), want_scale.nan_to_num(-1))
-    assert torch.equal(eight, want)
+    assert torch.equal(scale.cpu().nan_to_num(-1), want_scale.nan_to_num(-1))
+    assert torch.equal(eight.cpu(), want)
 
 
 def test_rows_are_the_same_alone_and_for_any_thread_count(simd, with_threads):
@@ -57,10 +69,19 @@ def test_rows_are_the_same_alone_and_for_any_thread_count(simd, with_threads):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 2, 0, 8)])
-def test_nothing_to_quantise_is_no_error(shape):
-    eight, scale = ops.quantize(torch.zeros(shape))
+def test_nothing_to_quantise_is_no_error(device, shape):
+    eight, scale = ops.quantize(torch.zeros(shape, device=device))
     assert eight.shape == shape
     assert scale.shape == shape[:-1]
+
+
+def test_fp8_is_refused_on_a_cpu_by_name():
+    with pytest.raises(
+        RuntimeError, match="quantize: dtype must be int8 on a CPU, got float8_e4m3"
+    ):
+        ops.quantize(torch.zeros(1, 1, 3, 8), torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"quantize: dtype must be torch.int8 or torch.float8"):
+        ops.quantize(torch.zeros(1, 1, 3, 8), torch.float16)
 
 
 def test_quantize_passes_opcheck():
