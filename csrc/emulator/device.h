@@ -44,9 +44,9 @@
 #define gridDim (::less::emulator::grid_size())
 constexpr int warpSize = 32;
 
-#define SMEM_ARRAY(T, name, n) \
-  T* const name =              \
-      static_cast<T*>(::less::emulator::static_shared(__FILE__, __LINE__, sizeof(T) * (n), 128))
+#define SMEM_ARRAY(T, name, n)     \
+  T* const name = static_cast<T*>( \
+      ::less::emulator::static_shared(__FILE__ " " #name, __LINE__, sizeof(T) * (n), 128))
 #define DYN_SMEM(name) unsigned char* const name = ::less::emulator::dynamic_shared()
 
 // -- CUDA's barriers and fences
@@ -296,7 +296,7 @@ inline void copy_async_wait(LESS_EMULATOR_AT) {
 inline void mbarrier_init(uint64_t* bar, uint32_t arrivals, LESS_EMULATOR_AT) {
   emulator::mbarrier_init(bar, arrivals, at);
 }
-inline void mbarrier_fence_init() {}
+inline void mbarrier_fence_init() { emulator::mbarrier_fence_init(); }
 inline void mbarrier_arrive(uint64_t* bar, LESS_EMULATOR_AT) {
   emulator::mbarrier_arrive(bar, 0, at);
 }
@@ -403,8 +403,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   int i = 0;
   std::apply([&](auto&... arg) { ((call.addresses[i++] = static_cast<void*>(&arg)), ...); },
              call.args);
-  run({grid, block, shared, cluster, dependent}, address, &Call<Params...>::run_one, &call);
-  return cudaSuccess;
+  return run({grid, block, shared, cluster, dependent}, &Call<Params...>::run_one, &call);
 }
 
 }  // namespace less::emulator

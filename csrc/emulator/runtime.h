@@ -3,7 +3,7 @@
 // everything here that is marked so.
 #pragma once
 
-#include <vector_types.h>
+#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -59,7 +59,7 @@ using Translated = void (*)(void** params);
 struct Registered {
   Registered(const char* name, Translated kernel);
 };
-// The translated kernel of that name if there are any and the option ptx is on, else null.
+// The translated kernel of the same name where the option ptx is on, else null.
 Translated translated(const void* kernel);
 
 struct LaunchConfig {
@@ -69,8 +69,8 @@ struct LaunchConfig {
   int cluster;
   bool dependent;
 };
-// Runs body(argument) once per thread of the grid.
-void run(const LaunchConfig& config, const void* kernel, void (*body)(void*), void* argument);
+// Runs body(argument) once per thread of the grid. cudaErrorLaunchFailure: it did not end.
+cudaError_t run(const LaunchConfig& config, void (*body)(void*), void* argument);
 
 // -- shared memory
 // ---------------------------------------------------------------------------------
@@ -125,7 +125,11 @@ void copy_async(void* shared, const void* global, unsigned n, unsigned source_n,
 void copy_async_commit();
 void copy_async_wait(int groups, Where at);
 void mbarrier_init(uint64_t* bar, uint32_t arrivals, Where at);
+// fence.mbarrier_init
+void mbarrier_fence_init();
+// The mbarrier expects so many bytes more, then counts the arrival.
 void mbarrier_arrive(uint64_t* bar, uint32_t bytes, Where at);
+// mbarrier.try_wait.parity, until it succeeds.
 void mbarrier_wait(uint64_t* bar, uint32_t parity, Where at);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* bar, Where at);
 
