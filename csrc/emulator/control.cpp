@@ -92,7 +92,7 @@ struct FromEnvironment {
 Registered::Registered(const char* name, Translated kernel) { translated_kernels()[name] = kernel; }
 
 Translated translated(const void* kernel) {
-  if (!options.ptx) return nullptr;
+  if (!options.ptx || translated_kernels().empty()) return nullptr;
   static std::map<const void*, Translated> known;
   const auto [entry, fresh] = known.try_emplace(kernel, nullptr);
   if (!fresh) return entry->second;
@@ -112,7 +112,7 @@ using namespace less::emulator;
 
 const char* less_emulator_tier(void) {
   if (LESS_EMULATOR_ASAN) return "asan";
-  if (options.ptx) return "ptx";
+  if (options.ptx && !translated_kernels().empty()) return "ptx";
   return tracking ? "track" : "fast";
 }
 

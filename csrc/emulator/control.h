@@ -11,7 +11,7 @@
 
 extern "C" {
 
-// "fast", "asan" or "track" (and "ptx" once translated kernels are linked in).
+// "fast", "asan", "track", or "ptx" where translated kernels are launched.
 LESS_EMULATOR_API const char* less_emulator_tier(void);
 
 // Sets an option from its text; 0, or -1 where there is no such option or value. Environment
@@ -23,7 +23,7 @@ LESS_EMULATOR_API const char* less_emulator_tier(void);
 //   preempt      track: another thread may run after about this many accesses; 0: never
 //   race         track: 0 1, races, uninitialised reads, bounds
 //   profile      track: 0 1, statistics per instruction
-//   ptx          0 1: launch translated kernels
+//   ptx          0 1: launch translated kernels, where they are linked in
 //   max_errors   errors kept
 LESS_EMULATOR_API int less_emulator_set(const char* option, const char* value);
 

@@ -38,6 +38,7 @@ using emulator::ldmatrix;
 using emulator::map_shared;
 using emulator::maybe_preempt;
 using emulator::mbarrier_arrive;
+using emulator::mbarrier_fence_init;
 using emulator::mbarrier_init;
 using emulator::mbarrier_wait;
 using emulator::mma_m16n8k16;

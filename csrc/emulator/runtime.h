@@ -59,7 +59,7 @@ using Translated = void (*)(void** params);
 struct Registered {
   Registered(const char* name, Translated kernel);
 };
-// The translated kernel of the same name where the option ptx is on, else null.
+// The translated kernel of the same name; null where none are linked in or the option ptx is off.
 Translated translated(const void* kernel);
 
 struct LaunchConfig {

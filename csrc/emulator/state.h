@@ -166,7 +166,7 @@ struct Options {
   int preempt = 0;
   bool race = true;
   bool profile = true;
-  bool ptx = false;
+  bool ptx = true;
   int max_errors = 20;
 };
 extern Options options;

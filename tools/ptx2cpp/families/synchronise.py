@@ -52,7 +52,7 @@ def fence(x: Operation) -> str:
     if x.flag("mbarrier_init"):
         x.need("release")
         x.need("cluster")
-        return ";"  # an initialised mbarrier is known at once here
+        return "mbarrier_fence_init();"
     if x.flag("proxy"):
         x.need("async")
         x.skip("global", "shared::cta", "shared::cluster")
