@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("less.cli.demo", "a real model under a bounded cache: text, one table, one plot"),
     "train": ("less.cli.train", "train a sidekick for a model"),
     "evaluate": ("less.cli.evaluate", "the full measurement: several budgets, more text"),
+    "lm-eval": ("less.cli.lm_eval", "tasks of lm-evaluation-harness, full cache against bounded"),
     "info": ("less.cli.info", "what was built, versions, shipped sidekicks"),
 }
 

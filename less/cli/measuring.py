@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from less.evaluate.methods import Method
 
 _NEEDED = {"transformers": "transformers", "rich": "rich", "matplotlib": "matplotlib"}
+_DTYPES = ("float32", "bfloat16", "float16", "int8")
 _PAPER = "-paper"  # suffix of the shipped sidekicks made by the paper's own recipe
 
 
@@ -45,8 +47,8 @@ class Subject:
         return dim
 
 
-def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
-    """Add the arguments that both commands have."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model and how its cache is held."""
     parser.add_argument(
         "--model", default="smollm2", metavar="NAME",
         help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
@@ -57,6 +59,15 @@ def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
         help="folder or shipped name of trained feature maps, or 'none' (default: the shipped one "
         "that fits the model)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float16", help="of the slots (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=positive, help="default: torch's choice")
+
+
+def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
+    """Add the arguments that both commands have."""
+    add_model(parser)
     parser.add_argument(
         "--text", metavar="FILE",
         help="a text file or a folder of them (default: Wikipedia articles that no shipped "
@@ -72,14 +83,9 @@ def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
         help="also put table and plot between the lines <!-- begin table --> and "
         "<!-- end table --> of a markdown file",
     )  # fmt: skip
-    dtypes = ("float32", "bfloat16", "float16", "int8")
     parser.add_argument(
-        "--dtype", choices=dtypes, default="float16", help="of the slots (default: %(default)s)"
+        "--maps-dtype", choices=_DTYPES, help="of the feature maps (default: their file's)"
     )
-    parser.add_argument(
-        "--maps-dtype", choices=dtypes, help="of the feature maps (default: their file's)"
-    )
-    parser.add_argument("--threads", type=positive, help="default: torch's choice")
 
 
 def positive(text: str) -> int:
@@ -90,18 +96,31 @@ def positive(text: str) -> int:
     return value
 
 
-def check_packages(command: str) -> None:
+def check_packages(command: str, needed: Mapping[str, str] = _NEEDED, extra: str = "demo") -> None:
     """Refuse to start without the packages that would be missed minutes later.
+
+    Args:
+        command: For the message.
+        needed: Module name -> what pip installs.
+        extra: The extra of this package that has them all.
 
     Raises:
         RuntimeError: naming them and the pip command.
     """
-    missing = [pip for module, pip in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [pip for module, pip in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise RuntimeError(
-            f"{command} needs {', '.join(missing)}: pip install 'less-kv[demo]' (or: pip install "
-            f"{' '.join(missing)})"
+            f"{command} needs {', '.join(missing)}: pip install 'less-kv[{extra}]' (or: "
+            f"pip install {' '.join(missing)})"
         )
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Follow ``--threads``."""
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
 
 
 def load(args: argparse.Namespace, console: Console) -> Subject:
@@ -115,8 +134,7 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
 
     from less.evaluate import assets
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     if args.model == assets.SMOLLM2 and not assets.is_converted():
         console.print("  converting SmolLM2's GGUF once, about half a minute")
     model, tokenizer = assets.load_model(args.model)
@@ -130,7 +148,7 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
     name = "SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else Path(args.model).name
     maps = getattr(torch, args.maps_dtype) if args.maps_dtype else None
     sidekick, paper = (
-        s if s is None or maps is None else s.to(maps) for s in _sidekicks(args.sidekick, model)
+        s if s is None or maps is None else s.to(maps) for s in sidekicks_for(args.sidekick, model)
     )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -188,7 +206,7 @@ def check_length(option: str, length: int, model: Any) -> None:
         raise ValueError(f"{option} {length} is beyond the model's context of {longest}")
 
 
-def _sidekicks(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekick | None]:
+def sidekicks_for(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekick | None]:
     """The sidekick under test, and the one of the paper's recipe; either may be None."""
     from less import Sidekick
     from less.sidekick import shipped, shipped_names
