@@ -334,6 +334,46 @@ inline double maximum(double a, double b) { return std::fmax(a, b); }
 inline float minimum_nan(float a, float b) { return unordered(a, b) ? a + b : minimum(a, b); }
 inline float maximum_nan(float a, float b) { return unordered(a, b) ? a + b : maximum(a, b); }
 
+// A number of more bits than a double has: sum + lost, lost below the last bit of sum.
+struct Exact {
+  double sum;
+  double lost;
+};
+// a * b + c, of floats: the product is exact, the sum is Knuth's two-sum.
+inline Exact exact_fma(float a, float b, float c) {
+  const double product = double(a) * double(b), sum = product + c;
+  const double back = sum - product;
+  return {sum, (product - (sum - back)) + (double(c) - back)};
+}
+// As a float that is not above (.rm), not below (.rp), not further from 0 (.rz).
+enum class Direction { rm, rp, rz };
+template <Direction direction>
+float directed(Exact x) {
+  const float near = float(x.sum);
+  if (!std::isfinite(x.sum)) return near;
+  const double above = (x.sum - double(near)) + x.lost;  // its sign is exact
+  const bool down = direction == Direction::rm || (direction == Direction::rz && x.sum > 0);
+  if (down && above < 0) return std::nextafter(near, -std::numeric_limits<float>::infinity());
+  if (!down && above > 0) return std::nextafter(near, std::numeric_limits<float>::infinity());
+  return near;
+}
+template <Direction direction>
+float directed_add(float a, float b) {
+  return directed<direction>(exact_fma(a, 1.0f, b));
+}
+template <Direction direction>
+float directed_sub(float a, float b) {
+  return directed<direction>(exact_fma(a, 1.0f, -b));
+}
+template <Direction direction>
+float directed_mul(float a, float b) {
+  return directed<direction>({double(a) * double(b), 0.0});
+}
+template <Direction direction>
+float directed_fma(float a, float b, float c) {
+  return directed<direction>(exact_fma(a, b, c));
+}
+
 // A rounded float as an integer; what is too large becomes the largest.
 template <typename T, typename F>
 T to_integer(F x, uint64_t nan) {
@@ -383,25 +423,21 @@ uint16_t half_mul(uint16_t a, uint16_t b) {
   return H::narrow(H::wide(a) * H::wide(b));
 }
 template <typename H>
-float exact_fma(uint16_t a, uint16_t b, uint16_t c) {
-  const double product = double(H::wide(a)) * double(H::wide(b)), other = H::wide(c);
-  double sum = product + other;
-  // What the sum lost, by Knuth's two-sum; the last bit remembers that something was.
-  const double back = sum - product;
-  const double lost = (product - (sum - back)) + (other - back);
-  if (lost != 0 && std::isfinite(sum)) {
-    if ((lost > 0) != (sum > 0)) sum = std::nextafter(sum, 0.0);
-    sum = as_f64(bits(sum) | 1);
+float once_rounded_fma(uint16_t a, uint16_t b, uint16_t c) {
+  Exact x = exact_fma(H::wide(a), H::wide(b), H::wide(c));
+  if (x.lost != 0 && std::isfinite(x.sum)) {  // the last bit remembers that something was lost
+    if ((x.lost > 0) != (x.sum > 0)) x.sum = std::nextafter(x.sum, 0.0);
+    x.sum = as_f64(bits(x.sum) | 1);
   }
-  return to_odd(sum);
+  return to_odd(x.sum);
 }
 template <typename H>
 uint16_t half_fma(uint16_t a, uint16_t b, uint16_t c) {
-  return H::narrow(exact_fma<H>(a, b, c));
+  return H::narrow(once_rounded_fma<H>(a, b, c));
 }
 template <typename H>
 uint16_t half_fma_relu(uint16_t a, uint16_t b, uint16_t c) {
-  return H::narrow(relu(exact_fma<H>(a, b, c)));
+  return H::narrow(relu(once_rounded_fma<H>(a, b, c)));
 }
 template <typename H>
 uint16_t half_min(uint16_t a, uint16_t b) {

@@ -382,7 +382,7 @@ def test_an_access_beyond_an_array_is_found(program: Program) -> None:
 REFUSED = {
     "wmma.load.a.sync.aligned.row.m16n16k16.f16 {%a1}, [%in];": "wmma",
     "add.cc.u32 %a1, %a2, %a3;": ".cc",
-    "add.rz.f32 %a1, %a2, %a3;": ".rz",
+    "div.rz.f32 %a1, %a2, %a3;": ".rz",
     "ld.global.mystery.u32 %a1, [%in];": ".mystery",
     "ld.global.v8.b32 {%a1, %a2, %a3, %a4, %a5, %a6, %a7, %a8}, [%in];": "16 bytes",
     "mov.u32 %a1, %smid;": "%smid",

@@ -120,6 +120,19 @@ def exact_fma(a: float, b: float, c: float) -> float:
     return float(min(finite, key=distance))
 
 
+def directed(a: float, b: float, c: float, toward: int) -> float:
+    """Of float32: a * b + c, not above (toward -1), not below (1), not further from 0 (0)."""
+    near = exact_fma(a, b, c)
+    if not all(map(math.isfinite, (a, b, c))):
+        return near
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    difference = near if math.isinf(near) else Fraction(near) - exact
+    down = toward < 0 or (toward == 0 and exact > 0)
+    if (difference > 0) if down else (difference < 0):
+        return float(np.nextafter(np.float32(near), np.float32(-np.inf if down else np.inf)))
+    return near
+
+
 def flush(x: float) -> float:
     return math.copysign(0.0, x) if abs(x) < 2.0**-126 else x
 
@@ -292,6 +305,13 @@ FLOATS = [
     Case("add.sat.f32 {0}, {1}, {2};", "f32 f32 f32",
          lambda a, b: 0.0 if math.isnan(a + b) else min(max(f32(a + b), 0.0), 1.0)),
     Case("fma.rn.f32 {0}, {1}, {2}, {3};", "f32 f32 f32 f32", exact_fma),
+    Case("fma.rm.f32 {0}, {1}, {2}, {3};", "f32 f32 f32 f32",
+         lambda a, b, c: directed(a, b, c, -1)),
+    Case("fma.rp.f32 {0}, {1}, {2}, {3};", "f32 f32 f32 f32",
+         lambda a, b, c: directed(a, b, c, 1)),
+    Case("add.rz.f32 {0}, {1}, {2};", "f32 f32 f32", lambda a, b: directed(a, 1.0, b, 0)),
+    Case("mul.rm.f32 {0}, {1}, {2};", "f32 f32 f32",
+         lambda a, b: directed(a, b, 0.0, -1) if a * b else a * b),
     Case("div.rn.f32 {0}, {1}, {2};", "f32 f32 f32",
          lambda a, b: float(np.float32(a) / np.float32(b))),
     Case("min.f32 {0}, {1}, {2};", "f32 f32 f32", lambda a, b: with_nan(a, b, min)),

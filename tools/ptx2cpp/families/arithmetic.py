@@ -1,7 +1,6 @@
 """Numbers: integers, floats, halves and pairs of halves, bits, comparisons.
 
-Floats round to nearest: another rounding mode is an error. `.approx` is as exact as the host's
-function, which is more than the GPU's.
+`.approx` is as exact as the host's function, which is more than the GPU's.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ _OF_HALVES = [
     "ex2",
     "tanh",
 ]
+_DIRECTED = ("add", "sub", "mul", "fma")  # in another rounding mode than to nearest
 HALVES = {"f16": "F16", "bf16": "BF16", "f16x2": "F16", "bf16x2": "BF16"}
 
 
@@ -55,6 +55,10 @@ def _arithmetic(
         return x.assign(0, f"both<{call}>({values})" if pair else f"{call}({values})", kind)
     if is_float(kind) and formula is not None:
         x.skip("rn", "full", "approx")
+        mode = x.one_of("rm", "rp", "rz") if kind == "f32" and name in _DIRECTED else None
+        if mode:
+            values = ", ".join(["{}"] * count)
+            formula = f"directed_{name}<Direction::{mode}>({values})"
         ftz = kind == "f32" and x.flag("ftz")
         return x.assign(0, _float(x, kind, formula, ftz, count, x.flag("sat")), kind)
     if is_float(kind) or integer is None:
