@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from less.policies import Rule
 Maps = Mapping[str, Tensor]
 Step = reference.Attended
 Rows = reference.Rows
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Layer:
     H: Tensor | None  # [B, K, R, D] float32
     z: Tensor | None  # [B, K, R] float32
     share: Tensor  # [B, K] float64: sum over a head's queries of the low-rank part's mass
-    k_scale: Tensor | None = None  # [B, K, S] float32: of each row of int8 slots
+    k_scale: Tensor | None = None  # [B, K, S] float32: of each row of slots of 8 bits
     v_scale: Tensor | None = None  # [B, K, S] float32
 
     @property
@@ -54,6 +56,16 @@ class Backend(Protocol):
     """The two halves of ``LessKVCache.attend``; shapes as in ``less.reference``."""
 
     name: str
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of scratch held."""
+
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """What slots may be held in."""
+
+    def reserve(self, layers: Sequence[Layer], q_heads: int, maps: Sequence[Maps | None]) -> None:
+        """Allocate the scratch that the steps of these layers want, which they share."""
 
     def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
         """A call's keys and values in the slots' dtype, contiguous or not."""
@@ -104,14 +116,26 @@ class Backend(Protocol):
         decay: float,
         scores: bool,
         rule: Rule,
+        out: Tensor | None,
     ) -> Tensor:
-        """Do both for one token, under a policy that has a rule; k and v as the caller has them."""
+        """Do both for one token, under a policy that has a rule; k and v as the caller has them.
+
+        Writes ``out`` and returns it where it is given.
+        """
 
 
 class ReferenceBackend:
     """``less.reference``, written back into the layer."""
 
     name = "reference"
+    workspace = 0
+
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """All."""
+        return (*FLOATS, *reference.EIGHT_BITS, torch.float64)
+
+    def reserve(self, layers: Sequence[Layer], q_heads: int, maps: Sequence[Maps | None]) -> None:
+        """Nothing."""
 
     def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
         """Keys and values in the slots' dtype."""
@@ -203,6 +227,7 @@ class ReferenceBackend:
         decay: float,
         scores: bool,
         rule: Rule,
+        out: Tensor | None,
     ) -> Tensor:
         """Attend, then compact."""
         new = self.rounded(k, v, layer.slot_k.dtype)
@@ -211,7 +236,7 @@ class ReferenceBackend:
         )
         self.compact(layer, step, new, valid, maps=maps, kind=kind, rule=rule, rank=None)
         layer.add_share(step)
-        return step.out
+        return step.out if out is None else out.copy_(step.out)
 
 
 class NativeBackend:
@@ -219,11 +244,33 @@ class NativeBackend:
 
     name = "native"
 
+    def __init__(self) -> None:
+        """Without scratch."""
+        self._scratch: Tensor | None = None
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of the scratch that a GPU's kernels share."""
+        return 0 if self._scratch is None else self._scratch.nbytes
+
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """Those of the kernels."""
+        return ops.slot_dtypes(device)
+
+    def reserve(self, layers: Sequence[Layer], q_heads: int, maps: Sequence[Maps | None]) -> None:
+        """Allocate it for the layer that wants most; layers run one after the other."""
+        wanted = max(
+            ops.decode_step_workspace(at.slot_k, q_heads, m)
+            for at, m in zip(layers, maps, strict=True)
+        )
+        if wanted:
+            self._scratch = torch.zeros(wanted, dtype=torch.uint8, device=layers[0].slot_k.device)
+
     def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
         """Keys and values in the slots' dtype."""
-        if dtype != torch.int8:
+        if dtype not in reference.EIGHT_BITS:
             return Rows.rounded(k, v, dtype)
-        (eight_k, k_scale), (eight_v, v_scale) = ops.quantize(k), ops.quantize(v)
+        (eight_k, k_scale), (eight_v, v_scale) = ops.quantize(k, dtype), ops.quantize(v, dtype)
         return Rows(eight_k, eight_v, k_scale, v_scale)
 
     def attend(
@@ -315,10 +362,11 @@ class NativeBackend:
         decay: float,
         scores: bool,
         rule: Rule,
+        out: Tensor | None,
     ) -> Tensor:
         """One fused op, which allocates nothing but its output."""
         q = q.contiguous()
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         ops.decode_step(
             q,
             k.contiguous(),
@@ -336,6 +384,7 @@ class NativeBackend:
             H=layer.H,
             z=layer.z,
             share=layer.share if maps is not None else None,
+            workspace=self._scratch,
             maps=maps,
             kind=kind or "exp",
             scale=scale,

@@ -13,13 +13,15 @@ from fractions import Fraction
 
 import torch
 
+from less.reference import EIGHT_BITS
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 BETA = 20.0  # PyramidKV's
 
 
 def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one token of one kv head: key, value, position, score, log-weight, int8's scales."""
-    return 2 * head_dim * dtype.itemsize + 12 + (8 if dtype == torch.int8 else 0)
+    """Bytes of one token of one kv head: key, value, position, score, log-weight, scales."""
+    return 2 * head_dim * dtype.itemsize + 12 + (8 if dtype in EIGHT_BITS else 0)
 
 
 def state_bytes(head_dim: int, rank: int) -> int:

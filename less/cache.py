@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from less import _backend
-from less._backend import Layer, Rows, Step
+from less._backend import FLOATS, Layer, Rows, Step
 from less._check import require_int, require_shape, require_tensor, shape_text
 from less.hf.protocol import CacheProtocol, NativeLayer, load_native, native_tensors
 from less.policies import Candidates, Policy
-from less.reference import chunk_position
+from less.reference import EIGHT_BITS, chunk_position
 from less.sidekick import Sidekick
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_FORMAT = 2
 
 
@@ -79,9 +78,10 @@ class LessKVCache(CacheProtocol):
             per layer, which may keep more tokens in one layer than in another (``Full`` keeps all;
             what is listed for native layers is not used).
         sidekick: Feature maps of the low-rank state; None is eviction alone.
-        dtype: Of the slots: float32, bfloat16, float16 or int8, whose rows have a float32 scale
-            each, max|x| / 127 (float64 with the reference backend). k and v are rounded to it on
-            entry. State, scores and log-weights are float32.
+        dtype: Of the slots: float32, bfloat16 or float16; or 8 bits whose rows have a float32
+            scale each, int8 or, on a GPU and with the reference backend, float8_e4m3fn (float64
+            with the reference backend). k and v are rounded to it on entry. State, scores and
+            log-weights are float32.
         device: Where the cache lives.
         scale: Factor of q.k; 1/sqrt(D) by default.
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
@@ -135,12 +135,12 @@ class LessKVCache(CacheProtocol):
             raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
         self._backend = _backend.choose(backend, self.device)
         self.backend = self._backend.name
-        double = (torch.float64,) if self.backend == "reference" else ()
-        wanted = (*FLOATS, torch.int8, *double)
+        wanted = self._backend.dtypes(self.device)
         if dtype not in wanted:
             names = ", ".join(str(d) for d in wanted)
             raise ValueError(
-                f"{op}: dtype must be one of {names} with the {self.backend} backend, got {dtype}"
+                f"{op}: dtype must be one of {names} with the {self.backend} backend on "
+                f"{self.device.type}, got {dtype}"
             )
         if scale is None:
             scale = 1.0 / math.sqrt(head_dim)
@@ -159,6 +159,18 @@ class LessKVCache(CacheProtocol):
             self._take_sidekick(sidekick)
         self._layers = [self._new_layer(i) for i in range(layers)]
         self._columns = [0] * layers
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Scratch for the steps, where the backend wants any."""
+        self._backend.reserve(
+            [at for i, at in enumerate(self._layers) if i not in self.native],
+            self.q_heads,
+            [self._maps_of(i) for i in range(self.layers) if i not in self.native],
+        )
+
+    def _maps_of(self, layer: int) -> dict[str, Tensor] | None:
+        return (self._maps[layer] or None) if self._maps is not None else None
 
     def _take_sidekick(self, sidekick: Sidekick) -> None:
         if not isinstance(sidekick, Sidekick):
@@ -207,12 +219,18 @@ class LessKVCache(CacheProtocol):
             H=H,
             z=z,
             share=torch.zeros(B, K, dtype=torch.float64, device=at),
-            k_scale=torch.zeros(B, K, S, device=at) if self.dtype == torch.int8 else None,
-            v_scale=torch.zeros(B, K, S, device=at) if self.dtype == torch.int8 else None,
+            k_scale=torch.zeros(B, K, S, device=at) if self.dtype in EIGHT_BITS else None,
+            v_scale=torch.zeros(B, K, S, device=at) if self.dtype in EIGHT_BITS else None,
         )
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Attend with T new tokens, which then join the cache; evict and fold down to capacity.
 
@@ -227,17 +245,19 @@ class LessKVCache(CacheProtocol):
             v: [B, K, T, D], rounded to the cache's dtype.
             valid: bool [B, T], False for padding, which never enters the cache and whose output
                 is zero. None: all valid.
+            out: Contiguous, like q: where to write the result. With it a decode step under a
+                policy that has a rule allocates nothing.
 
         Returns:
-            [B, Q, T, D] in q's dtype.
+            [B, Q, T, D] in q's dtype; ``out`` where it is given.
 
         Raises:
             ValueError: An argument is wrong; the cache is as it was.
         """
-        self._check_attend(layer, q, k, v, valid)
+        self._check_attend(layer, q, k, v, valid, out)
         at, policy = self._layers[layer], self.policies[layer]
         assert policy is not None  # the check has refused native layers
-        maps = (self._maps[layer] or None) if self._maps is not None else None
+        maps = self._maps_of(layer)
         rule = policy.rule
         if rule is not None and q.shape[2] == 1:
             out = self._backend.decode_step(
@@ -252,6 +272,7 @@ class LessKVCache(CacheProtocol):
                 decay=policy.decay,
                 scores=policy.needs_scores,
                 rule=rule,
+                out=out,
             )
             self._columns[layer] += 1
             return out
@@ -275,10 +296,33 @@ class LessKVCache(CacheProtocol):
         )
         at.add_share(step)
         self._columns[layer] += q.shape[2]
-        return step.out
+        return step.out if out is None else out.copy_(step.out)
+
+    def advance(self, steps: int) -> None:
+        """Count decode steps of all layers that ran without Python, as a replayed CUDA graph does.
+
+        What changes in a step lives on the device and is right whoever launched it; how many
+        columns were passed in is known here, and what comes after the replays relies on it.
+
+        Args:
+            steps: Replays, of one token per row each.
+
+        Raises:
+            ValueError: It is no whole number >= 0, or more than a ``Full`` layer has room for.
+        """
+        require_int("advance", "steps", steps, 0)
+        for layer, columns in enumerate(self._columns):
+            self._check_room("advance", layer, columns + steps)
+        self._columns = [columns + steps for columns in self._columns]
 
     def _check_attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        out: Tensor | None,
     ) -> None:
         op = "attend"
         self._check_layer(op, layer)
@@ -313,6 +357,12 @@ class LessKVCache(CacheProtocol):
             if valid.dtype != torch.bool:
                 raise ValueError(f"{op}: valid must have dtype torch.bool, got {valid.dtype}")
             self._check_device(op, "valid", valid)
+        if out is not None:
+            out = require_tensor(op, "out", out)
+            require_shape(op, "out", out, list(q.shape))
+            if out.dtype != q.dtype or not out.is_contiguous():
+                raise ValueError(f"{op}: out must be contiguous, of q's dtype {q.dtype}")
+            self._check_device(op, "out", out)
 
     def _check_room(self, op: str, layer: int, columns: int) -> None:
         policy = self.policies[layer]
@@ -420,12 +470,14 @@ class LessKVCache(CacheProtocol):
 
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
-            ``maps`` (the sidekick's weights), ``workspace`` (counters), ``native`` (k and v of
+            ``maps`` (the sidekick's weights), ``workspace`` (counters, and the scratch of a GPU's
+            kernels), ``native`` (k and v of
             native layers), ``total`` of these, and ``full``: the k and v that a full cache would
-            hold of the same tokens now, in this cache's dtype, or in 16 bits where that is int8,
+            hold of the same tokens now, in this cache's dtype, or in 16 bits where that has 8,
             which full caches are not held in; for native layers, what they hold.
         """
-        slots = state = workspace = 0
+        slots = state = 0
+        workspace = self._backend.workspace
         for at in self._layers:
             for name, x in at.tensors().items():
                 if name in ("H", "z"):
@@ -541,6 +593,7 @@ class LessKVCache(CacheProtocol):
             if tensors:
                 layer.device = target
         self._maps, self._backend, self.device = maps, backend, target
+        self._reserve()
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was, as beam search does.

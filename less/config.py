@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
 _VERSION = 1
-_DTYPES = ("float32", "bfloat16", "float16", "int8")
+_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)

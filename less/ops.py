@@ -9,6 +9,7 @@ each computes.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 
 import torch
@@ -31,9 +32,42 @@ def missing(device: torch.device) -> str | None:
     """Why the native ops cannot run on this device, or None where they can."""
     if not _native:
         return "the native kernels were not built (LESS_NATIVE=off, or an unbuilt source tree)"
-    if device.type != "cpu":
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
         return f"there are no native kernels for {device.type}"
-    return None
+    if not torch.backends.cuda.is_built():
+        return f"this torch, {torch.__version__}, was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU (torch.cuda.is_available() is false)"
+    if not _cuda_built:
+        return "less was built without CUDA (LESS_CUDA=off, or no nvcc); build it with LESS_CUDA=on"
+    return _unserved(_C.build_facts()["cuda_archs"], torch.cuda.get_device_capability(device))
+
+
+def _unserved(architectures: list[str], capability: tuple[int, int]) -> str | None:
+    """Why a GPU of this capability cannot run code built for these architectures, or None."""
+    major, minor = capability
+    for name in architectures:
+        match = re.fullmatch(r"(?:sm_)?(\d+)(\d)([af]?)(\+PTX)?", name)
+        if match is None:
+            continue
+        at_major, at_minor = int(match[1]), int(match[2])
+        same = major == at_major and minor >= at_minor
+        if (minor == at_minor and same) if match[3] == "a" else same:
+            return None
+        if match[4] and (major, minor) >= (at_major, at_minor):
+            return None
+    return (
+        f"less was built for the GPU architectures {', '.join(architectures)}, and this GPU is "
+        f"{major}{minor}; build with LESS_CUDA_ARCHS={major}{minor}"
+    )
+
+
+def slot_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """What the native ops can hold slots in on this device."""
+    everywhere = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    return everywhere if device.type == "cpu" else (*everywhere, torch.float8_e4m3fn)
 
 
 def fold(H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = None) -> None:
@@ -185,12 +219,12 @@ def chunk_attention(
         k: [B, K, T, D] in the slots' dtype.
         v: [B, K, T, D] in the slots' dtype.
         valid: bool [B, T] or None.
-        slot_k: [B, K, S, D], float32, bfloat16, float16 or int8.
+        slot_k: [B, K, S, D], float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn.
         slot_v: [B, K, S, D], likewise.
         position: int32 [B, K, S], -1 where empty.
         score: float32 [B, K, S].
         weight: float32 [B, K, S].
-        chunk_k_scale: float32 [B, K, T], of each row of an int8 k, as the three below.
+        chunk_k_scale: float32 [B, K, T], of each row of a k of 8 bits, as the three below.
         chunk_v_scale: float32 [B, K, T].
         k_scale: float32 [B, K, S], of the slots.
         v_scale: float32 [B, K, S].
@@ -271,13 +305,13 @@ def compact(
         chunk_score: float32 [B, K, T].
         slot_score: float32 [B, K, S], the slots' scores after the call.
         valid: bool [B, T] or None.
-        slot_k: [B, K, S, D], float32, bfloat16, float16 or int8. Written.
+        slot_k: [B, K, S, D], float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn. Written.
         slot_v: [B, K, S, D], likewise. Written.
         position: int32 [B, K, S]. Written.
         score: float32 [B, K, S]. Written.
         weight: float32 [B, K, S]. Written.
         seen: int64 [B]: tokens seen before the call. Written: after it.
-        chunk_k_scale: float32 [B, K, T], of each row of an int8 k, as the three below.
+        chunk_k_scale: float32 [B, K, T], of each row of a k of 8 bits, as the three below.
         chunk_v_scale: float32 [B, K, T].
         k_scale: float32 [B, K, S], of the slots. Written.
         v_scale: float32 [B, K, S]. Written.
@@ -375,13 +409,13 @@ def decode_step(
         v: [B, K, 1, D], of k's dtype.
         valid: bool [B, 1], False for a row that has no token, or None.
         out: [B, Q, 1, D] of q's dtype. Written.
-        slot_k: [B, K, S, D], float32, bfloat16, float16 or int8. Written.
+        slot_k: [B, K, S, D], float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn. Written.
         slot_v: [B, K, S, D], likewise. Written.
         position: int32 [B, K, S], -1 where empty. Written.
         score: float32 [B, K, S]. Written.
         weight: float32 [B, K, S]. Written.
         seen: int64 [B]: tokens seen before the step. Written: after it.
-        k_scale: float32 [B, K, S], of int8 slots alone. Written.
+        k_scale: float32 [B, K, S], of slots of 8 bits alone. Written.
         v_scale: float32 [B, K, S], likewise. Written.
         H: float32 [B, K, R, D], with z, share and maps. Written.
         z: float32 [B, K, R]. Written.

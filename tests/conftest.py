@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from less import ops as less_ops
 from tests import emulated
 
 
@@ -71,6 +72,8 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.fail(f"--emulator-tier={tier} wants LD_PRELOAD={emulated.preload(tier)!r}")
     loaded = emulated.load(tier)
     monkeypatch.setattr(torch.ops, "less", torch.ops.less_emulated)
+    gpu = less_ops.slot_dtypes(torch.device("cuda"))
+    monkeypatch.setattr(less_ops, "slot_dtypes", lambda device: gpu)
     return loaded
 
 

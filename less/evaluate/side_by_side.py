@@ -55,10 +55,16 @@ class SideBySide(LessKVCache):
         self._columns = [cache.columns for cache in caches[:1] for _ in range(self.layers)]
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """``LessKVCache.attend`` of every member on its rows; shapes as there, B of all."""
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         row = 0
         for cache in self.caches:
             rows = slice(row, row + cache.batch)
@@ -67,6 +73,12 @@ class SideBySide(LessKVCache):
             row += cache.batch
         self._columns[layer] += q.shape[2]
         return out
+
+    def advance(self, steps: int) -> None:
+        """``LessKVCache.advance`` of every member."""
+        super().advance(steps)
+        for cache in self.caches:
+            cache.advance(steps)
 
     @property
     def seen(self) -> Tensor:

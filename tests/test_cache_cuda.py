@@ -1,0 +1,165 @@
+"""Caches whose steps are launched: on the emulated GPU, and on a GPU where there is one."""
+
+import re
+
+import pytest
+import torch
+
+from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
+from tests.helpers import assert_close, random_maps, random_qkv
+
+pytest.importorskip("less._C")
+from less import ops
+
+B, Q, K, D, E, R = 2, 4, 2, 16, 8, 4
+FP8 = torch.float8_e4m3fn
+
+
+def build(device, policy, *, kind="exp", dtype=torch.float32, backend="native", **changed):
+    sizes = {"layers": 1, "q_heads": Q, "kv_heads": K, "head_dim": D, "batch": B} | changed
+    sidekick = None
+    if kind:
+        maps = random_maps(sizes["q_heads"], sizes["kv_heads"], D, E, R, kind)
+        sidekick = Sidekick([maps] * sizes["layers"], kind=kind)
+    return LessKVCache(
+        **sizes, policy=policy, sidekick=sidekick, dtype=dtype, device=device, backend=backend
+    )
+
+
+# -- what is missing, by name ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "served"),
+    [
+        (["80", "90a", "100", "120+PTX"], (8, 0), True),
+        (["80", "90a", "100", "120+PTX"], (8, 9), True),  # code of 8.0 runs on 8.9
+        (["80", "90a", "100", "120+PTX"], (9, 0), True),
+        (["80", "90a", "100", "120+PTX"], (12, 1), True),
+        (["80", "90a", "100", "120+PTX"], (13, 0), True),  # compiled from PTX when it is loaded
+        (["80", "90a", "100", "120+PTX"], (7, 5), False),
+        (["90a"], (10, 0), False),
+        (["90a"], (8, 0), False),
+        (["103"], (10, 0), False),
+        (["100f"], (10, 3), True),
+        (["80+PTX"], (9, 0), True),
+    ],
+)
+def test_a_gpu_is_served_by_its_architectures_code_or_by_ptx(built_for, capability, served):
+    reason = ops._unserved(built_for, capability)
+    assert (reason is None) == served
+    if not served:
+        major, minor = capability
+        assert f"this GPU is {major}{minor}; build with LESS_CUDA_ARCHS={major}{minor}" in reason
+        assert built_for[0] in reason
+
+
+def test_what_keeps_a_cache_off_the_gpu_is_named(monkeypatch):
+    def refusal():
+        with pytest.raises(ValueError, match="LessKVCache: backend 'native' is not available") as e:
+            build("cuda", H2O(4, 4))
+        return str(e.value)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert re.search(r"this torch, .*, was built without CUDA", refusal())
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no GPU" in refusal()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "_cuda_built", False)
+    assert "less was built without CUDA" in refusal()
+    monkeypatch.setattr(ops, "_cuda_built", True)
+    monkeypatch.setattr(ops._C, "build_facts", lambda: {"cuda_archs": ["80"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "architectures 80, and this GPU is 75" in refusal()
+
+
+# -- steps without Python --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 4), SinkRecent(recent=4, sinks=2)], ids=repr)
+def test_a_given_output_is_written_and_returned(policy):
+    caches = [build("cpu", policy, backend=name) for name in ("native", "native", "reference")]
+    for step, T in enumerate((5, 1, 1, 3)):
+        q, k, v = random_qkv(B, Q, K, T, D, seed=step)
+        want = caches[0].attend(0, q, k, v)
+        for cache in caches[1:]:
+            out = torch.full_like(q, torch.nan)
+            assert cache.attend(0, q, k, v, out=out) is out
+            assert_close(out, want, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(B, Q, 2, D), r"out must have shape \[2, 4, 1, 16\]"),
+        (torch.empty(B, Q, 1, D, dtype=torch.float16), "out must be contiguous, of q's dtype"),
+        (torch.empty(B, Q, 1, 2 * D)[..., ::2], "out must be contiguous"),
+    ],
+)
+def test_an_output_that_does_not_fit_is_refused(out, message):
+    cache = build("cpu", H2O(4, 4))
+    with pytest.raises(ValueError, match=f"attend: {message}"):
+        cache.attend(0, *random_qkv(B, Q, K, 1, D), out=out)
+    assert cache.columns == 0
+
+
+def test_replayed_steps_are_counted_when_the_cache_is_told():
+    seen, told = (build("cpu", H2O(4, 4)) for _ in range(2))
+    for step in range(12):
+        qkv = random_qkv(B, Q, K, 1, D, seed=step)
+        seen.attend(0, *qkv)
+        told.attend(0, *qkv)
+        told._columns = [0]  # as if a graph had done it
+    told.advance(12)
+    assert told.columns == seen.columns == 12
+    chunk = random_qkv(B, Q, K, 3, D, seed=99)
+    assert torch.equal(told.attend(0, *chunk), seen.attend(0, *chunk))
+    with pytest.raises(ValueError, match="advance: steps must be a whole number >= 0, got -1"):
+        told.advance(-1)
+
+
+# -- fp8 -------------------------------------------------------------------------------------------
+
+
+def test_fp8_rows_are_within_a_sixteenth_of_a_number_and_exact_where_they_can_be():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 33, generator=g, dtype=torch.float64)
+    eight, scale = reference.quantize(x, dtype=FP8)
+    assert eight.dtype == FP8
+    back = reference.dequantize(eight, scale)
+    assert ((back - x).abs() <= torch.maximum(x.abs() / 16, scale[:, None] * 2**-10)).all()
+    assert torch.allclose(back.abs().amax(-1), x.abs().amax(-1), rtol=1e-12)
+    again, same = reference.quantize(back, dtype=FP8)
+    torch.testing.assert_close(reference.dequantize(again, same), back)
+    for bad in (torch.nan, torch.inf):
+        x[0, 0] = bad
+        eight, scale = reference.quantize(x, dtype=FP8)
+        assert not scale[0].isfinite()
+        assert (eight[0].float() == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["", "exp"])
+def test_a_cache_of_fp8_slots_gives_what_a_cache_gives_that_is_fed_the_rounded_rows(kind):
+    policy = H2O(heavy=4, recent=4)
+    eight = build("cpu", policy, kind=kind, dtype=FP8, backend="reference")
+    plain = build("cpu", policy, kind=kind, backend="reference")
+    for step in range(40):
+        q, k, v = random_qkv(B, Q, K, 6 if step == 0 else 1, D, seed=step)
+        rounded = (reference.dequantize(*reference.quantize(x, dtype=FP8)) for x in (k, v))
+        assert_close(eight.attend(0, q, k, v), plain.attend(0, q, *rounded), torch.float32)
+        assert torch.equal(eight.positions(0), plain.positions(0))
+    saved = eight.state_dict()
+    eight.reorder(torch.tensor([1, 0]))
+    assert torch.equal(eight.positions(0)[0], plain.positions(0)[1])
+    eight.reset()
+    eight.load_state_dict(saved)
+    assert torch.equal(eight.positions(0), plain.positions(0))
+    memory = eight.memory()
+    assert memory["slots"] == 8 * B * K * (2 * D + 12 + 8)
+    assert memory["full"] == B * K * 2 * D * 2 * eight.columns
+
+
+def test_fp8_slots_are_refused_by_name_where_there_are_no_kernels():
+    with pytest.raises(ValueError, match="with the native backend on cpu, got torch.float8_e4m3fn"):
+        build("cpu", H2O(4, 4), dtype=FP8)
