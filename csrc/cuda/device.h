@@ -544,7 +544,11 @@ struct SharedCarver {
 
   template <typename T>
   __host__ __device__ T* take(int64_t n) {
+#ifdef __CUDA_ARCH__
+    T* const array = reinterpret_cast<T*>(base + used);  // an integer would lose the address space
+#else
     T* const array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);
+#endif
     used = (used + size_t(n) * sizeof(T) + 127) / 128 * 128;
 #ifdef LESS_EMULATOR
     if (base != nullptr) emulator::shared_guard(array, size_t(n) * sizeof(T), base + used);

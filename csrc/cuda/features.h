@@ -31,12 +31,22 @@ LESS_DEVICE float gelu(float x) {
   return fmaf(-a, tail, 0.5f * (x + fabsf(x)));
 }
 
+// e^x for |x| <= kExpClamp, error at most 3e-7 of it: what rounding took from the exponent of 2
+// comes back as a factor.
+LESS_DEVICE float exp_clamped(float x) {
+  constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596303e-8f, kLn2 = 0.693147181f;
+  const float exponent = x * kLog2E;
+  const float rest = fmaf(x, kLog2ERest, fmaf(x, kLog2E, -exponent));
+  const float y = exp2_approx(exponent);
+  return fmaf(y, rest * kLn2, y);
+}
+
 // Feature r of a head before the mix: all of it, but for the paper's psi, where it is h_r.
 LESS_DEVICE float feature(const FeatureMaps& m, int64_t head, int r, float y) {
   if (m.w2_scale != nullptr) y *= m.w2_scale[head * m.R + r];
   if (m.kind == MapKind::exp) {
     if (m.bias != nullptr) y += m.bias[head * m.R + r];
-    return expf(fminf(fmaxf(y, -kExpClamp), kExpClamp));
+    return exp_clamped(fminf(fmaxf(y, -kExpClamp), kExpClamp));
   }
   y = gelu(y);
   return m.mix == nullptr ? fabsf(y) : fabsf(m.scale[head * m.R + r]) * y;
