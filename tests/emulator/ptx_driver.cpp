@@ -23,6 +23,5 @@ extern "C" LESS_EMULATOR_API int ptx_launch(void* name, unsigned blocks, unsigne
                                             int cluster, size_t shared, void** params) {
   Call call{translated(name), params};
   if (call.kernel == nullptr) return -1;
-  run({dim3(blocks), dim3(threads), shared, cluster, false}, name, run_one, &call);
-  return 0;
+  return run({dim3(blocks), dim3(threads), shared, cluster, false}, run_one, &call);
 }

@@ -54,7 +54,6 @@ class Program:
             ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int,
         ]  # fmt: skip
         self.library.less_emulator_free.argtypes = [ctypes.c_void_p]
-        self.set("ptx", "1")
 
     def set(self, option: str, value: str) -> None:
         """Set an option of the emulator."""

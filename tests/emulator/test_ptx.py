@@ -365,6 +365,13 @@ def test_a_bulk_copy_completes_its_barrier(program: Program) -> None:
     np.testing.assert_array_equal(out, given)
 
 
+def test_blocks_of_a_cluster_write_each_others_memory(program: Program) -> None:
+    out = np.zeros(128, dtype=np.uint32)
+    assert program.run("cluster", LANES, out, blocks=4, cluster=2) == []
+    blocks = np.arange(4, dtype=np.uint32)
+    np.testing.assert_array_equal(out.reshape(4, 32), (blocks ^ 1)[:, None] * 100 + LANES)
+
+
 def test_a_race_is_found_and_names_the_lines_of_the_source(program: Program) -> None:
     errors = program.run("racing", LANES, np.zeros(32, dtype=np.uint32))
     assert errors, "no error was found"
