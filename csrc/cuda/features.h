@@ -56,6 +56,7 @@ LESS_DEVICE float feature(const FeatureMaps& m, int64_t head, int r, float y) {
 LESS_DEVICE float mixed_feature(const FeatureMaps& m, int64_t head, int r, const float* h) {
   const float* A = m.mix + head * m.R * m.R + r;
   float sum = 0.0f;
+#pragma unroll 4
   for (int q = 0; q < m.R; ++q) sum = fmaf(h[q], A[q * m.R], sum);
   return fabsf(fmaf(sum, m.mix_scale[head * m.R + r], h[r]));
 }

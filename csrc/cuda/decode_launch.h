@@ -1,0 +1,31 @@
+// The launch of decode_step's kernel for one dtype of slots; decode_step_<dtype>.cu instantiates
+// it, so that the dtypes compile side by side.
+#pragma once
+
+#include "cuda/decode_kernel.h"
+
+namespace less::cuda {
+
+template <typename T, int kD, bool kMma>
+cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& plan,
+                                 cudaStream_t stream) {
+  Launch how{};
+  how.grid = dim3(unsigned(plan.splits), unsigned(p.K), unsigned(p.B));
+  how.block = dim3(kDecodeThreads);
+  how.shared = size_t(plan.shared);
+  how.stream = stream;
+  how.cluster = plan.cluster ? plan.splits : 1;
+  return launch(decode_step_kernel<T, kD, kMma>, how, p, plan);
+}
+
+template <typename T>
+cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  decode_dispatch<T>(p.D, plan.mma, [&](auto head_dim, auto mma) {
+    error =
+        launch_decode_kernel<T, decltype(head_dim)::value, decltype(mma)::value>(p, plan, stream);
+  });
+  return error;
+}
+
+}  // namespace less::cuda

@@ -1,0 +1,154 @@
+// One token of every row, a layer's whole step in one launch and one pass over its slots:
+//
+//   out = (phi H + sum e^l v) / (phi z + sum e^l),  l = cap(scale q.k) + weight, slots and token
+//   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
+//   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
+//
+// Grid:   (splits, K, B); a block of 128 threads owns a range of a head's slots. The splits of a
+//         head are a cluster of up to 8 blocks, or meet in the workspace (decode_step.h).
+// Memory: k and v of the slots, position, weight, score, H, z and the maps' weights are read once,
+//         score, H, z and the victim's slot written: bandwidth bound. k and v come through a ring
+//         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
+//         look.
+// Order:  keys, then softmax of the range, then values; parts are merged in the order of the
+// splits,
+//         which follow from the capacity S alone; no atomics on floats: a row has the same bits in
+//         any batch, at any time.
+#include "cuda/decode_step.h"
+#include "cuda/kernels.h"
+
+namespace less::cuda {
+namespace {
+
+constexpr int kRangeMin = 32;        // slots of a block, at least
+constexpr int kClusterRange = 1024;  // at most, in a cluster
+constexpr int kScratchRange = 512;   // at most, where blocks meet in the workspace
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+template <typename F>
+cudaError_t with_slots_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(Type<float>{});
+    case DType::bf16:
+      return f(Type<__nv_bfloat16>{});
+    case DType::fp16:
+      return f(Type<__half>{});
+    case DType::i8:
+      return f(Type<int8_t>{});
+    case DType::fp8:
+      return f(Type<__nv_fp8_e4m3>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+bool half_type(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp16; }
+
+bool float_type(DType dtype) { return dtype == DType::f32 || half_type(dtype); }
+
+bool supported(const DecodeStepParams& p) {
+  const bool maps = p.H == nullptr || (p.R >= 1 && p.R <= 64 && p.phi.D == p.D && p.psi.D == p.D &&
+                                       p.phi.w_dtype != DType::fp8 && p.psi.w_dtype != DType::fp8);
+  const bool head_dim = decode_dispatch<float>(p.D, false, [](auto, auto) {});
+  return head_dim && p.K > 0 && p.Q % p.K == 0 && p.K <= 65535 && p.B <= 65535 && p.slots.S >= 1 &&
+         p.slots.S <= INT32_MAX / 2 && float_type(p.q_dtype) && float_type(p.kv_dtype) && maps;
+}
+
+bool aligned(const DecodeStepParams& p) {
+  const void* const all[] = {p.q, p.k, p.v, p.out, p.slots.k, p.slots.v, p.H};
+  uintptr_t bits = 0;
+  for (const void* at : all) bits |= reinterpret_cast<uintptr_t>(at);
+  return bits % 16 == 0;
+}
+
+template <typename T>
+void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
+  decode_dispatch<T>(p.D, plan.mma, [&](auto head_dim, auto mma) {
+    constexpr int kD = decltype(head_dim)::value;
+    constexpr bool kMma = decltype(mma)::value;
+    using Tile = DecodeTile<T, kD>;
+    const int S = int(p.slots.S), G = int(p.Q / p.K), R = p.H != nullptr ? int(p.R) : 0;
+    plan.per = per;
+    plan.splits = (S + per - 1) / per;
+    plan.tile = per < Tile::kRows ? per : Tile::kRows;
+    const int passes = decode_passes<T, kD, kMma>(G);
+    const int items = (per + plan.tile - 1) / plan.tile * (1 + passes);
+    plan.ring = items < Tile::kStages ? items : Tile::kStages;
+    plan.part = DecodePart(G, R, int(p.D)).floats;
+    const int shares = plan.cluster ? plan.splits : 1;
+    plan.columns = (int(p.D) / 8 + shares - 1) / shares * 8;
+    SharedCarver measure{nullptr};
+    plan.layout = decode_layout<T, kD, kMma>(measure, p, plan);
+    plan.shared = int64_t(measure.used);
+  });
+}
+
+// Tries a cluster, then shorter and shorter ranges that meet in the workspace.
+template <typename T>
+cudaError_t plan_of(const DecodeStepParams& p, DecodePlan& plan) {
+  DeviceLimits limits{};
+  const cudaError_t error = device_limits(limits);
+  if (error != cudaSuccess) return error;
+  plan = {};
+  plan.mma = half_type(p.slots.dtype) && p.q_dtype == p.slots.dtype && p.Q / p.K > 2;
+  const int eighth = int((p.slots.S + kDecodeCluster - 1) / kDecodeCluster);
+  const int range = eighth < kRangeMin ? kRangeMin : (eighth + 15) / 16 * 16;
+  if (limits.clusters && range <= kClusterRange) {
+    plan.cluster = range < p.slots.S;
+    cut<T>(p, range, plan);
+    if (plan.shared <= limits.shared) return cudaSuccess;
+    plan.cluster = false;
+  }
+  for (int per = range < kScratchRange ? range : kScratchRange; per >= 16; per = per / 32 * 16) {
+    cut<T>(p, per, plan);
+    if (plan.shared <= limits.shared) return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Lays the workspace out; returns its bytes.
+int64_t lay_out(const DecodeStepParams& p, DecodePlan& plan) {
+  int64_t used = 0;
+  const auto take = [&](int64_t n) {
+    void* const at = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p.workspace) + used);
+    used = (used + 4 * n + 255) / 256 * 256;
+    return at;
+  };
+  const int64_t heads = p.B * p.K;
+  plan.row_count = static_cast<int32_t*>(take(p.B));
+  if (plan.cluster || plan.splits == 1) return used;
+  plan.head_count = static_cast<int32_t*>(take(heads));
+  plan.parts = static_cast<float*>(take(heads * plan.splits * plan.part));
+  plan.masses = static_cast<float*>(take(heads * plan.splits * (p.Q / p.K) * plan.per));
+  return used;
+}
+
+}  // namespace
+
+int64_t decode_step_workspace(const DecodeStepParams& p) {
+  if (p.B == 0 || p.Q == 0 || !supported(p)) return 0;
+  DecodePlan plan;
+  const cudaError_t error = with_slots_dtype(
+      p.slots.dtype, [&](auto type) { return plan_of<typename decltype(type)::type>(p, plan); });
+  return error == cudaSuccess ? lay_out(p, plan) : 0;
+}
+
+cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
+  if (p.B == 0 || p.Q == 0) return cudaSuccess;
+  if (!supported(p)) return cudaErrorInvalidValue;
+  if (!aligned(p)) return cudaErrorMisalignedAddress;
+  return with_slots_dtype(p.slots.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    DecodePlan plan;
+    const cudaError_t error = plan_of<T>(p, plan);
+    if (error != cudaSuccess) return error;
+    lay_out(p, plan);
+    return launch_decode<T>(p, plan, stream);
+  });
+}
+
+}  // namespace less::cuda

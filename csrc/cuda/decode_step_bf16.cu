@@ -1,0 +1,9 @@
+// decode_step with bfloat16 slots.
+#include "cuda/decode_launch.h"
+
+namespace less::cuda {
+
+template cudaError_t launch_decode<__nv_bfloat16>(const DecodeStepParams&, const DecodePlan&,
+                                                  cudaStream_t);
+
+}  // namespace less::cuda

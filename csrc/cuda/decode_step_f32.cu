@@ -1,0 +1,8 @@
+// decode_step with float32 slots.
+#include "cuda/decode_launch.h"
+
+namespace less::cuda {
+
+template cudaError_t launch_decode<float>(const DecodeStepParams&, const DecodePlan&, cudaStream_t);
+
+}  // namespace less::cuda

@@ -1,0 +1,9 @@
+// decode_step with int8 slots.
+#include "cuda/decode_launch.h"
+
+namespace less::cuda {
+
+template cudaError_t launch_decode<int8_t>(const DecodeStepParams&, const DecodePlan&,
+                                           cudaStream_t);
+
+}  // namespace less::cuda
