@@ -497,7 +497,7 @@ def model_identity(model: Any) -> dict[str, Any]:
         "model_type": str(getattr(config, "model_type", "")),
         "layers": found["num_hidden_layers"],
         "q_heads": q_heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or q_heads,
+        "kv_heads": kv_heads_of(config),
         "head_dim": getattr(config, "head_dim", None) or found["hidden_size"] // q_heads,
         "hidden_size": found["hidden_size"],
         "vocab_size": getattr(config, "vocab_size", None),
@@ -505,6 +505,16 @@ def model_identity(model: Any) -> dict[str, Any]:
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {"name": Path(name).name or name, **identity, "fingerprint": digest}
+
+
+def kv_heads_of(config: Any) -> int:
+    """Kv heads K of a transformers decoder's config; some say it in fields of their own."""
+    heads = int(config.num_attention_heads)
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_kv_heads)
+    if getattr(config, "multi_query", False):
+        return 1
+    return int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def shipped_names() -> list[str]:

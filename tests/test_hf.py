@@ -18,57 +18,19 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import less.hf
-from less import H2O, LessKVCache, Sidekick, SinkRecent, ops, reference
+from less import LessKVCache, Sidekick, SinkRecent, ops
 from less.hf import interface
+from less.hf.families import LAYERS, VOCAB, D, K, Q, build
+from less.hf.matrix import SMALL, WIDE, Spy, feed, generate, left_padded, prompt, sidekick_for
 from less.hf.protocol import extend_digest
 from tests.helpers import assert_close
 
-LAYERS, Q, K, D, VOCAB = 3, 4, 2, 8, 61
 BACKENDS = ["reference"] + (["native"] if ops.missing(torch.device("cpu")) is None else [])
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": Q * D,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": Q,
-    "num_key_value_heads": K,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-FAMILIES = {
-    "exaone4": lambda: transformers.Exaone4Config(
-        **SHAPE, head_dim=D, sliding_window=None, layer_types=["full_attention"] * LAYERS
-    ),
-    "granite": lambda: transformers.GraniteConfig(**SHAPE, attention_multiplier=0.2),
-    "llama": lambda: transformers.LlamaConfig(**SHAPE),
-    "llama-mqa": lambda: transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
-    "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=None),
-    "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
-    "phi3": lambda: transformers.Phi3Config(**SHAPE),
-    "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
-    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=D),
-    "smollm3": lambda: transformers.SmolLM3Config(**SHAPE),
-}
-SMALL = H2O(heavy=4, recent=4)
-WIDE = H2O(heavy=64, recent=64)  # no test's text is longer
-
-
-def build(family="llama", dtype=torch.float32, **changes):
-    config = FAMILIES[family]()
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
-    model.generation_config.pad_token_id = 0
-    return model
 
 
 @pytest.fixture(scope="module")
 def shared():
-    return build()
+    return build("llama")
 
 
 @pytest.fixture
@@ -95,101 +57,11 @@ def footprint(model):
     )
 
 
-def sidekick_for(model, kind="exp"):
-    config = model.config
-    generator = torch.Generator().manual_seed(5)
-    return Sidekick.random(
-        LAYERS, Q, config.num_key_value_heads, D, rank=4, hidden=16, kind=kind, generator=generator
-    )
-
-
 def new_cache(model, policy=SMALL, sidekick=None, batch=1, dtype=None, backend="reference"):
     return less.hf.cache_for(model, policy, sidekick, batch=batch, dtype=dtype, backend=backend)
 
 
-def prompt(length, seed=0, rows=1):
-    g = torch.Generator().manual_seed(100 + seed)
-    return torch.randint(2, VOCAB, (rows, length), generator=g)
-
-
-def left_padded(rows):
-    width = max(len(r) for r in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model, cache, inputs, new=12, **kwargs):
-    if isinstance(inputs, torch.Tensor):
-        inputs = {"input_ids": inputs}
-    with less.hf.attach(model, cache):
-        return model.generate(
-            **inputs,
-            past_key_values=cache,
-            **{"max_new_tokens": new, "do_sample": False, **kwargs},
-        )
-
-
-def feed(model, cache, ids, **kwargs):
-    with less.hf.attach(model, cache), torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).logits
-
-
-class Spy:
-    """Notes what passes through a cache's ``attend``."""
-
-    def __init__(self, cache):
-        self.calls = []
-        self.attend = cache.attend
-        cache.attend = self
-
-    def __call__(self, layer, q, k, v, valid=None):
-        out = self.attend(layer, q, k, v, valid=valid)
-        self.calls.append((layer, q.clone(), k.clone(), v.clone(), out.clone()))
-        return out
-
-    def layer(self, layer):
-        mine = [c[1:] for c in self.calls if c[0] == layer]
-        return [torch.cat(x, 2) for x in zip(*mine, strict=True)]
-
-
 # -- the same answers --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_budget_as_long_as_the_text_equals_the_models_own_output(family, backend):
-    model = build(family)
-    ids = prompt(20)
-    options = {"output_logits": True, "return_dict_in_generate": True}
-    want = model.generate(ids, max_new_tokens=12, do_sample=False, **options)
-    got = generate(
-        model, new_cache(model, WIDE, sidekick_for(model), backend=backend), ids, **options
-    )
-    assert torch.equal(got.sequences, want.sequences)
-    assert_close(torch.stack(got.logits), torch.stack(want.logits), torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["exp", "paper", None])
-def test_a_small_budget_equals_the_reference_on_the_models_q_k_v(family, kind, backend):
-    model = build(family)
-    sidekick = None if kind is None else sidekick_for(model, kind)
-    cache = new_cache(model, SMALL, sidekick, backend=backend)
-    spy = Spy(cache)
-    generate(model, cache, prompt(20), new=12)
-    for layer in range(LAYERS):
-        q, k, v, out = spy.layer(layer)
-        assert q.shape == (1, Q, 31, D)  # the last token sampled is never fed
-        maps = None if sidekick is None else sidekick[layer]
-        want = reference.run(q, k, v, SMALL, maps, kind or "exp", prompt=20, scale=cache.scale)
-        assert_close(out, want.out, torch.float32)
-        assert torch.equal(cache.positions(layer).sort(2)[0], want.positions[-1].sort(2)[0])
-    assert cache.seen.tolist() == [31]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,28 +80,6 @@ def test_a_left_padded_batch_equals_its_rows_alone(model, policy, backend):
         assert_close(
             torch.stack(got.logits)[:, i], torch.stack(want.logits)[:, 0], torch.float32, factor=3
         )
-
-
-def test_a_chunked_prompt_equals_the_same_chunks_fed_by_hand(model):
-    ids = prompt(30)
-    sidekick = sidekick_for(model)
-    options = {"output_logits": True, "return_dict_in_generate": True}
-    cache = new_cache(model, SMALL, sidekick)
-    got = generate(model, cache, ids, new=4, prefill_chunk_size=7, **options)
-    by_hand = new_cache(model, SMALL, sidekick)
-    logits = [feed(model, by_hand, c) for c in ids.split(7, 1)]
-    assert_close(got.logits[0], logits[-1][:, -1], torch.float32)
-    assert cache.memory()["slots"] == by_hand.memory()["slots"]
-    wide = generate(model, new_cache(model, WIDE), ids, prefill_chunk_size=7)
-    assert torch.equal(wide, model.generate(ids, max_new_tokens=12, do_sample=False))
-
-
-def test_a_chunked_padded_batch_equals_its_rows_alone_when_nothing_leaves(model):
-    rows = [prompt(n, seed=n)[0] for n in (25, 4, 13)]  # chunks of padding alone among them
-    got = generate(model, new_cache(model, WIDE, batch=3), left_padded(rows), prefill_chunk_size=6)
-    for i, row in enumerate(rows):
-        want = generate(model, new_cache(model, WIDE), row[None])
-        assert torch.equal(got[i, 25:], want[0, len(row) :])
 
 
 def test_positions_stay_those_of_the_text_after_evictions(model):
@@ -264,7 +114,7 @@ def test_small_slots_serve_a_float32_model(model, dtype, backend):
 
 
 def test_a_bfloat16_model_runs_on_a_cache_of_its_dtype():
-    model = build(dtype=torch.bfloat16)
+    model = build("llama").to(torch.bfloat16)
     cache = new_cache(model, WIDE)
     assert cache.dtype == torch.bfloat16
     assert generate(model, cache, prompt(9)).shape == (1, 21)
@@ -280,15 +130,6 @@ def test_sampling_draws_what_the_model_itself_draws(model):
     got = generate(model, new_cache(model, WIDE, batch=3), ids, **options)
     torch.manual_seed(3)
     assert torch.equal(got, model.generate(ids, max_new_tokens=12, **options))
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_beam_search_finds_what_the_model_itself_finds(model, rows):
-    inputs = left_padded([prompt(n, seed=n)[0] for n in (18, 9)[:rows]])
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    got = generate(model, new_cache(model, WIDE, batch=3 * rows), inputs, **options)
-    want = model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
-    assert torch.equal(got, want)
 
 
 def test_beam_search_reorders_slots_and_state(model):
@@ -325,7 +166,7 @@ def test_streaming_yields_the_generated_tokens(model):
 
 
 def test_rows_may_finish_at_different_times():
-    model = build(eos_token_id=None)
+    model = build("llama")
     rows = [prompt(n, seed=n)[0] for n in (12, 5)]
     first = generate(model, new_cache(model, WIDE, batch=2), left_padded(rows))
     stop = int(first[0, 15])
@@ -513,7 +354,7 @@ def test_a_cache_without_attach_raises(model):
 
 def test_a_module_that_runs_on_less_without_a_cache_raises(model):
     interface.register()
-    lost = build()
+    lost = build("llama")
     lost.set_attn_implementation("less")
     with pytest.raises(RuntimeError, match="no cache is bound"):
         lost(prompt(5))
@@ -530,7 +371,7 @@ def test_a_model_that_shares_the_config_object_is_not_confused(model):
             twin(prompt(5), past_key_values=cache)
         assert cache.columns == 0
         model(prompt(5), past_key_values=cache)
-        other = build()
+        other = build("llama")
         other.generate(prompt(5), max_new_tokens=2)
     assert cache.columns == 5
 
@@ -591,7 +432,7 @@ def test_a_wrong_generate_is_refused_and_changes_nothing(model, case):
 
 def test_assisted_decoding_is_refused_with_the_reason(model):
     with pytest.raises(NotImplementedError, match="assisted decoding"):
-        generate(model, new_cache(model), prompt(5), assistant_model=build())
+        generate(model, new_cache(model), prompt(5), assistant_model=build("llama"))
 
 
 def test_a_forward_that_wants_gradients_is_refused(model):
@@ -599,6 +440,29 @@ def test_a_forward_that_wants_gradients_is_refused(model):
     with pytest.raises(ValueError, match="no_grad"), less.hf.attach(model, cache):
         model(prompt(5), past_key_values=cache)
     assert cache.columns == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_bigcode"])
+def test_learned_positions_end_and_a_text_that_goes_on_is_refused(family):
+    positions = {"opt": "max_position_embeddings"}.get(family, "n_positions")
+    model = build(family, **{positions: 24})
+    rows = [prompt(20)[0], prompt(9, seed=1)[0]]
+    generate(model, new_cache(model, batch=2), left_padded(rows), new=5)  # feeds 24 columns
+    cache = new_cache(model, batch=2)
+    with pytest.raises(ValueError, match=r"24 learned positions.*bring the text to 25 tokens"):
+        generate(model, cache, left_padded(rows), new=6)
+    assert cache.columns == 24
+    short = new_cache(model)  # what counts is tokens, not columns of padding
+    padded = torch.nn.functional.pad(prompt(9), (20, 0))
+    mask = (torch.arange(29) >= 20).long()[None]
+    generate(model, short, {"input_ids": padded, "attention_mask": mask}, new=8)
+
+
+def test_falcons_attention_is_its_own_again_afterwards():
+    model = build("falcon (7B)")
+    with less.hf.attach(model, new_cache(model)):
+        assert "forward" in vars(model.transformer.h[0].self_attention)
+    assert "forward" not in vars(model.transformer.h[0].self_attention)
 
 
 @pytest.mark.parametrize(
@@ -631,55 +495,17 @@ def test_a_sidekick_of_another_model_is_refused(model):
         new_cache(model, sidekick=wrong)
 
 
-REFUSED = {
-    "falcon": (transformers.FalconConfig, {}, "does not go through"),
-    "bloom": (transformers.BloomConfig, {"n_head": 2}, "alibi"),
-    "gemma2": (transformers.Gemma2Config, {}, "caps its attention logits"),
-    "gpt_oss": (transformers.GptOssConfig, {}, "sinks"),
-    "sliding mistral": (transformers.MistralConfig, {"sliding_window": 8}, "sliding_window=8"),
-    "sliding qwen2": (
-        transformers.Qwen2Config,
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-        "every layer slides",
-    ),
-    "not tested": (transformers.GPT2Config, {"n_head": 4, "n_embd": 32}, "not among the tested"),
-    "encoder-decoder": (
-        transformers.T5Config,
-        {"d_model": 16, "d_ff": 16, "num_layers": 1},
-        "encoder-decoder",
-    ),
-}
-TINY = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_model_that_cannot_work_is_refused_by_name(case):
-    config, changes, message = REFUSED[case]
-    sizes = {} if case in ("not tested", "encoder-decoder", "bloom") else TINY
-    if case.endswith(("mistral", "qwen2", "gpt_oss", "gemma2")):
-        sizes = {**sizes, "intermediate_size": 32, "num_key_value_heads": 2}
-    if case == "gpt_oss":
-        sizes = {**sizes, "num_local_experts": 2}
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config(**sizes, **changes)).eval()
-    with pytest.raises(less.hf.UnsupportedModelError, match=message):
-        less.hf.cache_for(model, SMALL, backend="reference")
-
-
 def test_what_is_no_model_or_no_cache_is_refused(model):
     with pytest.raises(TypeError, match="must be a LessKVCache, got DynamicCache"):
         less.hf.attach(model, DynamicCache()).__enter__()
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         less.hf.cache_for(torch.nn.Linear(2, 2), SMALL)
     with pytest.raises(TypeError, match=r"torch\.compile"):
-        less.hf.cache_for(torch.compile(build()), SMALL)
+        less.hf.cache_for(torch.compile(build("llama")), SMALL)
 
 
 def test_training_with_dropout_is_refused(model):
-    noisy = build(attention_dropout=0.1)
-    for module in noisy.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.1
+    noisy = build("llama", attention_dropout=0.1)
     cache = new_cache(noisy)
     noisy.train()
     with pytest.raises(less.hf.UnsupportedModelError, match=r"model\.eval\(\)"):
@@ -704,7 +530,7 @@ def test_a_layer_that_changes_its_attention_inside_the_block_is_refused(model):
 
 
 def test_leaving_restores_the_model_even_after_an_error():
-    model = build()
+    model = build("llama")
     model.config._attn_implementation = "eager"
     before = footprint(model)
     want = model.generate(prompt(9), max_new_tokens=4, do_sample=False)
@@ -736,7 +562,7 @@ def test_registration_is_idempotent_and_leaves_the_other_functions_alone():
 
 
 def test_a_shadow_of_someone_else_comes_back():
-    model = build()
+    model = build("llama")
     theirs = model._prefill
     model._prefill = theirs
     with less.hf.attach(model, new_cache(model)):
@@ -754,7 +580,7 @@ def test_nested_attach_is_refused_and_the_outer_block_goes_on(model):
             pass
         with (
             pytest.raises(RuntimeError, match="cache is attached to a model"),
-            less.hf.attach(build(), cache),
+            less.hf.attach(build("llama"), cache),
         ):
             pass
         model.generate(prompt(5), past_key_values=cache, max_new_tokens=2)

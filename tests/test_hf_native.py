@@ -12,59 +12,24 @@ pytest.importorskip("transformers")
 import transformers
 
 import less.hf
-from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
+from less import H2O, LessKVCache, Sidekick, SinkRecent
 from less.evaluate.perplexity import full_attention, through_caches
 from less.evaluate.side_by_side import SideBySide
 from less.fit import LayerWalk, Recipe, train
 from less.hf import UnsupportedModelError
+from less.hf.families import MIXED, REFUSED, VOCAB, WINDOW, D, K, Q, build
+from less.hf.matrix import NEW, SMALL, WIDE, Spy, feed, generate, left_padded, prompt
 from tests.helpers import assert_close
-from tests.test_hf import (
-    BACKENDS,
-    SHAPE,
-    SMALL,
-    VOCAB,
-    WIDE,
-    D,
-    K,
-    Q,
-    Spy,
-    feed,
-    footprint,
-    generate,
-    left_padded,
-    prompt,
-)
+from tests.test_hf import footprint
 
-WINDOW, NEW = 6, 12  # every text below is several windows long
 LAYERS = 4
-KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-MIXED = {**SHAPE, "num_hidden_layers": LAYERS, "layer_types": KINDS, "sliding_window": WINDOW}
 NATIVE, FULL = (0, 2), (1, 3)
-FAMILIES = {
-    "cohere2": lambda: transformers.Cohere2Config(**MIXED),
-    "exaone4": lambda: transformers.Exaone4Config(**MIXED, head_dim=D),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(
-        **MIXED, head_dim=D, query_pre_attn_scalar=5
-    ),
-    "ministral": lambda: transformers.MinistralConfig(**MIXED, head_dim=D),
-    "olmo3": lambda: transformers.Olmo3Config(**MIXED),
-    "qwen2": lambda: transformers.Qwen2Config(**MIXED, use_sliding_window=True),
-    "qwen3": lambda: transformers.Qwen3Config(**MIXED, head_dim=D, use_sliding_window=True),
-    "smollm3": lambda: transformers.SmolLM3Config(**MIXED, use_sliding_window=True),
-}
-
-
-def build(family="gemma3_text", attention=None):
-    torch.manual_seed(0)
-    config = FAMILIES[family]()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model.generation_config.pad_token_id = 0
-    return model.eval()
+KINDS = MIXED["layer_types"]
 
 
 @pytest.fixture(scope="module")
 def shared():
-    return build()
+    return build("gemma3_text")
 
 
 @pytest.fixture
@@ -88,45 +53,15 @@ def new_cache(model, policy=SMALL, maps=None, batch=1, backend="reference"):
 OUTPUT = {"output_logits": True, "return_dict_in_generate": True}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_budget_as_long_as_the_text_equals_the_models_own_output(family, backend):
-    model = build(family)
-    ids = prompt(20)
-    want = model.generate(ids, max_new_tokens=NEW, do_sample=False, **OUTPUT)
-    cache = new_cache(model, WIDE, sidekick(), backend=backend)
-    assert cache.native == NATIVE
-    got = generate(model, cache, ids, **OUTPUT)
-    assert torch.equal(got.sequences, want.sequences)
-    assert_close(torch.stack(got.logits), torch.stack(want.logits), torch.float32)
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_sliding_layers_run_the_attention_that_the_model_had(attention):
-    model = build(attention=attention)
+    model = build("gemma3_text", attention)
     rows = left_padded([prompt(n, seed=n)[0] for n in (20, 3, 11)])
     want = model.generate(**rows, max_new_tokens=NEW, do_sample=False, **OUTPUT)
     got = generate(model, new_cache(model, WIDE, batch=3), rows, **OUTPUT)
     assert torch.equal(got.sequences, want.sequences)
     assert_close(torch.stack(got.logits), torch.stack(want.logits), torch.float32, factor=3)
     assert model.config._attn_implementation == attention
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("maps", [None, sidekick()], ids=["eviction", "less"])
-def test_a_small_budget_equals_the_reference_on_the_layers_that_it_bounds(family, maps):
-    model = build(family)
-    cache = new_cache(model, SMALL, maps, backend=BACKENDS[-1])
-    spy = Spy(cache)
-    generate(model, cache, prompt(20), new=NEW)
-    assert {c[0] for c in spy.calls} == set(FULL)
-    for layer in FULL:
-        q, k, v, out = spy.layer(layer)
-        want = reference.run(
-            q, k, v, SMALL, maps and maps[layer], "exp", prompt=20, scale=cache.scale
-        )
-        assert_close(out, want.out, torch.float32)
-    assert cache.seen.tolist() == [31]
 
 
 @pytest.mark.parametrize("policy", [SMALL, SinkRecent(sinks=2, recent=6)])
@@ -149,15 +84,6 @@ def test_a_chunked_prompt_equals_the_models_own(model, chunk):
     want = model.generate(**rows, max_new_tokens=NEW, do_sample=False)
     cache = new_cache(model, WIDE, batch=3)
     assert torch.equal(generate(model, cache, rows, prefill_chunk_size=chunk), want)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_beam_search_finds_what_the_model_itself_finds(model, rows):
-    inputs = left_padded([prompt(n, seed=n)[0] for n in (18, 9)[:rows]])
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    got = generate(model, new_cache(model, WIDE, batch=3 * rows), inputs, **options)
-    want = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-    assert torch.equal(got, want)
 
 
 def test_a_snapshot_continues_bit_for_bit(model):
@@ -286,9 +212,7 @@ def test_a_cache_of_other_native_layers_is_refused(model):
 
 def test_a_snapshot_of_another_window_is_refused(model):
     snapshot = new_cache(model).state_dict()
-    config = FAMILIES["gemma3_text"]()
-    config.sliding_window = 9
-    other = new_cache(transformers.AutoModelForCausalLM.from_config(config))
+    other = new_cache(build("gemma3_text", sliding_window=9))
     with pytest.raises(ValueError, match="native must be"):
         other.load_state_dict(snapshot)
     with pytest.raises(ValueError, match="slide by 6"), less.hf.attach(model, other):
@@ -310,35 +234,15 @@ def test_an_unfinished_call_is_found(model):
         feed(model, cache, prompt(3))
 
 
-@pytest.mark.parametrize("config", ["mistral", "phi3", "qwen2"])
-def test_models_that_slide_in_every_layer_are_refused(config):
-    shape = {**SHAPE, "sliding_window": WINDOW, "num_hidden_layers": 2}
-    made = {
-        "mistral": lambda: transformers.MistralConfig(**shape),
-        "phi3": lambda: transformers.Phi3Config(**shape),
-        "qwen2": lambda: transformers.Qwen2Config(
-            **shape, use_sliding_window=True, max_window_layers=0
-        ),
-    }[config]()
-    model = transformers.AutoModelForCausalLM.from_config(made)
-    with pytest.raises(UnsupportedModelError, match="every layer slides.*nothing to bound"):
-        less.hf.cache_for(model, SMALL)
-
-
 def test_windows_that_a_cache_cannot_follow_are_refused():
-    config = FAMILIES["gemma3_text"]()
-    config.use_bidirectional_attention = True
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match="both directions"):
-        less.hf.cache_for(model, SMALL)
-    model = build("qwen3")
+    model = build("qwen3 (mixed)")
     model.config.layer_types = [*KINDS[:3], "sliding_attention"]
     with pytest.raises(UnsupportedModelError, match=r"layers \[0, 2\] slide, but"):
         less.hf.cache_for(model, SMALL)
 
 
 def test_another_attention_than_eager_and_sdpa_is_refused():
-    model = build()
+    model = build("gemma3_text")
     cache = new_cache(model)
     model.config._attn_implementation_internal = "flash_attention_2"
     message = "got 'flash_attention_2'"
@@ -365,12 +269,7 @@ def test_a_mask_of_another_pattern_is_refused(model):
 
 
 def test_the_text_part_of_a_model_with_images_works_and_the_whole_is_refused():
-    text = FAMILIES["gemma3_text"]().to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
+    config = transformers.Gemma3Config(**REFUSED["gemma3 (images)"].settings)
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     with pytest.raises(UnsupportedModelError, match="language_model"):
@@ -436,7 +335,7 @@ def test_a_walk_through_a_mixed_model_gives_what_its_bounded_layers_saw(model, t
 
 
 def test_training_a_model_that_slides_in_every_layer_is_refused():
-    model = build("qwen3")
+    model = build("qwen3 (mixed)")
     model.config.layer_types = ["sliding_attention"] * LAYERS
     with pytest.raises(ValueError, match="nothing to train"):
         train(model, prompt(40, rows=4), H2O(4, 4), held=1)

@@ -14,12 +14,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import less.hf
+from less.hf.families import build
+from less.hf.matrix import SMALL, generate, prompt, sidekick_for
 from tests import test_hf
-from tests.test_hf import BACKENDS, SMALL, generate, prompt, sidekick_for
+from tests.test_hf import BACKENDS
 
 MODES = {
     "greedy": {},
@@ -31,19 +32,9 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3-mixed"])
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
 def model(request):
-    if request.param == "llama":
-        return test_hf.build()
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        **test_hf.SHAPE,
-        head_dim=test_hf.D,
-        query_pre_attn_scalar=test_hf.D,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        sliding_window=7,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return build(request.param)
 
 
 class Amid(StoppingCriteria):
@@ -238,7 +229,7 @@ def test_a_compiled_model_gives_the_same_without_a_graph_break_but_compiles_each
     import torch._dynamo
     from torch._dynamo.utils import counters
 
-    model = test_hf.build()
+    model = build("llama")
     calls = [prompt(12), *(prompt(1, seed=i) for i in range(3))]
 
     def logits(run):

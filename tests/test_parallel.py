@@ -12,34 +12,22 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers
-
 import less.hf
 from less import Sidekick
+from less.hf.families import K, build
+from less.hf.matrix import SMALL, sidekick_for
 from less.hf.parallel import part_of
-from tests import test_hf, tp_worker
+from tests import tp_worker
 
 ROOT = Path(__file__).parents[1]
 WORLD = 2
 GATHERED = ("phi3-gathered",)
 
 
-def gemma3():
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        **test_hf.SHAPE,
-        head_dim=test_hf.D,
-        query_pre_attn_scalar=test_hf.D,
-        layer_types=kinds,
-        sliding_window=7,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
 def built(family):
-    model = gemma3() if family == "gemma3_text" else test_hf.build(family)
-    return model, test_hf.sidekick_for(model)
+    one_head = {"num_key_value_heads": 1} if family == "llama-mqa" else {}
+    model = build(family.removesuffix("-mqa"), **one_head)
+    return model, sidekick_for(model)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +76,7 @@ def test_each_process_holds_its_share_of_the_bytes(ranks, case):
     whole = tp_worker.run(*built(family), options)["memory"]
     share = 1 if case in GATHERED else WORLD
     for rank in ranks:
-        assert rank[case]["kv_heads"] == test_hf.K // share
+        assert rank[case]["kv_heads"] == K // share
         for purpose in ("slots", "state", "maps", "native", "full"):
             assert rank[case]["memory"][purpose] * share == whole[purpose], purpose
 
@@ -184,12 +172,12 @@ def test_a_part_does_not_fit_a_whole_model():
     ):
         sidekick.shard(1, 2).check_model(model)
     with pytest.raises(ValueError, match="q_heads"):
-        less.hf.cache_for(model, test_hf.SMALL, sidekick.shard(1, 2))
+        less.hf.cache_for(model, SMALL, sidekick.shard(1, 2))
 
 
 def test_a_snapshot_is_of_one_process_and_a_cache_too():
     model, sidekick = built("llama")
-    caches = [less.hf.cache_for(model, test_hf.SMALL, sidekick) for _ in range(2)]
+    caches = [less.hf.cache_for(model, SMALL, sidekick) for _ in range(2)]
     caches[0].part, caches[1].part = (0, 2), (1, 2)
     with pytest.raises(ValueError, match=r"part must be \[1, 2\], got \[0, 2\]"):
         caches[1].load_state_dict(caches[0].state_dict())

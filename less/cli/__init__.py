@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("less.cli.train", "train a sidekick for a model"),
     "evaluate": ("less.cli.evaluate", "the full measurement: several budgets, more text"),
     "lm-eval": ("less.cli.lm_eval", "tasks of lm-evaluation-harness, full cache against bounded"),
+    "matrix": ("less.cli.matrix", "what works with which model, tried out"),
     "info": ("less.cli.info", "what was built, versions, shipped sidekicks"),
 }
 

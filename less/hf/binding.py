@@ -112,7 +112,7 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
     make_native(cache, facts)
     with ExitStack() as leave:
         binding = Binding(cache, facts, native)
-        _use_less_attention(model, leave)
+        _use_less_attention(model, facts, leave)
         leave.callback(setattr, cache, "_bound", None)
         cache._bound = binding
         if native is not None:
@@ -131,8 +131,12 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
         yield cache
 
 
-def _use_less_attention(model: Any, leave: ExitStack) -> None:
-    """Switch the model, and the configs it shares with its parts, to ``less``; and back."""
+def _use_less_attention(model: Any, facts: ModelFacts, leave: ExitStack) -> None:
+    """Switch the model, and the configs it shares with its parts, to ``less``; and back.
+
+    Attention that transformers cannot switch gets another ``forward``; its model still asks the
+    config whose mask function to call.
+    """
     from transformers import PreTrainedModel
 
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
@@ -140,7 +144,13 @@ def _use_less_attention(model: Any, leave: ExitStack) -> None:
         # The setter checks what is available and may choose another: restore the plain value.
         before = config._attn_implementation_internal
         leave.callback(setattr, config, "_attn_implementation_internal", before)
-    model.set_attn_implementation(interface.NAME)
+    if facts.forward is None:
+        model.set_attn_implementation(interface.NAME)
+    else:
+        for module in facts.modules:
+            _shadow(module, "forward", facts.forward, leave)
+        for config in configs.values():
+            config._attn_implementation_internal = interface.NAME
     for config in configs.values():
         if config._attn_implementation != interface.NAME:
             raise RuntimeError(
@@ -331,6 +341,7 @@ class Binding:
             )
         cache._fed_tokens()  # starts a new record after a reset
         valid = self._check_mask(op, given.get("attention_mask"), ids.shape[1])
+        self._check_length(op, ids.shape[1], valid)
         self._check_positions(op, given.get("position_ids"), valid)
         self.call = _Call(ids, valid, cache.columns)
 
@@ -365,6 +376,19 @@ class Binding:
             raise RuntimeError(
                 f"the cache's layers have seen {sorted(columns)} columns: an earlier call failed "
                 "on its way through the model. Call cache.reset(), or load_state_dict a snapshot"
+            )
+
+    def _check_length(self, op: str, length: int, valid: Tensor | None) -> None:
+        """Where positions are learned, a text has a longest length, whatever the cache holds."""
+        longest = self.facts.longest
+        if longest is None or self.cache.columns + length <= longest:
+            return
+        new = length if valid is None else valid.sum(1).to(self.cache.device)
+        tokens = int((self.cache.seen + new).max())
+        if tokens > longest:
+            raise ValueError(
+                f"{op}: {self.facts.name} has {longest} learned positions, and this call would "
+                f"bring the text to {tokens} tokens; a bounded cache does not make it longer"
             )
 
     def _check_mask(self, op: str, mask: Any, length: int) -> Tensor | None:

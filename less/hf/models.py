@@ -7,16 +7,22 @@ error and be wrong. Layers that slide bound themselves: they stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from less.hf import falcon
 from less.hf.parallel import part_of
+from less.sidekick import kv_heads_of
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
+
+# (the module's own forward, its arguments...) -> (output, no weights)
+Forward = Callable[..., tuple[Tensor, None]]
 
 
 class UnsupportedModelError(ValueError):
@@ -30,30 +36,64 @@ class Architecture:
     Attributes:
         attention: Class name of its attention modules, which must carry ``layer_idx``, call
             ``past_key_values.update`` and go through transformers' attention interface.
-        scale: Attribute of such a module that holds the factor of q.k.
-        dropout: Attribute that holds its dropout rate.
+        scale: Attribute of such a module that holds the factor of q.k, or the factor itself.
+        dropout: Attribute that holds its dropout rate, or its dropout.
+        decoder: Attribute of the base model that holds the decoder, where a model with a head
+            calls that directly.
+        learned_positions: Whether positions are learned, so that the text has a longest length.
+        forward: For attention modules that go past the interface: what stands in for their own
+            ``forward`` while a cache is attached.
     """
 
     attention: str
-    scale: str = "scaling"
+    scale: str | float = "scaling"
     dropout: str = "attention_dropout"
+    decoder: str = ""
+    learned_positions: bool = False
+    forward: Forward | None = None
 
 
 # model_type -> facts
 ARCHITECTURES: dict[str, Architecture] = {
+    "arcee": Architecture("ArceeAttention"),
+    "cohere": Architecture("CohereAttention"),
     "cohere2": Architecture("Cohere2Attention"),
     "exaone4": Architecture("Exaone4Attention"),
+    "falcon": Architecture(
+        "FalconAttention", scale="inv_norm_factor", forward=falcon.attention_forward
+    ),
+    "gemma": Architecture("GemmaAttention"),
     "gemma3_text": Architecture("Gemma3Attention"),
+    "glm4": Architecture("Glm4Attention"),
+    "gpt2": Architecture("GPT2Attention", dropout="attn_dropout", learned_positions=True),
+    "gpt_bigcode": Architecture(
+        "GPTBigCodeAttention", dropout="attn_dropout", learned_positions=True
+    ),
+    "gpt_neox": Architecture("GPTNeoXAttention"),
     "granite": Architecture("GraniteAttention"),
+    "granitemoe": Architecture("GraniteMoeAttention"),
     "llama": Architecture("LlamaAttention"),
-    "mistral": Architecture("MistralAttention"),
     "ministral": Architecture("MinistralAttention"),
+    "mistral": Architecture("MistralAttention"),
+    "mixtral": Architecture("MixtralAttention"),
+    "nemotron": Architecture("NemotronAttention"),
+    "olmo": Architecture("OlmoAttention"),
     "olmo2": Architecture("Olmo2Attention"),
     "olmo3": Architecture("Olmo3Attention"),
+    "olmoe": Architecture("OlmoeAttention"),
+    # Its queries come scaled; so a sidekick sees them.
+    "opt": Architecture(
+        "OPTAttention", scale=1.0, dropout="dropout", decoder="decoder", learned_positions=True
+    ),
+    "phi": Architecture("PhiAttention"),
     "phi3": Architecture("Phi3Attention"),
     "qwen2": Architecture("Qwen2Attention"),
     "qwen3": Architecture("Qwen3Attention"),
+    "qwen3_moe": Architecture("Qwen3MoeAttention"),
+    "seed_oss": Architecture("SeedOssAttention"),
     "smollm3": Architecture("SmolLM3Attention"),
+    "stablelm": Architecture("StableLmAttention"),
+    "starcoder2": Architecture("Starcoder2Attention"),
 }
 SUPPORTED = tuple(sorted(ARCHITECTURES))
 
@@ -64,12 +104,14 @@ _LATENT = "its keys are compressed latents whose head dim differs from the value
 _STATE = "some of its layers are linear (state-space) and keep no keys"
 REFUSED: dict[str, str] = {
     "bloom": _OWN_ATTENTION + ", and it adds alibi to its logits",
+    "codegen": _OWN_ATTENTION,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "falcon": _OWN_ATTENTION,
     "falcon_h1": _STATE,
     "gemma2": _SOFT_CAP + " and some of its layers slide",
     "gemma3": "it takes images; attach its language model, model.model.language_model",
+    "gpt_neo": _OWN_ATTENTION,
+    "gptj": _OWN_ATTENTION,
     "gpt_oss": "its attention has learned sinks, and some of its layers slide",
     "jamba": _STATE,
     "mamba": _STATE,
@@ -84,6 +126,8 @@ class ModelFacts:
     """A model as the cache sees it; ``modules[i]`` is the attention of layer i.
 
     ``windows`` has the length of the window of each layer that slides: those bound themselves.
+    ``longest`` is the number of learned positions, None where positions are computed. ``forward``
+    is as in ``Architecture``.
     Heads are those that this process computes: ``part`` is (rank, world) of a model sharded by
     tensor parallelism, else (0, 1).
     """
@@ -100,6 +144,8 @@ class ModelFacts:
     device: torch.device
     windows: dict[int, int]
     part: tuple[int, int]
+    longest: int | None
+    forward: Forward | None
 
     @property
     def layers(self) -> int:
@@ -133,20 +179,25 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
     kind = str(getattr(config, "model_type", ""))
     name = f"{type(model).__name__} (model_type {kind!r})"
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{op}: {name} is an encoder-decoder; only decoders work")
+        raise UnsupportedModelError(f"{op}: {name}: it is an encoder-decoder; only decoders work")
+    why = REFUSED.get(kind) or _unfit(config)
+    if why:
+        raise UnsupportedModelError(f"{op}: {name}: {why}")
     if kind not in ARCHITECTURES:
-        why = REFUSED.get(kind, "it is not among the tested models")
-        raise UnsupportedModelError(f"{op}: {name}: {why}. Supported: {', '.join(SUPPORTED)}")
+        raise UnsupportedModelError(
+            f"{op}: {name}: it is not among the tested models: {', '.join(SUPPORTED)}"
+        )
     facts = ARCHITECTURES[kind]
-    _check_config(op, name, config)
     decoder = model.base_model
+    decoder = getattr(decoder, facts.decoder, decoder) if facts.decoder else decoder
     modules = _attention_modules(op, name, decoder, facts)
-    scales = {float(getattr(m, facts.scale)) for m in modules}
+    scales = {_scale(m, facts) for m in modules}
     if len(scales) != 1:
         raise UnsupportedModelError(f"{op}: {name}: its layers scale q.k by {sorted(scales)}")
     windows = _windows(op, name, config, modules)
     for module in modules:
         rate = getattr(module, facts.dropout, 0.0)
+        rate = getattr(rate, "p", rate)
         if model.training and rate:
             raise UnsupportedModelError(
                 f"{op}: {name} is in training mode with {facts.dropout}={rate}; call model.eval()"
@@ -158,7 +209,7 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
             "a cache lives on one device"
         )
     q_heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or q_heads)
+    kv_heads = kv_heads_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
     try:
         part = part_of(model, q_heads, kv_heads)
@@ -177,27 +228,34 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
         device=where.pop(),
         windows=windows,
         part=part,
+        longest=int(config.max_position_embeddings) if facts.learned_positions else None,
+        forward=facts.forward,
     )
 
 
-def _check_config(op: str, name: str, config: Any) -> None:
-    """Refuse what a supported model type may still be configured to do."""
+def _scale(module: Any, facts: Architecture) -> float:
+    return float(getattr(module, facts.scale) if isinstance(facts.scale, str) else facts.scale)
+
+
+def _unfit(config: Any) -> str:
+    """What a model is configured to do that a bounded cache cannot; empty if nothing."""
     kinds = getattr(config, "layer_types", None) or []
     others = sorted({str(k) for k in kinds} - {"full_attention", "sliding_attention"})
     if others:
-        raise UnsupportedModelError(f"{op}: {name}: it has layers of other kinds: {others}")
+        return f"it has layers of other kinds: {', '.join(others)}"
     if getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError(f"{op}: {name}: its attention is not causal")
+        return "its attention is not causal"
     for field, why in (
         ("attn_logit_softcapping", "caps its attention logits"),
+        ("alibi", "adds alibi to its logits"),
         ("attention_chunk_size", "attends within chunks"),
+        ("add_cross_attention", "attends to an encoder"),
         ("num_kv_shared_layers", "shares keys between layers"),
         ("use_bidirectional_attention", "attends in both directions"),
     ):
         if getattr(config, field, None):
-            raise UnsupportedModelError(
-                f"{op}: {name}: it {why} (config.{field}={getattr(config, field)})"
-            )
+            return f"it {why} (config.{field}={getattr(config, field)})"
+    return ""
 
 
 def _windows(op: str, name: str, config: Any, modules: tuple[nn.Module, ...]) -> dict[int, int]:
