@@ -169,6 +169,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "falcon (alibi)": Refused("FalconConfig", {**_FALCON, "alibi": True}, "adds alibi"),
     "falcon_h1": Refused("FalconH1Config", SHAPE, "linear"),
+    "gemma2": Refused("Gemma2Config", {**MIXED, "head_dim": D}, "caps its attention logits"),
     "gemma3 (images)": Refused(
         "Gemma3Config",
         {
@@ -189,7 +190,9 @@ REFUSED: dict[str, Refused] = {
         "shares keys between layers",
     ),
     "gpt2 (scaled by layer)": Refused(
-        "GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}, "its layers scale q.k by"
+        "GPT2Config",
+        {**_GPT2, "scale_attn_by_inverse_layer_idx": True},
+        "its layers scale q.k differently",
     ),
     "gpt_neo": Refused(
         "GPTNeoConfig",

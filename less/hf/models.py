@@ -99,7 +99,6 @@ SUPPORTED = tuple(sorted(ARCHITECTURES))
 
 # model_type -> why not
 _OWN_ATTENTION = "its attention does not go through transformers' attention interface"
-_SOFT_CAP = "it caps its attention logits (attn_logit_softcapping)"
 _LATENT = "its keys are compressed latents whose head dim differs from the values'"
 _STATE = "some of its layers are linear (state-space) and keep no keys"
 REFUSED: dict[str, str] = {
@@ -108,7 +107,6 @@ REFUSED: dict[str, str] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "falcon_h1": _STATE,
-    "gemma2": _SOFT_CAP + " and some of its layers slide",
     "gemma3": "it takes images; attach its language model, model.model.language_model",
     "gpt_neo": _OWN_ATTENTION,
     "gptj": _OWN_ATTENTION,
@@ -193,7 +191,8 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
     modules = _attention_modules(op, name, decoder, facts)
     scales = {_scale(m, facts) for m in modules}
     if len(scales) != 1:
-        raise UnsupportedModelError(f"{op}: {name}: its layers scale q.k by {sorted(scales)}")
+        factors = ", ".join(f"{scale:.4g}" for scale in sorted(scales))
+        raise UnsupportedModelError(f"{op}: {name}: its layers scale q.k differently: {factors}")
     windows = _windows(op, name, config, modules)
     for module in modules:
         rate = getattr(module, facts.dropout, 0.0)
