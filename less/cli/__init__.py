@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": ("less.cli.evaluate", "the full measurement: several budgets, more text"),
     "lm-eval": ("less.cli.lm_eval", "tasks of lm-evaluation-harness, full cache against bounded"),
     "matrix": ("less.cli.matrix", "what works with which model, tried out"),
+    "chat": ("less.cli.chat", "talk with a model on one bounded cache"),
     "info": ("less.cli.info", "what was built, versions, shipped sidekicks"),
 }
 
