@@ -79,7 +79,7 @@ class Spy:
     def __init__(self, cache: LessKVCache) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.attend = cache.attend
-        cache.attend = self  # type: ignore[method-assign]
+        cache.attend = self  # type: ignore[method-assign, assignment]
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
