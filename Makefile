@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt csrc/emulator/*.cmake) \
+CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt csrc/emulator/*.cmake) \
 	csrc/emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
@@ -79,7 +79,7 @@ lint-spelling: $(VENV)/dev.stamp
 	$(BIN)/codespell $(PY) csrc $(wildcard docs) README.md Makefile CMakeLists.txt .ci/run
 
 lint-shell: $(VENV)/dev.stamp
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run bench/gpu.sh
 
 format: $(VENV)/dev.stamp
 	$(BIN)/clang-format -i $(CPP)

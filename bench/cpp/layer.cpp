@@ -27,8 +27,9 @@ void put(void* array, DType dtype, int64_t i, float x) {
     case DType::i8:
       static_cast<int8_t*>(array)[i] = int8_t(std::lrint(127.0f * x));
       return;
-    case DType::fp8:
-      return;  // on a GPU alone
+    case DType::fp8:  // fp16 has the same bits after 8 doublings; the last ones are cut off
+      static_cast<uint8_t*>(array)[i] = uint8_t(from_float<fp16>(0x1p-8f * x).bits >> 7 & 0x7f);
+      return;
   }
 }
 
@@ -50,7 +51,9 @@ const char* name(DType dtype) {
   return "unknown";
 }
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : has_scales(dtype) ? 1 : 2; }
+
+bool has_scales(DType dtype) { return dtype == DType::i8 || dtype == DType::fp8; }
 
 float Layer::uniform() {  // in [-1, 1), by xorshift
   state_ ^= state_ << 13;
@@ -70,13 +73,14 @@ T* Layer::make(int64_t count) {
   }
   std::memset(memory, 0, bytes);
   held_.emplace_back(static_cast<std::byte*>(memory));
+  sizes_.push_back(bytes);
   return static_cast<T*>(memory);
 }
 
 void* Layer::values(DType dtype, int64_t count, float scale) {
   std::byte* array = make<std::byte>(count * bytes_of(dtype));
-  // An int8 value is a share of its row's scale.
-  const float factor = dtype == DType::i8 ? 1.0f : scale;
+  // A value of 8 bits is a share of its row's scale.
+  const float factor = has_scales(dtype) ? 1.0f : scale;
   for (int64_t i = 0; i < count; ++i) put(array, dtype, i, factor * uniform());
   return array;
 }
@@ -118,8 +122,9 @@ Layer::Layer(const Shape& shape, uint64_t seed)
   out_ = values(s.model, s.B * s.Q * s.T * s.D, 1.0f);
   slots_.k = values(s.slots, rows * s.D, 1.7f);
   slots_.v = values(s.slots, rows * s.D, 1.7f);
-  slots_.k_scale = s.slots == DType::i8 ? floats(rows, 0.013f, 0.014f) : nullptr;
-  slots_.v_scale = s.slots == DType::i8 ? floats(rows, 0.013f, 0.014f) : nullptr;
+  const float step = s.slots == DType::i8 ? 0.013f : 1.7f;
+  slots_.k_scale = has_scales(s.slots) ? floats(rows, step, 1.08f * step) : nullptr;
+  slots_.v_scale = has_scales(s.slots) ? floats(rows, step, 1.08f * step) : nullptr;
   slots_.position = make<int32_t>(rows);
   slots_.score = floats(rows, 0.0f, 1.0f);
   slots_.weight = make<float>(rows);
@@ -270,9 +275,15 @@ FoldParams Layer::fold() const {
   return p;
 }
 
+std::vector<Layer::Array> Layer::arrays() const {
+  std::vector<Array> all;
+  for (size_t i = 0; i < held_.size(); ++i) all.push_back({held_[i].get(), sizes_[i]});
+  return all;
+}
+
 int64_t Layer::slot_bytes() const {
   const Shape& s = shape_;
-  const int64_t scale = s.slots == DType::i8 ? 4 : 0;
+  const int64_t scale = has_scales(s.slots) ? 4 : 0;
   return 2 * s.B * s.K * s.S * (s.D * bytes_of(s.slots) + scale);
 }
 

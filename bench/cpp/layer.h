@@ -28,6 +28,7 @@ struct Shape {
 
 const char* name(DType dtype);
 int64_t bytes_of(DType dtype);
+bool has_scales(DType dtype);  // int8, fp8: a scale each row
 
 class Layer {
  public:
@@ -45,7 +46,13 @@ class Layer {
   void advance();
 
   const Shape& shape() const { return shape_; }
-  // What a decode step must read of k and v: 2 B K S D values, and a scale each row of i8.
+  // Every array that the params above point to, with its bytes.
+  struct Array {
+    void* data;
+    size_t bytes;
+  };
+  std::vector<Array> arrays() const;
+  // What a decode step must read of k and v: 2 B K S D values, and a scale each row of 8 bits.
   int64_t slot_bytes() const;
   // The above, scores, positions and log-weights, the state read and written, and the maps once.
   int64_t step_bytes() const;
@@ -66,6 +73,7 @@ class Layer {
   Shape shape_;
   uint64_t state_;
   std::vector<Bytes> held_;
+  std::vector<size_t> sizes_;  // of held_
   const void *q_, *k_, *v_;
   void* out_;
   Slots slots_;

@@ -1,0 +1,138 @@
+#include "device_layer.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace less::bench {
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "less_gpu: %s failed: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+DeviceLayer::DeviceLayer(const Shape& shape, uint64_t seed) : host_(shape, seed) {
+  for (const Layer::Array& array : host_.arrays()) {
+    void* copy = nullptr;
+    require(cudaMalloc(&copy, array.bytes), "cudaMalloc");
+    require(cudaMemcpy(copy, array.data, array.bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    device_[array.data] = copy;
+  }
+  const int64_t rows = shape.B * shape.K * shape.T;
+  require(cudaMalloc(&eight_, size_t(rows * shape.D)), "cudaMalloc");
+  require(cudaMalloc(reinterpret_cast<void**>(&scale_), size_t(rows) * sizeof(float)),
+          "cudaMalloc");
+}
+
+DeviceLayer::~DeviceLayer() {
+  for (const auto& [host, device] : device_) cudaFree(device);
+  cudaFree(eight_);
+  cudaFree(scale_);
+}
+
+template <typename T>
+void DeviceLayer::move(T*& pointer) const {
+  if (pointer != nullptr) pointer = static_cast<T*>(device_.at(pointer));
+}
+
+void DeviceLayer::move(Slots& slots) const {
+  move(slots.k);
+  move(slots.v);
+  move(slots.k_scale);
+  move(slots.v_scale);
+  move(slots.position);
+  move(slots.score);
+  move(slots.weight);
+}
+
+void DeviceLayer::move(FeatureMaps& maps) const {
+  move(maps.w1);
+  move(maps.w2);
+  move(maps.w1_scale);
+  move(maps.w2_scale);
+  move(maps.bias);
+}
+
+DecodeStepParams DeviceLayer::decode_step(void* workspace) const {
+  DecodeStepParams p = host_.decode_step(Victim::fold);
+  move(p.q);
+  move(p.k);
+  move(p.v);
+  move(p.seen);
+  move(p.slots);
+  move(p.H);
+  move(p.z);
+  move(p.share);
+  move(p.phi);
+  move(p.psi);
+  move(p.out);
+  p.workspace = workspace;
+  return p;
+}
+
+ChunkAttentionParams DeviceLayer::chunk_attention(void* workspace) const {
+  ChunkAttentionParams p = host_.chunk_attention();
+  move(p.q);
+  move(p.k);
+  move(p.v);
+  move(p.slots);
+  move(p.phi_q);
+  move(p.H);
+  move(p.z);
+  move(p.out);
+  move(p.slot_score);
+  move(p.chunk_score);
+  move(p.share);
+  p.received = nullptr;
+  p.workspace = workspace;
+  return p;
+}
+
+CompactParams DeviceLayer::compact(void* workspace) const {
+  CompactParams p = host_.compact();
+  move(p.k);
+  move(p.v);
+  move(p.chunk_score);
+  move(p.slot_score);
+  move(p.slots);
+  move(p.seen);
+  move(p.H);
+  move(p.z);
+  move(p.psi);
+  p.workspace = workspace;
+  return p;
+}
+
+FeatureMapParams DeviceLayer::phi() const {
+  FeatureMapParams p = host_.phi();
+  move(p.maps);
+  move(p.x);
+  move(p.y);
+  return p;
+}
+
+FoldParams DeviceLayer::fold() const {
+  FoldParams p = host_.fold();
+  move(p.H);
+  move(p.z);
+  move(p.psi_k);
+  move(p.v);
+  return p;
+}
+
+QuantizeParams DeviceLayer::quantize(DType dtype) const {
+  const Shape& s = host_.shape();
+  const void* keys = host_.chunk_attention().k;
+  move(keys);
+  QuantizeParams p{};
+  p.x = keys;
+  p.eight = eight_;
+  p.scale = scale_;
+  p.x_dtype = s.T == 1 ? s.model : s.slots;
+  p.dtype = dtype;
+  p.rows = s.B * s.K * s.T;
+  p.D = s.D;
+  return p;
+}
+
+}  // namespace less::bench

@@ -1,0 +1,45 @@
+// A layer of bench/cpp on the GPU: the same params, their arrays copied to device memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <map>
+
+#include "layer.h"
+#include "params.h"
+
+namespace less::bench {
+
+// Ends the program with the call's name where it failed.
+void require(cudaError_t error, const char* what);
+
+class DeviceLayer {
+ public:
+  DeviceLayer(const Shape& shape, uint64_t seed);
+  ~DeviceLayer();
+  DeviceLayer(const DeviceLayer&) = delete;
+  DeviceLayer& operator=(const DeviceLayer&) = delete;
+
+  DecodeStepParams decode_step(void* workspace) const;
+  ChunkAttentionParams chunk_attention(void* workspace) const;
+  CompactParams compact(void* workspace) const;
+  FeatureMapParams phi() const;
+  FoldParams fold() const;
+  QuantizeParams quantize(DType dtype) const;  // of the call's keys
+
+  const Layer& host() const { return host_; }
+
+ private:
+  template <typename T>
+  void move(T*& pointer) const;
+  void move(Slots& slots) const;
+  void move(FeatureMaps& maps) const;
+
+  Layer host_;
+  std::map<const void*, void*> device_;  // host array -> its copy
+  void* eight_ = nullptr;                // what quantize writes
+  float* scale_ = nullptr;
+};
+
+}  // namespace less::bench
