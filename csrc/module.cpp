@@ -56,6 +56,7 @@ void simd(const std::string& what, const py::buffer& src, const py::buffer& dst)
   static constexpr Entry kTable[] = {
       {"exp", SimdTest::exp, 4, 4, 0},
       {"gelu", SimdTest::gelu, 4, 4, 0},
+      {"tanh", SimdTest::tanh, 4, 4, 0},
       {"from_bf16", SimdTest::from_bf16, 2, 4, 0},
       {"from_fp16", SimdTest::from_fp16, 2, 4, 0},
       {"from_i8", SimdTest::from_i8, 1, 4, 0},

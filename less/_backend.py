@@ -80,6 +80,7 @@ class Backend(Protocol):
         maps: Maps | None,
         kind: str,
         scale: float,
+        softcap: float,
         decay: float,
         scores: bool,
     ) -> Step:
@@ -113,6 +114,7 @@ class Backend(Protocol):
         maps: Maps | None,
         kind: str,
         scale: float,
+        softcap: float,
         decay: float,
         scores: bool,
         rule: Rule,
@@ -151,6 +153,7 @@ class ReferenceBackend:
         maps: Maps | None,
         kind: str,
         scale: float,
+        softcap: float,
         decay: float,
         scores: bool,
     ) -> Step:
@@ -167,6 +170,7 @@ class ReferenceBackend:
             H=layer.H,
             z=layer.z,
             scale=scale,
+            softcap=softcap,
             decay=decay,
         )
         chunk_score = step.chunk_score.to(layer.score.dtype)
@@ -224,6 +228,7 @@ class ReferenceBackend:
         maps: Maps | None,
         kind: str,
         scale: float,
+        softcap: float,
         decay: float,
         scores: bool,
         rule: Rule,
@@ -232,7 +237,16 @@ class ReferenceBackend:
         """Attend, then compact."""
         new = self.rounded(k, v, layer.slot_k.dtype)
         step = self.attend(
-            layer, q, new, valid, maps=maps, kind=kind, scale=scale, decay=decay, scores=scores
+            layer,
+            q,
+            new,
+            valid,
+            maps=maps,
+            kind=kind,
+            scale=scale,
+            softcap=softcap,
+            decay=decay,
+            scores=scores,
         )
         self.compact(layer, step, new, valid, maps=maps, kind=kind, rule=rule, rank=None)
         layer.add_share(step)
@@ -283,6 +297,7 @@ class NativeBackend:
         maps: Maps | None,
         kind: str,
         scale: float,
+        softcap: float,
         decay: float,
         scores: bool,
     ) -> Step:
@@ -306,6 +321,7 @@ class NativeBackend:
                 H=layer.H if maps is not None else None,
                 z=layer.z if maps is not None else None,
                 scale=scale,
+                softcap=softcap,
                 decay=decay,
                 scores=scores,
             )
@@ -359,6 +375,7 @@ class NativeBackend:
         maps: Maps | None,
         kind: str,
         scale: float,
+        softcap: float,
         decay: float,
         scores: bool,
         rule: Rule,
@@ -388,6 +405,7 @@ class NativeBackend:
             maps=maps,
             kind=kind or "exp",
             scale=scale,
+            softcap=softcap,
             decay=decay,
             scores=scores,
             rule=rule,

@@ -46,6 +46,14 @@ def _layer_policies(
     return tuple(None if i in native else one for i, one in enumerate(listed))
 
 
+def _positive(op: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{op}: {name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be finite and positive, got {value}")
+    return float(value)
+
+
 def _native_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ...]:
     """``native``, checked and sorted."""
     indices = sorted({require_int(op, "native", i, 0) for i in native})
@@ -90,6 +98,8 @@ class LessKVCache(CacheProtocol):
         native: Indices of layers that bound themselves (a sliding window): a cache layer of
             transformers serves them, inside this cache, and nothing here applies to them.
             ``less.hf`` finds and makes them.
+        softcap: What scale q.k is held within, before the log-weights: softcap * tanh(scale q.k /
+            softcap), as in Gemma 2. None: nothing.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -111,6 +121,7 @@ class LessKVCache(CacheProtocol):
         scale: float | None = None,
         backend: str | None = None,
         native: Sequence[int] = (),
+        softcap: float | None = None,
     ) -> None:
         """See the class."""
         op = "LessKVCache"
@@ -144,11 +155,8 @@ class LessKVCache(CacheProtocol):
             )
         if scale is None:
             scale = 1.0 / math.sqrt(head_dim)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise ValueError(f"{op}: scale must be a number, got {scale!r}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"{op}: scale must be finite and positive, got {scale}")
-        self.scale = float(scale)
+        self.scale = _positive(op, "scale", scale)
+        self.softcap = None if softcap is None else _positive(op, "softcap", softcap)
         self.dtype = dtype
         self.sidekick = sidekick
         # Made by less.hf, which knows the windows.
@@ -269,6 +277,7 @@ class LessKVCache(CacheProtocol):
                 maps=maps,
                 kind=self._kind,
                 scale=self.scale,
+                softcap=self.softcap or 0.0,
                 decay=policy.decay,
                 scores=policy.needs_scores,
                 rule=rule,
@@ -287,6 +296,7 @@ class LessKVCache(CacheProtocol):
             maps=maps if something_left else None,
             kind=self._kind,
             scale=self.scale,
+            softcap=self.softcap or 0.0,
             decay=policy.decay,
             scores=policy.needs_scores,
         )
@@ -632,6 +642,7 @@ class LessKVCache(CacheProtocol):
             "batch": self.batch,
             "dtype": str(self.dtype),
             "scale": self.scale,
+            "softcap": self.softcap,
             "policy": self._policy_text(),
             "native": {
                 # Names, not numbers: a snapshot may pass through JSON.

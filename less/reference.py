@@ -212,6 +212,11 @@ def fold(
     return H + torch.einsum("bknr,bknd->bkrd", psi_k, v), z + psi_k.sum(2)
 
 
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Logits held within +-softcap: softcap * tanh(logits / softcap); as they are for 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 @dataclass(frozen=True)
 class Attended:
     """What one call of ``chunk_attention`` computes.
@@ -244,6 +249,7 @@ def chunk_attention(
     H: Tensor | None = None,
     z: Tensor | None = None,
     scale: float,
+    softcap: float = 0.0,
     decay: float = 1.0,
 ) -> Attended:
     """Attend over the kept slots, the low-rank state and, causally, the call's own tokens.
@@ -251,7 +257,8 @@ def chunk_attention(
     out = (phi H + sum e^l v) / (phi z + sum e^l), l = scale q.k + weight, as a merge of two
     softmax parts: the low-rank part has log-mass log(phi z) and value phi H / phi z. A part with
     no mass is skipped. Scores take the softmax over slots and call alone, summed over the group.
-    Rows of int8 come as the numbers that they stand for (``Rows.floats``).
+    With a soft-cap, l = softcap tanh(scale q.k / softcap) + weight. Rows of int8 come as the
+    numbers that they stand for (``Rows.floats``).
 
     Args:
         q: [B, Q, T, D].
@@ -267,6 +274,7 @@ def chunk_attention(
         H: [B, K, R, D], with ``phi_q``.
         z: [B, K, R], with ``phi_q``.
         scale: Factor of q.k.
+        softcap: What scale q.k is held within, before the log-weights; 0: nothing.
         decay: What a score keeps per token.
 
     Source: arXiv:2402.09398, eq. 4.
@@ -286,7 +294,7 @@ def chunk_attention(
     mask = torch.cat([to_slots, to_chunk[:, None].expand(B, K, T, T)], 3)
 
     query = q.to(dtype).view(B, K, G, T, D)
-    logits = torch.einsum("bkgtd,bknd->bkgtn", query, keys) * scale
+    logits = capped(torch.einsum("bkgtd,bknd->bkgtn", query, keys) * scale, softcap)
     logits[..., :S] += weight.to(dtype)[:, :, None, None, :]
     logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
     top = logits.amax(-1, keepdim=True)
@@ -505,6 +513,7 @@ def decode_step(
     maps: Maps | None = None,
     kind: str = "exp",
     scale: float,
+    softcap: float = 0.0,
     decay: float = 1.0,
     rule: Rule,
 ) -> tuple[Attended, Compacted]:
@@ -526,6 +535,7 @@ def decode_step(
         H=H,
         z=z,
         scale=scale,
+        softcap=softcap,
         decay=decay,
     )
     after = compact(
@@ -559,6 +569,7 @@ def run(
     prompt: int = 1,
     chunk: int = 1,
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Trajectory:
     """Run a layer from an empty cache: a prompt, then chunks (single tokens by default).
 
@@ -572,6 +583,7 @@ def run(
         prompt: Tokens of the first call.
         chunk: Tokens of each later call.
         scale: Factor of q.k, 1/sqrt(D) by default.
+        softcap: As in ``chunk_attention``.
     """
     B, K, T, D = k.shape
     S = policy.capacity
@@ -610,6 +622,7 @@ def run(
             H=H,
             z=z,
             scale=scale,
+            softcap=softcap,
             decay=policy.decay,
         )
         rank = _policy_rank(policy, step, kc, vc, slot_k, slot_v, position, weight, seen)
@@ -669,7 +682,13 @@ def _policy_rank(
 
 
 def evict_schedule(
-    q: Tensor, k: Tensor, policy: Policy, *, prompt: int = 1, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    policy: Policy,
+    *,
+    prompt: int = 1,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The steps at which a policy lets go of each token, without values or state.
 
@@ -678,7 +697,8 @@ def evict_schedule(
     Returns:
         ``Trajectory.left``, int64 [B, K, T].
     """
-    return run(q, k, torch.zeros_like(k), policy, prompt=prompt, scale=scale).left
+    zeros = torch.zeros_like(k)
+    return run(q, k, zeros, policy, prompt=prompt, scale=scale, softcap=softcap).left
 
 
 def parallel(
@@ -690,6 +710,7 @@ def parallel(
     kind: str = "exp",
     *,
     scale: float | None = None,
+    softcap: float = 0.0,
     rows: Tensor | None = None,
 ) -> Tensor:
     """The recurrence of ``run`` as masks over [T, T]: differentiable, all queries at once.
@@ -705,6 +726,7 @@ def parallel(
         maps: Feature maps of the layer; None is eviction alone.
         kind: Their kind.
         scale: Factor of q.k, 1/sqrt(D) by default.
+        softcap: As in ``chunk_attention``.
         rows: int64 [M]: the query positions to compute; all by default.
 
     Returns:
@@ -720,7 +742,7 @@ def parallel(
     gone = left[:, :, None, :] <= t[:, None]
     seen = token[None, :] <= t[:, None]
     kept = seen & ~gone
-    logits = torch.einsum("bkgtd,bknd->bkgtn", query, k.to(dtype)) * scale
+    logits = capped(torch.einsum("bkgtd,bknd->bkgtn", query, k.to(dtype)) * scale, softcap)
     logits = logits.masked_fill(~kept[:, :, None], -torch.inf)
     top = logits.amax(-1, keepdim=True)
     if maps is None:

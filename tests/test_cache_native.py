@@ -63,6 +63,27 @@ def test_native_equals_reference_call_by_call(simd, policy, kind, dtype):
         assert x == pytest.approx(y, abs=1e-4)
 
 
+@pytest.mark.parametrize("slots", [torch.float32, torch.int8], ids=str)
+def test_a_soft_capped_cache_is_the_reference_under_that_cap(slots):
+    options = {"dtype": slots, "scale": 1.0}
+    native, plain, uncapped = (
+        LessKVCache(1, 6, 2, 16, 2, POLICIES[0], sidekick_of(6, 2, 16, 12, 5, "exp"), **o)
+        for o in (
+            {**options, "backend": "native", "softcap": 2.0},
+            {**options, "backend": "reference", "softcap": 2.0},
+            {**options, "backend": "reference"},
+        )
+    )
+    q, k, v = random_qkv(2, 6, 2, 60, 16, seed=1)
+    for part in zip(*(x.split([30, 1, 1, 20, *[1] * 8], 2) for x in (q, k, v)), strict=True):
+        a, b = native.attend(0, *part), plain.attend(0, *part)
+        assert_close(a, b, torch.float32)
+        assert torch.equal(native.positions(0), plain.positions(0))
+        assert (uncapped.attend(0, *part) - b).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=r"softcap must be None, got 2\.0"):
+        uncapped.load_state_dict(plain.state_dict())
+
+
 @pytest.mark.parametrize("kind", ["paper", "exp"])
 @pytest.mark.parametrize("slots", [torch.float32, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("maps", [torch.bfloat16, torch.float16, torch.int8], ids=str)

@@ -44,7 +44,7 @@ def head_maps(maps, side, head):
     return {n[2:]: t[head].double() for n, t in maps.items() if n.startswith(side + "_")}
 
 
-def naive_run(q, k, v, policy, maps, kind, prompt):
+def naive_run(q, k, v, policy, maps, kind, prompt, softcap=0.0):
     """Design order, one row, one kv head group, python lists; q [G,T,D], k and v [T,D]."""
     G, T, D = q.shape
     held, score = [], {}
@@ -59,6 +59,8 @@ def naive_run(q, k, v, policy, maps, kind, prompt):
             tokens = held + list(range(start, t + 1))
             for g in range(G):
                 logit = {p: float(q[g, t] @ k[p]) / math.sqrt(D) for p in tokens}
+                if softcap:
+                    logit = {p: softcap * math.tanh(x / softcap) for p, x in logit.items()}
                 mass = {p: math.exp(x) for p, x in logit.items()}
                 total = sum(mass.values())
                 num = sum(mass[p] * v[p] for p in tokens)
@@ -102,17 +104,17 @@ def naive_run(q, k, v, policy, maps, kind, prompt):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("kind", ["paper", "exp"])
-@pytest.mark.parametrize("prompt", [1, 3, 12])
-def test_run_equals_the_design_written_as_scalar_loops(policy, kind, prompt):
+@pytest.mark.parametrize(("prompt", "softcap"), [(1, 0.0), (3, 0.8), (12, 0.0)])
+def test_run_equals_the_design_written_as_scalar_loops(policy, kind, prompt, softcap):
     B, Q, K, T, D = 1, 4, 2, 22, 4
     q, k, v = random_qkv(B, Q, K, T, D, seed=prompt, dtype=torch.float64)
     maps = random_maps(Q, K, D, E=3, R=2, kind=kind, dtype=torch.float64)
-    got = reference.run(q, k, v, policy, maps, kind, prompt=prompt)
+    got = reference.run(q, k, v, policy, maps, kind, prompt=prompt, softcap=softcap)
     for head in range(K):
         group = range(head * 2, head * 2 + 2)
         ours = {"q": [head_maps(maps, "q", g) for g in group], "k": head_maps(maps, "k", head)}
         out, history, H, z = naive_run(
-            q[0, list(group)], k[0, head], v[0, head], policy, ours, kind, prompt
+            q[0, list(group)], k[0, head], v[0, head], policy, ours, kind, prompt, softcap
         )
         torch.testing.assert_close(got.out[0, list(group)], out, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(got.H[0, head], H, rtol=1e-10, atol=1e-12)
@@ -140,6 +142,18 @@ def test_parallel_form_equals_recurrent_form(policy, kind, prompt):
     torch.testing.assert_close(
         alone, reference.run(q, k, v, policy, prompt=prompt).out, rtol=1e-9, atol=1e-12
     )
+
+
+def test_parallel_form_equals_recurrent_form_under_a_soft_cap():
+    q, k, v = random_qkv(2, 4, 2, 40, 8, seed=5, dtype=torch.float64)
+    maps = random_maps(4, 2, 8, E=6, R=3, kind="exp", dtype=torch.float64)
+    options = {"prompt": 7, "scale": 1.0, "softcap": 1.5}
+    recurrent = reference.run(q, k, v, POLICIES[0], maps, **options)
+    left = reference.evict_schedule(q, k, POLICIES[0], **options)
+    assert torch.equal(left, recurrent.left)
+    del options["prompt"]
+    whole = reference.parallel(q, k, v, left, maps, **options)
+    torch.testing.assert_close(whole, recurrent.out, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["paper", "exp"])

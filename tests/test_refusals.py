@@ -54,6 +54,8 @@ CONSTRUCTOR = [
     ({"scale": 0.0}, "LessKVCache: scale must be finite and positive, got 0.0"),
     ({"scale": float("nan")}, "LessKVCache: scale must be finite and positive, got nan"),
     ({"scale": "big"}, "LessKVCache: scale must be a number, got 'big'"),
+    ({"softcap": 0.0}, "LessKVCache: softcap must be finite and positive, got 0.0"),
+    ({"softcap": True}, "LessKVCache: softcap must be a number, got True"),
     ({"backend": "cuda"}, "LessKVCache: backend must be 'native', 'reference' or None"),
     (
         {"device": "meta", "backend": "native"},

@@ -91,6 +91,20 @@ def test_gelu_is_right_at_the_edges(simd: str) -> None:
     assert got[4] == x[4]
 
 
+def test_tanh_is_within_two_ulp_of_float64(simd: str) -> None:
+    # Every 61st float up to 10, where it is 1, of both signs.
+    last = np.float32(10.0).view(np.uint32)
+    for sign in (0, 0x80000000):
+        x = (np.arange(0, last, 61, dtype=np.uint32) | np.uint32(sign)).view(np.float32)
+        assert ulps(run("tanh", x), np.tanh(x.astype(np.float64))) <= 2.0
+
+
+def test_tanh_is_right_at_the_edges(simd: str) -> None:
+    x = np.array([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 44.4, -50], np.float32)
+    wanted = np.array([1, -1, math.nan, 0.0, -0.0, 1, -1, 1, -1], np.float32)
+    assert same_floats(run("tanh", x), wanted)
+
+
 def width() -> int:
     return int(run("width", np.empty(0, np.float32))[0])
 

@@ -9,6 +9,9 @@ namespace less::cpu::LESS_ISA {
 
 LESS_INLINE int64_t padded(int64_t n) { return (n + Vec::kSize - 1) / Vec::kSize * Vec::kSize; }
 
+// A logit held within +-cap.
+LESS_INLINE Vec soft_cap(Vec x, float cap) { return Vec(cap) * tanh(x / Vec(cap)); }
+
 // x[0..n) = e^(x - largest); the sum. x may hold -inf; largest is finite.
 LESS_INLINE float exp_and_sum(float* x, int64_t n, float largest) {
   const Vec top(largest);

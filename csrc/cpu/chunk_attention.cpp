@@ -1,5 +1,6 @@
 // out = (phi H + sum e^l v) / (phi z + sum e^l),  l = scale q.k + weight, over the kept slots, the
-// low-rank state and, causally, the call's tokens; the state is one more part of the softmax, with
+// low-rank state and, causally, the call's tokens (with a soft-cap, l = softcap tanh(scale q.k /
+// softcap) + weight); the state is one more part of the softmax, with
 // log-mass log(phi z) and value phi H / phi z, so that every exponent is <= 0.
 //
 // chunk_attention: range (b, kv head, strip of query blocks). A block is the G query heads of
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/attention.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
 #include "cpu/state.h"
@@ -126,13 +128,14 @@ struct PanelStep {
   int64_t keys;  // of the tile, that some query sees
   int64_t D;
   float scale;
+  float softcap;
   float* p;      // [keys][kLanes]  e^(l - top); written
   float* top;    // [kLanes]        largest logit so far
   float* total;  // [kLanes]        sum of e^(l - top)
   float* out;    // [D][kLanes]     sum of e^(l - top) v
 };
 
-template <int kVecs>
+template <int kVecs, bool kCapped>
 void attend_panel(const PanelStep& s) {
   constexpr int kV = Vec::kSize;
   Vec top[kVecs], shrink[kVecs], total[kVecs];
@@ -151,7 +154,13 @@ void attend_panel(const PanelStep& s) {
     }
     for (int i = 0; i < group; ++i) {
       const Vec weight(s.tile.weight == nullptr ? 0.0f : s.tile.weight[n + i]);
-      for (int j = 0; j < kVecs; ++j) l[i][j] = fma(l[i][j], Vec(s.scale), weight);
+      for (int j = 0; j < kVecs; ++j) {
+        if constexpr (kCapped) {
+          l[i][j] = soft_cap(l[i][j] * Vec(s.scale), s.softcap) + weight;
+        } else {
+          l[i][j] = fma(l[i][j], Vec(s.scale), weight);
+        }
+      }
     }
     if (s.visible != nullptr) {
       for (int j = 0; j < kVecs; ++j) {
@@ -195,6 +204,12 @@ void attend_panel(const PanelStep& s) {
       }
     }
   });
+}
+
+template <bool kCapped>
+void attend_panel(int vecs, const PanelStep& step) {
+  if (vecs == 1) return attend_panel<1, kCapped>(step);
+  attend_panel<kPanelVecs, kCapped>(step);
 }
 
 // The strips of one thread: what is in flight for a block, and scratch.
@@ -328,13 +343,14 @@ class Attention {
         .keys = keys,
         .D = p_.D,
         .scale = p_.scale,
+        .softcap = p_.softcap,
         .p = p_kept_ + (kept * panels_ + panel) * kKeys * kLanes,
         .top = top_ + panel * kLanes,
         .total = total_ + panel * kLanes,
         .out = out_ + panel * p_.D * kLanes,
     };
-    if (vecs(panel) == 1) return attend_panel<1>(step);
-    attend_panel<kPanelVecs>(step);
+    if (p_.softcap != 0.0f) return attend_panel<true>(vecs(panel), step);
+    attend_panel<false>(vecs(panel), step);
   }
 
   // out and share of the block's queries; and factor: what a query's weight counts in a score.

@@ -1,6 +1,7 @@
 // One token of every row, a layer's whole step in one pass over its slots:
 //
 //   out = (phi H + sum e^l v) / (phi z + sum e^l),  l = scale q.k + weight, over slots and token
+//   (with a soft-cap, softcap tanh(scale q.k / softcap) + weight)
 //   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
 //   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
 //
@@ -166,7 +167,7 @@ class Head {
     }
   }
 
-  // logit_[g] = scale q.k + weight over slots and token, -inf for empty slots and the padding.
+  // logit_[g] = l over slots and token, -inf for empty slots and the padding.
   void logits() {
     for_each_run([this](int64_t first, int64_t count) {
       dots_of_rows(q_, G_, width_, slot_k_ + first * p_.D, count, p_.D, logit_ + first, stride_,
@@ -178,17 +179,31 @@ class Head {
     const Vec scale(p_.scale);
     for (int64_t g = 0; g < G_; ++g) {
       float* l = logit_ + g * stride_;
-      for_each(l, S_, [=](Vec a, int64_t s, int n) {
-        if constexpr (kScaled) a = a * load_some(k_scale + s, n);
-        return fma(a, scale, load_some(weight + s, n));
-      });
       l[S_] *= kScaled ? new_k_scale_ * p_.scale : p_.scale;
+      if (p_.softcap != 0.0f) {
+        cap(l, k_scale, weight);
+      } else {
+        for_each(l, S_, [=](Vec a, int64_t s, int n) {
+          if constexpr (kScaled) a = a * load_some(k_scale + s, n);
+          return fma(a, scale, load_some(weight + s, n));
+        });
+      }
       std::fill(l + S_ + 1, l + stride_, -kInfinity);
       if (held_ == S_) continue;
       for (int64_t s = 0; s < S_; ++s) {
         if (position_[s] < 0) l[s] = -kInfinity;
       }
     }
+  }
+
+  // Soft-caps a query's q.k of the slots and its scaled one of the token; adds the weights.
+  void cap(float* l, const float* k_scale, const float* weight) {
+    const Vec scale(p_.scale);
+    for_each(l, S_, [=, this](Vec a, int64_t s, int n) {
+      if constexpr (kScaled) a = a * load_some(k_scale + s, n);
+      return soft_cap(a * scale, p_.softcap) + load_some(weight + s, n);
+    });
+    soft_cap(Vec(l[S_]), p_.softcap).store(l + S_, 1);
   }
 
   // logit_ becomes e^(logit - top_), total_ its sum.

@@ -515,6 +515,22 @@ LESS_INLINE Vec exp(Vec x) {
   return y * low * high;
 }
 
+// tanh x, within 2 ulp; NaN at NaN.
+//
+// 1 - 2 / (e^2x + 1); below 5/8, where that cancels, an odd minimax polynomial.
+LESS_INLINE Vec tanh(Vec x) {
+  const Vec a = abs(x), z = a * a;
+  Vec y(-0x1.901808p-8f);
+  y = fma(y, z, Vec(0x1.581fa8p-6f));
+  y = fma(y, z, Vec(-0x1.b928e0p-5f));
+  y = fma(y, z, Vec(0x1.110e2ep-3f));
+  y = fma(y, z, Vec(-0x1.555552p-2f));
+  const Vec small = fma(y * z, a, a);
+  const Vec large = Vec(1.0f) - Vec(2.0f) / (exp(a + a) + Vec(1.0f));
+  const Int sign = as_int(x) & Int(INT32_MIN);
+  return as_vec(as_int(select(a < Vec(0.625f), small, large)) | sign);
+}
+
 // x (1 + erf(x / sqrt 2)) / 2, the exact gelu; error at most 3e-7 + half an ulp of x.
 //
 // Written as relu(x) - |x| Q(|x|), Q the upper tail of the normal distribution, so that nothing

@@ -26,6 +26,8 @@ void simd_test(const SimdTestParams& p, int64_t begin, int64_t end) {
       return map<float, float>(p, begin, end, [](Vec x) { return exp(x); });
     case SimdTest::gelu:
       return map<float, float>(p, begin, end, [](Vec x) { return gelu(x); });
+    case SimdTest::tanh:
+      return map<float, float>(p, begin, end, [](Vec x) { return tanh(x); });
     case SimdTest::from_bf16:
       return map<bf16, float>(p, begin, end, same);
     case SimdTest::from_fp16:

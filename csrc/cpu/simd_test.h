@@ -8,6 +8,7 @@ namespace less {
 enum class SimdTest : int32_t {
   exp,        // float -> float
   gelu,       // float -> float
+  tanh,       // float -> float
   from_bf16,  // bf16 -> float
   from_fp16,  // fp16 -> float
   to_bf16,    // float -> bf16

@@ -190,9 +190,6 @@ inline void check_softcap(const char* op, double softcap) {
   if (!(softcap >= 0.0 && softcap <= 1e30)) {
     fail(op, ": softcap must be 0 (none) or a positive number, got ", softcap);
   }
-#ifndef LESS_LAUNCHES
-  if (softcap != 0.0) fail(op, ": softcap must be 0, the CPU's kernels have none, got ", softcap);
-#endif
 }
 
 }  // namespace less::ops

@@ -29,7 +29,7 @@ class SideBySide(LessKVCache):
         if not caches:
             raise ValueError("SideBySide: caches must hold at least one cache, got none")
         first = caches[0]
-        for name in ("layers", "q_heads", "kv_heads", "head_dim", "device", "scale"):
+        for name in ("layers", "q_heads", "kv_heads", "head_dim", "device", "scale", "softcap"):
             for i, cache in enumerate(caches):
                 if getattr(cache, name) != getattr(first, name):
                     raise ValueError(
@@ -46,7 +46,7 @@ class SideBySide(LessKVCache):
         self.native, self._native = (), {}
         self.layers = first.layers
         self.q_heads, self.kv_heads = first.q_heads, first.kv_heads
-        self.head_dim, self.scale = first.head_dim, first.scale
+        self.head_dim, self.scale, self.softcap = first.head_dim, first.scale, first.softcap
         self.dtype, self.device = first.dtype, first.device
         self.policies, self.sidekick, self.backend = first.policies, None, first.backend
         rooms = [cache.max_columns for cache in caches]

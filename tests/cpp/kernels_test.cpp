@@ -109,11 +109,14 @@ void test_simd() {
   for (int i = -8800; i <= 8800; ++i) x.push_back(float(i) / 100.0f);
   const std::vector<float> e = simd<float, float>(SimdTest::exp, x);
   const std::vector<float> g = simd<float, float>(SimdTest::gelu, x);
+  const std::vector<float> t = simd<float, float>(SimdTest::tanh, x);
   for (size_t i = 0; i < x.size(); ++i) {
     const double wanted = std::exp(double(x[i]));
     expect(std::fabs(e[i] - wanted) <= 2.4e-7 * wanted + 1.5e-45, "exp " + std::to_string(x[i]));
     const double close = naive::gelu(x[i]);
     expect(std::fabs(g[i] - close) <= 1e-6 + 6e-8 * std::fabs(close), "gelu of some x");
+    const double bent = std::tanh(double(x[i]));
+    expect(std::fabs(t[i] - bent) <= 2.4e-7 * std::fabs(bent), "tanh " + std::to_string(x[i]));
   }
   float width = 0.0f;
   cpu::simd_test({SimdTest::width, nullptr, &width}, 0, 0);
@@ -239,8 +242,10 @@ struct Layer {
   Maps psi_maps{random, MapKind::exp, true, K, D, E, R};
   Rule rule{6, 2, true, false};
   float scale = 0.2f, decay = 0.97f;
+  float softcap;
 
-  Layer(DType dtype, int64_t tokens, int64_t held_slots) : T(tokens), held(held_slots) {
+  Layer(DType dtype, int64_t tokens, int64_t held_slots, float cap)
+      : T(tokens), held(held_slots), softcap(cap) {
     q = Rows(random.normal(B * Q * T * D), DType::f32, D);
     k = Rows(random.normal(B * K * T * D), dtype, D);
     v = Rows(random.normal(B * K * T * D), dtype, D);
@@ -333,8 +338,8 @@ struct Layer {
   }
 };
 
-void test_call(DType dtype, int64_t T, int64_t held) {
-  const Layer before(dtype, T, held);
+void test_call(DType dtype, int64_t T, int64_t held, float softcap) {
+  const Layer before(dtype, T, held, softcap);
   Layer after = before;
   constexpr int64_t B = Layer::B, K = Layer::K, Q = Layer::Q, G = Layer::G, D = Layer::D,
                     R = Layer::R, S = Layer::S;
@@ -362,7 +367,7 @@ void test_call(DType dtype, int64_t T, int64_t held) {
                                        .q_dtype = DType::f32,
                                        .scores = true,
                                        .scale = after.scale,
-                                       .softcap = 0.0f,
+                                       .softcap = after.softcap,
                                        .decay = after.decay,
                                        .strips = strips,
                                        .B = B,
@@ -396,7 +401,7 @@ void test_call(DType dtype, int64_t T, int64_t held) {
   cpu::compact(compact, 0, B * K);
   for (int64_t row = 0; row < B * K; ++row) {
     naive::Head wanted = before.head(row);
-    wanted.attend(T, G, before.scale, before.decay);
+    wanted.attend(T, G, before.scale, before.softcap, before.decay);
     wanted.compact(S, before.seen[row / K] + T, before.rule, [&](const double* key) {
       return naive::features(before.psi_maps.maps, row % K, key);
     });
@@ -408,8 +413,9 @@ void test_call(DType dtype, int64_t T, int64_t held) {
   }
 }
 
-void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule) {
-  Layer before(dtype, 1, held);
+void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule,
+                      float softcap = 0.0f) {
+  Layer before(dtype, 1, held, softcap);
   before.rule = rule;
   Layer after = before;
   constexpr int64_t B = Layer::B, K = Layer::K, Q = Layer::Q, G = Layer::G, D = Layer::D,
@@ -439,7 +445,7 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
                               .kv_dtype = DType::f32,
                               .scores = true,
                               .scale = after.scale,
-                              .softcap = 0.0f,
+                              .softcap = after.softcap,
                               .decay = after.decay,
                               .B = B,
                               .Q = Q,
@@ -449,7 +455,7 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
   cpu::decode_step(step, 0, B * K);
   for (int64_t row = 0; row < B * K; ++row) {
     naive::Head wanted = before.head(row);
-    wanted.attend(1, G, before.scale, before.decay);
+    wanted.attend(1, G, before.scale, before.softcap, before.decay);
     before.expect_out(row, wanted, out);
     double share = 0.0;
     for (double part : wanted.share) share += part;
@@ -488,7 +494,9 @@ void test_level(const std::string& level) {
       for (int64_t held : {Layer::S, Layer::S - 3, int64_t(0)}) {
         where = level + " call " + name(dtype) + " T=" + std::to_string(T) +
                 " held=" + std::to_string(held);
-        test_call(dtype, T, held);
+        test_call(dtype, T, held, 0.0f);
+        where += " softcap";
+        test_call(dtype, T, held, 1.5f);
       }
     }
     for (int64_t held : {Layer::S, Layer::S - 3, int64_t(0)}) {
@@ -497,6 +505,8 @@ void test_level(const std::string& level) {
       test_decode_step(dtype, held, Victim::forget, {6, 2, true, false});
       test_decode_step(dtype, held, Victim::fold, {6, 2, true, true});
       test_decode_step(dtype, held, Victim::fold, {Layer::S - 2, 2, false, false});
+      where += " softcap";
+      test_decode_step(dtype, held, Victim::fold, {6, 2, true, true}, 1.5f);
     }
   }
 }

@@ -123,7 +123,7 @@ struct Head {
   std::vector<Token> left;               // who leaves, oldest first
 
   // The last T of tokens are the call's.
-  void attend(int64_t T, int64_t G, double scale, double decay) {
+  void attend(int64_t T, int64_t G, double scale, double softcap, double decay) {
     const int64_t N = int64_t(tokens.size()), D = int64_t(q[0].size());
     for (Token& t : tokens) t.score *= std::pow(decay, double(T));
     out.assign(T * G, std::vector<double>(D, 0.0));
@@ -133,8 +133,10 @@ struct Head {
       std::vector<double> e(visible);
       double largest = -INFINITY, total = 0.0;
       for (int64_t n = 0; n < visible; ++n) {
-        e[n] = tokens[n].weight;
+        e[n] = 0.0;
         for (int64_t d = 0; d < D; ++d) e[n] += scale * q[m][d] * tokens[n].k[d];
+        if (softcap != 0.0) e[n] = softcap * std::tanh(e[n] / softcap);
+        e[n] += tokens[n].weight;
         largest = std::fmax(largest, e[n]);
       }
       for (double& value : e) total += value = std::exp(value - largest);

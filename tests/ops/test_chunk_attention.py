@@ -13,6 +13,7 @@ from less import ops
 
 INPUTS = ("q", "k", "v", "valid", "slot_k", "slot_v", "position", "score", "weight")
 STATE = ("phi_q", "H", "z")
+_ROWS = ("q", "k", "v", "slot_k", "slot_v")
 
 
 def arguments(a, state=True, **options):
@@ -41,6 +42,35 @@ def test_chunk_attention_equals_the_reference_in_float64(simd, dtype, T, heads, 
     assert_close(slot_score, want.slot_score, torch.float32)
     assert_close(chunk_score, want.chunk_score, torch.float32)
     assert_close(share, want.share, torch.float32)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 4.0, 50.0])
+@pytest.mark.parametrize("T", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_soft_cap_equals_the_reference_in_float64(simd, dtype, T, softcap):
+    a = layer(B=2, Q=6, K=2, T=T, S=40, D=20, dtype=torch.float32)
+    a["weight"] = torch.rand(a["weight"].shape) * 3  # beyond the cap, which is not theirs
+    plain, scales = a, {}
+    if dtype == torch.int8:
+        a, plain = in_int8(a)
+        scales = {n: a[n] for n in SCALES}
+    elif dtype != torch.float32:
+        a = plain = {n: x.to(dtype) if n in _ROWS else x for n, x in a.items()}
+    options = {"softcap": softcap, "scale": 2.0}
+    want = reference.chunk_attention(**widened(arguments(plain)) | options)
+    out, slot_score, chunk_score, share = ops.chunk_attention(**arguments(a) | options, **scales)
+    assert_close(out, want.out, out.dtype)
+    assert_close(slot_score, want.slot_score, torch.float32)
+    assert_close(chunk_score, want.chunk_score, torch.float32)
+    assert_close(share, want.share, torch.float32)
+    without, *_ = ops.chunk_attention(**arguments(a), **scales)
+    assert (out - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("inf"), float("nan")])
+def test_a_soft_cap_that_is_none_is_refused(softcap):
+    with pytest.raises(RuntimeError, match="chunk_attention: softcap must be 0"):
+        ops.chunk_attention(**arguments(layer()), softcap=softcap)
 
 
 @pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

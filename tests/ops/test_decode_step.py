@@ -44,14 +44,15 @@ def fused(a, state=True, kind="exp", decay=0.97, scores=True, victim="fold", **b
     return a
 
 
-def unfused(a, state=True, kind="exp", decay=0.97, scores=True, **by):
+def unfused(a, state=True, kind="exp", softcap=0.0, decay=0.97, scores=True, **by):
     k, v = (x.to(a["slot_k"].dtype) for x in (a["k"], a["v"]))
     low = {"H": a["H"], "z": a["z"]} if state else {}
     phi = {"phi_q": ops.phi(a["q"], a["maps"], kind)} if state else {}
     slots = [a[n] for n in ("slot_k", "slot_v", "position", "score", "weight")]
     out, slot_score, chunk_score, share = ops.chunk_attention(
-        a["q"], k, v, a["valid"], *slots, **phi, **low, scale=0.2, decay=decay, scores=scores
-    )
+        a["q"], k, v, a["valid"], *slots, **phi, **low, scale=0.2, softcap=softcap, decay=decay,
+        scores=scores,
+    )  # fmt: skip
     if state:
         low |= {"maps": a["maps"], "kind": kind}
     ops.compact(k, v, chunk_score, slot_score, a["valid"], *slots, a["seen"], **low, **by)
@@ -93,6 +94,23 @@ def test_decode_step_equals_attention_then_compaction(simd, rule, kind, shape, d
         assert_same(got, want, dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_soft_cap_acts_in_the_step_as_in_attention(simd, dtype, shape):
+    a = layer(B=2, T=1, dtype=dtype, **SHAPES[shape])
+    a["valid"] = None
+    got, want = clone(a), clone(a)
+    got["share"] = want["share"].clone()
+    for step in range(20):
+        g = torch.Generator().manual_seed(step)
+        for name in ("q", "k", "v"):
+            got[name] = want[name] = torch.randn(a[name].shape, generator=g).to(dtype)
+        got["out"].fill_(torch.nan)
+        fused(got, rule=RULES[0], softcap=0.7)
+        unfused(want, rule=RULES[0], softcap=0.7)
+        assert_same(got, want, dtype)
+
+
 def with_int8_slots(a):
     a = dict(a)
     a["slot_k"], a["k_scale"] = reference.quantize(a["slot_k"])
@@ -103,9 +121,10 @@ def with_int8_slots(a):
 INT8 = ("k_scale", "v_scale")
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_slots_equal_the_reference_on_the_same_rows(simd, rule, shape):
+def test_int8_slots_equal_the_reference_on_the_same_rows(simd, rule, shape, softcap):
     a = clone(with_int8_slots(layer(B=2, T=1, **SHAPES[shape])))
     a["valid"] = None
     for step in range(25):
@@ -119,9 +138,9 @@ def test_int8_slots_equal_the_reference_on_the_same_rows(simd, rule, shape):
             reference.dequantize(a["slot_v"], a["v_scale"]).double(),
             a["position"], a["score"].double(), a["weight"], a["seen"], H=a["H"].double(),
             z=a["z"].double(), maps={n: x.double() for n, x in a["maps"].items()}, scale=0.2,
-            decay=0.97, rule=rule,
+            softcap=softcap, decay=0.97, rule=rule,
         )  # fmt: skip
-        fused(a, rule=rule, k_scale=a["k_scale"], v_scale=a["v_scale"])
+        fused(a, rule=rule, softcap=softcap, k_scale=a["k_scale"], v_scale=a["v_scale"])
         assert torch.equal(a["position"], after.position)
         assert_close(a["out"], attended.out, torch.float32)
         assert_close(a["score"], after.score, torch.float32)
