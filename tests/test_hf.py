@@ -416,6 +416,11 @@ WRONG_GENERATES = {
         NotImplementedError,
         "contrastive_search needs to go back",
     ),
+    "DoLa": (
+        {"dola_layers": "low", "trust_remote_code": True},
+        NotImplementedError,
+        "dola_generation needs to go back",
+    ),
     "custom loop": ({"custom_generate": lambda **_: None}, NotImplementedError, "custom_generate"),
 }
 
@@ -473,6 +478,7 @@ def test_falcons_attention_is_its_own_again_afterwards():
         ({"kv_heads": 4}, r"cache\.kv_heads must be 2"),
         ({"head_dim": 16}, r"cache\.head_dim must be 8"),
         ({"scale": 0.5}, r"cache\.scale must be"),
+        ({"softcap": 30.0}, r"cache\.softcap must be None for .*, got 30"),
         ({"device": "meta"}, "cache must be on cpu"),
     ],
 )

@@ -66,6 +66,7 @@ def cache_for(
         scale=facts.scale,
         backend=backend,
         native=sorted(facts.windows),
+        softcap=facts.softcap,
     )
     cache.part = facts.part
     check_fits("cache_for", cache, facts)
@@ -491,6 +492,11 @@ class Binding:
             raise ValueError(f"{op}: dropout={dropout}: call model.eval()")
         if scaling is not None and abs(scaling - self.cache.scale) > 1e-6 * self.cache.scale:
             raise ValueError(f"{op}: scaling must be cache.scale {self.cache.scale}, got {scaling}")
+        if others.get("softcap") != self.cache.softcap:
+            raise ValueError(
+                f"{op}: softcap must be cache.softcap {self.cache.softcap}, got "
+                f"{others.get('softcap')}"
+            )
         for name in _CHANGES_RESULT:
             if others.get(name) is not None and others[name] is not False:
                 raise ValueError(f"{op}: a bounded cache does not do {name}={others[name]!r}")
@@ -510,7 +516,6 @@ _CHANGES_RESULT = (
     "position_bias",
     "s_aux",
     "sliding_window",
-    "softcap",
 )
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")  # of generate
 _NO_EMBEDS = (

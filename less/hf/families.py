@@ -108,6 +108,11 @@ FAMILIES: dict[str, Family] = {
         "FalconConfig", {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True}
     ),
     "gemma": Family("GemmaConfig", {**SHAPE, "head_dim": D}),
+    "gemma2": Family(
+        "Gemma2Config",
+        {**MIXED, "head_dim": 256, "query_pre_attn_scalar": 144, "attn_logit_softcapping": 3.0},
+        "some slide; soft-cap",
+    ),
     "gemma3_text": Family(
         "Gemma3TextConfig", {**MIXED, "head_dim": D, "query_pre_attn_scalar": 5}, _MIX
     ),
@@ -169,7 +174,6 @@ REFUSED: dict[str, Refused] = {
     ),
     "falcon (alibi)": Refused("FalconConfig", {**_FALCON, "alibi": True}, "adds alibi"),
     "falcon_h1": Refused("FalconH1Config", SHAPE, "linear"),
-    "gemma2": Refused("Gemma2Config", {**MIXED, "head_dim": D}, "caps its attention logits"),
     "gemma3 (images)": Refused(
         "Gemma3Config",
         {

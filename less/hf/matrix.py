@@ -79,15 +79,21 @@ class Spy:
     def __init__(self, cache: LessKVCache) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.attend = cache.attend
-        cache.attend = self  # type: ignore[method-assign, assignment]
+        cache.attend = self  # type: ignore[method-assign]
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """``attend``, noted."""
-        out = self.attend(layer, q, k, v, valid=valid)
-        self.calls.append((layer, q.clone(), k.clone(), v.clone(), out.clone()))
-        return out
+        result = self.attend(layer, q, k, v, valid, out)
+        self.calls.append((layer, q.clone(), k.clone(), v.clone(), result.clone()))
+        return result
 
     def layer(self, layer: int) -> list[Tensor]:
         """q, k, v and the output of all calls of a layer, one after the other."""
@@ -163,7 +169,17 @@ def small_budget(case: Case, kinds: Sequence[str] = ("exp", "")) -> None:
             if q.shape[2] != 20 + NEW - 1:  # the last token sampled is never fed
                 raise MatrixError(f"layer {layer} saw {q.shape[2]} tokens")
             maps = sidekick[layer] if sidekick is not None else None
-            want = reference.run(q, k, v, SMALL, maps, kind or "exp", prompt=20, scale=cache.scale)
+            want = reference.run(
+                q,
+                k,
+                v,
+                SMALL,
+                maps,
+                kind or "exp",
+                prompt=20,
+                scale=cache.scale,
+                softcap=cache.softcap or 0.0,
+            )
             where = f"layer {layer}, {kind or 'no'} maps"
             _close(f"output of {where}", out, want.out)
             _same(

@@ -1,8 +1,8 @@
 """Which models can run on a bounded cache: one table of facts, and the checks that go with it.
 
-A model is in the table when tests/test_hf.py or tests/test_hf_native.py runs it. Others are refused
-by name: a model that scores its keys in another way (soft-cap, sinks, alibi) would run without an
-error and be wrong. Layers that slide bound themselves: they stay as they are.
+A model is in the table when ``less.hf.matrix`` runs it. Others are refused by name: a model that
+scores its keys in another way (sinks, alibi) would run without an error and be wrong. Layers that
+slide bound themselves: they stay as they are.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "FalconAttention", scale="inv_norm_factor", forward=falcon.attention_forward
     ),
     "gemma": Architecture("GemmaAttention"),
+    "gemma2": Architecture("Gemma2Attention"),
     "gemma3_text": Architecture("Gemma3Attention"),
     "glm4": Architecture("Glm4Attention"),
     "gpt2": Architecture("GPT2Attention", dropout="attn_dropout", learned_positions=True),
@@ -124,8 +125,10 @@ class ModelFacts:
     """A model as the cache sees it; ``modules[i]`` is the attention of layer i.
 
     ``windows`` has the length of the window of each layer that slides: those bound themselves.
-    ``longest`` is the number of learned positions, None where positions are computed. ``forward``
-    is as in ``Architecture``.
+    ``softcap`` is what the others hold scale q.k within, None where they do not. ``longest`` is
+    the number of learned positions, None where positions are computed. ``forward`` is as in
+    ``Architecture``.
+
     Heads are those that this process computes: ``part`` is (rank, world) of a model sharded by
     tensor parallelism, else (0, 1).
     """
@@ -138,6 +141,7 @@ class ModelFacts:
     kv_heads: int
     head_dim: int
     scale: float
+    softcap: float | None
     dtype: torch.dtype
     device: torch.device
     windows: dict[int, int]
@@ -223,6 +227,7 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
         kv_heads=kv_heads // part[1],
         head_dim=int(head_dim),
         scale=scales.pop(),
+        softcap=_softcap(op, name, config, modules),
         dtype=next(modules[0].parameters()).dtype,
         device=where.pop(),
         windows=windows,
@@ -245,7 +250,6 @@ def _unfit(config: Any) -> str:
     if getattr(config, "is_causal", True) is False:
         return "its attention is not causal"
     for field, why in (
-        ("attn_logit_softcapping", "caps its attention logits"),
         ("alibi", "adds alibi to its logits"),
         ("attention_chunk_size", "attends within chunks"),
         ("add_cross_attention", "attends to an encoder"),
@@ -255,6 +259,18 @@ def _unfit(config: Any) -> str:
         if getattr(config, field, None):
             return f"it {why} (config.{field}={getattr(config, field)})"
     return ""
+
+
+def _softcap(op: str, name: str, config: Any, modules: tuple[nn.Module, ...]) -> float | None:
+    """What the attention modules hold scale q.k within, as they pass it on."""
+    caps = {getattr(m, "attn_logit_softcapping", None) for m in modules}
+    wanted = getattr(config, "attn_logit_softcapping", None)
+    if caps != {wanted}:
+        raise UnsupportedModelError(
+            f"{op}: {name}: config.attn_logit_softcapping is {wanted}, but its attention modules "
+            f"cap by {', '.join(map(str, caps))}"
+        )
+    return None if wanted is None else float(wanted)
 
 
 def _windows(op: str, name: str, config: Any, modules: tuple[nn.Module, ...]) -> dict[int, int]:
@@ -324,6 +340,10 @@ def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
     if abs(cache.scale - facts.scale) > 1e-6 * facts.scale:
         raise ValueError(
             f"{op}: cache.scale must be {facts.scale!r} for {facts.name}, got {cache.scale!r}"
+        )
+    if cache.softcap != facts.softcap:
+        raise ValueError(
+            f"{op}: cache.softcap must be {facts.softcap} for {facts.name}, got {cache.softcap}"
         )
     if _full(torch.device(cache.device)) != _full(facts.device):
         raise ValueError(
