@@ -4,6 +4,8 @@ Environment:
     LESS_NATIVE      on (default) | off: off installs the pure-torch reference alone
     LESS_CUDA        auto (default) | on | off: decided by nvcc's presence, never by a GPU's
     LESS_CUDA_ARCHS  e.g. "80 90a 100 120+PTX" (default)
+    LESS_CUDA_HEAD_DIMS  e.g. "64 128" (default "64 80 96 128 256"): what CUDA kernels are compiled
+                     for; fewer build faster and load smaller
     LESS_WERROR      1: compiler warnings are errors
     LESS_TORCH_ROOT  the torch package folder to build against
     MAX_JOBS         parallel compile jobs, default all cores
@@ -50,6 +52,7 @@ class CMakeBuild(build_ext):
             "LESS_VERSION": self.distribution.get_version(),
             "LESS_CUDA": os.environ.get("LESS_CUDA", "auto"),
             "LESS_CUDA_ARCHS": os.environ.get("LESS_CUDA_ARCHS", ""),
+            "LESS_CUDA_HEAD_DIMS": os.environ.get("LESS_CUDA_HEAD_DIMS", ""),
             "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
         }
         configure = [cmake, "-S", HERE, "-B", tree, "-Wno-dev"]

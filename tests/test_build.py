@@ -135,6 +135,7 @@ def configure(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
         "LESS_TORCH_ROOT": Path(torch.__file__).parent,
         "LESS_CUDA": env.pop("LESS_CUDA", "off"),
         "LESS_CUDA_ARCHS": env.pop("LESS_CUDA_ARCHS", ""),
+        "LESS_CUDA_HEAD_DIMS": env.pop("LESS_CUDA_HEAD_DIMS", ""),
     }
     settings = [f"-D{key}={value}" for key, value in options.items()]
     return call(cmake, "-S", ROOT, "-B", folder, *settings, **env)
@@ -157,6 +158,7 @@ def test_cuda_auto_says_in_one_line_what_it_chose(tmp_path: Path) -> None:
     [
         ("LESS_CUDA", "maybe", "LESS_CUDA must be auto, on or off, got 'maybe'"),
         ("LESS_CUDA_ARCHS", "80 ampere", "got 'ampere'"),
+        ("LESS_CUDA_HEAD_DIMS", "64 100", "wanted some of 64 80 96 128 256, got '100'"),
     ],
 )
 def test_unknown_settings_are_refused_by_name(

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/device.h"
+#include "cuda/head_dims.h"
 #include "params.h"
 
 namespace less::cuda {
@@ -195,14 +196,17 @@ LESS_DEVICE void guard_decode_layout(unsigned char* raw, const DecodeStepParams&
 }
 
 // The one table of head dims: f(integral_constant<int, D>, bool_constant<mma>); false where D is
-// not in it. Tensor cores take half types alone.
+// not in it, or not in this build. Tensor cores take half types alone.
 template <typename T, typename F>
 bool decode_dispatch(int64_t D, bool mma, F f) {
   const auto with = [&](auto head_dim) {
-    if constexpr (sizeof(T) == 2) {
-      if (mma) return f(head_dim, std::true_type{}), true;
+    if constexpr (head_dim_built(decltype(head_dim)::value)) {
+      if constexpr (sizeof(T) == 2) {
+        if (mma) return f(head_dim, std::true_type{}), true;
+      }
+      return f(head_dim, std::false_type{}), true;
     }
-    return f(head_dim, std::false_type{}), true;
+    return false;
   };
   switch (D) {
     case 64:

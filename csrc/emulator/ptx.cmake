@@ -26,11 +26,18 @@ function(less_ptx_sources result target arch file)
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/${target}")
   file(MAKE_DIRECTORY "${folder}")
   set(ptx "${folder}/${name}.ptx")
+  get_target_property(definitions less_flags INTERFACE_COMPILE_DEFINITIONS)
+  if(definitions)
+    list(TRANSFORM definitions PREPEND -D)
+  else()
+    set(definitions "")
+  endif()
   add_custom_command(
     OUTPUT "${ptx}"
     COMMAND
       "${LESS_NVCC}" -std=c++17 -O3 --expt-relaxed-constexpr -arch=compute_${arch} -lineinfo
-      "-I${PROJECT_SOURCE_DIR}/csrc" -ptx "${file}" -o "${ptx}" -MD -MF "${ptx}.d" -MT "${ptx}"
+      "-I${PROJECT_SOURCE_DIR}/csrc" ${definitions} -ptx "${file}" -o "${ptx}" -MD -MF "${ptx}.d"
+      -MT "${ptx}"
     DEPENDS "${file}"
     DEPFILE "${ptx}.d"
     COMMENT "PTX of ${name}.cu for ${arch}"
