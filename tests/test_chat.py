@@ -261,16 +261,19 @@ def test_a_script_on_stdin_is_a_conversation(folder, monkeypatch, capsys):
 
 
 def test_a_budget_may_come_in_bytes_or_from_a_config(folder, monkeypatch, capsys):
-    arguments = ["--model", str(folder / "model"), "--sidekick", "none"]
+    model, none = ["--model", str(folder / "model")], ["--sidekick", "none"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/quit\nnever read\n"))
-    assert main(["chat", *arguments, "--bytes", "40kB", "--max-new-tokens", "3"]) == 0
+    assert main(["chat", *model, *none, "--bytes", "40kB", "--max-new-tokens", "3"]) == 0
     shown = capsys.readouterr().out
     assert "no sidekick: eviction alone" in shown
     assert "never read" not in shown
     LessConfig(tokens=[9, 9], sidekick=folder / "sidekick").save_pretrained(folder / "sidekick")
     monkeypatch.setattr("sys.stdin", io.StringIO("/stats\n"))
-    assert main(["chat", *arguments, "--config", str(folder / "sidekick")]) == 0
+    config = ["--config", str(folder / "sidekick")]
+    assert main(["chat", *model, *config]) == 0
     assert "H2O(heavy=5" in capsys.readouterr().out
+    assert main(["chat", *model, *none, *config]) == 2
+    assert "--sidekick: the config of --config names one" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder, monkeypatch, capsys):
@@ -318,9 +321,21 @@ def test_on_a_terminal_lines_go_up_and_the_last_one_has_a_status_below(model):
 
 
 @pytest.mark.slow
-def test_smollm2_remembers_its_name_over_two_turns(monkeypatch, capsys):
+def test_smollm2_says_what_it_says_on_a_full_cache(monkeypatch, capsys):
     pytest.importorskip("gguf")
-    monkeypatch.setattr("sys.stdin", io.StringIO("My name is Ada.\nWhat is my name?\n/stats\n"))
-    assert main(["chat", "--budget", "128", "--max-new-tokens", "16"]) == 0
+    from less.evaluate.assets import load_model
+
+    script = "My name is Ada and I keep a lighthouse.\nWhat is my name?\n/stats\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    assert main(["chat", "--budget", "128", "--dtype", "float32", "--max-new-tokens", "12"]) == 0
     shown = capsys.readouterr().out
-    assert "Ada" in shown.split("What is my name?")[1]
+    model, tokenizer = load_model()
+    messages = [{"role": "user", "content": script.split("\n")[0]}]
+    text = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**text, do_sample=False, max_new_tokens=12)
+    said = tokenizer.decode(out[0, text["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert said in shown
+    assert shown.count(" tokens seen") == 3
+    assert "H2O(heavy=64, recent=64" in shown

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     console = measuring.console_for()
     with _Interrupts() as interrupts:
         chat = _open(args, console, interrupts)
-        while (line := _ask(console, interrupts)) is not None:
+        while (line := _ask(console)) is not None:
             if line.startswith("/read "):
                 line = _file(line.removeprefix("/read ").strip(), console)
             elif line.startswith("/"):
@@ -96,6 +96,8 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
         torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model)
     if args.config is not None:
+        if args.sidekick is not None:
+            raise ValueError("--sidekick: the config of --config names one, or none")
         config, sidekick = LessConfig.from_pretrained(args.config), None
     else:
         budget = {"tokens": args.budget} if args.bytes is None else {"bytes": args.bytes}
@@ -147,7 +149,7 @@ class _Interrupts:
         signal.signal(signal.SIGINT, self._before)
 
 
-def _ask(console: Console, interrupts: _Interrupts) -> str | None:
+def _ask(console: Console) -> str | None:
     """The user's next line; None at the end of the input."""
     while True:
         try:
@@ -180,6 +182,7 @@ def _command(line: str, chat: Chat, console: Console) -> None:
         chat.reset()
         console.print("forgotten", style="dim")
     elif line == "/stats":
+        console.print(_status(chat), markup=False, soft_wrap=True)
         console.print(_stats(chat))
     else:
         if line != "/help":
@@ -211,13 +214,16 @@ def _answer(
                     screen.write(piece)
             if interrupts.seen():
                 console.print("(stopped)", style="dim")
-        except (Interrupted, KeyboardInterrupt):
+        except Interrupted:
             leave.close()
             console.print("(taken back: the conversation is as before)", style="dim")
+        except KeyboardInterrupt:  # the second one
+            leave.close()
+            console.print("(interrupted)", style="dim")
         except ValueError as error:
             leave.close()
             console.print(str(error), style="red", markup=False)
-    console.print(_status(chat), style="dim", markup=False)
+    console.print(_status(chat), style="dim", markup=False, soft_wrap=True)
 
 
 class _Screen:
@@ -280,7 +286,7 @@ def _status(chat: Chat) -> str:
         f"{evicted:,.0f} evicted",
     ]
     if chat.cache.sidekick is not None:
-        parts.append(f"{share:.0%} of attention from the state")
+        parts.append(f"{share:.1%} of attention from the state")
     if chat.tokens_per_second:
         parts.append(f"{chat.tokens_per_second:.1f} tok/s")
     return " · ".join(parts)
@@ -291,15 +297,18 @@ def _stats(chat: Chat) -> Any:
     from rich.table import Table
 
     stats = chat.cache.stats()
-    table = Table("layer", "policy", title=_status(chat), title_justify="left")
+    table = Table("layer", "policy")
     for name in ("kept", "evicted", "state's share"):
         table.add_column(name, justify="right")
+    above = ""
     for layer, policy in enumerate(chat.cache.policies):
+        name = "native" if policy is None else str(policy)
         table.add_row(
             str(layer),
-            "native" if policy is None else str(policy),
+            "" if name == above else name,
             f"{stats['kept'][layer]:,}",
             f"{stats['evictions'][layer]:,}",
             f"{stats['memory_share'][layer]:.1%}",
         )
+        above = name
     return table

@@ -119,7 +119,9 @@ class Chat:
         before = (self.cache.state_dict(), list(self.messages), self._text, list(self._unread))
         try:
             self.messages.append({"role": "user", "content": message})
-            prompt = self._render(answer=True)
+            prompt: str = self.tokenizer.apply_chat_template(
+                self.messages, tokenize=False, add_generation_prompt=True
+            )
             with attach(self.model, self.cache):
                 logits = self._read(self._new_tokens(prompt), sampling, progress)
                 yield from self._write(prompt, logits, sampling)
@@ -129,12 +131,6 @@ class Chat:
             self.cache.load_state_dict(before[0])
             _, self.messages, self._text, self._unread = before
             raise
-
-    def _render(self, answer: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            self.messages, tokenize=False, add_generation_prompt=answer
-        )
-        return text
 
     def _new_tokens(self, prompt: str) -> list[int]:
         """Tokens of the prompt that the cache has not read; starts over where it must."""
