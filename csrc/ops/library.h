@@ -9,8 +9,6 @@
 // ends with LESS_OP(name, schema). Where a kernel is launched, LESS_LAUNCHES is defined.
 #pragma once
 
-#include "ops/check.h"
-
 #if defined(LESS_CUDA_HALF)
 #define LESS_LAUNCHES 1
 #define LESS_OP_NAMESPACE less
@@ -28,6 +26,8 @@
 #define LESS_OP_SCHEMA(schema) \
   STABLE_TORCH_LIBRARY_FRAGMENT(LESS_OP_NAMESPACE, m) { m.def(schema); }
 #endif
+
+#include "ops/check.h"  // after LESS_LAUNCHES: what a row may be of depends on it
 
 #define LESS_OP(name, schema)                                    \
   LESS_OP_SCHEMA(schema)                                         \

@@ -9,6 +9,21 @@ pytest.importorskip("less._C")
 from less import ops
 
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 3, 5, 16, 12, 8), (1, 2, 3, 13, 7, 5), (1, 4, 2, 128, 512, 16)]
+# Of a GPU: every head dim, more rows than a block takes, ranks up to the highest, widths that no 16
+# bytes divide.
+GPU_SHAPES = [
+    (1, 1, 1, 64, 1, 1),
+    (2, 2, 37, 64, 64, 8),
+    (1, 2, 20, 80, 72, 16),
+    (5, 1, 7, 96, 37, 5),
+    (2, 1, 3, 128, 512, 17),
+    (1, 1, 33, 256, 80, 64),
+]
+X_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on(device, maps):
+    return {n: t.to(device) for n, t in maps.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -33,6 +48,8 @@ MAP_DTYPES = [torch.bfloat16, torch.float16, torch.int8]
 def narrowed(maps, dtype):
     """A layer's maps with matrices of another dtype, and the float32 that those stand for."""
     small, wide = dict(maps), dict(maps)
+    if dtype == torch.float32:
+        return small, wide
     for name in MATRICES:
         if dtype == torch.int8:
             small[name], scale = reference.quantize(maps[name], -2)
@@ -58,6 +75,52 @@ def test_maps_of_fewer_bits_are_those_of_the_numbers_they_stand_for(simd, shape,
         assert_close(got, getattr(reference, side)(x, small, kind), torch.float32)
         if dtype != torch.int8:  # widening is exact, so nothing else may differ
             assert torch.equal(got, getattr(ops, side)(x, wide, kind))
+
+
+@pytest.mark.parametrize("w_dtype", [torch.float32, *MAP_DTYPES], ids=str)
+@pytest.mark.parametrize("x_dtype", X_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_a_gpus_features_are_those_of_the_numbers_in_float64(
+    launched, shape, kind, x_dtype, w_dtype
+):
+    B, N, T, D, E, R = shape
+    small, wide = narrowed(random_maps(N, N, D, E, R, kind, seed=T), w_dtype)
+    x = (torch.randn(B, N, T, D, generator=torch.Generator().manual_seed(1)) * 2).to(x_dtype)
+    wide = {n: t.double() for n, t in wide.items()}
+    for side in ("phi", "psi"):
+        got = getattr(ops, side)(x.to(launched), on(launched, small), kind).cpu()
+        assert_close(got, getattr(reference, side)(x.double(), wide, kind), torch.float32)
+
+
+@pytest.mark.parametrize("w_dtype", MAP_DTYPES, ids=str)
+@pytest.mark.parametrize("by", [1e-30, 1e-6, 1e4, 1e25])
+def test_rows_of_any_magnitude_keep_their_digits(launched, w_dtype, by):
+    small, wide = narrowed(random_maps(1, 1, 64, 32, 8, "paper"), w_dtype)
+    x = torch.randn(1, 1, 20, 64, generator=torch.Generator().manual_seed(1)) * by
+    wide = {n: t.double() for n, t in wide.items()}
+    got = ops.phi(x.to(launched), on(launched, small), "paper").cpu()
+    assert_close(got, reference.phi(x.double(), wide, "paper"), torch.float32)
+
+
+@pytest.mark.parametrize("w_dtype", [torch.float32, *MAP_DTYPES], ids=str)
+@pytest.mark.parametrize("x_dtype", X_DTYPES, ids=str)
+def test_a_row_has_the_same_bits_in_any_block_of_a_gpu(launched, x_dtype, w_dtype):
+    maps, _ = narrowed(random_maps(2, 2, 64, 80, 8, "paper"), w_dtype)
+    maps = on(launched, maps)
+    x = torch.randn(3, 2, 50, 64, generator=torch.Generator().manual_seed(1)).to(launched, x_dtype)
+    whole = ops.psi(x, maps, "paper")
+    for b, t in ((0, 0), (1, 17), (2, 49)):
+        row = x[b : b + 1, :, t : t + 1].contiguous()
+        assert torch.equal(ops.psi(row, maps, "paper"), whole[b : b + 1, :, t : t + 1])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_no_rows_have_no_features(launched, shape):
+    B, N, T = shape
+    maps = on(launched, random_maps(N, N, 64, 16, 8, "exp"))
+    x = torch.zeros(B, N, T, 64, device=launched)
+    assert ops.psi(x, maps, "exp").shape == (B, N, T, 8)
 
 
 @pytest.mark.parametrize("dtype", MAP_DTYPES, ids=str)
