@@ -90,7 +90,7 @@ LESS_EMULATOR_UNTRACKED T shuffle(uint32_t mask, T value, int source, bool in_se
     if (!(live >> source & 1)) {
       error("shuffle-source",
             "%s at %s:%d: lane %d reads lane %d, which is not in the mask 0x%08x or has exited",
-            kind, at.file, at.line, lane(), source, mask);
+            kind, base_name(at.file), at.line, lane(), source, mask);
     } else {
       std::memcpy(static_cast<void*>(&result), table + source * kExchangeStride, sizeof(T));
     }
@@ -203,6 +203,7 @@ LESS_EMULATOR_UNTRACKED T change(T* p, F f, Where at) {
   std::memcpy(&old, p, sizeof(T));
   const T changed = f(old);
   std::memcpy(p, &changed, sizeof(T));
+  if (std::memcmp(&old, &changed, sizeof(T)) != 0) note_progress();
   return old;
 }
 
@@ -251,8 +252,16 @@ namespace less::cuda {
 
 using emulator::kSharedGuard;
 
+// What faults on the device.
+inline void check_aligned(const void* p, size_t bytes, emulator::Where at) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  emulator::fatal("misaligned", "%s:%d: %zu bytes at %p", emulator::base_name(at.file), at.line,
+                  bytes, p);
+}
+
 template <typename T>
 LESS_EMULATOR_UNTRACKED T load_whole(const void* p, emulator::Where at) {
+  check_aligned(p, sizeof(T), at);
   emulator::access_at(p, sizeof(T), emulator::Access::read, at);
   T v;
   std::memcpy(&v, p, sizeof(T));
@@ -260,6 +269,7 @@ LESS_EMULATOR_UNTRACKED T load_whole(const void* p, emulator::Where at) {
 }
 template <typename T>
 LESS_EMULATOR_UNTRACKED void store_whole(void* p, const T& v, emulator::Where at) {
+  check_aligned(p, sizeof(T), at);
   emulator::access_at(p, sizeof(T), emulator::Access::write, at);
   std::memcpy(p, &v, sizeof(T));
 }

@@ -19,6 +19,7 @@ struct Tracking {
 #define LESS_EMULATOR_VOLATILE(name, bytes, kind)                                 \
   extern "C" void __tsan_volatile_##name##bytes(void* p) {                        \
     less::emulator::maybe_preempt();                                              \
+    if (Access::kind == Access::write) less::emulator::note_progress();           \
     less::emulator::access(p, bytes, Access::relaxed_##kind, LESS_EMULATOR_HERE); \
   }
 #define LESS_EMULATOR_HOOKS(bytes)                  \

@@ -301,13 +301,13 @@ void* allocate(size_t bytes, const char* name, bool initialised) {
 void release_memory(void* p) {
   const Region* const region = find_region(reinterpret_cast<uintptr_t>(p));
   if (region == nullptr || !region->owned) return;
+  [[maybe_unused]] const size_t pages = (region->high - region->low + kPage - 1) / kPage + 2;
+  unregister_memory(p);
 #if LESS_EMULATOR_ASAN
   std::free(p);
 #else
-  const size_t bytes = region->high - region->low;
-  munmap(static_cast<unsigned char*>(p) - kPage, (bytes + kPage - 1) / kPage * kPage + 2 * kPage);
+  munmap(static_cast<unsigned char*>(p) - kPage, pages * kPage);
 #endif
-  unregister_memory(p);
 }
 
 void register_memory(const void* p, size_t bytes, const char* name, bool initialised) {

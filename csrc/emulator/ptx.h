@@ -135,7 +135,9 @@ T atomic(uint8_t* p, Change change, Where at) {
   maybe_preempt();
   access_at(p, sizeof(T), Access::atomic, at);
   const T old = peek<T, 1>(p).of[0];
-  poke(p, Values<T, 1>{{change(old)}});
+  const T changed = change(old);
+  poke(p, Values<T, 1>{{changed}});
+  if (std::memcmp(&old, &changed, sizeof(T)) != 0) note_progress();
   return old;
 }
 

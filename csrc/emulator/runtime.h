@@ -20,6 +20,15 @@ struct Where {
   int line;
 };
 
+// A path without its folders, for messages.
+inline const char* base_name(const char* path) {
+  const char* name = path;
+  for (const char* p = path; *p; ++p) {
+    if (*p == '/') name = p + 1;
+  }
+  return name;
+}
+
 // -- who runs (PTX: %tid, %ctaid, %ntid, %nctaid, %laneid, %cluster_ctarank, %cluster_nctarank)
 // ----
 
@@ -154,6 +163,8 @@ void access_at(const void* p, unsigned n, Access kind, Where at);
 void access(const void* p, unsigned n, Access kind, const void* pc);
 // Before an atomic or volatile access: another thread may run first.
 void maybe_preempt();
+// An atomic has changed something: threads that poll may go on. Without, many polls are a livelock.
+void note_progress();
 
 // -- memory
 // ----------------------------------------------------------------------------------------

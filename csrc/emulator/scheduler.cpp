@@ -22,13 +22,13 @@ namespace {
 constexpr int kMaxThreadsAlive = 8192;
 constexpr int kMaxCluster = 8;  // the portable limit
 constexpr uint32_t kPollsBeforeYield = 64;
-constexpr uint64_t kYieldsBeforeLivelock = 1 << 21;
+constexpr uint64_t kPollsBeforeLivelock = 1 << 17;
 
 uint64_t random_state;
 std::vector<Warp*> runnable;  // warps with a ready lane
 const Warp* favourite;        // of warp_ahead; of warp_behind the one that comes last
 size_t turn;                  // of lockstep
-uint64_t idle_yields;
+uint64_t polls_since_progress;
 
 void (*kernel_body)(void*);
 void* kernel_argument;
@@ -376,7 +376,7 @@ void begin_launch(const LaunchConfig& config, int threads) {
   runnable.clear();
   favourite = nullptr;
   turn = 0;
-  idle_yields = 0;
+  polls_since_progress = 0;
   order_clusters();
   begin_launch_memory();
 }
@@ -410,12 +410,7 @@ void wait_here(const Waiting& waiting) {
 void yield_here() {
   Thread& me = *self();
   me.polls = 0;
-  if (++idle_yields > kYieldsBeforeLivelock) {
-    fatal("livelock",
-          "all running threads poll memory, and nothing changes; %zu clusters run, %zu have not "
-          "begun",
-          live.size(), order.size() - next_cluster);
-  }
+  favourite = nullptr;
   make_ready(&me);
   Warp* const mine = me.warp;  // to the end of the queue
   runnable.erase(std::find(runnable.begin(), runnable.end(), mine));
@@ -427,10 +422,16 @@ void yield_here() {
   run_next(false);
 }
 
-void note_progress() { idle_yields = 0; }
+void note_progress() { polls_since_progress = 0; }
 
 void maybe_preempt() {
   if (current == nullptr) return;
+  if (++polls_since_progress > kPollsBeforeLivelock) {
+    fatal("livelock",
+          "all running threads poll memory, and nothing changes; %zu clusters run, %zu have not "
+          "begun",
+          live.size(), order.size() - next_cluster);
+  }
   const bool alone =
       options.schedule == Schedule::in_order || options.schedule == Schedule::reverse;
   if (!alone || ++self()->polls > kPollsBeforeYield) yield_here();

@@ -197,8 +197,6 @@ void stop_here();
 void wait_here(const Waiting& waiting);
 // The current thread lets others run.
 void yield_here();
-// Something happened that a spinning thread may have waited for.
-void note_progress();
 // Ends the launch from within a thread.
 [[noreturn]] void abandon_launch();
 // Block of a cluster of this launch, for messages.
@@ -216,13 +214,5 @@ bool land_bulk_copy();
 void drop_bulk_copies();
 // In case of a deadlock: mbarriers that copies can no longer complete.
 void report_mbarriers(const Block& block);
-
-inline const char* base_name(const char* path) {
-  const char* name = path;
-  for (const char* p = path; *p; ++p) {
-    if (*p == '/') name = p + 1;
-  }
-  return name;
-}
 
 }  // namespace less::emulator
