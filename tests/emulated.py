@@ -58,8 +58,8 @@ def _call(*command: object) -> None:
         )
 
 
-def build(tier: str) -> Path:
-    """Compile what changed of a tier's library; returns it."""
+def make(tier: str, target: str) -> Path:
+    """Compile what changed of a target of CMake's that a tier needs; returns the build's folder."""
     sys.path.insert(0, str(ROOT / "tools"))
     try:
         import native
@@ -69,6 +69,7 @@ def build(tier: str) -> Path:
     tree = ROOT / "build" / "emulator"
     options = {
         "LESS_EMULATOR": "ON",
+        "LESS_EMULATOR_SELFTEST": "ON",
         "LESS_CUDA": "off",
         "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
         "Python_EXECUTABLE": sys.executable,
@@ -80,10 +81,15 @@ def build(tier: str) -> Path:
     if ninja and not (tree / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     _call(*configure, *(f"-D{key}={value}" for key, value in options.items()))
-    target = f"less_emulated_ops_{tier}"
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     _call(cmake, "--build", tree, "--parallel", jobs, "--target", target)
-    return tree / f"lib{target}.so"
+    return tree
+
+
+def build(tier: str) -> Path:
+    """Compile what changed of a tier's library of ops; returns it."""
+    target = f"less_emulated_ops_{tier}"
+    return make(tier, target) / f"lib{target}.so"
 
 
 class Emulator:

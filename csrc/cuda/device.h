@@ -550,10 +550,10 @@ struct SharedCarver {
     T* const array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);
 #endif
     used = (used + size_t(n) * sizeof(T) + 127) / 128 * 128;
+    used += kSharedGuard;
 #ifdef LESS_EMULATOR
     if (base != nullptr) emulator::shared_guard(array, size_t(n) * sizeof(T), base + used);
 #endif
-    used += kSharedGuard;
     return array;
   }
 };

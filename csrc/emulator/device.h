@@ -250,7 +250,13 @@ inline unsigned atomicInc(unsigned* p, unsigned last, LESS_EMULATOR_AT) {
 
 namespace less::cuda {
 
-using emulator::kSharedGuard;
+// Bytes behind each array that SharedCarver cuts; none where nvcc's kernels cut theirs without.
+constexpr int kSharedGuard =
+#ifdef LESS_EMULATOR_SHARED_GUARD
+    LESS_EMULATOR_SHARED_GUARD;
+#else
+    128;
+#endif
 
 // What faults on the device.
 inline void check_aligned(const void* p, size_t bytes, emulator::Where at) {

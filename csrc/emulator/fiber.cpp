@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <vector>
 
 #if LESS_EMULATOR_ASAN
 // Threads that a fatal error ends leave behind what they held.
@@ -57,6 +58,7 @@ constexpr size_t kStacks = 16384;
 constexpr size_t kPage = 4096;
 unsigned char* stacks;
 size_t stacks_used;
+std::vector<unsigned char*> free_stacks;
 
 void* main_stopped_at;
 [[maybe_unused]] void* main_fake_stack;
@@ -65,6 +67,11 @@ size_t main_stack_bytes;
 void (*entry_point)();
 
 unsigned char* new_stack() {
+  if (!free_stacks.empty()) {
+    unsigned char* const stack = free_stacks.back();
+    free_stacks.pop_back();
+    return stack;
+  }
   if (stacks == nullptr) {
     void* const all = mmap(nullptr, kStacks * kStackBytes, PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -100,7 +107,7 @@ void begin() {
 }  // namespace
 
 void prepare(Fiber& fiber, void (*entry)()) {
-  if (fiber.stack == nullptr) fiber.stack = new_stack();
+  fiber.stack = new_stack();
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack + kPage, kStackBytes - kPage);
   entry_point = entry;
   // As less_emulator_switch leaves a stack: six registers, of which rbx holds whom to call, and the
@@ -112,6 +119,11 @@ void prepare(Fiber& fiber, void (*entry)()) {
   for (int i = 0; i < 4; ++i) *--top = nullptr;
   fiber.stopped_at = top;
   fiber.fake_stack = nullptr;
+}
+
+void take_stack(Fiber& fiber) {
+  if (fiber.stack != nullptr) free_stacks.push_back(fiber.stack);
+  fiber.stack = nullptr;
 }
 
 void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] bool over) {

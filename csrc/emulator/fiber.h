@@ -8,7 +8,7 @@
 
 namespace less::emulator {
 
-constexpr size_t kStackBytes = LESS_EMULATOR_ASAN ? 256 << 10 : 64 << 10;
+constexpr size_t kStackBytes = LESS_EMULATOR_ASAN ? 256 << 10 : 128 << 10;
 
 struct Fiber {
   void* stopped_at = nullptr;
@@ -16,8 +16,10 @@ struct Fiber {
   void* fake_stack = nullptr;      // of AddressSanitizer
 };
 
-// Gives the fiber a stack, once, and lets it begin at entry() when first switched to.
+// Gives the fiber a stack, and lets it begin at entry() when first switched to.
 void prepare(Fiber& fiber, void (*entry)());
+// Takes the stack of a fiber that never runs again.
+void take_stack(Fiber& fiber);
 // From one fiber to another; over: the first never comes back.
 void switch_fibers(Fiber& from, Fiber& to, bool over);
 // From the launching thread to a fiber, and back.

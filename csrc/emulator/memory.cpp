@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kSector = 32;
 constexpr size_t kPage = 4096;
+constexpr size_t kStaticGuard = 128;  // bytes behind each static array
 
 // By their end: upper_bound of an address finds the one that could hold it.
 std::map<uintptr_t, Region> regions;
@@ -189,16 +190,16 @@ void set_in_flight(const Block& block, void* shared, unsigned bytes, bool in_fli
 unsigned char* dynamic_shared() { return current->window; }
 
 void shared_guard(void* array, size_t bytes, void* end) {
-  if (current == nullptr || kSharedGuard == 0) return;
-  Block& block = *self()->home;
   unsigned char* const low = static_cast<unsigned char*>(array) + bytes;
-  unsigned char* const high = static_cast<unsigned char*>(end) + kSharedGuard;
+  unsigned char* const high = static_cast<unsigned char*>(end);
+  if (current == nullptr || low == high) return;
+  Block& block = *self()->home;
   for (const SharedGuard& guard : block.guards) {
     if (guard.begin == low) return;
   }
   block.guards.push_back({low, high});
-  unsigned char* const poisoned = low + (8 - reinterpret_cast<uintptr_t>(low) % 8) % 8;
-  ASAN_POISON_MEMORY_REGION(poisoned, size_t(high - poisoned));
+  const size_t odd = (8 - reinterpret_cast<uintptr_t>(low) % 8) % 8;  // poison comes by eights
+  ASAN_POISON_MEMORY_REGION(low + odd, size_t(high - low) - odd);
   if (!tracking) return;
   block.shadow->each(reinterpret_cast<uintptr_t>(low), size_t(high - low),
                      [](Cell& cell, uintptr_t) { cell.guard = true; });
@@ -211,14 +212,13 @@ void* static_shared(const char* file, int line, size_t bytes, size_t align) {
   auto found = std::find_if(statics.begin(), statics.end(), same);
   if (found == statics.end()) {
     const size_t offset = (static_end + align - 1) / align * align;
-    static_end = (offset + bytes + 127) / 128 * 128 + kSharedGuard;
+    static_end = (offset + bytes + 127) / 128 * 128 + kStaticGuard;
     if (static_end > static_begin + kMaxStaticShared)
       fatal("launch", "too much static shared memory");
     found = statics.insert(found, {file, line, bytes, offset});
   }
   unsigned char* const array = current->window + found->offset;
-  unsigned char* const end = array + (bytes + 127) / 128 * 128;
-  shared_guard(array, bytes, end);
+  shared_guard(array, bytes, array + (bytes + 127) / 128 * 128 + kStaticGuard);
   return array;
 }
 

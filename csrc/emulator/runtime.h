@@ -166,14 +166,4 @@ void maybe_preempt();
 // An atomic has changed something: threads that poll may go on. Without, many polls are a livelock.
 void note_progress();
 
-// -- memory
-// ----------------------------------------------------------------------------------------
-
-constexpr int kSharedGuard =
-#ifdef LESS_EMULATOR_SHARED_GUARD
-    LESS_EMULATOR_SHARED_GUARD;
-#else
-    128;
-#endif
-
 }  // namespace less::emulator

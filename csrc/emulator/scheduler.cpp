@@ -22,7 +22,7 @@ namespace {
 constexpr int kMaxThreadsAlive = 8192;
 constexpr int kMaxCluster = 8;  // the portable limit
 constexpr uint32_t kPollsBeforeYield = 64;
-constexpr uint64_t kPollsBeforeLivelock = 1 << 17;
+constexpr uint64_t kPollsBeforeLivelock = 1 << 16;
 
 uint64_t random_state;
 std::vector<Warp*> runnable;  // warps with a ready lane
@@ -197,7 +197,6 @@ void run_thread() {
 void begin_thread(Block& block, int index) {
   const uint32_t place = block.rank * uint32_t(launch_state.block_threads + 1);
   std::unique_ptr<Thread>& owner = block.threads[size_t(index)];
-  const Fiber fiber = owner ? owner->fiber : Fiber();
   owner = std::make_unique<Thread>();
   Thread& thread = *owner;
   const unsigned i = unsigned(index), x = block_dim.x, y = block_dim.y;
@@ -206,7 +205,6 @@ void begin_thread(Block& block, int index) {
   thread.lane = index % 32;
   thread.window = block.window;
   thread.cluster_rank = block.rank;
-  thread.fiber = fiber;
   thread.home = &block;
   thread.warp = block.warps[size_t(index / 32)].get();
   thread.warp->lanes[thread.lane] = &thread;
@@ -279,13 +277,23 @@ void begin_cluster() {
   }
 }
 
-void end_clusters() {
+void take_back(const Cluster& cluster) {
+  for (Block* block : cluster.blocks) {
+    for (int i = 0; i < launch_state.block_threads; ++i) {
+      take_stack(block->threads[size_t(i)]->fiber);
+    }
+    free_blocks.push_back(block);
+  }
+}
+
+// Those that have ended; all of them where the launch is over.
+void end_clusters(bool all) {
   for (size_t i = 0; i < live.size();) {
-    if (live[i]->alive > 0) {
+    if (live[i]->alive > 0 && !all) {
       ++i;
       continue;
     }
-    for (Block* block : live[i]->blocks) free_blocks.push_back(block);
+    take_back(*live[i]);
     live.erase(live.begin() + ptrdiff_t(i));
   }
 }
@@ -470,20 +478,15 @@ cudaError_t run(const LaunchConfig& config, void (*body)(void*), void* argument)
     if (first == nullptr) {
       report_deadlock();
       launch_state.failed = true;
+      end_clusters(true);
       break;
     }
     current = first;
     enter(first->fiber);
     current = nullptr;
-    end_clusters();
+    end_clusters(launch_state.failed);
   }
-  if (launch_state.failed) {
-    for (auto& cluster : live) {
-      for (Block* each : cluster->blocks) free_blocks.push_back(each);
-    }
-    live.clear();
-    drop_bulk_copies();
-  }
+  if (launch_state.failed) drop_bulk_copies();
   end_launch_memory();
   return launch_state.failed ? cudaErrorLaunchFailure : cudaSuccess;
 }

@@ -149,20 +149,28 @@ std::string symbol_at(const void* function) {
 bool in_loaded_module(const void* p) {
   struct Query {
     uintptr_t address;
-    bool found;
-  } query{reinterpret_cast<uintptr_t>(p), false};
-  dl_iterate_phdr(
+    uintptr_t low, high;  // of the segment that holds it
+  };
+  static Query last{0, 0, 0};
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (address - last.low < last.high - last.low) return true;
+  Query query{address, 0, 0};
+  const int found = dl_iterate_phdr(
       [](dl_phdr_info* module, size_t, void* data) {
         Query& q = *static_cast<Query*>(data);
         for (int i = 0; i < module->dlpi_phnum; ++i) {
           const ElfW(Phdr) & segment = module->dlpi_phdr[i];
-          if (segment.p_type != PT_LOAD) continue;
-          q.found |= q.address - (module->dlpi_addr + segment.p_vaddr) < segment.p_memsz;
+          const uintptr_t low = module->dlpi_addr + segment.p_vaddr;
+          if (segment.p_type != PT_LOAD || q.address - low >= segment.p_memsz) continue;
+          q.low = low;
+          q.high = low + segment.p_memsz;
+          return 1;
         }
-        return int(q.found);
+        return 0;
       },
       &query);
-  return query.found;
+  if (found) last = query;
+  return found != 0;
 }
 
 }  // namespace less::emulator

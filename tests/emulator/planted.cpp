@@ -6,13 +6,15 @@
 #include <cstring>
 #include <string>
 
+std::vector<unsigned> less::cuda::seen;
+
 namespace {
 
 using less::cuda::Case;
 
 const Case* find_case(const char* name) {
-  for (const auto* cases :
-       {&less::cuda::block_cases(), &less::cuda::async_cases(), &less::cuda::grid_cases()}) {
+  for (const auto* cases : {&less::cuda::block_cases(), &less::cuda::async_cases(),
+                            &less::cuda::grid_cases(), &less::cuda::profile_cases()}) {
     for (const Case& each : *cases) {
       if (!std::strcmp(each.name, name)) return &each;
     }
@@ -51,6 +53,10 @@ int main(int argc, char** argv) {
   }
   std::printf("{\"tier\": \"%s\", \"runs\": %d, \"right\": %d, \"errors\": %s",
               less_emulator_tier(), runs, right, less_emulator_errors_json());
-  std::printf(", \"profile\": %s}\n", less_emulator_profile_json());
+  std::printf(", \"seen\": [");
+  for (size_t i = 0; i < less::cuda::seen.size(); ++i) {
+    std::printf("%s%u", i == 0 ? "" : ", ", less::cuda::seen[i]);
+  }
+  std::printf("], \"profile\": %s}\n", less_emulator_profile_json());
   return 0;
 }

@@ -46,8 +46,12 @@ struct Case {
   bool (*run)(bool wrong);
 };
 
+// What a case has seen that is neither right nor wrong; printed with the rest.
+extern std::vector<unsigned> seen;
+
 const std::vector<Case>& block_cases();
 const std::vector<Case>& async_cases();
 const std::vector<Case>& grid_cases();
+const std::vector<Case>& profile_cases();
 
 }  // namespace less::cuda
