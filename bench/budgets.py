@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,16 +23,16 @@ from less.sidekick import shipped
 SIDEKICK = "smollm2-135m-instruct"
 
 
-def shapes(layers: int) -> dict[str, object]:
-    """Name -> shape of ``LessConfig``."""
-    third = layers // 3
-    middle = [2.0 if layers // 2 <= i < layers // 2 + third else 1.0 for i in range(layers)]
+def shapes(layers: int) -> dict[str, dict[str, Any]]:
+    """Name -> settings of ``LessConfig``."""
+    first, last = layers // 2, layers // 2 + layers // 3 - 1
+    doubled = [2.0 if first <= i <= last else 1.0 for i in range(layers)]
     return {
-        "uniform": "uniform",
-        "pyramid, beta 2": ("pyramid", 2.0),
-        "pyramid, beta 20": ("pyramid", 20.0),
-        "rising, 0.5 to 1.5": [0.5 + i / (layers - 1) for i in range(layers)],
-        f"layers {layers // 2}-{layers // 2 + third - 1} doubled": middle,
+        "uniform": {},
+        "pyramid, beta 2": {"shape": "pyramid", "beta": 2},
+        "pyramid, beta 20": {"shape": "pyramid", "beta": 20},
+        "rising, 0.5 to 1.5": {"shape": [0.5 + i / (layers - 1) for i in range(layers)]},
+        f"layers {first}-{last} doubled": {"shape": doubled},
     }
 
 
@@ -49,15 +51,13 @@ def main() -> None:
     chunks = assets.chunks(tokenizer, texts, args.length, args.chunks)
 
     caches = {}
-    for name, shape in shapes(model.config.num_hidden_layers).items():
-        kind, beta = shape if isinstance(shape, tuple) else (shape, 20.0)
-        config = LessConfig(tokens=args.tokens, shape=kind, beta=beta, dtype="float16")
-        cache = config.cache(model, batch=args.chunks, sidekick=sidekick)
+    for name, settings in shapes(model.config.num_hidden_layers).items():
+        config = LessConfig(tokens=args.tokens, dtype="float16", **settings)
         if args.eviction:  # the sidekick's policy, without its state
-            cache = LessConfig(
-                tokens=args.tokens, shape=kind, beta=beta, dtype="float16", policy=cache.policies[0]
-            ).cache(model, batch=args.chunks)
-        caches[name] = cache
+            config = replace(config, policy=config.policy_at(args.tokens, sidekick))
+        caches[name] = config.cache(
+            model, batch=args.chunks, sidekick=None if args.eviction else sidekick
+        )
     slots = {cache.memory()["slots"] for cache in caches.values()}
     if len(slots) != 1:
         raise RuntimeError(f"the shapes hold different bytes: {slots}")
@@ -80,7 +80,8 @@ def main() -> None:
         )
     console.print(
         f"full cache: {full.perplexity():.2f}; positions {FROM} on of {args.chunks} chunks of "
-        f"{args.length} tokens, {args.tokens} tokens per head"
+        f"{args.length} tokens, {args.tokens} tokens per head",
+        soft_wrap=True,
     )
 
 

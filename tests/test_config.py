@@ -229,6 +229,36 @@ def test_budgets_as_long_as_the_text_give_the_models_own_text(model):
     assert cache.stats()["evictions"] == [0, 0]
 
 
+def test_layers_that_slide_keep_their_windows_and_the_others_share_the_budget():
+    from less.hf.families import VOCAB, build
+
+    model = build("gemma3_text")
+    config = LessConfig(tokens=[1, 9, 1, 5], policy=H2O(1, 1))
+    cache = config.cache(model, batch=2)
+    slides = [i for i, policy in enumerate(cache.policies) if policy is None]
+    assert slides == list(cache.native) != []
+    ids = torch.randint(2, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
+    generate(model, cache, ids)
+    assert cache.stats()["kept"] == [
+        2 * 37 if i in slides else 2 * n for i, n in enumerate(config.tokens)
+    ]
+    by_bytes = LessConfig(bytes=20_000, shape=[1, 2, 1, 2]).cache(model, batch=2)
+    assert 19_000 < by_bytes.memory()["slots"] <= 20_000
+
+
+def test_beams_reorder_layers_of_different_budgets(model):
+    ids = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(3))
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "num_beams": 3}
+    cache = LessConfig(tokens=[64, 50], full_layers=1, max_tokens=40).cache(model, batch=3)
+    with attach(model, cache):
+        got = model.generate(ids, past_key_values=cache, do_sample=False, **settings)
+    assert torch.equal(got, model.generate(ids, do_sample=False, **settings))
+    small = LessConfig(tokens=[12, 30]).cache(model, batch=3, sidekick=tiny_sidekick())
+    with attach(model, small):
+        model.generate(ids, past_key_values=small, do_sample=False, **settings)
+    assert small.stats()["kept"] == [36, 90]
+
+
 def test_generate_refuses_at_once_what_a_full_layer_has_no_room_for(model):
     ids = torch.ones(1, 30, dtype=torch.long)
     cache = LessConfig(tokens=8, full_layers=1, max_tokens=37).cache(model)
