@@ -66,7 +66,7 @@ struct DecodeShared {
   LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position); }
   LESS_DEVICE DecodeCandidate* candidate() const { return take<DecodeCandidate>(at.candidate); }
   LESS_DEVICE DecodeMapScratch maps() const {
-    return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_unit),
+    return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_turn),
             raw + at.map_w2};
   }
 };
@@ -89,7 +89,9 @@ struct DecodeBlock {
   static constexpr bool kScaled = sizeof(T) == 1;
   static constexpr int kHeads = decode_heads<T>();
 
-  // On tensor cores.
+  // On tensor cores: int8 and e4m3 are half floats, exactly.
+  using Narrow = std::conditional_t<kScaled, __half, T>;
+  static constexpr int kRow = kD + decode_q_pad<T, kD>();  // of narrow_q
   using Tag = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, BFloatTag, HalfTag>;
   static constexpr int kBlocks = kD / 16;  // of 16 columns of out
   static constexpr int kPairs = kDecodePairs;
@@ -131,19 +133,19 @@ struct DecodeBlock {
     first = split * plan.per;
     n = min(plan.per, S - first);
     stride = plan.per + 8;
-    seen = p.seen[b];
     join(plan.cluster ? split : 0, plan.cluster ? plan.splits : 1);
   }
 
   LESS_DEVICE void join(int as, int of) {
     rank = as;
     ranks = of;
-    constexpr int kUnits = kD / 8;
-    column = kUnits * rank / ranks * 8;
-    width = kUnits * (rank + 1) / ranks * 8 - column;
+    constexpr int kUnits = kD / 16;
+    column = kUnits * rank / ranks * 16;
+    width = kUnits * (rank + 1) / ranks * 16 - column;
   }
 
-  LESS_DEVICE T* narrow_q() const { return s.take<T>(plan.layout.narrow_q); }
+  LESS_DEVICE Narrow* narrow_q() const { return s.take<Narrow>(plan.layout.narrow_q); }
+  LESS_DEVICE float* q_scale() const { return s.take<float>(plan.layout.q_scale); }
   LESS_DEVICE int64_t query(int g) const { return (b * p.Q + head * G + g) * kD; }
   LESS_DEVICE bool alone() const { return plan.splits == 1; }
   LESS_DEVICE bool last_split() const { return split == plan.splits - 1; }
@@ -151,6 +153,7 @@ struct DecodeBlock {
   LESS_DEVICE void run() {
     grid_dependency_wait();
     if (p.valid != nullptr && !p.valid[b]) return clear();
+    seen = p.seen[b];
     const int tiles = (n + plan.tile - 1) / plan.tile;
     victim = {0, 0, S, 0.0f};
     // Keys are asked for first; which values there are is only known from what load() brings.
@@ -284,25 +287,71 @@ struct DecodeBlock {
         s.v_scale()[i] = position >= 0 ? p.slots.v_scale[slot] : 0.0f;
       }
     }
+    if constexpr (kMma && kScaled) {
+      load_scaled_queries();
+    } else {
+      load_queries();
+    }
+    if constexpr (kMma) {  // heads that complete a multiple of 8
+#pragma unroll 1
+      for (int i = G * kD + t * 4; i < (G + 7) / 8 * 8 * kD; i += kDecodeThreads * 4) {
+        store8_shared(narrow_q() + i / kD * kRow + i % kD, make_uint2(0, 0));
+      }
+    }
+    if (warp == 0) load_row(p.k, s.key(), s.token());
+    if (warp == 1) load_row(p.v, s.value(), s.token() + 1);
+  }
+
+  LESS_DEVICE void load_queries() {
 #pragma unroll 1
     for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
       float four[4];
       load_four(p.q, p.q_dtype, query(0) + i, four);
       store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
-      if constexpr (kMma) {
-        store8_shared(
-            narrow_q() + i / kD * (kD + 8) + i % kD,
-            make_uint2(two_narrowed<T>(four[0], four[1]), two_narrowed<T>(four[2], four[3])));
-      }
+      if constexpr (kMma) narrow_queries(i, four, 1.0f);
     }
-    if constexpr (kMma) {  // heads that complete a multiple of 8
+  }
+
+  LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor) {
+    if constexpr (kMma) {
+      store8_shared(narrow_q() + i / kD * kRow + i % kD,
+                    make_uint2(two_narrowed<Narrow>(four[0] * factor, four[1] * factor),
+                               two_narrowed<Narrow>(four[2] * factor, four[3] * factor)));
+    }
+  }
+
+  // Queries of any size as half floats: each is divided by the power of two below its largest
+  // element. A warp per query.
+  LESS_DEVICE void load_scaled_queries() {
 #pragma unroll 1
-      for (int i = G * kD + t * 4; i < (G + 7) / 8 * 8 * kD; i += kDecodeThreads * 4) {
-        store8_shared(narrow_q() + i / kD * (kD + 8) + i % kD, make_uint2(0, 0));
+    for (int g = warp; g < G; g += kDecodeWarps) {
+      uint32_t largest = 0;
+#pragma unroll 1
+      for (int d = lane * 4; d < kD; d += 128) {
+        float four[4];
+        load_four(p.q, p.q_dtype, query(g) + d, four);
+        store16_shared(s.q() + g * kD + d,
+                       bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
+        }
+      }
+      const float step = power_below(__reduce_max_sync(0xffffffffu, largest));
+      if (lane == 0) q_scale()[g] = step;
+#pragma unroll 1
+      for (int d = lane * 4; d < kD; d += 128) {
+        const float4 x = bits_of<float4>(load16_shared(s.q() + g * kD + d));
+        const float four[4] = {x.x, x.y, x.z, x.w};
+        narrow_queries(g * kD + d, four, 1.0f / step);
       }
     }
-    if (warp == 0) load_row(p.k, s.key(), s.token());
-    if (warp == 1) load_row(p.v, s.value(), s.token() + 1);
+  }
+
+  // The power of two at or below a float >= 0 of these bits; 1 where it or its inverse is none.
+  static LESS_DEVICE float power_below(uint32_t bits) {
+    const uint32_t exponent = bits >> 23;
+    return exponent == 0 || exponent >= 253 ? 1.0f : bits_of<float>(exponent << 23);
   }
 
   // A row [D] of the token's, rounded as the slots round it; one warp.
@@ -343,9 +392,22 @@ struct DecodeBlock {
   // --------------------------------------------------------------------
 
   LESS_DEVICE void attend(int tiles) {
+    if constexpr (kMma) {
 #pragma unroll 1
-    for (int item = 0; item < tiles; ++item) {
-      multiply_keys(receive(item, tiles), item * plan.tile);
+      for (int item = 0; item < tiles; ++item) {
+        multiply_keys_mma(receive(item, tiles), item * plan.tile);
+      }
+    } else {
+      float q[kQueries][kKept];
+#pragma unroll 1
+      for (int item = 0; item < tiles; ++item) {
+        const unsigned char* const tile = receive(item, tiles);
+#pragma unroll 1
+        for (int g0 = 0; g0 < G; g0 += kQueries) {
+          if (kKept == kFloats && (item == 0 || G > kQueries)) keep_queries(g0, q);
+          multiply_keys(tile, item * plan.tile, g0, q);
+        }
+      }
     }
     if (!LESS_BUG(logits_barrier)) __syncthreads();
     softmax();
@@ -391,63 +453,74 @@ struct DecodeBlock {
     }
   }
 
-  // mass[g, slot] = q k of the tile's rows. Lanes of a row take its chunks in turns, and keep
-  // theirs of a few queries.
-  LESS_DEVICE void multiply_keys(const unsigned char* tile, int slot0) {
-    const int rows = min(plan.tile, n - slot0);
-    if constexpr (kMma) {
-      multiply_keys_mma(tile, slot0, rows);
-    } else {
-      constexpr int kLanes = 1 << (Tile::kPower < 3 ? Tile::kPower : 3);
-      constexpr int kTurns = Tile::kChunks / kLanes, kE = Tile::kElements;
-      constexpr int kFloats = kTurns * kE;  // of a query that a lane keeps
-      constexpr int kQueries = kFloats <= 16 ? 4 : kFloats <= 32 ? 2 : 1;
-      constexpr int kAtOnce = kDecodeThreads / kLanes;
-      const int turn = lane % kLanes;
+  // mass[g, slot] = q k of the tile's rows. Without tensor cores, lanes of a row take its chunks in
+  // turns, and keep theirs of a few queries.
+  static constexpr int kLanes = 1 << (Tile::kPower < 3 ? Tile::kPower : 3);
+  static constexpr int kTurns = Tile::kChunks / kLanes;
+  static constexpr int kFloats = kTurns * Tile::kElements;  // of a query that a lane keeps
+  static constexpr int kQueries = kFloats <= 32 ? 2 : 1;
+  static constexpr int kKept = kFloats <= 48 ? kFloats : 4;  // more are read when they are needed
+
+  LESS_DEVICE void keep_queries(int g0, float (&q)[kQueries][kKept]) const {
+    constexpr int kE = Tile::kElements;
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) {
+#pragma unroll
+      for (int i = 0; i < kKept / 4; ++i) {
+        const int d = (i / (kE / 4) * kLanes + lane % kLanes) * kE + i % (kE / 4) * 4;
+        const float4 x = bits_of<float4>(load16_shared(s.q() + min(g0 + g, G - 1) * kD + d));
+        q[g][i * 4] = x.x;
+        q[g][i * 4 + 1] = x.y;
+        q[g][i * 4 + 2] = x.z;
+        q[g][i * 4 + 3] = x.w;
+      }
+    }
+  }
+
+  LESS_DEVICE void multiply_keys(const unsigned char* tile, int slot0, int g0,
+                                 const float (&q)[kQueries][kKept]) {
+    constexpr int kE = Tile::kElements, kAtOnce = kDecodeThreads / kLanes;
+    const int rows = min(plan.tile, n - slot0), turn = lane % kLanes;
 #pragma unroll 1
-      for (int g0 = 0; g0 < G; g0 += kQueries) {
-        float q[kQueries][kFloats];
+    for (int r0 = 0; r0 < rows; r0 += kAtOnce) {
+      const int r = r0 + t / kLanes;
+      float dot[kQueries];
 #pragma unroll
-        for (int g = 0; g < kQueries; ++g) {
+      for (int g = 0; g < kQueries; ++g) dot[g] = 0.0f;
+      if (r < rows) {
 #pragma unroll
-          for (int i = 0; i < kFloats / 4; ++i) {
-            const int d = (i / (kE / 4) * kLanes + turn) * kE + i % (kE / 4) * 4;
-            const uint4 w = load16_shared(s.q() + min(g0 + g, G - 1) * kD + d);
-            q[g][i * 4] = bits_of<float>(w.x);
-            q[g][i * 4 + 1] = bits_of<float>(w.y);
-            q[g][i * 4 + 2] = bits_of<float>(w.z);
-            q[g][i * 4 + 3] = bits_of<float>(w.w);
-          }
-        }
-#pragma unroll 1
-        for (int r0 = 0; r0 < rows; r0 += kAtOnce) {
-          const int r = r0 + t / kLanes;
-          float dot[kQueries];
+        for (int i = 0; i < kTurns; ++i) {
+          const int chunk = r * Tile::kChunks + i * kLanes + turn;
+          float k[kE];
+          widen16<T>(load16_shared(tile + Tile::place(chunk) * 16), k);
 #pragma unroll
-          for (int g = 0; g < kQueries; ++g) dot[g] = 0.0f;
-          if (r < rows) {
+          for (int g = 0; g < kQueries; ++g) {
+            if (g0 + g >= G) break;
+            if constexpr (kKept == kFloats) {
 #pragma unroll
-            for (int i = 0; i < kTurns; ++i) {
-              const int chunk = r * Tile::kChunks + i * kLanes + turn;
-              float k[kE];
-              widen16<T>(load16_shared(tile + Tile::place(chunk) * 16), k);
+              for (int e = 0; e < kE; ++e) dot[g] = fmaf(q[g][i * kE + e], k[e], dot[g]);
+            } else {
+              const float* const x = s.q() + (g0 + g) * kD + (i * kLanes + turn) * kE;
 #pragma unroll
-              for (int g = 0; g < kQueries; ++g) {
-#pragma unroll
-                for (int e = 0; e < kE; ++e) dot[g] = fmaf(q[g][i * kE + e], k[e], dot[g]);
+              for (int e = 0; e < kE; e += 4) {
+                const float4 four = bits_of<float4>(load16_shared(x + e));
+                dot[g] = fmaf(four.x, k[e], dot[g]);
+                dot[g] = fmaf(four.y, k[e + 1], dot[g]);
+                dot[g] = fmaf(four.z, k[e + 2], dot[g]);
+                dot[g] = fmaf(four.w, k[e + 3], dot[g]);
               }
             }
           }
-#pragma unroll
-          for (int g = 0; g < kQueries; ++g) {
-#pragma unroll
-            for (int step = 1; step < kLanes; step *= 2) {
-              dot[g] += __shfl_xor_sync(0xffffffffu, dot[g], step);
-            }
-            if (turn == 0 && r < rows && g0 + g < G)
-              s.mass()[(g0 + g) * stride + slot0 + r] = dot[g];
-          }
         }
+      }
+#pragma unroll
+      for (int g = 0; g < kQueries; ++g) {
+        if (g0 + g >= G) break;
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) {
+          dot[g] += __shfl_xor_sync(0xffffffffu, dot[g], step);
+        }
+        if (turn == 0 && r < rows) s.mass()[(g0 + g) * stride + slot0 + r] = dot[g];
       }
     }
   }
@@ -459,6 +532,15 @@ struct DecodeBlock {
   // mass: q k becomes the logit, then e^(logit - top). A warp per query.
   LESS_DEVICE void softmax() {
     const int padded = (n + 15) / 16 * 16;
+    if constexpr (kScaled && kMma) {
+      uint32_t largest = 0;
+#pragma unroll 1
+      for (int i = lane; i < n; i += 32) {
+        largest = max(largest, bits_of<uint32_t>(s.v_scale()[i]) & 0x7fffffffu);
+      }
+      largest = __reduce_max_sync(0xffffffffu, largest);
+      if (t == 0) q_scale()[G] = power_below(largest);
+    }
 #pragma unroll 1
     for (int g = warp; g < G; g += kDecodeWarps) {
       float* const mass = s.mass() + g * stride;
@@ -467,6 +549,7 @@ struct DecodeBlock {
       for (int i = lane; i < n; i += 32) {
         float dot = mass[i];
         if constexpr (kScaled) dot *= s.k_scale()[i];
+        if constexpr (kScaled && kMma) dot *= q_scale()[g];
         const float logit =
             s.position()[i] >= 0 ? capped(dot * p.scale) + s.weight()[i] : -kInfinity;
         mass[i] = logit;
@@ -570,7 +653,8 @@ struct DecodeBlock {
   // --------------------------------------------------------------------
 
   // Slots are the rows of the product, queries its columns.
-  LESS_DEVICE void multiply_keys_mma(const unsigned char* tile, int slot0, int rows) {
+  LESS_DEVICE void multiply_keys_mma(const unsigned char* tile, int slot0) {
+    const int rows = min(plan.tile, n - slot0);
 #pragma unroll 1
     for (int r0 = warp * 16; r0 < rows; r0 += kDecodeWarps * 16) {
 #pragma unroll 1
@@ -579,9 +663,25 @@ struct DecodeBlock {
 #pragma unroll
         for (int k = 0; k < kBlocks; ++k) {
           uint32_t keys[4], queries[2];
-          const int chunk = (r0 + lane % 16) * Tile::kChunks + k * 2 + lane / 16;
-          ldmatrix_x4(keys, tile + Tile::place(chunk) * 16);
-          ldmatrix_x2(queries, narrow_q() + (g0 + lane % 8) * (kD + 8) + k * 16 + lane / 8 % 2 * 8);
+          if constexpr (kScaled) {
+            // A thread has 4 elements of a row, where the product's order has two and two: the sum
+            // over D takes them in this order on both sides.
+            uint32_t fours[2];
+            const int chunk = (r0 + lane % 16) * Tile::kChunks + k;
+            ldmatrix_x2(fours, tile + Tile::place(chunk) * 16);
+            keys[0] = two_halves<0, 1>(fours[0]);
+            keys[1] = two_halves<0, 1>(fours[1]);
+            keys[2] = two_halves<2, 3>(fours[0]);
+            keys[3] = two_halves<2, 3>(fours[1]);
+            const uint2 q =
+                load8_shared(narrow_q() + (g0 + lane / 4) * kRow + k * 16 + lane % 4 * 4);
+            queries[0] = q.x;
+            queries[1] = q.y;
+          } else {
+            const int chunk = (r0 + lane % 16) * Tile::kChunks + k * 2 + lane / 16;
+            ldmatrix_x4(keys, tile + Tile::place(chunk) * 16);
+            ldmatrix_x2(queries, narrow_q() + (g0 + lane % 8) * kRow + k * 16 + lane / 8 % 2 * 8);
+          }
           mma_m16n8k16(acc, keys, queries, Tag());
         }
         // Lanes of a quad take their two heads in different order: 32 different banks.
@@ -597,12 +697,38 @@ struct DecodeBlock {
     }
   }
 
-  // x = high + low, to twice the bits of T.
+  // Bytes kI and kJ of four int8 or e4m3, as half floats.
+  template <int kI, int kJ>
+  static LESS_DEVICE uint32_t two_halves(uint32_t four) {
+    if constexpr (std::is_same_v<T, int8_t>) {
+      // x + 128 as the last bits of 1024 + 128 + x.
+      const uint32_t biased =
+          __byte_perm(four ^ 0x80808080u, 0x64646464u, kI | 0x40 | kJ << 8 | 0x4000);
+      return bits_of<uint32_t>(
+          __hsub2(bits_of<__half2>(biased), bits_of<__half2>(uint32_t(0x64806480))));
+    } else {
+      const uint32_t two = __byte_perm(four, 0, kI | kJ << 4 | 0x4400) & 0xffffu;
+      return bits_of<uint32_t>(__nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(two), __NV_E4M3));
+    }
+  }
+
+  // x = high + low, to twice the bits of Narrow.
   static LESS_DEVICE void split_two(float2 x, uint32_t& high, uint32_t& low) {
-    high = two_narrowed<T>(x.x, x.y);
+    high = two_narrowed<Narrow>(x.x, x.y);
     float rounded[2];
-    widen4(high, rounded, T());
-    low = two_narrowed<T>(x.x - rounded[0], x.y - rounded[1]);
+    widen4(high, rounded, Narrow());
+    low = two_narrowed<Narrow>(x.x - rounded[0], x.y - rounded[1]);
+  }
+
+  // Masses of two slots, times the scales of their values in units of the range's.
+  LESS_DEVICE float2 two_weights(const float* mass, int slot, float inverse) const {
+    float2 two = bits_of<float2>(load8_shared(mass + slot));
+    if constexpr (kScaled) {
+      const float2 scale = bits_of<float2>(load8_shared(s.v_scale() + slot));
+      two.x *= scale.x * inverse;
+      two.y *= scale.y * inverse;
+    }
+    return two;
   }
 
   // Columns of values are the rows of the product, queries its columns. The masses go in as sums of
@@ -610,6 +736,8 @@ struct DecodeBlock {
   LESS_DEVICE void multiply_values_mma(const unsigned char* tile, int slot0, int rows, int pass,
                                        float (&acc)[kPairs][4]) {
     const int pairs = min(kTiles, (G + 7) / 8 - pass * kTiles) * kBlocks;
+    float inverse = 1.0f;
+    if constexpr (kScaled) inverse = 1.0f / q_scale()[G];
 #pragma unroll 1
     for (int r0 = 0; r0 < rows; r0 += 16) {
 #pragma unroll
@@ -618,18 +746,28 @@ struct DecodeBlock {
         if (pair >= pairs) break;
         const int block = pair % kBlocks;
         const int g = (pass * kTiles + pair / kBlocks) * 8 + lane / 4;
-        uint2 first_two = make_uint2(0, 0), next_two = make_uint2(0, 0);
+        float2 near = make_float2(0.0f, 0.0f), far = near;
         if (g < G) {
-          const float* const mass = s.mass() + g * stride + slot0 + r0 + lane % 4 * 2;
-          first_two = load8_shared(mass);
-          next_two = load8_shared(mass + 8);
+          near = two_weights(s.mass() + g * stride, slot0 + r0 + lane % 4 * 2, inverse);
+          far = two_weights(s.mass() + g * stride, slot0 + r0 + lane % 4 * 2 + 8, inverse);
         }
         uint32_t high[2], low[2], values[4];
-        split_two(bits_of<float2>(first_two), high[0], low[0]);
-        split_two(bits_of<float2>(next_two), high[1], low[1]);
-        const int chunk =
-            (r0 + lane / 16 * 8 + lane % 8) * Tile::kChunks + block * 2 + lane / 8 % 2;
-        ldmatrix_x4_trans(values, tile + Tile::place(chunk) * 16);
+        split_two(near, high[0], low[0]);
+        split_two(far, high[1], low[1]);
+        if constexpr (kScaled) {
+          // Transposed in pairs of columns: a thread has columns 2 i and 2 i + 1 of two slots.
+          uint32_t fours[2];
+          const int chunk = (r0 + lane % 16) * Tile::kChunks + block;
+          ldmatrix_x2_trans(fours, tile + Tile::place(chunk) * 16);
+          values[0] = two_halves<0, 2>(fours[0]);
+          values[1] = two_halves<1, 3>(fours[0]);
+          values[2] = two_halves<0, 2>(fours[1]);
+          values[3] = two_halves<1, 3>(fours[1]);
+        } else {
+          const int chunk =
+              (r0 + lane / 16 * 8 + lane % 8) * Tile::kChunks + block * 2 + lane / 8 % 2;
+          ldmatrix_x4_trans(values, tile + Tile::place(chunk) * 16);
+        }
         mma_m16n8k16(acc[i], values, high, Tag());
         if (!LESS_BUG(low_half)) mma_m16n8k16(acc[i], values, low, Tag());
       }
@@ -637,16 +775,20 @@ struct DecodeBlock {
   }
 
   LESS_DEVICE void keep_values_mma(int pass, const float (&acc)[kPairs][4]) {
+    float unit = 1.0f;
+    if constexpr (kScaled) unit = q_scale()[G];
     const int pairs = min(kTiles, (G + 7) / 8 - pass * kTiles) * kBlocks;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int pair = i * kDecodeWarps + warp;
       if (pair >= pairs) break;
-      const int d = pair % kBlocks * 16 + lane / 4;
+      constexpr int kFar = kScaled ? 1 : 8;  // from a thread's first column to its second
+      const int d = pair % kBlocks * 16 + lane / 4 * (kScaled ? 2 : 1);
       const int g = (pass * kTiles + pair / kBlocks) * 8 + lane % 4 * 2;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (g + j % 2 < G) s.part()[at.value + (g + j % 2) * kD + d + j / 2 * 8] = acc[i][j];
+        if (g + j % 2 >= G) continue;
+        s.part()[at.value + (g + j % 2) * kD + d + j / 2 * kFar] = acc[i][j] * unit;
       }
     }
   }
@@ -1008,7 +1150,7 @@ struct DecodeBlock {
 };
 
 template <typename T, int kD, bool kMma>
-__global__ void __launch_bounds__(kDecodeThreads, 4)
+__global__ void __launch_bounds__(kDecodeThreads, 3)
     decode_step_kernel(const __grid_constant__ DecodeStepParams p,
                        const __grid_constant__ DecodePlan plan) {
   DYN_SMEM(raw);

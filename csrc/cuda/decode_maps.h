@@ -18,7 +18,7 @@ constexpr int kDecodeMapColumns = 32 * kDecodeMapUnits;  // of units at once, at
 struct DecodeMapScratch {
   float* sums;        // [warps, kDecodeMapColumns]  x W1, by warps
   float* hidden;      // [kDecodeMapColumns]
-  float* unit;        // [kDecodeMapUnits, R]  a unit's share of y
+  float* turn;        // [threads]  shares of y, by threads
   unsigned char* w2;  // [32 kDecodeMapUnits R]  the units' rows of W2
 };
 
@@ -106,31 +106,29 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
 #pragma unroll 1
   for (int i = t; i < heads * R; i += kDecodeThreads) y[i] = 0.0f;
 #pragma unroll 1
-  for (int u0 = begin; u0 < end; u0 += kDecodeMapUnits) {
-    const int count = min(kDecodeMapUnits, end - u0);
+  for (int u0 = begin, taken; u0 < end; u0 += taken) {
+    const int g = u0 / units, e0 = u0 % units * columns;  // of one head at once
+    const int count = min(min(kDecodeMapUnits, end - u0), units - u0 % units);
+    taken = count;
     // -- rows of W2, on their way while W1 is read
+    const unsigned char* const w2_rows = w2 + (int64_t(g) * E + e0) * R * bytes;
     if (aligned) {
-      const int chunks = count * columns * R * bytes / 16;
 #pragma unroll 1
-      for (int i = t; i < chunks; i += kDecodeThreads) {
-        copy_async16(s.w2 + i * 16, w2 + int64_t(u0) * columns * R * bytes + i * 16);
+      for (int i = t * 16; i < count * columns * R * bytes; i += kDecodeThreads * 16) {
+        copy_async16(s.w2 + i, w2_rows + i);
       }
     } else {
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        const int g = (u0 + i) / units, e0 = (u0 + i) % units * columns;
-        copy_bytes(s.w2 + i * columns * R * bytes, w2 + (int64_t(g) * E + e0) * R * bytes,
-                   columns * R * bytes, (E - e0) * R * bytes);
-      }
+      copy_bytes(s.w2, w2_rows, count * columns * R * bytes, (E - e0) * R * bytes);
     }
     copy_async_commit();
     // -- x W1 of the units: thread (rows, chunk)
     const int width = count == 1 ? 2 : count == 2 ? 4 : 8;
     const int chunk = t % width, row0 = t / width, rows = kDecodeThreads / width;
     const bool active = chunk < 2 * count;
-    const int g = active ? (u0 + chunk / 2) / units : 0;
-    const int e0 = active ? (u0 + chunk / 2) % units * columns + chunk % 2 * (columns / 2) : 0;
-    const unsigned char* const column = w1 + (int64_t(g) * D * E + e0) * bytes;
+    const int first_column = e0 + chunk * (columns / 2);
+    const unsigned char* const column =
+        w1 + (int64_t(g) * D * E + (active ? first_column : e0)) * bytes;
+    const float* const at_g = x + g * D;
     float acc[16];
 #pragma unroll
     for (int e = 0; e < 16; ++e) acc[e] = 0.0f;
@@ -148,14 +146,14 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int d = d0 + i * rows;
-        at[i] = d < D ? x[g * D + d] : 0.0f;
+        at[i] = d < D ? at_g[d] : 0.0f;
       }
       add_map_chunks(m.w_dtype, w, at, acc);
     }
 #pragma unroll 1
     for (int d = row0; !aligned && active && d < D; d += rows) {
-      const uint4 w[1] = {load_bytes(column + int64_t(d) * E * bytes, (E - e0) * bytes)};
-      const float at[1] = {x[g * D + d]};
+      const uint4 w[1] = {load_bytes(column + int64_t(d) * E * bytes, (E - first_column) * bytes)};
+      const float at[1] = {at_g[d]};
       add_map_chunks(m.w_dtype, w, at, acc);
     }
     // -- the sum over rows, within warps and then over them
@@ -171,33 +169,33 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
         if (e < columns / 2) sums[e] = acc[e];
       }
     }
-    copy_async_wait<0>();
+    if (!LESS_BUG(map_wait)) copy_async_wait<0>();
     if (!LESS_BUG(map_barrier_sums)) __syncthreads();
     if (t < count * columns) {
-      const int head = (u0 + t / columns) / units,
-                e = (u0 + t / columns) % units * columns + t % columns;
+      const int e = e0 + t;
       float sum = s.sums[t];
 #pragma unroll
       for (int w = 1; w < kDecodeWarps; ++w) sum += s.sums[w * kDecodeMapColumns + t];
-      if (e < E && m.w1_scale != nullptr) sum *= m.w1_scale[(first + head) * E + e];
+      if (e < E && m.w1_scale != nullptr) sum *= m.w1_scale[(first + g) * E + e];
       s.hidden[t] = e < E ? gelu(sum) : 0.0f;
     }
     if (!LESS_BUG(map_barrier_hidden)) __syncthreads();
-    // -- times W2: a thread per unit and r, then one per r
-#pragma unroll 1
-    for (int i = t; i < count * R; i += kDecodeThreads) {
-      const int unit = i / R, r = i % R;
+    // -- times W2: thread (every so many columns, r), then thread r
+    const int turns = min(16, kDecodeThreads / R);
+    if (t < turns * R) {
       float sum = 0.0f;
 #pragma unroll 4
-      for (int e = unit * columns; e < (unit + 1) * columns; ++e) {
-        sum = fmaf(s.hidden[e], map_element(m.w_dtype, s.w2, e * R + r), sum);
+      for (int e = t / R; e < count * columns; e += turns) {
+        sum = fmaf(s.hidden[e], map_element(m.w_dtype, s.w2, e * R + t % R), sum);
       }
-      s.unit[i] = sum;
+      s.turn[t] = sum;
     }
-    if (!LESS_BUG(map_barrier_units)) __syncthreads();
+    if (!LESS_BUG(map_barrier_turns)) __syncthreads();
     if (t < R) {
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) y[(u0 + i) / units * R + t] += s.unit[i * R + t];
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int i = 0; i < turns; ++i) sum += s.turn[i * R + t];
+      y[g * R + t] += sum;
     }
   }
   __syncthreads();

@@ -80,7 +80,7 @@ void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
     plan.ring = items < Tile::kStages ? items : Tile::kStages;
     plan.part = DecodePart(G, R, int(p.D)).floats;
     const int shares = plan.cluster ? plan.splits : 1;
-    plan.columns = (int(p.D) / 8 + shares - 1) / shares * 8;
+    plan.columns = (int(p.D) / 16 + shares - 1) / shares * 16;
     SharedCarver measure{nullptr};
     plan.layout = decode_layout<T, kD, kMma>(measure, p, plan);
     plan.shared = int64_t(measure.used);
@@ -94,7 +94,9 @@ cudaError_t plan_of(const DecodeStepParams& p, DecodePlan& plan) {
   const cudaError_t error = device_limits(limits);
   if (error != cudaSuccess) return error;
   plan = {};
-  plan.mma = half_type(p.slots.dtype) && p.q_dtype == p.slots.dtype && p.Q / p.K > 2;
+  constexpr bool eight = sizeof(T) == 1;
+  plan.mma = p.Q / p.K > 2 &&
+             (eight ? half_type(p.q_dtype) : half_type(p.q_dtype) && p.q_dtype == p.slots.dtype);
   const int eighth = int((p.slots.S + kDecodeCluster - 1) / kDecodeCluster);
   const int range = eighth < kRangeMin ? kRangeMin : (eighth + 15) / 16 * 16;
   if (limits.clusters && range <= kClusterRange) {
@@ -129,12 +131,21 @@ int64_t lay_out(const DecodeStepParams& p, DecodePlan& plan) {
 
 }  // namespace
 
-int64_t decode_step_workspace(const DecodeStepParams& p) {
-  if (p.B == 0 || p.Q == 0 || !supported(p)) return 0;
-  DecodePlan plan;
-  const cudaError_t error = with_slots_dtype(
-      p.slots.dtype, [&](auto type) { return plan_of<typename decltype(type)::type>(p, plan); });
-  return error == cudaSuccess ? lay_out(p, plan) : 0;
+// For queries of any dtype: it decides how a layer is cut.
+int64_t decode_step_workspace(const DecodeStepParams& params) {
+  int64_t most = 0;
+  for (const DType q_dtype : {DType::f32, DType::bf16, DType::fp16}) {
+    DecodeStepParams p = params;
+    p.q_dtype = q_dtype;
+    if (p.B == 0 || p.Q == 0 || !supported(p)) return 0;
+    DecodePlan plan;
+    const cudaError_t error = with_slots_dtype(p.slots.dtype, [&](auto type) {
+      return plan_of<typename decltype(type)::type>(p, plan);
+    });
+    const int64_t bytes = error == cudaSuccess ? lay_out(p, plan) : 0;
+    most = bytes > most ? bytes : most;
+  }
+  return most;
 }
 
 cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {

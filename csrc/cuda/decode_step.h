@@ -48,6 +48,7 @@ struct DecodeLayout {
   int32_t sums;        // [threads / chunks, heads, D]  of values, by threads; not for tensor cores
   int32_t q;           // [G, D]
   int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores
+  int32_t q_scale;     // [G + 1]  what its rows were divided by, and the unit of the values' scales
   int32_t mass;        // [G, per + 8]  logits, then e^(logit - top); at `per` the token's
   int32_t part;        // DecodePart
   int32_t position;    // [per]
@@ -73,7 +74,7 @@ struct DecodeLayout {
   int32_t psi_shares;    // [kDecodeCluster, R]
   int32_t map_sums;      // DecodeMapScratch
   int32_t map_hidden;
-  int32_t map_unit;
+  int32_t map_turn;
   int32_t map_w2;
 };
 
@@ -137,6 +138,13 @@ __host__ __device__ int decode_passes(int G) {
   return (G + kMost - 1) / kMost;
 }
 
+// Between rows of queries for tensor cores, in 16-bit floats: rows that are read together are then
+// in different banks, 16 bytes of 8 rows of half types, 32 bytes of 4 rows of others.
+template <typename T, int kD>
+constexpr int decode_q_pad() {
+  return sizeof(T) == 2 ? 8 : kD * 2 % 64 == 32 ? 0 : 16;
+}
+
 // Lays a block's arrays out from c.base on; c.used bytes in all.
 template <typename T, int kD, bool kMma>
 __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStepParams& p,
@@ -152,7 +160,8 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.ring = take(int64_t(plan.ring) * plan.tile * Tile::kBytes);
   if (!kMma) at.sums = take(4 * kDecodeThreads * Tile::kElements * heads);
   at.q = take(4 * G * kD);
-  if (kMma) at.narrow_q = take((G + 7) / 8 * 8 * (kD + 8) * int64_t(sizeof(T)));
+  if (kMma) at.narrow_q = take((G + 7) / 8 * 8 * (kD + decode_q_pad<T, kD>()) * 2);
+  if (kMma && sizeof(T) == 1) at.q_scale = take(4 * (G + 1));
   at.mass = take(4 * G * (plan.per + 8));
   at.part = take(4 * plan.part);
   at.position = take(4 * plan.per);
@@ -181,7 +190,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.psi_shares = take(4 * kDecodeCluster * R);
   at.map_sums = take(4 * kDecodeWarps * 32 * kDecodeMapUnits);
   at.map_hidden = take(4 * 32 * kDecodeMapUnits);
-  at.map_unit = take(4 * kDecodeMapUnits * R);
+  at.map_turn = take(4 * kDecodeThreads);
   at.map_w2 = take(32 * kDecodeMapUnits * R);
   return at;
 }
@@ -201,7 +210,7 @@ template <typename T, typename F>
 bool decode_dispatch(int64_t D, bool mma, F f) {
   const auto with = [&](auto head_dim) {
     if constexpr (head_dim_built(decltype(head_dim)::value)) {
-      if constexpr (sizeof(T) == 2) {
+      if constexpr (sizeof(T) <= 2) {
         if (mma) return f(head_dim, std::true_type{}), true;
       }
       return f(head_dim, std::false_type{}), true;

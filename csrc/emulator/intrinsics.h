@@ -47,6 +47,16 @@ inline unsigned __float_as_uint(float x) { return less_emulator_bits<unsigned>(x
 inline float __int_as_float(int x) { return less_emulator_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return less_emulator_bits<float>(x); }
 
+// Byte i of the result is the byte of b:a that nibble i of the selector names.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = (unsigned long long)b << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= unsigned(bytes >> ((selector >> 4 * i & 7) * 8) & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 // A fused multiply-add of two half floats is exact in double, but for its one rounding.
 inline __half __hfma(__half a, __half b, __half c) {
   return __double2half(
