@@ -15,14 +15,22 @@ B, Q, K, D, E, R = 2, 4, 2, 16, 8, 4
 FP8 = torch.float8_e4m3fn
 
 
-def build(device, policy, *, kind="exp", dtype=torch.float32, backend="native", **changed):
+def build(
+    device, policy, *, kind="exp", dtype=torch.float32, backend="native", softcap=None, **changed
+):
     sizes = {"layers": 1, "q_heads": Q, "kv_heads": K, "head_dim": D, "batch": B} | changed
     sidekick = None
     if kind:
-        maps = random_maps(sizes["q_heads"], sizes["kv_heads"], D, E, R, kind)
+        maps = random_maps(sizes["q_heads"], sizes["kv_heads"], sizes["head_dim"], E, R, kind)
         sidekick = Sidekick([maps] * sizes["layers"], kind=kind)
     return LessKVCache(
-        **sizes, policy=policy, sidekick=sidekick, dtype=dtype, device=device, backend=backend
+        **sizes,
+        policy=policy,
+        sidekick=sidekick,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        softcap=softcap,
     )
 
 
@@ -163,3 +171,74 @@ def test_a_cache_of_fp8_slots_gives_what_a_cache_gives_that_is_fed_the_rounded_r
 def test_fp8_slots_are_refused_by_name_where_there_are_no_kernels():
     with pytest.raises(ValueError, match="with the native backend on cpu, got torch.float8_e4m3fn"):
         build("cpu", H2O(4, 4), dtype=FP8)
+
+
+# -- whole decodes on the launched kernels ---------------------------------------------------------
+
+RUNS = {
+    "h2o": (500, H2O(heavy=10, recent=6, decay=0.98), "exp", torch.float32),
+    "paper maps, per age": (500, H2O(heavy=8, recent=8, per_age=True), "paper", torch.float32),
+    "int8": (500, H2O(heavy=10, recent=6, decay=0.98), "exp", torch.int8),
+    "sinks": (100, SinkRecent(recent=12, sinks=4), "exp", torch.float32),
+    "eviction alone": (100, H2O(heavy=10, recent=6), "", torch.float32),
+    "fp16": (100, H2O(heavy=10, recent=6, decay=0.98), "exp", torch.float16),
+    "bf16": (100, H2O(heavy=10, recent=6, decay=0.98), "exp", torch.bfloat16),
+    "fp8": (100, H2O(heavy=10, recent=6, decay=0.98), "exp", FP8),
+    "soft cap": (100, H2O(heavy=10, recent=6), "exp", torch.float32),
+}
+
+
+def steps_of(B, Q, K, D, dtype, steps):
+    for step in range(steps):
+        q, k, v = random_qkv(B, Q, K, 1, D, seed=step)
+        if dtype not in reference.EIGHT_BITS:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+        yield q, k, v
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_step_loses_the_same_tokens_as_the_reference(launched, run):
+    steps, policy, kind, dtype = RUNS[run]
+    sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 1}
+    sizes["softcap"] = 1.5 if run == "soft cap" else None
+    cache = build(launched, policy, kind=kind, dtype=dtype, **sizes)
+    plain = build("cpu", policy, kind=kind, dtype=torch.float64, backend="reference", **sizes)
+    bar = dtype if dtype.itemsize > 1 else torch.float32
+    for q, k, v in steps_of(1, 4, 2, 64, dtype, steps):
+        out = cache.attend(0, q.to(launched), k.to(launched), v.to(launched)).cpu()
+        if dtype in reference.EIGHT_BITS:
+            k, v = (reference.dequantize(*reference.quantize(x, dtype=dtype)) for x in (k, v))
+        want = plain.attend(0, q.double(), k.double(), v.double())
+        assert_close(out, want, bar)
+        assert torch.equal(cache.positions(0).cpu(), plain.positions(0))
+    if kind:
+        for got, state in zip(cache.state(0), plain.state(0), strict=True):
+            assert_close(got.cpu(), state, torch.float32, factor=5)
+    assert_close(cache.scores(0).cpu(), plain.scores(0), torch.float32, factor=5)
+    assert cache.stats()["evictions"] == plain.stats()["evictions"]
+
+
+def test_blocks_that_meet_in_memory_find_their_scratch_in_the_cache(emulator, monkeypatch):
+    monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")  # no clusters
+    sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 1, "layers": 2}
+    policy = H2O(heavy=40, recent=40)
+    cache = build("cpu", policy, **sizes)
+    plain = build("cpu", policy, backend="reference", **sizes)
+    scratch = cache.memory()["workspace"] - plain.memory()["workspace"]
+    assert scratch == cache._backend.workspace > 0
+    held = cache._backend._scratch
+    for q, k, v in steps_of(1, 4, 2, 64, torch.float32, 90):
+        for layer in range(2):
+            out = cache.attend(layer, q, k, v)
+            assert_close(out, plain.attend(layer, q, k, v), torch.float32)
+    assert cache._backend._scratch is held
+    assert torch.equal(cache.positions(1), plain.positions(1))
+
+
+def test_scratch_that_is_too_small_is_refused(emulator, monkeypatch):
+    monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
+    cache = build("cpu", H2O(heavy=40, recent=40), q_heads=4, kv_heads=2, head_dim=64, batch=1)
+    cache._backend._scratch = torch.zeros(8, dtype=torch.uint8)
+    q, k, v = next(steps_of(1, 4, 2, 64, torch.float32, 1))
+    with pytest.raises(RuntimeError, match="decode_step: workspace must have at least .* got 8"):
+        cache.attend(0, q, k, v)

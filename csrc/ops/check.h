@@ -15,6 +15,11 @@
 
 #include "params.h"
 
+// A kernel is launched, not called: see ops/library.h.
+#if defined(LESS_CUDA_HALF) || defined(LESS_EMULATED_HALF)
+#define LESS_LAUNCHES 1
+#endif
+
 namespace less::ops {
 
 using torch::headeronly::ScalarType;

@@ -6,16 +6,14 @@
 //                 emulator
 //
 // An op's file checks and fills its params in one function for all three, hands them to `run`, and
-// ends with LESS_OP(name, schema). Where a kernel is launched, LESS_LAUNCHES is defined.
+// ends with LESS_OP(name, schema).
 #pragma once
 
 #if defined(LESS_CUDA_HALF)
-#define LESS_LAUNCHES 1
 #define LESS_OP_NAMESPACE less
 #define LESS_OP_KEY CUDA
 #define LESS_OP_SCHEMA(schema)  // less._C has declared it
 #elif defined(LESS_EMULATED_HALF)
-#define LESS_LAUNCHES 1
 #define LESS_OP_NAMESPACE less_emulated
 #define LESS_OP_KEY CPU
 #define LESS_OP_SCHEMA(schema) \
