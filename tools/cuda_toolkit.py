@@ -91,9 +91,9 @@ def require() -> Toolkit:
 
 
 def require_tool(name: str) -> Path:
-    """Path of a program of the toolkit that may be apart from nvcc, such as cuobjdump.
+    """Path of a program of the toolkit that may be apart from nvcc, such as nvdisasm.
 
-    The wheels' one is preferred: the toolkit's reads only cubins as new as itself.
+    The wheels' one is preferred: a toolkit's reads nothing newer than itself.
     """
     folders = [root / "bin" for root in _wheel_roots()]
     toolkit = find()
@@ -149,10 +149,10 @@ def _wheel_roots() -> list[Path]:
 def main() -> int:
     """Print what is asked for, for a Makefile or a script."""
     parser = argparse.ArgumentParser(prog="cuda_toolkit", description=__doc__.splitlines()[0])
-    what = ("nvcc", "root", "include", "library", "cuobjdump", "nvdisasm", "facts")
+    what = ("nvcc", "root", "include", "library", "nvdisasm", "facts")
     parser.add_argument("what", choices=what)
     what = parser.parse_args().what
-    if what in ("cuobjdump", "nvdisasm"):
+    if what == "nvdisasm":
         print(require_tool(what))
         return 0
     toolkit = require()

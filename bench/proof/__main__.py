@@ -1,0 +1,90 @@
+"""Command: ``python -m bench.proof [--arch 80 90a]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from bench.native import ROOT
+
+from . import report
+from .gates import EXCEPTIONS, Narrow, judge
+from .launches import Launch, Occupancy, all_launches, occupancy
+from .toolchain import ProofError, Unit, compile_unit, demangle, source_of, sources
+
+ARCHS = ("80", "90a", "100", "120")
+DOCS = ROOT / "docs" / "kernels.md"
+
+
+def judge_all(units: Sequence[Unit], used: set[Narrow]) -> list[str]:
+    """What is wrong, a line each; exceptions that excused something go into `used`."""
+    wrong = []
+    for unit in units:
+        for kernel in unit.kernels:
+            name = demangle(kernel.name)
+            resources = unit.resources[kernel.name]
+            found = judge(kernel, resources, name, source_of, EXCEPTIONS, used)
+            wrong += [f"sm_{unit.arch} {name}: {what}" for what in found]
+    return wrong
+
+
+def with_occupancy(units: Sequence[Unit]) -> list[tuple[Launch, int, int, Occupancy]]:
+    """The launches on sm_90a: registers, static shared memory, what an SM holds."""
+    taken = {
+        name: one for unit in units if unit.arch == "90a" for name, one in unit.resources.items()
+    }
+    launches = all_launches(clusters=True)
+    unknown = {launch.kernel for launch in launches} - set(taken)
+    if unknown:
+        raise ProofError(f"proof: launched, but not in the machine code: {sorted(unknown)}")
+    resources = [taken[launch.kernel] for launch in launches]
+    asked = [(90, one.registers, one.shared, launch.shared, launch.threads)
+             for launch, one in zip(launches, resources, strict=True)]  # fmt: skip
+    return [(launch, one.registers, one.shared, held) for launch, one, held in
+            zip(launches, resources, occupancy(asked), strict=True)]  # fmt: skip
+
+
+def missing_kernels() -> list[str]:
+    """Launchers that kernels.h names and no .cu file is there for."""
+    header = (ROOT / "csrc" / "cuda" / "kernels.h").read_text()
+    ops = re.findall(r"^cudaError_t (\w+)\(", header, flags=re.M)
+    there = {path.stem for path in sources()}
+    return [f"csrc/cuda/{op}.cu is missing" for op in ops if op not in there]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, judge, write; 1 where a gate does not hold."""
+    parser = argparse.ArgumentParser(prog="proof", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--only", metavar="FILE", help="a single file of csrc/cuda, by its stem")
+    args = parser.parse_args(argv)
+    files = [path for path in sources() if args.only in (None, path.stem)]
+    work = [(path, arch) for path in files for arch in args.arch]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        units = list(pool.map(lambda one: compile_unit(*one), work))
+    used: set[Narrow] = set()
+    wrong = judge_all(units, used)
+    everything = args.only is None and set(args.arch) == set(ARCHS)
+    if args.only is None:
+        wrong += missing_kernels()
+        wrong += [
+            f"an exception that excuses nothing: {one}" for one in EXCEPTIONS if one not in used
+        ]
+    kernels = sum(len(unit.kernels) for unit in units)
+    print(f"proof: {kernels} kernels in {len(files)} files for sm_{', sm_'.join(args.arch)}")
+    if everything and not wrong:
+        DOCS.write_text(report.write(units, args.arch, used, with_occupancy(units)))
+        print(f"proof: wrote {DOCS.relative_to(ROOT)}")
+    if wrong:
+        print("proof: GATES THAT DO NOT HOLD:", *wrong, sep="\n  ")
+        return 1
+    print("proof: every gate holds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

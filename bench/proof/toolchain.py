@@ -1,0 +1,140 @@
+"""Compiles kernels to machine code, and disassembles them; what did not change is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from bench.native import ROOT
+
+from . import ptxas, sass
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_toolkit
+
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "proof"
+NO_KERNELS = ("build_facts.cu",)
+
+
+class ProofError(SystemExit):
+    """Something could not be compiled or read; the message says what."""
+
+
+@dataclass
+class Unit:
+    """A .cu file for an architecture: its kernels, and what they take."""
+
+    source: Path
+    arch: str
+    kernels: list[sass.Kernel]
+    resources: dict[str, ptxas.Resources]
+
+
+def sources() -> list[Path]:
+    """The files that hold kernels."""
+    return [path for path in sorted(CUDA.glob("*.cu")) if path.name not in NO_KERNELS]
+
+
+def compile_unit(source: Path, arch: str) -> Unit:
+    """Compile a file for one architecture, as the product is compiled.
+
+    Args:
+        source: The .cu file.
+        arch: "80", "90a".
+
+    Raises:
+        ProofError: nvcc refuses it, or the disassembly lacks a kernel that ptxas compiled.
+    """
+    folder = BUILD / arch
+    folder.mkdir(parents=True, exist_ok=True)
+    cubin, log = folder / f"{source.stem}.cubin", folder / f"{source.stem}.log"
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-lineinfo"]
+    flags += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", "-cubin"]
+    compile_to(cubin, [cuda_toolkit.require().nvcc, *flags, source], log)
+    disassembly = run([cuda_toolkit.require_tool("nvdisasm"), "-c", "-gi", cubin]).stdout
+    unit = Unit(source, arch, sass.parse(disassembly), ptxas.parse(log.read_text()))
+    missing = set(unit.resources) - {kernel.name for kernel in unit.kernels}
+    if missing:
+        raise ProofError(f"proof: {source.name} for sm_{arch}: no machine code of {missing}")
+    return unit
+
+
+def compile_to(target: Path, command: Sequence[str | Path], log: Path | None = None) -> None:
+    """Run a compiler, unless the target is of the same command and the same files.
+
+    Args:
+        target: What it writes.
+        command: Without the options for that, and for csrc's headers.
+        log: Gets what the compiler says.
+
+    Raises:
+        ProofError: It failed.
+    """
+    needs, stamp = target.with_suffix(".d"), target.with_suffix(".stamp")
+    words = [*command, f"-I{ROOT / 'csrc'}", "-o", target, "-MD", "-MF", needs]
+    if target.exists() and stamp.exists() and stamp.read_text() == _state(words, needs):
+        return
+    done = run(words)
+    if log is not None:
+        log.write_text(done.stderr)
+    stamp.write_text(_state(words, needs))
+
+
+def _state(words: Sequence[str | Path], needs: Path) -> str:
+    """Changes with the command, and with every file that it read."""
+    digest = hashlib.sha256(" ".join(map(str, words)).encode())
+    listed = needs.read_text().split(":", 1)[-1].replace("\\\n", " ").split()
+    for file in map(Path, listed):
+        digest.update(file.read_bytes() if file.is_file() else b"gone")
+    return digest.hexdigest()
+
+
+def run(command: Sequence[str | Path], given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a tool.
+
+    Args:
+        command: Its words.
+        given: Its standard input.
+
+    Raises:
+        ProofError: It failed.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(words, input=given, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ProofError(f"proof: {' '.join(words)} failed:\n{done.stderr[-3000:]}")
+    return done
+
+
+@cache
+def demangle(name: str) -> str:
+    """The C++ name without namespaces and parameters: ``fold_kernel<float, 128>``."""
+    full = run(["c++filt", name]).stdout.strip()
+    full = re.sub(r"\b(less|cuda|std)::", "", full)
+    depth, out = 0, []
+    for char in full.removeprefix("void "):
+        if char == "(" and depth == 0 and out and not "".join(out).endswith("operator"):
+            break
+        depth += {"<": 1, ">": -1}.get(char, 0)
+        out.append(char)
+    return re.sub(r"\((?:int|bool|long|unsigned int)\)", "", "".join(out))
+
+
+@cache
+def _lines(file: str) -> list[str]:
+    path = Path(file)
+    return path.read_text().split("\n") if path.is_file() else []
+
+
+def source_of(line: sass.Line) -> str:
+    """The text of a line of source; nothing where the file is not there."""
+    lines = _lines(line[0])
+    return lines[line[1] - 1] if 0 < line[1] <= len(lines) else ""

@@ -1,0 +1,177 @@
+"""The static proof: what it reads in machine code, and that planted violations are caught."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.proof import gates, ptxas, sass
+from bench.proof.launches import Launch, Occupancy
+from bench.proof.roofline import MACHINES, bytes_per_thread, decode_bytes, in_flight
+
+KERNEL = "_ZN4less4cuda11fold_kernelEv"
+CLEAN = ptxas.Resources(registers=40, shared=128)
+
+# A loop of 16-byte loads, and rare code at the end that jumps back without making a loop.
+SASS = f"""
+\t.section\t.text.{KERNEL},"ax",@progbits
+{KERNEL}:
+.text.{KERNEL}:
+\t//## File "/x/csrc/cuda/fold.cu", line 10
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_3) ;
+.L_x_1:
+\t//## File "/x/csrc/cuda/device.h", line 58 inlined at "/x/csrc/cuda/fold.cu", line 20
+\t//## File "/x/csrc/cuda/fold.cu", line 20
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+\t//## File "/x/csrc/cuda/fold.cu", line 21
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+\t//## File "/x/csrc/cuda/fold.cu", line 30
+        /*0080*/                   LDG.E.U8 R4, desc[UR4][R2.64] ;
+        /*0090*/                   BRA `(.L_x_2) ;
+.L_x_4:
+        /*00a0*/                   BRA `(.L_x_4);
+"""
+
+
+def judged(text: str, *exceptions: gates.Narrow, resources: ptxas.Resources = CLEAN) -> list[str]:
+    (kernel,) = sass.parse(text)
+    return gates.judge(
+        kernel, resources, "fold_kernel<float, 4>", lambda line: f"text of {line[1]}", exceptions
+    )
+
+
+def planted(before: str, after: str) -> str:
+    assert before in SASS
+    return SASS.replace(before, after)
+
+
+def test_a_clean_kernel_passes() -> None:
+    assert judged(SASS) == []
+
+
+def test_the_loop_is_found_and_a_jump_back_from_rare_code_is_none() -> None:
+    (kernel,) = sass.parse(SASS)
+    assert kernel.name == KERNEL
+    (loop,) = [loop for loop in kernel.loops if 0xA0 not in loop]
+    assert loop == {0x30, 0x40, 0x50}
+
+
+def test_an_instruction_knows_the_lines_that_it_comes_from() -> None:
+    (kernel,) = sass.parse(SASS)
+    load = next(one for one in kernel.code if one.opcode == "LDG.E.128")
+    assert load.lines == (("/x/csrc/cuda/device.h", 58), ("/x/csrc/cuda/fold.cu", 20))
+    assert gates.where(load) == "device.h:58 < fold.cu:20"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("LDG.E.128 R4", "LDG.E R4", "1 x 4-byte LDG.E in a loop, device.h:58 < fold.cu:20"),
+        ("LDG.E.128 R4", "LDG.E.64 R4", "8-byte LDG.E.64"),
+        ("LDG.E.128 R4", "LDG.E.U16.CONSTANT R4", "2-byte"),
+        ("STG.E.128 desc", "STG.E desc", "4-byte STG.E in a loop, fold.cu:21"),
+        ("LDG.E.128 R4, desc[UR4]", "LDGSTS.E [R3], desc[UR4]", "4-byte LDGSTS.E"),
+        ("LDC R1", "STL R1", "local memory"),
+        ("LDG.E.128 R4, desc[UR4][R2.64]", "LD.E.128 R4, desc[UR4][R2.64]", "generic"),
+        ("LDG.E.128 R4, desc[UR4][R2.64]", "LD.E.128 R4, [R2.64+0x10]", "generic"),
+        ("STG.E.128 desc", "ST.E.128 desc", "generic"),
+    ],
+)
+def test_a_planted_access_is_caught(before: str, after: str, message: str) -> None:
+    (wrong,) = judged(planted(before, after))
+    assert message in wrong
+
+
+def test_shared_memory_of_another_block_is_no_generic_address() -> None:
+    text = planted("LDG.E.128 R4, desc[UR4][R2.64]", "LD.E.128 R4, [R2]")
+    assert judged(text) == []
+
+
+def test_wide_asynchronous_and_bulk_copies_pass() -> None:
+    assert judged(planted("LDG.E.128 R4,", "LDGSTS.E.BYPASS.128 [R4],")) == []
+    assert judged(planted("LDG.E.128 R4,", "UBLKCP [UR4],")) == []
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [ptxas.Resources(40, 0, stack=16), ptxas.Resources(40, 0, spilled=24)],
+    ids=["stack", "spills"],
+)
+def test_a_stack_and_spills_are_caught(resources: ptxas.Resources) -> None:
+    (wrong,) = judged(SASS, resources=resources)
+    assert "stack" in wrong or "spills" in wrong
+
+
+def test_an_exception_excuses_its_kernel_and_its_line_alone() -> None:
+    narrow = planted("LDG.E.128 R4", "LDG.E R4")
+    assert judged(narrow, gates.Narrow("^fold_kernel<", "text of 20", "why")) == []
+    assert judged(narrow, gates.Narrow("^fold_kernel<", "text of 21", "why")) != []
+    assert judged(narrow, gates.Narrow("^quantize", "text of 20", "why")) != []
+
+
+def test_an_exception_excuses_no_local_memory() -> None:
+    assert judged(planted("LDC R1", "LDL R1"), gates.Narrow("", "", "all")) != []
+
+
+def test_every_exception_has_a_reason() -> None:
+    assert all(len(one.reason) > 20 for one in gates.EXCEPTIONS)
+
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1av' for 'sm_90a'
+ptxas info    : Function properties for _Z1av
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 8576 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_90a'
+ptxas warning : Registers are spilled to local memory in function '_Z1bv', 8 bytes spill stores
+ptxas info    : Function properties for _Z1bv
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers
+"""
+
+
+def test_registers_shared_memory_stack_and_spills_are_read() -> None:
+    got = ptxas.parse(PTXAS)
+    assert got == {
+        "_Z1av": ptxas.Resources(96, 8576, 0, 0),
+        "_Z1bv": ptxas.Resources(255, 0, 16, 20),
+    }
+
+
+def step(**changes: object) -> Launch:
+    values: dict[str, object] = {
+        "op": "decode_step", "model": "Llama-3-8B", "Q": 32, "K": 8, "D": 128, "B": 2, "C": 205,
+        "E": 64, "R": 8, "map": "exp", "kernel": KERNEL, "grid": (7, 8, 2), "threads": 128,
+        "shared": 0, "cluster": 7,
+    }  # fmt: skip
+    return Launch(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_steps_bytes_follow_the_formulas() -> None:
+    moved = decode_bytes(step())
+    assert moved.slots == 2 * 8 * 205 * 2 * 128 * 2
+    assert moved.scores == 12 * 2 * 8 * 205
+    assert moved.state == 8 * 2 * 8 * 8 * 128
+    assert moved.maps == 40 * (128 * 64 + 64 * 8) * 2 + 40 * 8 * 4
+    assert moved.total == moved.slots + moved.scores + moved.state + moved.maps
+    assert decode_bytes(step(B=4)).maps == moved.maps  # once per batch
+
+
+def test_bytes_in_flight_are_those_of_the_busiest_loop_and_the_resident_threads() -> None:
+    (kernel,) = sass.parse(SASS)
+    assert bytes_per_thread(kernel) == 16
+    held = Occupancy(blocks=8, warps=32, most_warps=64)
+    assert in_flight(step(grid=(1000, 8, 1)), kernel, held, sms=132) == 8 * 128 * 16
+    assert in_flight(step(grid=(7, 8, 1)), kernel, held, sms=132) == 1 * 128 * 16
+
+
+def test_little_s_law() -> None:
+    h100 = next(machine for machine in MACHINES if machine.name == "H100")
+    assert h100.needs_in_flight(700e-9) == pytest.approx(3.0e12 * 700e-9 / 132)
