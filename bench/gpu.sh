@@ -74,7 +74,7 @@ fi
 check "$python" -c 'import sys; sys.path.insert(0, "tools"); import native
 print("  ", native.require_cmake(), native.require_torch())'
 
-tests=(-m pytest -q -k cuda tests/ops tests/test_cache_cuda.py)
+tests=(-m pytest -q -k "cuda and not emulated" tests/ops tests/test_cache_cuda.py)
 step "parity on cuda" env LESS_REQUIRE_CUDA=1 "$python" "${tests[@]}"
 check "$python" "${tests[@]}" --collect-only -q -q
 

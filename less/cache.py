@@ -283,7 +283,7 @@ class LessKVCache(CacheProtocol):
                 rule=rule,
                 out=out,
             )
-            self._columns[layer] += 1
+            self._count(layer, 1)
             return out
         new = self._backend.rounded(k, v, self.dtype)
         # Until more tokens came than fit, nothing can have left: no use to look at an empty state.
@@ -305,11 +305,17 @@ class LessKVCache(CacheProtocol):
             at, step, new, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
         )
         at.add_share(step)
-        self._columns[layer] += q.shape[2]
+        self._count(layer, q.shape[2])
         return step.out if out is None else out.copy_(step.out)
 
+    def _count(self, layer: int, tokens: int) -> None:
+        # What a CUDA graph captures runs when it is replayed, and is counted then: see advance.
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        self._columns[layer] += tokens
+
     def advance(self, steps: int) -> None:
-        """Count decode steps of all layers that ran without Python, as a replayed CUDA graph does.
+        """Count decode steps of all layers that ran without Python, as replays of CUDA graphs do.
 
         What changes in a step lives on the device and is right whoever launched it; how many
         columns were passed in is known here, and what comes after the replays relies on it.

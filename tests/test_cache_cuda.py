@@ -218,7 +218,7 @@ def test_every_step_loses_the_same_tokens_as_the_reference(launched, run):
     assert cache.stats()["evictions"] == plain.stats()["evictions"]
 
 
-def test_blocks_that_meet_in_memory_find_their_scratch_in_the_cache(emulator, monkeypatch):
+def test_emulated_blocks_that_meet_in_memory_find_their_scratch_in_the_cache(emulator, monkeypatch):
     monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")  # no clusters
     sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 1, "layers": 2}
     policy = H2O(heavy=40, recent=40)
@@ -235,10 +235,73 @@ def test_blocks_that_meet_in_memory_find_their_scratch_in_the_cache(emulator, mo
     assert torch.equal(cache.positions(1), plain.positions(1))
 
 
-def test_scratch_that_is_too_small_is_refused(emulator, monkeypatch):
+def test_emulated_scratch_that_is_too_small_is_refused(emulator, monkeypatch):
     monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
     cache = build("cpu", H2O(heavy=40, recent=40), q_heads=4, kv_heads=2, head_dim=64, batch=1)
     cache._backend._scratch = torch.zeros(8, dtype=torch.uint8)
     q, k, v = next(steps_of(1, 4, 2, 64, torch.float32, 1))
     with pytest.raises(RuntimeError, match="decode_step: workspace must have at least .* got 8"):
         cache.attend(0, q, k, v)
+
+
+# -- on a GPU alone --------------------------------------------------------------------------------
+
+
+def steps_on(device, steps):
+    for qkv in steps_of(2, 8, 2, 64, torch.float16, steps):
+        yield [x.to(device) for x in qkv]
+
+
+def build_on(device):
+    sizes = {"q_heads": 8, "kv_heads": 2, "head_dim": 64, "batch": 2}
+    return build(device, H2O(heavy=40, recent=40), dtype=torch.float16, **sizes)
+
+
+def test_a_graph_on_cuda_replays_the_very_steps(cuda):
+    eager, captured = build_on(cuda), build_on(cuda)
+    for qkv in steps_on(cuda, 100):  # into the steady state; the launches are warm by then
+        assert torch.equal(captured.attend(0, *qkv), eager.attend(0, *qkv))
+    q, k, v = (x.clone() for x in next(steps_on(cuda, 1)))
+    out = torch.empty_like(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.attend(0, q, k, v, out=out)
+    assert captured.columns == 100
+    for qkv in steps_on(cuda, 300):
+        for static, x in zip((q, k, v), qkv, strict=True):
+            static.copy_(x)
+        graph.replay()
+        assert torch.equal(out, eager.attend(0, *qkv))
+    captured.advance(300)
+    assert captured.columns == eager.columns == 400
+    assert torch.equal(captured.positions(0), eager.positions(0))
+    assert torch.equal(captured.seen, eager.seen)
+
+
+def test_a_step_on_cuda_neither_synchronises_nor_allocates(cuda):
+    cache = build_on(cuda)
+    steps = list(steps_on(cuda, 100))
+    out = torch.empty_like(steps[0][0])
+    cache.attend(0, *steps[0], out=out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(cuda)["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for qkv in steps[1:]:
+            cache.attend(0, *qkv, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats(cuda)["allocation.all.allocated"] == before
+
+
+def test_another_stream_on_cuda_goes_on_where_the_first_left_off(cuda):
+    one, two = build_on(cuda), build_on(cuda)
+    side = torch.cuda.Stream(cuda)
+    for step, qkv in enumerate(steps_on(cuda, 120)):
+        want = one.attend(0, *qkv)
+        stream = side if step % 2 else torch.cuda.default_stream(cuda)
+        stream.wait_stream(torch.cuda.default_stream(cuda))
+        with torch.cuda.stream(stream):
+            got = two.attend(0, *qkv)
+        torch.cuda.default_stream(cuda).wait_stream(stream)
+        assert torch.equal(got, want)
