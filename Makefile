@@ -5,6 +5,8 @@
 #   make test     all tests (make test ARGS="-k fold -m 'not slow'" for some)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
+#   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
+#                  ptx_80 or ptx_90a (csrc/emulator/README.md)
 #   make lint     formatting, style, types, spelling; make format repairs what can be repaired
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
 #   make bench-cpp     every kernel alone, under Google Benchmark
@@ -31,7 +33,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt cs
 	csrc/emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
-.PHONY: demo test test-cpp test-aarch64 lint format bench bench-cpp instructions proof dev sdist clean
+.PHONY: demo test test-cpp test-aarch64 emulated lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 
@@ -60,6 +62,14 @@ test-aarch64: $(VENV)/requirements.stamp
 	  -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DCMAKE_EXE_LINKER_FLAGS=-static
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 build/aarch64/tests/cpp/kernels_test
+
+# The sanitizers of the tier asan must come before everything else in the process. They count the
+# interpreter's own memory as leaked.
+TIER ?= track
+emulated: $(VENV)/package.stamp $(VENV)/dev.stamp
+	LD_PRELOAD="$$($(BIN)/python -c 'from tests import emulated; print(emulated.preload("$(TIER)"))')" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/ops tests/test_cache_cuda.py \
+	  -k "emulated" --emulator-tier=$(TIER) $(ARGS)
 
 # `make -k lint` goes on after the first tool that complains.
 lint: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell

@@ -71,6 +71,7 @@ def make(tier: str, target: str) -> Path:
         "LESS_EMULATOR": "ON",
         "LESS_EMULATOR_SELFTEST": "ON",
         "LESS_CUDA": "off",
+        "LESS_CUDA_HEAD_DIMS": os.environ.get("LESS_CUDA_HEAD_DIMS", ""),
         "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
         "Python_EXECUTABLE": sys.executable,
         "LESS_TORCH_ROOT": native.require_torch(),
