@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,11 @@ def sources() -> list[Path]:
     return [path for path in sorted(CUDA.glob("*.cu")) if path.name not in NO_KERNELS]
 
 
+def head_dims() -> list[int]:
+    """The head dims in LESS_CUDA_HEAD_DIMS, as CMake reads it; none: all that kernels have."""
+    return [int(dim) for dim in re.split("[ ,;]+", os.environ.get("LESS_CUDA_HEAD_DIMS", "")) if dim]
+
+
 def compile_unit(source: Path, arch: str) -> Unit:
     """Compile a file for one architecture, as the product is compiled.
 
@@ -57,6 +63,8 @@ def compile_unit(source: Path, arch: str) -> Unit:
     folder.mkdir(parents=True, exist_ok=True)
     cubin, log = folder / f"{source.stem}.cubin", folder / f"{source.stem}.log"
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-lineinfo"]
+    if dims := head_dims():
+        flags.append(f"-DLESS_HEAD_DIM_MASK={sum(1 << dim // 16 for dim in dims)}")
     flags += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", "-cubin"]
     compile_to(cubin, [cuda_toolkit.require().nvcc, *flags, source], log)
     disassembly = run([cuda_toolkit.require_tool("nvdisasm"), "-c", "-gi", cubin]).stdout
