@@ -46,7 +46,9 @@ def sources() -> list[Path]:
 
 def head_dims() -> list[int]:
     """The head dims in LESS_CUDA_HEAD_DIMS, as CMake reads it; none: all that kernels have."""
-    return [int(dim) for dim in re.split("[ ,;]+", os.environ.get("LESS_CUDA_HEAD_DIMS", "")) if dim]
+    return [
+        int(dim) for dim in re.split("[ ,;]+", os.environ.get("LESS_CUDA_HEAD_DIMS", "")) if dim
+    ]
 
 
 def compile_unit(source: Path, arch: str) -> Unit:
