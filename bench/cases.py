@@ -175,6 +175,24 @@ def chunk_attention(s: Shape, dtype: torch.dtype) -> Case:
     )
 
 
+def prompt_scores(s: Shape, dtype: torch.dtype) -> Case:
+    """Scores of a prompt of 256 tokens, the queries' masses unknown."""
+    tokens = 256
+    g = torch.Generator().manual_seed(13)
+    q, k = (torch.randn(s.B, heads, tokens, s.D, generator=g).to(dtype) for heads in (s.Q, s.K))
+    options = {"scale": s.D**-0.5, "decay": 0.98}
+
+    def run() -> Tensor:
+        return ops.prompt_scores(q, k, **options)
+
+    return Case(
+        run=run,
+        error=lambda: difference(run(), reference.prompt_scores(q.double(), k.double(), **options)),
+        bytes=s.B * tokens * ((s.Q + s.K) * s.D * dtype.itemsize + 4 * s.K),
+        formula="BT((Q + K) D bytes + 4K), T = 256",
+    )
+
+
 def compact(s: Shape, dtype: torch.dtype) -> Case:
     """One token enters, one leaves and is folded."""
     a = Data(s, dtype)
@@ -304,6 +322,7 @@ CASES: dict[str, Callable[[Shape, torch.dtype], Case]] = {
         quantize,
         feature_map,
         chunk_attention,
+        prompt_scores,
         compact,
         decode_step,
         step,

@@ -128,6 +128,29 @@ struct ChunkAttentionParams {
   int64_t R;
 };
 
+// score[j] = sum over the queries that see token j, those of its group from token j on, of
+// e^(l - lse) decay^(valid tokens after the query)
+struct PromptScoresParams {
+  const void* q;         // [B, Q, T, D]  of q_dtype
+  const void* k;         // [B, K, T, D]  of k_dtype
+  const float* k_scale;  // [B, K, T]     of each row of k; null unless k_dtype is i8 or fp8
+  const bool* valid;     // [B, T]        false: padding; null: all valid
+  float* lse;            // [B, Q, T]     log sum e^l over what each query sees; given, or written
+  float* score;          // [B, K, T]     written, 0 for padding
+  void* workspace;       // a GPU's scratch; see cuda/kernels.h
+  DType q_dtype;
+  DType k_dtype;
+  bool lse_given;  // false: lse is computed first
+  float scale;
+  float softcap;  // 0: none; else logits become softcap * tanh(scale * q.k / softcap)
+  float decay;    // what a score keeps per token
+  int64_t B;
+  int64_t Q;
+  int64_t K;
+  int64_t T;
+  int64_t D;
+};
+
 // The call's tokens join the slots; what no longer fits is folded into H, z and forgotten.
 struct CompactParams {
   const void* k;             // [B, K, T, D]  of the slots' dtype, as v

@@ -270,6 +270,53 @@ def chunk_attention(
     return result
 
 
+def prompt_scores(
+    q: Tensor,
+    k: Tensor,
+    valid: Tensor | None = None,
+    lse: Tensor | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    workspace: Tensor | None = None,
+    scale: float,
+    softcap: float = 0.0,
+    decay: float = 1.0,
+) -> Tensor:
+    """Scores of a prompt's tokens, for attention that was computed elsewhere.
+
+    ``less.reference.prompt_scores`` defines it.
+
+    Args:
+        q: [B, Q, T, D], float32, bfloat16 or float16.
+        k: [B, K, T, D], float32, bfloat16, float16, int8 or, on a GPU, float8_e4m3fn.
+        valid: bool [B, T], False for padding, or None.
+        lse: float32 [B, Q, T], the logarithm of each query's sum of e^l, if it is known.
+        k_scale: float32 [B, K, T], of each row of a k of 8 bits.
+        workspace: uint8 [bytes], a GPU's scratch, zero; None: made for the call.
+        scale: Factor of q.k.
+        softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap).
+        decay: What a score keeps per token.
+
+    Returns:
+        float32 [B, K, T], 0 for padding.
+
+    Raises:
+        RuntimeError: A shape, dtype or layout differs from the above.
+    """
+    score: Tensor = torch.ops.less.prompt_scores(
+        q.contiguous(),
+        k.contiguous(),
+        k_scale,
+        valid if valid is None else valid.contiguous(),
+        lse,
+        workspace,
+        scale,
+        softcap,
+        decay,
+    )
+    return score
+
+
 def compact(
     k: Tensor,
     v: Tensor,
@@ -536,6 +583,10 @@ if _native:
             q.new_empty((B, K, T), dtype=f32),
             q.new_empty((B, Q, T), dtype=f32),
         )
+
+    @torch.library.register_fake("less::prompt_scores")
+    def _prompt_scores_fake(q: Tensor, k: Tensor, *rest: object) -> Tensor:
+        return q.new_empty(k.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake("less::compact")
     def _compact_fake(*args: object) -> None:

@@ -325,10 +325,7 @@ def chunk_attention(
     out = torch.where(rows[..., None], out, 0.0)
     share = torch.where(rows, share, 0.0)
 
-    # A query's weight has decayed once for every valid token of the row that follows it.
-    after = valid.flip(1).cumsum(1).flip(1) - valid.long()
-    fade = torch.where(valid, torch.pow(torch.tensor(decay, dtype=dtype), after.to(dtype)), 0.0)
-    received = torch.einsum("bkgtn,bt->bkn", p, fade)
+    received = torch.einsum("bkgtn,bt->bkn", p, _fade(valid, decay, dtype))
     count = valid.sum(1).to(dtype)
     kept_part = torch.pow(torch.tensor(decay, dtype=dtype), count).view(B, 1, 1)
     return Attended(
@@ -339,6 +336,57 @@ def chunk_attention(
         chunk_score=received[..., S:].to(score.dtype),
         share=share.reshape(B, Q, T),
     )
+
+
+def _fade(valid: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
+    """What is left of a query's weights [B, T] once the call's later tokens have come."""
+    after = valid.flip(1).cumsum(1).flip(1) - valid.long()
+    faded = torch.pow(torch.tensor(decay, dtype=dtype), after.to(dtype))
+    return torch.where(valid, faded, 0.0)
+
+
+def prompt_scores(
+    q: Tensor,
+    k: Tensor,
+    valid: Tensor | None = None,
+    lse: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    decay: float = 1.0,
+) -> Tensor:
+    """Sum the softmax weights that each token of a prompt receives, over queries and group.
+
+    score_j = sum over the group's queries i >= j of e^(l_ij - lse_i) decay^(valid tokens after i),
+    l = scale q.k: what ``chunk_attention`` gives a prompt's tokens where no slot is held, from
+    the queries' log-masses where those are known. Rows of 8 bits come as the numbers that they
+    stand for.
+
+    Args:
+        q: [B, Q, T, D].
+        k: [B, K, T, D].
+        valid: bool [B, T], False for padding, or None.
+        lse: [B, Q, T], log sum e^l over what each query sees, or None: computed.
+        scale: Factor of q.k.
+        softcap: 0: none; else l = softcap tanh(scale q.k / softcap).
+        decay: What a score keeps per token.
+
+    Returns:
+        [B, K, T], zero for padding.
+    """
+    B, Q, T, D = q.shape
+    K = k.shape[1]
+    dtype = torch.promote_types(_accumulator(q), _accumulator(k))
+    if valid is None:
+        valid = torch.ones(B, T, dtype=torch.bool, device=q.device)
+    query = q.to(dtype).view(B, K, Q // K, T, D)
+    logits = capped(torch.einsum("bkgtd,bknd->bkgtn", query, k.to(dtype)) * scale, softcap)
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    mask = (causal & valid[:, None, :] & valid[:, :, None])[:, None, None]
+    logits = logits.masked_fill(~mask, -torch.inf)
+    mass = logits.logsumexp(-1) if lse is None else lse.to(dtype).view(B, K, Q // K, T)
+    p = torch.where(mask, (logits - mass[..., None]).exp(), 0.0)
+    return torch.einsum("bkgtn,bt->bkn", p, _fade(valid, decay, dtype))
 
 
 def survivors(position: Tensor, rank: Tensor, capacity: int) -> Tensor:

@@ -1,6 +1,7 @@
 // The inner loops of a softmax over one row of logits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/simd.h"
@@ -29,6 +30,11 @@ LESS_INLINE float exp_and_sum(float* x, int64_t n, float largest) {
     total = total + e;
   }
   return sum(total);
+}
+
+// What a score keeps after so many tokens.
+inline float power(float decay, int64_t tokens) {
+  return decay == 1.0f ? 1.0f : float(std::pow(double(decay), double(tokens)));
 }
 
 LESS_INLINE float largest_of(const float* x, int64_t n) {

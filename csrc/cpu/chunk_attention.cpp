@@ -30,14 +30,8 @@ namespace less::cpu::LESS_ISA {
 namespace {
 
 constexpr int64_t kKeys = 96;  // keys per tile: a multiple of every kGroup
-// Products of q and k in one chain of fma: short, since what a logit is off by, its e^l is off by.
-constexpr int64_t kChain = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-float power(float base, int64_t exponent) {
-  return base == 1.0f ? 1.0f : float(std::pow(double(base), double(exponent)));
-}
 
 // What a kv head of a row sees, in order: its kept slots, then the call's valid tokens.
 struct Keys {
@@ -142,16 +136,7 @@ void attend_panel(const PanelStep& s) {
   for (int j = 0; j < kVecs; ++j) top[j] = Vec::load(s.top + j * kV);
   for_groups<kGroup<kVecs>>(s.keys, [&](auto group, int64_t n) {
     Vec l[group][kVecs];
-    zero(l);
-    for (int64_t d = 0; d < s.D; d += kChain) {
-      Vec part[group][kVecs];
-      zero(part);
-      add_product<group, kVecs>(s.tile.k + n * s.D + d, s.D, 1, s.q + d * kLanes, kLanes,
-                                std::min(kChain, s.D - d), part);
-      for (int i = 0; i < group; ++i) {
-        for (int j = 0; j < kVecs; ++j) l[i][j] = l[i][j] + part[i][j];
-      }
-    }
+    chained_products<group, kVecs>(s.tile.k + n * s.D, s.q, s.D, l);
     for (int i = 0; i < group; ++i) {
       const Vec weight(s.tile.weight == nullptr ? 0.0f : s.tile.weight[n + i]);
       for (int j = 0; j < kVecs; ++j) {

@@ -7,6 +7,7 @@
 // lanes, nor how the lanes are split into panels changes a bit.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -91,6 +92,26 @@ LESS_INLINE void add_product(const float* a, int64_t row, int64_t column, const 
       for (int j = 0; j < kPanelVecs; ++j) sums[g][j].store(c + (i + g) * stride + j * Vec::kSize);
     }
   });
+}
+
+// Products in one chain of fma of a dot product that an exponential follows: short, since what a
+// logit is off by, its e^l is off by.
+constexpr int64_t kChain = 16;
+
+// l[i][j] = sum_k a[i * count + k] b[k][j], in chains.
+template <int kRows, int kVecs>
+LESS_INLINE void chained_products(const float* a, const float* b, int64_t count,
+                                  Vec (&l)[kRows][kVecs]) {
+  zero(l);
+  for (int64_t k = 0; k < count; k += kChain) {
+    Vec part[kRows][kVecs];
+    zero(part);
+    add_product<kRows, kVecs>(a + k, count, 1, b + k * kLanes, kLanes, std::min(kChain, count - k),
+                              part);
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVecs; ++j) l[i][j] = l[i][j] + part[i][j];
+    }
+  }
 }
 
 // Writes row x [n] into lane `lane` of a panel [n][kLanes].

@@ -6,8 +6,9 @@
 //
 // Workspaces: device memory of as many bytes as <op>_workspace says, zero when it is allocated; a
 // kernel leaves zero what it counted in, so that the next launch on the same stream can use it as
-// it is. Two launches that may overlap need two. The size follows from the sizes and dtypes of the
-// params alone; of the pointers, only whether H (phi_q) is null counts.
+// it is. Two launches that may overlap need two, and so do two ops: what else is left is anything.
+// The size follows from the sizes and dtypes of the params alone; of the pointers, only whether H
+// (phi_q) is null counts.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,10 +22,12 @@ cudaError_t compact(const CompactParams& params, cudaStream_t stream);
 cudaError_t decode_step(const DecodeStepParams& params, cudaStream_t stream);
 cudaError_t feature_map(const FeatureMapParams& params, cudaStream_t stream);
 cudaError_t fold(const FoldParams& params, cudaStream_t stream);
+cudaError_t prompt_scores(const PromptScoresParams& params, cudaStream_t stream);
 cudaError_t quantize(const QuantizeParams& params, cudaStream_t stream);
 
 int64_t chunk_attention_workspace(const ChunkAttentionParams& params);
 int64_t compact_workspace(const CompactParams& params);
 int64_t decode_step_workspace(const DecodeStepParams& params);
+int64_t prompt_scores_workspace(const PromptScoresParams& params);
 
 }  // namespace less::cuda

@@ -45,3 +45,20 @@ def in_int8(a):
         eight[name], eight[scale] = reference.quantize(a[name])
         plain[name] = reference.dequantize(eight[name], eight[scale])
     return eight, plain
+
+
+def in_fp8(a):
+    """The same with rows of float8_e4m3fn, and with the numbers that those stand for."""
+    eight, plain = dict(a), dict(a)
+    for name, scale in zip(("k", "v", "slot_k", "slot_v"), SCALES, strict=True):
+        eight[name], eight[scale] = reference.quantize(a[name], dtype=torch.float8_e4m3fn)
+        plain[name] = reference.dequantize(eight[name].float(), eight[scale])
+    return eight, plain
+
+
+def assert_rounded(got, want):
+    """Equal to float64's result but for one rounding to got's dtype, and 1e-5 of the largest."""
+    unit = torch.finfo(got.dtype).eps / 2
+    error = ((got.cpu().double() - want).abs() - unit * want.abs()).max().item()
+    bound = 1e-5 * max(1e-30, want.abs().max().item())
+    assert error <= bound, f"off by {error:.3g} more than a rounding"

@@ -6,7 +6,7 @@ import torch
 
 from less import reference
 from tests.helpers import assert_close
-from tests.ops.common import SCALES, in_int8, layer
+from tests.ops.common import SCALES, assert_rounded, in_fp8, in_int8, layer
 
 pytest.importorskip("less._C")
 from less import ops
@@ -277,3 +277,135 @@ def test_scratch_of_a_prompt_of_32768_tokens_is_a_few_hundred_bytes_a_token():
     )
     # 4 bytes of each of a block's 64 queries, and of each of 16 strips; nothing grows like T x T.
     assert int(done.stdout) <= 32768 * 4 * (64 + 16) + (8 << 20)
+
+
+# -- where kernels are launched: head dims of 64 and more, every pairing of dtypes -----------------
+
+
+def on(device, args):
+    return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in args.items()}
+
+
+def assert_attended(args, want, scales=None):
+    """Runs the op; out is right to a rounding, scores and share to float32's."""
+    out, slot_score, chunk_score, share = ops.chunk_attention(**args, **(scales or {}))
+    assert out.dtype == args["q"].dtype
+    assert_rounded(out, want.out)
+    assert_close(slot_score.cpu(), want.slot_score, torch.float32)
+    assert_close(chunk_score.cpu(), want.chunk_score, torch.float32)
+    assert_close(share.cpu(), want.share, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "T"), [((2, 2), 1), ((3, 1), 70), ((16, 1), 9), ((8, 2), 65)])
+@pytest.mark.parametrize("state", [True, False])
+def test_a_launch_equals_the_reference_in_float64(launched, dtype, heads, T, state):
+    a = layer(B=2, Q=heads[0], K=heads[1], T=T, S=70, D=64, dtype=dtype)
+    args = arguments(a, state, scale=0.1)
+    assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [80, 96, 128, 256])
+def test_a_launch_takes_every_head_dim_and_a_softcap(launched, dtype, D):
+    a = layer(B=1, Q=4, K=1, T=50, S=100, D=D, R=17, dtype=dtype)
+    args = arguments(a, scale=0.1)
+    assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
+    args["softcap"] = 3.0
+    assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
+
+
+@pytest.mark.parametrize("rows", [in_int8, in_fp8])
+@pytest.mark.parametrize(
+    ("q_dtype", "D"),
+    [(torch.float16, 64), (torch.float16, 256), (torch.bfloat16, 80), (torch.bfloat16, 128),
+     (torch.float32, 64)],
+    ids=str,
+)  # fmt: skip
+def test_a_launch_over_rows_of_8_bits_is_over_the_numbers_they_stand_for(
+    launched, rows, q_dtype, D
+):
+    eight, plain = rows(layer(B=2, T=50, S=70, D=D))
+    eight["q"] = plain["q"] = eight["q"].to(q_dtype)
+    want = reference.chunk_attention(**widened(arguments(plain, scale=0.1)))
+    scales = {n: eight[n].to(launched) for n in SCALES}
+    assert_attended(on(launched, arguments(eight, scale=0.1)), want, scales)
+
+
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_launch_takes_queries_of_another_dtype_than_the_slots(launched, q_dtype, dtype):
+    a = layer(D=64, T=20, dtype=dtype)
+    a["q"] = a["q"].to(q_dtype)
+    args = arguments(a, scale=0.1)
+    assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "T"), [((2, 2), 3), ((6, 2), 150)])
+def test_a_row_has_the_same_bits_alone_and_in_a_padded_batch(launched, dtype, heads, T):
+    a = layer(B=3, Q=heads[0], K=heads[1], T=T, S=120, D=64, dtype=dtype)
+    a["valid"][:, -1] = True
+    batch = ops.chunk_attention(**on(launched, arguments(a)))
+    out, slot_score, chunk_score, share = (x.cpu() for x in batch)
+    for b in range(3):
+        mine = a["valid"][b]
+        alone = {n: x[b : b + 1] for n, x in a.items() if n != "maps"}
+        for n in ("q", "k", "v", "phi_q"):
+            alone[n] = alone[n][:, :, mine].contiguous()
+        single = ops.chunk_attention(**on(launched, arguments(alone | {"valid": None})))
+        single = [x.cpu() for x in single]
+        assert torch.equal(single[0][0], out[b][:, mine])
+        assert torch.equal(single[1][0], slot_score[b])
+        assert torch.equal(single[2][0], chunk_score[b][:, mine])
+        assert torch.equal(single[3][0], share[b][:, mine])
+
+
+def test_a_launch_may_leave_scores_alone(launched):
+    for T in (1, 50):
+        args = arguments(layer(T=T, D=64, dtype=torch.float16))
+        out, slot_score, chunk_score, _ = ops.chunk_attention(**on(launched, args), scores=False)
+        want, *_ = ops.chunk_attention(**on(launched, args))
+        assert torch.equal(out, want)
+        assert torch.equal(slot_score.cpu(), args["score"].masked_fill(args["position"] < 0, 0.0))
+        assert (chunk_score == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_empty_or_padding_is_not_looked_at(launched, dtype):
+    a = layer(T=70, S=140, D=64, dtype=dtype)
+    a["valid"][1] = False
+    a["position"][0, 1] = -1
+    args = arguments(a, scale=0.1)
+    want = reference.chunk_attention(**widened(args))
+    empty, padding = a["position"] < 0, ~a["valid"]
+    for n in ("slot_k", "slot_v", "weight", "score"):
+        a[n][empty] = torch.nan
+    for n in ("q", "k", "v", "phi_q"):
+        a[n][padding[:, None].expand(a[n].shape[:3])] = torch.nan
+    assert_attended(on(launched, arguments(a, scale=0.1)), want)
+
+
+def test_a_launch_with_extreme_states_and_silent_slots(launched):
+    a = layer(T=30, S=100, D=64)
+    a["weight"][:, :, :97] = -torch.inf
+    for factor in (1e-30, 1e30):
+        args = arguments(a | {"H": a["H"] * factor, "z": a["z"] * factor}, scale=0.1)
+        assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
+
+
+def test_a_launch_without_slots_or_tokens(launched):
+    for T, S in ((5, 0), (0, 5), (70, 0)):
+        args = arguments(layer(T=T, S=S, D=64), scale=0.1)
+        out, slot_score, *_ = ops.chunk_attention(**on(launched, args))
+        if T == 0:
+            empty = args["position"] < 0
+            assert torch.equal(slot_score.cpu(), args["score"].masked_fill(empty, 0.0))
+        else:
+            assert_rounded(out, reference.chunk_attention(**widened(args)).out)
+
+
+def test_a_launch_refuses_other_head_dims(launched):
+    args = on(launched, arguments(layer(D=20)))
+    with pytest.raises(RuntimeError, match="chunk_attention: the launch failed"):
+        ops.chunk_attention(**args)
