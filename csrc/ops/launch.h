@@ -47,8 +47,13 @@ template <typename Params>
 cudaError_t enqueue(const Arguments& arguments,
                     cudaError_t (*launcher)(const Params&, cudaStream_t), const Params& params) {
   const int32_t device = arguments.first.get_device_index();
+  // The guard speaks to torch's CUDA runtime, the next line to the one linked in here.
   const torch::stable::accelerator::DeviceGuard guard(device);
-  return launcher(params, current_stream(arguments.op, device));
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = launcher(params, current_stream(arguments.op, device));
+  // What is told as an exception must not be found again by the next who asks.
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 #else
 inline std::string reason(cudaError_t error) { return "CUDA error " + std::to_string(error); }
