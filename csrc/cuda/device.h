@@ -52,8 +52,7 @@ namespace less::cuda {
 
 constexpr int kSharedGuard = 0;
 
-// -- global memory
-// ---------------------------------------------------------------------------------
+// -- global memory --------------------------------------------------------------------------------
 
 LESS_DEVICE uint64_t global_address(const void* p) { return __cvta_generic_to_global(p); }
 
@@ -112,8 +111,7 @@ LESS_DEVICE void store(T* global, T value) {
   }
 }
 
-// -- shared memory
-// ---------------------------------------------------------------------------------
+// -- shared memory --------------------------------------------------------------------------------
 
 LESS_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -148,8 +146,7 @@ LESS_DEVICE void store8_shared(void* shared, uint2 v) {
                : "memory");
 }
 
-// -- asynchronous copies
-// ---------------------------------------------------------------------------
+// -- asynchronous copies --------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past the registers; zeros where !pred, and then nothing is
 // read. Visible to this thread after its group was committed and waited for.
@@ -238,8 +235,7 @@ LESS_DEVICE void bulk_copy(void* shared, const void* global, uint32_t bytes, uin
 #endif
 }
 
-// -- tensor cores
-// ----------------------------------------------------------------------------------
+// -- tensor cores ---------------------------------------------------------------------------------
 
 struct HalfTag {};
 struct BFloatTag {};
@@ -291,8 +287,7 @@ LESS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// -- arithmetic
-// ------------------------------------------------------------------------------------
+// -- arithmetic -----------------------------------------------------------------------------------
 
 // 2^x, subnormal results are 0.
 LESS_DEVICE float exp2_approx(float x) {
@@ -301,8 +296,7 @@ LESS_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// -- barriers, fences
-// ------------------------------------------------------------------------------
+// -- barriers, fences -----------------------------------------------------------------------------
 
 // Named barriers 1..15 of a block, for whole warps; threads counts those that sync or arrive.
 LESS_DEVICE void barrier_sync(uint32_t id, uint32_t threads) {
@@ -325,9 +319,8 @@ LESS_DEVICE int atomic_add(int* global, int value) {
   return old;
 }
 
-// -- clusters
-// -------------------------------------------------------------------------------------- A launch
-// that asks for no cluster has clusters of one block, on every architecture.
+// -- clusters -------------------------------------------------------------------------------------
+// A launch that asks for no cluster has clusters of one block, on every architecture.
 
 LESS_DEVICE uint32_t cluster_rank() {
 #if LESS_CUDA_SM90
@@ -434,8 +427,7 @@ LESS_DEVICE void store_cluster(T* own, uint32_t rank, T value) {
 #undef LESS_STORE
 }
 
-// -- dependent launch
-// ------------------------------------------------------------------------------
+// -- dependent launch -----------------------------------------------------------------------------
 
 // Returns once the kernel before this one in the stream is over and its writes can be seen: at once
 // unless Launch::dependent.

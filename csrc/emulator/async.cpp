@@ -87,8 +87,7 @@ void begin(Block& block, Copy& copy) {
 
 }  // namespace
 
-// -- cp.async
-// --------------------------------------------------------------------------------------
+// -- cp.async -------------------------------------------------------------------------------------
 
 void copy_async(void* shared, const void* global, unsigned n, unsigned source_n, Where at) {
   Block& block = *self()->home;
@@ -117,8 +116,7 @@ void copy_async_wait(int groups, Where) {
   me.copy_groups.erase(me.copy_groups.begin(), me.copy_groups.begin() + ptrdiff_t(over));
 }
 
-// -- mbarriers
-// -------------------------------------------------------------------------------------
+// -- mbarriers ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -208,8 +206,7 @@ void report_mbarriers(const Block& block) {
   }
 }
 
-// -- bulk copies
-// -----------------------------------------------------------------------------------
+// -- bulk copies ----------------------------------------------------------------------------------
 
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* bar, Where at) {
   Block& block = *self()->home;

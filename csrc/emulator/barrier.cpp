@@ -131,8 +131,7 @@ void named_arrive(int id, int threads, Where at) {
   try_release(*me.home, barrier);
 }
 
-// -- clusters
-// --------------------------------------------------------------------------------------
+// -- clusters -------------------------------------------------------------------------------------
 
 void try_release(Cluster& cluster) {
   if (cluster.arrived == 0 || cluster.arrived < cluster.alive) return;
@@ -179,8 +178,7 @@ void cluster_wait(Where at) {
   if (tracking) acquire(me, cluster.seen);
 }
 
-// -- fences
-// ----------------------------------------------------------------------------------------
+// -- fences ---------------------------------------------------------------------------------------
 
 void fence(bool gpu) {
   if (!tracking || current == nullptr) return;
@@ -193,8 +191,7 @@ void fence(bool gpu) {
   }
 }
 
-// -- dependent launch
-// ------------------------------------------------------------------------------
+// -- dependent launch -----------------------------------------------------------------------------
 
 void grid_dependency_wait(Where) {
   self()->dependency_waited = true;

@@ -49,8 +49,7 @@ constexpr int warpSize = 32;
       ::less::emulator::static_shared(__FILE__ " " #name, __LINE__, sizeof(T) * (n), 128))
 #define DYN_SMEM(name) unsigned char* const name = ::less::emulator::dynamic_shared()
 
-// -- CUDA's barriers and fences
-// --------------------------------------------------------------------
+// -- CUDA's barriers and fences -------------------------------------------------------------------
 
 inline void __syncthreads(LESS_EMULATOR_AT) {
   less::emulator::block_barrier(0, 0, 0, less::emulator::Vote::none, at);
@@ -73,8 +72,7 @@ inline void __threadfence() { less::emulator::fence(true); }
 inline void __threadfence_system() { less::emulator::fence(true); }
 inline void __threadfence_block() { less::emulator::fence(false); }
 
-// -- CUDA's warp collectives
-// -----------------------------------------------------------------------
+// -- CUDA's warp collectives ----------------------------------------------------------------------
 
 namespace less::emulator {
 
@@ -189,8 +187,7 @@ LESS_EMULATOR_UNTRACKED inline unsigned __match_any_sync(unsigned mask, T value,
   less::emulator::fatal("activemask", "__activemask() depends on the schedule: pass a mask");
 }
 
-// -- CUDA's atomics
-// --------------------------------------------------------------------------------
+// -- CUDA's atomics -------------------------------------------------------------------------------
 
 namespace less::emulator {
 
@@ -245,8 +242,7 @@ inline unsigned atomicInc(unsigned* p, unsigned last, LESS_EMULATOR_AT) {
   return less::emulator::change(p, [=](unsigned old) { return old >= last ? 0u : old + 1; }, at);
 }
 
-// -- the project's names; what they mean is said in cuda/device.h
-// ----------------------------------
+// -- the project's names; what they mean is said in cuda/device.h ---------------------------------
 
 namespace less::cuda {
 

@@ -117,8 +117,7 @@ Region* region_for_access(uintptr_t address) {
   return &region;
 }
 
-// -- shared memory
-// ---------------------------------------------------------------------------------
+// -- shared memory --------------------------------------------------------------------------------
 
 void make_window(Block& block) {
   block.window = map_memory(kWindowBytes);
@@ -222,9 +221,8 @@ void* static_shared(const char* file, int line, size_t bytes, size_t align) {
   return array;
 }
 
-// -- shared addresses, one's own and others'
-// ------------------------------------------------------- As PTX sees them: an offset into the
-// window, with rank + 1 above for another block's.
+// -- shared addresses, one's own and others' ------------------------------------------------------
+// As PTX sees them: an offset into the window, with rank + 1 above for another block's.
 
 namespace {
 
@@ -281,8 +279,7 @@ unsigned char* shared_pointer(uint32_t address, Where at) {
   return (rank == 0 ? current->window : block_of_rank(rank - 1, at).window) + offset;
 }
 
-// -- global memory
-// ---------------------------------------------------------------------------------
+// -- global memory --------------------------------------------------------------------------------
 
 void* allocate(size_t bytes, const char* name, bool initialised) {
   void* p = nullptr;

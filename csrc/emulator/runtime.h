@@ -29,8 +29,8 @@ inline const char* base_name(const char* path) {
   return name;
 }
 
-// -- who runs (PTX: %tid, %ctaid, %ntid, %nctaid, %laneid, %cluster_ctarank, %cluster_nctarank)
-// ----
+// -- who runs ------------------------------------------------------------------------------------
+// PTX: %tid, %ctaid, %ntid, %nctaid, %laneid, %cluster_ctarank, %cluster_nctarank.
 
 struct Context {
   uint3 thread;
@@ -50,8 +50,7 @@ LESS_EMULATOR_UNTRACKED inline int lane() { return current->lane; }
 LESS_EMULATOR_UNTRACKED inline dim3 block_size() { return block_dim; }
 LESS_EMULATOR_UNTRACKED inline dim3 grid_size() { return grid_dim; }
 
-// -- errors (PTX)
-// ----------------------------------------------------------------------------------
+// -- errors (PTX) ---------------------------------------------------------------------------------
 
 // Notes an error of this kind, with the thread that made it; the kernel goes on.
 void error(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -59,8 +58,7 @@ void error(const char* kind, const char* format, ...) __attribute__((format(prin
 [[noreturn]] void fatal(const char* kind, const char* format, ...)
     __attribute__((format(printf, 2, 3)));
 
-// -- launch
-// ----------------------------------------------------------------------------------------
+// -- launch ---------------------------------------------------------------------------------------
 
 // A kernel of the PTX tier: takes the addresses of its parameters.
 using Translated = void (*)(void** params);
@@ -81,8 +79,7 @@ struct LaunchConfig {
 // Runs body(argument) once per thread of the grid. cudaErrorLaunchFailure: it did not end.
 cudaError_t run(const LaunchConfig& config, void (*body)(void*), void* argument);
 
-// -- shared memory
-// ---------------------------------------------------------------------------------
+// -- shared memory --------------------------------------------------------------------------------
 
 // PTX: the block's dynamic shared memory, and a static array of it by the place that declares it.
 unsigned char* dynamic_shared();
@@ -98,8 +95,7 @@ uint32_t map_shared(uint32_t own, uint32_t rank, LESS_EMULATOR_AT);
 // The same for C++ pointers.
 void* cluster_pointer(const void* own, uint32_t rank, Where at);
 
-// -- barriers (PTX)
-// --------------------------------------------------------------------------------
+// -- barriers (PTX) -------------------------------------------------------------------------------
 
 enum class Vote { none, count, all, any };
 // bar.sync, and bar.red by vote; threads <= 0: all of the block.
@@ -115,8 +111,7 @@ void fence(bool gpu);
 void grid_dependency_wait(Where at);
 void grid_launch_dependents(Where at);
 
-// -- warps (PTX)
-// -----------------------------------------------------------------------------------
+// -- warps (PTX) ----------------------------------------------------------------------------------
 
 // Bytes between the lanes' entries in the table that warp_exchange returns.
 constexpr unsigned kExchangeStride = 64;
@@ -126,8 +121,7 @@ const unsigned char* warp_exchange(uint32_t mask, const char* kind, const void* 
                                    uint32_t* live, bool orders, Where at);
 void warp_release(const unsigned char* table);
 
-// -- asynchronous copies (PTX)
-// ---------------------------------------------------------------------
+// -- asynchronous copies (PTX) --------------------------------------------------------------------
 
 // cp.async of n bytes, of which the first source_n are read and the others are 0.
 void copy_async(void* shared, const void* global, unsigned n, unsigned source_n, Where at);
@@ -142,8 +136,7 @@ void mbarrier_arrive(uint64_t* bar, uint32_t bytes, Where at);
 void mbarrier_wait(uint64_t* bar, uint32_t parity, Where at);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* bar, Where at);
 
-// -- tensor cores (PTX)
-// ----------------------------------------------------------------------------
+// -- tensor cores (PTX) ---------------------------------------------------------------------------
 
 // num of 1, 2, 4 matrices of 8x8 halves; lane i brings the address of row i.
 void ldmatrix(uint32_t* d, int num, const void* row, bool transposed, Where at);
@@ -151,8 +144,7 @@ void ldmatrix(uint32_t* d, int num, const void* row, bool transposed, Where at);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16,
                   Where at);
 
-// -- accesses (PTX)
-// --------------------------------------------------------------------------------
+// -- accesses (PTX) -------------------------------------------------------------------------------
 
 // relaxed: volatile, ld.relaxed, st.relaxed.
 enum class Access { read, write, atomic, relaxed_read, relaxed_write };

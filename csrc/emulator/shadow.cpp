@@ -14,8 +14,7 @@ namespace less::emulator {
 
 bool tracking = false;
 
-// -- cells
-// -----------------------------------------------------------------------------------------
+// -- cells ----------------------------------------------------------------------------------------
 
 Shadow::~Shadow() {
   if (cells_ != nullptr) munmap(cells_, count_ * sizeof(Cell));
@@ -48,8 +47,7 @@ std::array<Cell, 4>& Shadow::split(Cell& whole, uintptr_t address) {
 
 namespace {
 
-// -- order
-// -----------------------------------------------------------------------------------------
+// -- order ----------------------------------------------------------------------------------------
 
 // What the atomics on a location have published to those who read it.
 struct Location {
@@ -128,8 +126,7 @@ void check_order(const char* what, const Use& use, const Epoch& then, uintptr_t 
   }
 }
 
-// -- one cell
-// --------------------------------------------------------------------------------------
+// -- one cell -------------------------------------------------------------------------------------
 
 // A thread that has changed a location by an atomic, or seen who did, comes after those changes.
 bool after_atomics(const Use& use, uintptr_t address) {
@@ -192,8 +189,7 @@ bool check_cell(const Use& use, Cell& cell, uintptr_t address) {
   return true;
 }
 
-// -- whole accesses
-// --------------------------------------------------------------------------------
+// -- whole accesses -------------------------------------------------------------------------------
 
 void report_bounds(uintptr_t address, unsigned n, bool writes, uint32_t site) {
   if (!first_time("out-of-bounds", site, 0)) return;

@@ -79,8 +79,7 @@ class Shadow {
   std::vector<std::array<Cell, 4>> splits_;
 };
 
-// -- accesses
-// --------------------------------------------------------------------------------------
+// -- accesses -------------------------------------------------------------------------------------
 
 void begin_launch_accesses();
 // Shared memory is given to another block: what atomics have published there is over.

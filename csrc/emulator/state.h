@@ -187,9 +187,17 @@ inline Thread* self() { return static_cast<Thread*>(current); }
 // A number below n, of a sequence that the seed determines.
 uint64_t random_below(uint64_t n);
 
-// -- scheduler.cpp
-// ---------------------------------------------------------------------------------
+// Who runs next: scheduler.cpp.
 
+void begin_schedule();
+// Whether the schedule has clusters run one after another.
+bool one_at_a_time();
+// The warp that comes last under warp_behind.
+void prefer(const Warp* warp);
+// The next to run, or null where nobody can.
+Thread* pick();
+// Gives way to it; over: for good.
+void run_next(bool over);
 void make_ready(Thread* thread);
 // The current thread, of status waiting, stops here; or goes on, should it be ready again.
 void stop_here();
@@ -199,11 +207,14 @@ void wait_here(const Waiting& waiting);
 void yield_here();
 // Ends the launch from within a thread.
 [[noreturn]] void abandon_launch();
+
+// The launch: launch.cpp.
+
+size_t clusters_to_begin();
 // Block of a cluster of this launch, for messages.
 uint3 block_of(uint32_t serial, uint32_t slot);
 
-// -- the parts, as the scheduler calls them
-// --------------------------------------------------------
+// -- the parts, as the scheduler calls them -------------------------------------------------------
 
 void try_release(Block& block, NamedBarrier& barrier);
 void try_release(Cluster& cluster);

@@ -15,6 +15,25 @@ bool global_race(bool wrong) {
   return out.all_written();
 }
 
+// Races are seen in memory that nobody has told the emulator of, while nobody tells of any.
+bool unregistered(bool wrong) {
+  std::vector<int> out(4 * 32);
+  launch(global_race_kernel, {dim3(4), dim3(32), 0, nullptr}, out.data(), wrong);
+  return out[5] == 5;
+}
+
+__global__ void copy_kernel(const int* in, int* out) { store(out + threadIdx.x, in[threadIdx.x]); }
+
+// Once some memory is told of, a kernel may touch no other.
+bool foreign_memory(bool wrong) {
+  Array<int> in(32, "in", true), out(32);
+  in.fill(7);
+  const std::vector<int> other(32, 7);
+  const int* const from = wrong ? other.data() : in.data();
+  launch(copy_kernel, {dim3(1), dim3(32), 0, nullptr}, from, out.data());
+  return out[5] == 7;
+}
+
 enum LastError { kLastNone, kNoRelease, kNoAcquire, kNoBarrier };
 
 // Each block leaves its part; the one that comes last adds them, and leaves the counter at zero.
@@ -82,8 +101,7 @@ bool spin(bool wrong) {
   return out[0] == 1;
 }
 
-// -- clusters
-// --------------------------------------------------------------------------------------
+// -- clusters -------------------------------------------------------------------------------------
 
 enum ClusterError { kClusterNone, kNoStart, kNoSync, kNoExit, kBadRank, kTwoArrivals };
 
@@ -124,8 +142,7 @@ bool cluster(bool wrong) {
   return right;
 }
 
-// -- launches
-// --------------------------------------------------------------------------------------
+// -- launches -------------------------------------------------------------------------------------
 
 __global__ void first_kernel(int* x) {
   grid_launch_dependents();
@@ -172,6 +189,8 @@ bool bad_launch(bool wrong) {
 const std::vector<Case>& grid_cases() {
   static const std::vector<Case> cases{
       {"global_race", global_race},
+      {"unregistered", unregistered},
+      {"foreign_memory", foreign_memory},
       {"last_block_no_release", last_block<kNoRelease>},
       {"last_block_no_acquire", last_block<kNoAcquire>},
       {"last_block_no_barrier", last_block<kNoBarrier>},

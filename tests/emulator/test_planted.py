@@ -58,6 +58,8 @@ PLANTED = {
     "bulk_arrive_twice": ("deadlock",) * 3,
     "mbarrier_unknown": ("mbarrier",) * 3,
     "global_race": (UNSEEN, UNSEEN, "race"),
+    "unregistered": (UNSEEN, UNSEEN, "race"),
+    "foreign_memory": (UNSEEN, UNSEEN, "out-of-bounds"),
     "last_block_no_release": (UNSEEN, UNSEEN, "race"),
     "last_block_no_acquire": (UNSEEN, UNSEEN, "race"),
     "last_block_no_barrier": (UNSEEN, UNSEEN, "race"),
