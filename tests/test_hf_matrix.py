@@ -84,6 +84,17 @@ def test_a_cell_that_fails_is_shown_and_is_the_exit_status(capsys, monkeypatch):
     assert "gpt2, beams: MatrixError: tokens differ" in out
 
 
+def test_a_model_that_cannot_be_built_fails_in_every_cell(monkeypatch):
+    def missing(name):
+        raise AttributeError("no such class\nin this version")
+
+    monkeypatch.setattr(matrix, "build", missing)
+    row = matrix.run_family("gpt2")
+    assert set(row.cells) == set(CELLS)
+    assert set(row.cells.values()) == {"AttributeError: no such class"}
+    assert not row.holds
+
+
 def test_a_model_that_should_be_refused_and_is_not_fails(capsys, monkeypatch):
     monkeypatch.setitem(matrix.REFUSED, "mpt", matrix.REFUSED["bloom"])
     monkeypatch.setattr(matrix, "build_refused", lambda name: build("llama"))

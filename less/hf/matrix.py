@@ -287,15 +287,23 @@ class Row:
 def run_family(name: str, backend: str | None = None) -> Row:
     """Run every cell of a model that works; an error is the cell's text."""
     row = Row(name, FAMILIES[name].attention)
-    case = Case(build(name), backend)
+    # Whatever a model or a version of transformers comes up with is the cell's, not the table's.
+    try:
+        case = Case(build(name), backend)
+    except Exception as error:
+        row.cells = dict.fromkeys(CELLS, _first_line(error))
+        return row
     for cell, check in CELLS.items():
         try:
             check(case)
             row.cells[cell] = PASS
-        except Exception as error:  # whatever a model or a version of transformers comes up with
-            text = str(error).splitlines()[0] if str(error) else ""
-            row.cells[cell] = f"{type(error).__name__}: {text}"
+        except Exception as error:
+            row.cells[cell] = _first_line(error)
     return row
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def run_refused(name: str) -> Row:
