@@ -18,8 +18,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// -- keys and queries
-// ------------------------------------------------------------------------------
+// -- keys and queries --
 
 struct KeyLists {
   int32_t* slot;    // [B, K, S]  kept slots, ascending, then the empty ones
@@ -117,10 +116,10 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
           count};
 }
 
-// -- numbers as operands
-// --------------------------------------------------------------------------- A tensor core
-// multiplies 16-bit floats. A float is a sum of three bf16 parts, to 2^-24 of itself, a softmax
-// weight of two to 2^-17; of a product of sums the small products are left out.
+// -- numbers as operands --
+//
+// A tensor core multiplies 16-bit floats. A float is a sum of three bf16 parts, to 2^-24 of itself,
+// a softmax weight of two to 2^-17; of a product of sums the small products are left out.
 
 // q, k and v of one 16-bit type.
 template <typename Tag>
@@ -222,10 +221,10 @@ LESS_DEVICE void four_bytes(uint32_t w, DType dtype, float (&x)[4]) {
   widen4(w, x, __nv_fp8_e4m3());
 }
 
-// -- tiles
-// ----------------------------------------------------------------------------------------- A tile
-// holds rows of kD 16-bit numbers, part by part. The 16-byte pieces of a row are permuted: the same
-// piece of eight rows, and eight pieces in a row, lie in different banks.
+// -- tiles --
+//
+// A tile holds rows of kD 16-bit numbers, part by part. The 16-byte pieces of a row are permuted:
+// the same piece of eight rows, and eight pieces in a row, lie in different banks.
 
 // Pieces that are permuted among themselves.
 template <int kD>

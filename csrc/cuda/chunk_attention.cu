@@ -71,8 +71,7 @@ cudaError_t list_keys(const ChunkAttentionParams& p, const KeyLists& lists, cuda
                 lists);
 }
 
-// -- attention
-// -------------------------------------------------------------------------------------
+// -- attention --
 
 template <typename Scheme, int kD>
 struct AttendShape {
