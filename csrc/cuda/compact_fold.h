@@ -17,20 +17,21 @@ constexpr int kFoldTile = 32;  // tokens at once
 constexpr int kCellR = 8;      // a cell: 8 rows of H by 4 dims, in a thread's registers
 constexpr int kCellD = 4;
 constexpr int kCell = kCellR * kCellD;
+constexpr int kSumsRow = kFoldThreads + 4;
 
 // The same cut for launcher and kernel.
 struct FoldShared {
   unsigned char* v;  // [2, kFoldTile, D]  as in memory
   float* psi;        // [2, kFoldTile, rows]
   float* scale;      // [2, kFoldTile]  of the values
-  float* sums;       // [kCell, kFoldThreads]  in place of v, at the end
+  float* sums;       // [kCell, kSumsRow]  in place of v, at the end
   int rows;          // R, and up to a multiple of kCellR
   size_t bytes;
 
   __host__ __device__ FoldShared(unsigned char* base, const CompactParams& p, int element) {
     SharedCarver carver{base};
     const int v_bytes = 2 * kFoldTile * int(p.D) * element;
-    const int sums_bytes = kCell * kFoldThreads * int(sizeof(float));
+    const int sums_bytes = kCell * kSumsRow * int(sizeof(float));
     rows = (int(p.R) + kCellR - 1) / kCellR * kCellR;
     v = carver.take<unsigned char>(v_bytes > sums_bytes ? v_bytes : sums_bytes);
     sums = reinterpret_cast<float*>(v);
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
 
   if (!LESS_BUG(fold_barrier_reuse)) __syncthreads();  // sums take the place of the values
 #pragma unroll
-  for (int i = 0; i < kCell; ++i) s.sums[i * kFoldThreads + thread] = acc[i / kCellD][i % kCellD];
+  for (int i = 0; i < kCell; ++i) s.sums[i * kSumsRow + thread] = acc[i / kCellD][i % kCellD];
   __syncthreads();
   float* part = w.part + (head * w.strips + blockIdx.y) * w.part_size;
   for (int i = thread; i < cells * kCellR; i += kFoldThreads) {
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
     uint32_t bits[4];
 #pragma unroll
     for (int j = 0; j < kCellD; ++j) {
-      const float* from = s.sums + (row * kCellD + j) * kFoldThreads + at;
+      const float* from = s.sums + (row * kCellD + j) * kSumsRow + at;
       float sum = from[0];
       for (int g = 1; g < groups; ++g) sum += from[g * cells];
       bits[j] = __float_as_uint(sum);

@@ -80,20 +80,18 @@ LESS_DEVICE Threshold find_lowest(const SelectShared& s, int64_t n, int k, Load 
       }
     }
     if (!LESS_BUG(select_barrier_count)) __syncthreads();
-    constexpr int kEach = kBins / kSelectThreads;
-    int mine = 0, total;
+    static_assert(kBins == 4 * kSelectThreads);
+    const uint4 four = load16_shared(s.bins + threadIdx.x * 4);
+    const int mine[4] = {int(four.x), int(four.y), int(four.z), int(four.w)};
+    int total, before = block_prefix(mine[0] + mine[1] + mine[2] + mine[3], s.sums, total);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) mine += s.bins[threadIdx.x * kEach + j];
-    int before = block_prefix(mine, s.sums, total);
-    if (before < k && k <= before + mine) {
-      int j = 0;
-      while (before + s.bins[threadIdx.x * kEach + j] < k) {
-        before += s.bins[threadIdx.x * kEach + j];
-        ++j;
+    for (int j = 0; j < 4; ++j) {
+      if (before < k && k <= before + mine[j]) {
+        s.found[0] = threadIdx.x * 4 + j;
+        s.found[1] = k - before;
+        s.found[2] = mine[j];
       }
-      s.found[0] = threadIdx.x * kEach + j;
-      s.found[1] = k - before;
-      s.found[2] = s.bins[threadIdx.x * kEach + j];
+      before += mine[j];
     }
     __syncthreads();
     known |= uint32_t(s.found[0]) << shift;

@@ -39,16 +39,18 @@ struct FloatShared {
 
 template <typename X>
 LESS_DEVICE void stage_float_rows(const FloatShared& s, int64_t D, int count) {
-  const int pieces = int(D) / 8;
+  constexpr int kN = 16 / sizeof(X);  // of a piece
+  const int pieces = int(D) / kN;
   for (int i = threadIdx.x; i < kFloatRows * pieces; i += kMapThreads) {
     const int row = i / pieces, c = i - row * pieces;
-    float v[8] = {};
-    if (row < count) load_eight(reinterpret_cast<const X*>(s.address[row]) + c * 8, v);
-    float* to = s.x + row * (D + kFloatPad) + c * 8;
-    store16_shared(to, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]),
-                                  __float_as_uint(v[2]), __float_as_uint(v[3])));
-    store16_shared(to + 4, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]),
-                                      __float_as_uint(v[6]), __float_as_uint(v[7])));
+    float v[kN] = {};
+    if (row < count) widen16<X>(load16(reinterpret_cast<const X*>(s.address[row]) + c * kN), v);
+#pragma unroll
+    for (int j = 0; j < kN; j += 4) {
+      store16_shared(s.x + row * (D + kFloatPad) + c * kN + j,
+                     make_uint4(__float_as_uint(v[j]), __float_as_uint(v[j + 1]),
+                                __float_as_uint(v[j + 2]), __float_as_uint(v[j + 3])));
+    }
   }
 }
 

@@ -5,8 +5,8 @@
 // brought the row into range) or three bf16, the hidden activations into three bf16, fp16 weights
 // of the second product into two bf16.
 //
-// Shared memory: rows [terms, kRows, D + 8] and weights [.., 64 + 8], of 16 bits: rows of an odd
-// number of 16 bytes, which ldmatrix reads without bank conflicts.
+// Shared memory, which ldmatrix reads without bank conflicts: rows [terms, kRows, D + 8] and w1
+// [.., 64 + 8], of 16 bits, have an odd number of 16 bytes; those of w2 change places (w2_at).
 #pragma once
 
 #include "cuda/convert.h"
@@ -45,7 +45,7 @@ struct MmaShared {
   unsigned char* raw;  // [stages, stage]  w1 [slab, kW1Row], then w2 [kChunk, R], as in memory
   float* y;            // [kMapWarps, kRows, kYRow]  in place of raw, at the end
   uint16_t* w1;        // [slab, kChunk + kPad]  widened; null unless i8
-  uint16_t* w2;        // [kW2Terms, kChunk, kR + kPad]  bf16
+  uint16_t* w2;        // [kW2Terms, kChunk, kR]  bf16, by w2_at
   int slab;
   int stage;  // bytes
   size_t bytes;
@@ -64,7 +64,7 @@ struct MmaShared {
     raw = carver.take<unsigned char>(stages * stage > y_bytes ? stages * stage : y_bytes);
     y = reinterpret_cast<float*>(raw);
     w1 = kEight ? carver.take<uint16_t>(slab * (kChunk + kPad)) : nullptr;
-    w2 = carver.take<uint16_t>(kW2Terms * kChunk * (kR + kPad));
+    w2 = carver.take<uint16_t>(kW2Terms * kChunk * kR);
     bytes = carver.used;
   }
 };
@@ -86,7 +86,8 @@ LESS_DEVICE void stage_rows(const Shared& s, int64_t D, int count, int terms) {
   constexpr int kThreadsPerRow = kMapThreads / Shared::kRows;
   constexpr bool kScaled = std::is_same_v<Half, __half> &&
                            (std::is_same_v<X, float> || std::is_same_v<X, __nv_bfloat16>);
-  const int thread = threadIdx.x, pieces = int(D) / 8;
+  constexpr int kN = 16 / sizeof(X);  // of a piece
+  const int thread = threadIdx.x, pieces = int(D) / kN;
   if constexpr (kScaled) {
     // The power of two that brings the largest of a row to 2^14 .. 2^15, and its inverse.
     const int row = thread / kThreadsPerRow;
@@ -94,9 +95,9 @@ LESS_DEVICE void stage_rows(const Shared& s, int64_t D, int count, int terms) {
     if (row < count) {
       const X* x = reinterpret_cast<const X*>(s.address[row]);
       for (int c = thread % kThreadsPerRow; c < pieces; c += kThreadsPerRow) {
-        float v[8];
-        load_eight(x + c * 8, v);
-        for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(v[i]));
+        float v[kN];
+        widen16<X>(load16(x + c * kN), v);
+        for (int i = 0; i < kN; ++i) top = fmaxf(top, fabsf(v[i]));
       }
     }
     for (int lanes = kThreadsPerRow / 2; lanes > 0; lanes /= 2) {
@@ -111,18 +112,20 @@ LESS_DEVICE void stage_rows(const Shared& s, int64_t D, int count, int terms) {
   }
   for (int i = thread; i < (count + 15) / 16 * 16 * pieces; i += kMapThreads) {
     const int row = i / pieces, c = i - row * pieces;
-    float v[8] = {};
-    if (row < count) load_eight(reinterpret_cast<const X*>(s.address[row]) + c * 8, v);
+    float v[kN] = {};
+    if (row < count) widen16<X>(load16(reinterpret_cast<const X*>(s.address[row]) + c * kN), v);
     if constexpr (kScaled) {
       if (row < count) {
-        for (int j = 0; j < 8; ++j) v[j] *= s.factor[row];
+        for (int j = 0; j < kN; ++j) v[j] *= s.factor[row];
       }
     }
     for (int term = 0; term < terms; ++term) {
-      uint32_t bits[4];
-      for (int j = 0; j < 4; ++j) bits[j] = cut<Half>(v[2 * j], v[2 * j + 1]);
-      store16_shared(s.x + (term * Shared::kRows + row) * (D + kPad) + c * 8,
-                     make_uint4(bits[0], bits[1], bits[2], bits[3]));
+      uint16_t* to = s.x + (term * Shared::kRows + row) * (D + kPad) + c * kN;
+#pragma unroll
+      for (int j = 0; j < kN; j += 4) {
+        const uint32_t low = cut<Half>(v[j], v[j + 1]);
+        store8_shared(to + j, make_uint2(low, cut<Half>(v[j + 2], v[j + 3])));
+      }
     }
   }
 }
@@ -192,16 +195,23 @@ LESS_DEVICE void stage_weights(const FeatureMaps& m, int64_t head, const MapStep
   }
 }
 
+// Where feature r of hidden column e is in w2: eight rows' 16 bytes lie in different banks.
+template <int kR>
+LESS_DEVICE int w2_at(int e, int r) {
+  const int piece = r / 8 ^ e / (64 / kR) % (kR / 8);
+  return e * kR + piece * 8 + r % 8;
+}
+
 // w2 of a chunk as bf16 terms, zeros where there is no hidden column or feature.
 template <typename W, int kR, int kTerms>
 LESS_DEVICE void widen_w2(const W* raw, int columns, int R, uint16_t* w2) {
-  constexpr int kRow = kR + kPad;
   for (int i = threadIdx.x; i < kChunk * kR / 2; i += kMapThreads) {
     const int e = i / (kR / 2), r = i % (kR / 2) * 2;
     float a = e < columns && r < R ? widened(raw[e * R + r]) : 0.0f;
     float b = e < columns && r + 1 < R ? widened(raw[e * R + r + 1]) : 0.0f;
     for (int term = 0; term < kTerms; ++term) {
-      *reinterpret_cast<uint32_t*>(w2 + (term * kChunk + e) * kRow + r) = cut<__nv_bfloat16>(a, b);
+      *reinterpret_cast<uint32_t*>(w2 + term * kChunk * kR + w2_at<kR>(e, r)) =
+          cut<__nv_bfloat16>(a, b);
     }
   }
 }
@@ -269,7 +279,7 @@ LESS_DEVICE void activate(const float (&acc)[2][4], const float (&row_scale)[2],
 template <typename Shared, int kTiles, int kYTiles>
 LESS_DEVICE void project(const Shared& s, const FeatureMaps& m, int64_t head, int e, int count,
                          float (&acc)[kTiles][2][4], float (&y)[kTiles][kYTiles][4]) {
-  constexpr int kRow = kYTiles * 8 + kPad;
+  constexpr int kR = kYTiles * 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float column_scale[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
   if constexpr (Shared::kEight) {
@@ -280,7 +290,6 @@ LESS_DEVICE void project(const Shared& s, const FeatureMaps& m, int64_t head, in
       }
     }
   }
-  const uint16_t* b_at = s.w2 + (warp * 16 + lane % 16) * kRow + lane / 16 * 8;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     if (i * 16 >= count) break;
@@ -293,7 +302,8 @@ LESS_DEVICE void project(const Shared& s, const FeatureMaps& m, int64_t head, in
 #pragma unroll
       for (int term = 0; term < Shared::kW2Terms; ++term) {
         uint32_t b[4];
-        ldmatrix_x4_trans(b, b_at + term * kChunk * kRow + n * 8);
+        ldmatrix_x4_trans(
+            b, s.w2 + term * kChunk * kR + w2_at<kR>(warp * 16 + lane % 16, n * 8 + lane / 16 * 8));
         const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
         for (int part = 0; part < 3 - term; ++part) {  // what is left out is below 2^-24

@@ -30,33 +30,6 @@ constexpr int size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : dtype == DType::bf16 || dtype == DType::fp16 ? 2 : 1;
 }
 
-// Eight elements of global memory, on a multiple of their size.
-template <typename X>
-LESS_DEVICE void load_eight(const X* x, float (&out)[8]) {
-  if constexpr (sizeof(X) == 4) {
-    float low[4], high[4];
-    widen16<X>(load16(x), low);
-    widen16<X>(load16(x + 4), high);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[i] = low[i];
-      out[4 + i] = high[i];
-    }
-  } else if constexpr (sizeof(X) == 2) {
-    widen16<X>(load16(x), out);
-  } else {
-    const uint2 bits = load8(x);
-    float low[4], high[4];
-    widen4(bits.x, low, X());
-    widen4(bits.y, high, X());
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[i] = low[i];
-      out[4 + i] = high[i];
-    }
-  }
-}
-
 // The rows of a map's head that a block takes: all batch rows' tokens in one sequence, or, of a
 // list, those of one batch row.
 struct RowBlock {
