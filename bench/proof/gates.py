@@ -95,6 +95,17 @@ EXCEPTIONS: tuple[Narrow, ...] = (
         r"global\[i\]",
         "weights whose rows are no whole number of 16 bytes: byte by byte",
     ),
+    Narrow(
+        r"^(attend|column|list_keys)_kernel",
+        r"position\[s\]|valid\[t\]|store\(list \+|index\[n\]|token\[b|weight\[at\]"
+        r"|_scale\[at\]|lse\[|z\[r\]|phi_q\[",
+        "one number of a token, a row or a feature; lanes lie side by side",
+    ),
+    Narrow(
+        r"^(attend|column)_kernel",
+        r"static_cast<const uint32_t\*>\(x\)\[at / 4\]|load_four\(x, dtype, at",
+        "rows that are split into parts on the way to shared memory: four elements a lane",
+    ),
 )
 
 
