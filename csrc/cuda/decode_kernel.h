@@ -529,7 +529,8 @@ struct DecodeBlock {
     return p.softcap > 0.0f ? p.softcap * tanhf(logit / p.softcap) : logit;
   }
 
-  // mass: q k becomes the logit, then e^(logit - top). A warp per query.
+  // mass: q k becomes the logit, then e^(logit - top). A warp per query; the first tile of values
+  // has the barrier after it.
   LESS_DEVICE void softmax() {
     const int padded = (n + 15) / 16 * 16;
     if constexpr (kScaled && kMma) {
@@ -581,7 +582,6 @@ struct DecodeBlock {
         s.part()[at.token + g] = token;
       }
     }
-    if (!LESS_BUG(mass_barrier)) __syncthreads();
   }
 
   // acc[g] += mass[g, slot] v of the tile's rows: a thread has a chunk of every so many rows.
