@@ -139,9 +139,8 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
     p.q_dtype = q_dtype;
     if (p.B == 0 || p.Q == 0 || !supported(p)) return 0;
     DecodePlan plan;
-    const cudaError_t error = with_slots_dtype(p.slots.dtype, [&](auto type) {
-      return plan_of<typename decltype(type)::type>(p, plan);
-    });
+    const cudaError_t error = with_slots_dtype(
+        p.slots.dtype, [&](auto type) { return plan_of<typename decltype(type)::type>(p, plan); });
     const int64_t bytes = error == cudaSuccess ? lay_out(p, plan) : 0;
     most = bytes > most ? bytes : most;
   }
