@@ -84,6 +84,9 @@ struct AttendShape {
       (kD > 128 || (!kIsPlain<Scheme> && !kIsWide<Scheme> && kD > 96) ? 2 : 1);
   static constexpr int kThreads = kRows * 2 * kSharers;
   static constexpr int kStages = kIsPlain<Scheme> ? 2 : 1;  // of keys and values
+  // On a multiprocessor at least, which leaves a thread 255 registers; 0: fewer, as the compiler
+  // guesses, where its guess spills nothing.
+  static constexpr int kBlocks = kIsPlain<Scheme> && kD != 96 ? 0 : 256 / kThreads;
   static constexpr int kKeyTile = Scheme::kParts * kKeys * kD;
   static constexpr int kValueTile = Scheme::kValueParts * kKeys * kD;
 
@@ -500,7 +503,8 @@ class Finish {
 };
 
 template <typename Scheme, int kD>
-__global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads)
+__global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
+                                  AttendShape<Scheme, kD>::kBlocks)
     attend_kernel(const ChunkAttentionParams p, const KeyLists lists, float* lse, int blocks) {
   using Shape = AttendShape<Scheme, kD>;
   constexpr int kKeys = Shape::kKeys;
