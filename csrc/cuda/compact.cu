@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kInsertThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (head % p.K == 0 && first == 0 && threadIdx.x == 0) p.seen[b] += w.tokens[head];
   const int64_t slot = first + threadIdx.x;
-  if (threadIdx.x < kInsertSlots && (LESS_BUG(insert_bound) || slot < S)) {
+  if (threadIdx.x < kInsertSlots && slot < S) {
     const int64_t at = head * S + slot;
     const int32_t token = w.take[at];
     if (token == kStays) {

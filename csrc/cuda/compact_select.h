@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     listed += total & 0xffff;
     freed += total >> 16;
   }
-  if (!LESS_BUG(select_barrier_free)) __syncthreads();
+  // The barriers of the next block_prefix are those between `free` and `take` and their readers.
   int taken = 0;
   int64_t next = c.seen;
   for (int64_t t0 = 0; t0 < T; t0 += kSelectThreads) {
