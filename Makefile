@@ -7,6 +7,7 @@
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (csrc/emulator/README.md)
+#   make planted  bugs planted in the CUDA kernels: each must be found (ARGS="-k map_wait" for some)
 #   make lint     formatting, style, types, spelling; make format repairs what can be repaired
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
 #   make bench-cpp     every kernel alone, under Google Benchmark
@@ -33,7 +34,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt cs
 	csrc/emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools less tests $(wildcard bench)
 
-.PHONY: demo test test-cpp test-aarch64 emulated lint format bench bench-cpp instructions proof dev sdist clean
+.PHONY: demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 
@@ -70,6 +71,9 @@ emulated: $(VENV)/package.stamp $(VENV)/dev.stamp
 	LD_PRELOAD="$$($(BIN)/python -c 'from tests import emulated; print(emulated.preload("$(TIER)"))')" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/ops tests/test_cache_cuda.py \
 	  -k "emulated" --emulator-tier=$(TIER) $(ARGS)
+
+planted: $(VENV)/package.stamp $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/ops/test_planted.py --proof $(ARGS)
 
 # `make -k lint` goes on after the first tool that complains.
 lint: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell

@@ -19,6 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("LESS_EMULATOR_TIER", "fast"),
         help="where tests of CUDA kernels run without a GPU (LESS_EMULATOR_TIER; default fast)",
     )
+    parser.addoption("--proof", action="store_true", help="run the tests marked proof too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--proof"):
+        return
+    proofs = [item for item in items if item.get_closest_marker("proof")]
+    items[:] = [item for item in items if item not in proofs]
+    config.hook.pytest_deselected(items=proofs)
 
 
 def simd_levels() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from tests import emulated
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.proof,
     pytest.mark.skipif(not emulated.supported(), reason="NO EMULATOR: wants Linux on x86-64"),
 ]
 ROOT = emulated.ROOT
