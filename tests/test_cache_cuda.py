@@ -218,6 +218,33 @@ def test_every_step_loses_the_same_tokens_as_the_reference(launched, run):
     assert cache.stats()["evictions"] == plain.stats()["evictions"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
+def test_prompts_chunks_and_padded_rows_are_the_references(launched, dtype):
+    sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 2}
+    policy = H2O(heavy=10, recent=6, decay=0.98)
+    cache = build(launched, policy, dtype=dtype, **sizes)
+    plain = build("cpu", policy, dtype=torch.float64, backend="reference", **sizes)
+    for call, T in enumerate((21, 1, 7, 1, 30)):
+        qkv = random_qkv(2, 4, 2, T, 64, seed=call, dtype=torch.float32)
+        if dtype == torch.float16:
+            qkv = tuple(x.half() for x in qkv)
+        q, k, v = qkv
+        valid = torch.ones(2, T, dtype=torch.bool)
+        valid[1, : T // 3] = False
+        out = cache.attend(0, *(x.to(launched) for x in (q, k, v, valid))).cpu()
+        if dtype == torch.int8:
+            k, v = (reference.dequantize(*reference.quantize(x)) for x in (k, v))
+        want = plain.attend(0, q.double(), k.double(), v.double(), valid)
+        assert_close(out, want, dtype if dtype.itemsize > 1 else torch.float32)
+        assert torch.equal(cache.seen.cpu(), plain.seen)
+        held = [x.positions(0).cpu().sort(-1).values for x in (cache, plain)]
+        assert torch.equal(*held)
+    for got, state in zip(cache.state(0), plain.state(0), strict=True):
+        assert_close(got.cpu(), state, torch.float32, factor=5)
+    share = [x.stats()["memory_share"][0] for x in (cache, plain)]
+    assert abs(share[0] - share[1]) < 1e-3
+
+
 def test_emulated_blocks_that_meet_in_memory_find_their_scratch_in_the_cache(emulator, monkeypatch):
     monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")  # no clusters
     sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 1, "layers": 2}
