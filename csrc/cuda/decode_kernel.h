@@ -1153,7 +1153,7 @@ struct DecodeBlock {
 };
 
 template <typename T, int kD, bool kMma>
-__global__ void __launch_bounds__(kDecodeThreads, 3)
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 1 && !kMma ? 2 : 3)
     decode_step_kernel(const __grid_constant__ DecodeStepParams p,
                        const __grid_constant__ DecodePlan plan) {
   DYN_SMEM(raw);

@@ -46,7 +46,7 @@ LESS_DEVICE void store_columns(float* h, const float (&x)[kN]) {
 
 // kN values a thread: a piece of 16 bytes, or one.
 template <typename T, int kN>
-__global__ void __launch_bounds__(kFoldThreads) fold_kernel(FoldParams p) {
+__global__ void __launch_bounds__(kFoldThreads, 2) fold_kernel(FoldParams p) {
   const int64_t head = blockIdx.x;
   const int64_t r0 = (int64_t(blockIdx.y) * blockDim.y + threadIdx.y) * kFoldRows;
   const int64_t d = int64_t(threadIdx.x) * kN;
