@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from less.hf import interface
-from less.hf.models import ModelFacts, check_fits, describe
+from less.hf.models import ModelFacts, check_fits, check_ready, describe
 from less.hf.native import NativeAttention, make_native
+from less.hf.switch import shadow, switch_attention
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
@@ -50,6 +50,7 @@ def cache_for(
     from less.sidekick import Sidekick
 
     facts = describe(model, "cache_for")
+    check_ready("cache_for", facts)
     if isinstance(sidekick, Sidekick) and sidekick.part == (0, 1) != facts.part:
         sidekick.check_model(facts.config)  # its message speaks of the whole model
         sidekick = sidekick.shard(*facts.part)
@@ -103,6 +104,7 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
     if not isinstance(cache, LessKVCache):
         raise TypeError(f"attach: cache must be a LessKVCache, got {type(cache).__name__}")
     facts = describe(model, "attach")
+    check_ready("attach", facts)
     check_fits("attach", cache, facts)
     if any(m in interface.bound for m in facts.modules):
         raise RuntimeError("attach: the model has a cache attached; leave that block first")
@@ -113,7 +115,7 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
     make_native(cache, facts)
     with ExitStack() as leave:
         binding = Binding(cache, facts, native)
-        _use_less_attention(model, facts, leave)
+        switch_attention(model, facts, interface.NAME, leave)
         leave.callback(setattr, cache, "_bound", None)
         cache._bound = binding
         if native is not None:
@@ -130,34 +132,6 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
         if callable(getattr(model, "generate", None)):
             _watch_generate(model, binding, leave)
         yield cache
-
-
-def _use_less_attention(model: Any, facts: ModelFacts, leave: ExitStack) -> None:
-    """Switch the model, and the configs it shares with its parts, to ``less``; and back.
-
-    Attention that transformers cannot switch gets another ``forward``; its model still asks the
-    config whose mask function to call.
-    """
-    from transformers import PreTrainedModel
-
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    for config in configs.values():
-        # The setter checks what is available and may choose another: restore the plain value.
-        before = config._attn_implementation_internal
-        leave.callback(setattr, config, "_attn_implementation_internal", before)
-    if facts.forward is None:
-        model.set_attn_implementation(interface.NAME)
-    else:
-        for module in facts.modules:
-            _shadow(module, "forward", facts.forward, leave)
-        for config in configs.values():
-            config._attn_implementation_internal = interface.NAME
-    for config in configs.values():
-        if config._attn_implementation != interface.NAME:
-            raise RuntimeError(
-                f"attach: {type(model).__name__} did not take the attention implementation "
-                f"{interface.NAME!r}, it runs {config._attn_implementation!r}"
-            )
 
 
 def _watch_generate(model: Any, binding: Binding, leave: ExitStack) -> None:
@@ -207,20 +181,9 @@ def _watch_generate(model: Any, binding: Binding, leave: ExitStack) -> None:
             )
         return original(*args, **kwargs)
 
-    _shadow(model, "_prefill", prefill, leave)
-    _shadow(model, "_validate_generation_mode", validate, leave)
-    _shadow(model, "generate", generate, leave)
-
-
-def _shadow(model: Any, name: str, function: Callable[..., Any], leave: ExitStack) -> None:
-    """Set ``function(original, ...)`` on the instance in place of a method; and undo it."""
-    original = getattr(model, name)
-    if name in vars(model):  # somebody else's shadow
-        leave.callback(setattr, model, name, original)
-    else:
-        leave.callback(delattr, model, name)
-    # generate inspects signatures: they stay those of the original.
-    setattr(model, name, functools.wraps(original)(functools.partial(function, original)))
+    shadow(model, "_prefill", prefill, leave)
+    shadow(model, "_validate_generation_mode", validate, leave)
+    shadow(model, "generate", generate, leave)
 
 
 @dataclass
@@ -497,9 +460,9 @@ class Binding:
                 f"{op}: softcap must be cache.softcap {self.cache.softcap}, got "
                 f"{others.get('softcap')}"
             )
-        for name in _CHANGES_RESULT:
-            if others.get(name) is not None and others[name] is not False:
-                raise ValueError(f"{op}: a bounded cache does not do {name}={others[name]!r}")
+        changed = interface.not_plain(others)
+        if changed:
+            raise ValueError(f"{op}: a bounded cache does not do {', '.join(changed)}")
         if valid is not None and (valid.dim() != 2 or valid.dtype != torch.bool):
             raise ValueError(
                 f"{op}: attention_mask must come from less.hf's mask function, bool [B, T], got "
@@ -509,14 +472,6 @@ class Binding:
         return out.transpose(1, 2).contiguous()
 
 
-# Arguments by which models change what attention computes.
-_CHANGES_RESULT = (
-    "head_mask",
-    "output_attentions",
-    "position_bias",
-    "s_aux",
-    "sliding_window",
-)
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")  # of generate
 _NO_EMBEDS = (
     "{op}: inside less.hf.attach, pass input_ids, not inputs_embeds: by its tokens a prompt is "

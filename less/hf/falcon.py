@@ -1,9 +1,9 @@
 """Falcon's attention, which does not go through transformers' attention interface.
 
-What stands in for the ``forward`` of its attention modules while a cache is attached: the model's
-own projections and rotary embedding, and between them the cache. Falcon repeats its keys and values
-for every query head before they reach a cache (and a full cache holds the copies); here they stay
-one per kv head.
+What stands in for the ``forward`` of its attention modules while a cache is attached or training
+captures: the model's own projections and rotary embedding, and between them an attention function
+of the interface. Falcon repeats its keys and values for every query head before they reach a cache
+(and a full cache holds the copies); here they stay one per kv head.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from less.hf import interface
-
 
 def attention_forward(
+    attention: Callable[..., Any],
     original: Callable[..., Any],
     hidden_states: Tensor,
     alibi: Tensor | None,
@@ -28,15 +27,16 @@ def attention_forward(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``FalconAttention.forward`` over an attached cache.
+    """``FalconAttention.forward`` through an attention function.
 
     Args:
+        attention: As transformers' attention interface holds it.
         original: The module's own method, by which the module is found.
         hidden_states: [B, T, hidden size].
         alibi: None; models with alibi are refused before.
-        attention_mask: What ``interface.mask`` returned: bool [B, T] or None.
+        attention_mask: What the mask function beside it returned.
         position_ids: Not used: ``position_embeddings`` come of them.
-        layer_past: The cache.
+        layer_past: The cache; None while training captures.
         use_cache: Not used.
         output_attentions: Not used; refused before.
         position_embeddings: cos and sin of the tokens' positions.
@@ -52,7 +52,8 @@ def attention_forward(
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
-    out, _ = interface.attention(module, query, key, value, attention_mask, **kwargs)
+    scale = module.inv_norm_factor
+    out, _ = attention(module, query, key, value, attention_mask, scaling=scale, **kwargs)
     return module.dense(out.flatten(2)), None
 
 

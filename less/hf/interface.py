@@ -8,6 +8,7 @@ left running on ``less`` without a cache meets an error that says so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from less.hf.native import NativeAttention
 
 NAME = "less"
+# Arguments by which models change what attention computes, beside scale and soft-cap.
+_CHANGES_RESULT = (
+    "head_mask",
+    "output_attentions",
+    "position_bias",
+    "s_aux",
+    "sliding_window",
+)
 
 # Attention module -> who serves it, and as which layer of the cache.
 bound: WeakKeyDictionary[nn.Module, tuple[Binding, int]] = WeakKeyDictionary()
@@ -142,6 +151,15 @@ def mask(
     if attention_mask.shape != (batch_size, columns):
         raise ValueError(mask_message(list(attention_mask.shape), batch_size, columns, q_length))
     return text_columns(attention_mask, q_length)
+
+
+def not_plain(others: Mapping[str, Any]) -> list[str]:
+    """Of an attention call's other arguments, those that make it more than a causal softmax."""
+    return [
+        f"{name}={others[name]!r}"
+        for name in _CHANGES_RESULT
+        if others.get(name) is not None and others[name] is not False
+    ]
 
 
 def text_columns(attention_mask: Tensor, length: int) -> Tensor | None:

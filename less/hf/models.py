@@ -21,7 +21,7 @@ from less.sidekick import kv_heads_of
 if TYPE_CHECKING:
     from less.cache import LessKVCache
 
-# (the module's own forward, its arguments...) -> (output, no weights)
+# (an attention function, the module's own forward, its arguments...) -> (output, no weights)
 Forward = Callable[..., tuple[Tensor, None]]
 
 
@@ -42,7 +42,7 @@ class Architecture:
             calls that directly.
         learned_positions: Whether positions are learned, so that the text has a longest length.
         forward: For attention modules that go past the interface: what stands in for their own
-            ``forward`` while a cache is attached.
+            ``forward`` and goes through it (``less.hf.switch``).
     """
 
     attention: str
@@ -126,8 +126,8 @@ class ModelFacts:
 
     ``windows`` has the length of the window of each layer that slides: those bound themselves.
     ``softcap`` is what the others hold scale q.k within, None where they do not. ``longest`` is
-    the number of learned positions, None where positions are computed. ``forward`` is as in
-    ``Architecture``.
+    the number of learned positions, None where positions are computed. ``device`` is the first
+    layer's. ``dropout`` and ``forward`` are as in ``Architecture``.
 
     Heads are those that this process computes: ``part`` is (rank, world) of a model sharded by
     tensor parallelism, else (0, 1).
@@ -147,6 +147,7 @@ class ModelFacts:
     windows: dict[int, int]
     part: tuple[int, int]
     longest: int | None
+    dropout: str
     forward: Forward | None
 
     @property
@@ -198,19 +199,6 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
         factors = ", ".join(f"{scale:.4g}" for scale in sorted(scales))
         raise UnsupportedModelError(f"{op}: {name}: its layers scale q.k differently: {factors}")
     windows = _windows(op, name, config, modules)
-    for module in modules:
-        rate = getattr(module, facts.dropout, 0.0)
-        rate = getattr(rate, "p", rate)
-        if model.training and rate:
-            raise UnsupportedModelError(
-                f"{op}: {name} is in training mode with {facts.dropout}={rate}; call model.eval()"
-            )
-    where = {p.device for m in modules for p in m.parameters()}
-    if len(where) != 1:
-        raise UnsupportedModelError(
-            f"{op}: {name}: its attention layers are spread over {sorted(map(str, where))}; "
-            "a cache lives on one device"
-        )
     q_heads = int(config.num_attention_heads)
     kv_heads = kv_heads_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
@@ -229,12 +217,35 @@ def describe(model: nn.Module, op: str) -> ModelFacts:
         scale=scales.pop(),
         softcap=_softcap(op, name, config, modules),
         dtype=next(modules[0].parameters()).dtype,
-        device=where.pop(),
+        device=next(modules[0].parameters()).device,
         windows=windows,
         part=part,
         longest=int(config.max_position_embeddings) if facts.learned_positions else None,
+        dropout=facts.dropout,
         forward=facts.forward,
     )
+
+
+def check_ready(op: str, facts: ModelFacts) -> None:
+    """Refuse a model that cannot run on a cache as it stands: with dropout, or on many devices.
+
+    Raises:
+        UnsupportedModelError: The message says why.
+    """
+    for module in facts.modules:
+        rate = getattr(module, facts.dropout, 0.0)
+        rate = getattr(rate, "p", rate)
+        if module.training and rate:
+            raise UnsupportedModelError(
+                f"{op}: {facts.name} is in training mode with {facts.dropout}={rate}; call "
+                "model.eval()"
+            )
+    where = {p.device for m in facts.modules for p in m.parameters()}
+    if len(where) != 1:
+        raise UnsupportedModelError(
+            f"{op}: {facts.name}: its attention layers are spread over {sorted(map(str, where))}; "
+            "a cache lives on one device"
+        )
 
 
 def _scale(module: Any, facts: Architecture) -> float:
