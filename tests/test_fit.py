@@ -138,28 +138,16 @@ def test_seek_reaches_a_layer_from_the_text_or_a_boundary(model, tmp_path):
     assert torch.equal(sought.capture(1).q, wanted.q)
 
 
-def test_a_model_without_decoder_layers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Linear must have its decoder layers"):
+def test_what_is_no_model_of_transformers_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         LayerWalk(torch.nn.Linear(2, 2), token_ids(), tmp_path)
 
 
-def test_sliding_layers_are_refused_by_name(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=8,
-    )
-    walk = LayerWalk(MistralForCausalLM(config), token_ids(2, 16), tmp_path)
-    walk.start()
-    with pytest.raises(ValueError, match="sliding_window=8"):
-        walk.capture(0)
+def test_decoder_layers_that_are_in_no_list_are_refused(tmp_path):
+    model = tiny_model()
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    with pytest.raises(ValueError, match="must have its decoder layers in one ModuleList"):
+        LayerWalk(model, token_ids(), tmp_path)
 
 
 # -- schedules ---------------------------------------------------------------------------------

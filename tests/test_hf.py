@@ -19,7 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import less.hf
 from less import LessKVCache, Sidekick, SinkRecent, ops
-from less.fit import train
 from less.hf import interface
 from less.hf.families import LAYERS, VOCAB, D, K, Q, build
 from less.hf.matrix import SMALL, WIDE, Spy, feed, generate, left_padded, prompt, sidekick_for
@@ -462,20 +461,6 @@ def test_learned_positions_end_and_a_text_that_goes_on_is_refused(family):
     padded = torch.nn.functional.pad(prompt(9), (20, 0))
     mask = (torch.arange(29) >= 20).long()[None]
     generate(model, short, {"input_ids": padded, "attention_mask": mask}, new=8)
-
-
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("falcon (7B)", "layers in '.layers'"),
-        ("gpt2", "layers in '.layers'"),
-        ("gpt_bigcode", "layers in '.layers'"),
-        ("gemma2", "softcap"),
-    ],
-)
-def test_training_for_a_model_that_cannot_be_walked_is_refused(family, message):
-    with pytest.raises(ValueError, match=message):
-        train(build(family), prompt(40, rows=4), SMALL, held=1)
 
 
 def test_falcons_attention_is_its_own_again_afterwards():

@@ -6,8 +6,9 @@ next layer alone is run over them: it yields its q, k, v and the next boundary. 
 text and however many the layers, what is held is one boundary on disk (two while a layer runs) and
 q, k, v and the output of one layer in memory.
 
-q, k, v are caught by an attention function registered with transformers for the time of the call;
-nothing is patched, and the model and the registry leave as they came.
+q, k, v are caught where a bounded cache gets them (``less.hf.switch``): by an attention function
+registered with transformers for the time of the call. The model and the registry leave as they
+came.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from less import reference
+from less.hf import interface
+from less.hf.models import ModelFacts, describe
+from less.hf.switch import switch_attention
+
 _NAME = "less_fit_capture"
-#: Arguments that a model gives its attention function when its attention is not plain softmax.
-_NOT_PLAIN = ("softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Captured:
         out: Full attention's output before the output projection [N, Q, T, D].
         o_weight: The output projection's weight [hidden size, Q * D].
         scale: Factor of q.k.
+        softcap: What scale q.k is held within; 0: nothing.
     """
 
     q: Tensor
@@ -46,6 +51,20 @@ class Captured:
     out: Tensor
     o_weight: Tensor
     scale: float
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of the attention function got and gave, with a batch of one."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, out as in Captured
+    scale: float
+    softcap: float
+
+
+# What a layer is given beside the hidden states, by place and by name.
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _ReachedError(Exception):
@@ -56,35 +75,41 @@ class LayerWalk:
     """Walk a model's decoder layers over a fixed pool of chunks, first to last.
 
     Args:
-        model: A transformers causal language model whose attention goes through transformers'
-            attention interface (Llama, Mistral, Qwen, ...).
+        model: A transformers causal language model that a bounded cache can serve
+            (``less.hf.SUPPORTED``).
         ids: Token ids, int64 [N, T].
-        folder: Where the boundary's file lies; made if missing.
+        folder: Where the boundary's file lies; made by `start` if missing.
 
     Raises:
-        ValueError: the model has no decoder layers, or no attention that can be caught.
+        TypeError: it is no transformers model.
+        UnsupportedModelError: a ValueError; no bounded cache can serve it, so it needs no sidekick.
+        ValueError: its heads are dealt out to several processes, its learned positions end before
+            a chunk does, or its layers are in no list.
     """
 
     def __init__(self, model: Any, ids: Tensor, folder: str | os.PathLike[str]) -> None:
+        self.facts = describe(model, "LayerWalk")
+        if self.facts.part != (0, 1):
+            raise ValueError(
+                f"LayerWalk: {self.facts.name} must be whole, but its heads are dealt out to "
+                f"{self.facts.part[1]} processes (tensor parallel)"
+            )
+        if self.facts.longest is not None and ids.shape[1] > self.facts.longest:
+            raise ValueError(
+                f"LayerWalk: {self.facts.name} has {self.facts.longest} learned positions; ids "
+                f"must have no more tokens in a chunk, got {ids.shape[1]}"
+            )
         self.model = model
         self.ids = ids
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        layers = getattr(self.decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise ValueError(
-                f"LayerWalk: {type(model).__name__} must have its decoder layers in '.layers'"
-            )
-        self.layers = layers
-        self._kwargs: list[dict[str, Any]] | None = None
-        self._hidden = int(self.decoder.get_input_embeddings().weight.shape[1])
+        self.decoder: Any = self.facts.decoder
+        self.layers = _layers(self.facts)
+        self._arguments: list[_Arguments] | None = None
 
     @property
     def sliding(self) -> tuple[int, ...]:
         """The layers that have a sliding window: they are walked through, not captured."""
-        kinds = getattr(getattr(self.decoder, "config", None), "layer_types", None) or ()
-        return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+        return tuple(sorted(self.facts.windows))
 
     @property
     def boundaries(self) -> list[int]:
@@ -102,6 +127,7 @@ class LayerWalk:
 
     def start(self) -> None:
         """Write the input of layer 0 for every chunk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         first: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,9 +153,15 @@ class LayerWalk:
             tick: Called after each chunk.
 
         Raises:
-            ValueError: the boundary before this layer is not there, or its attention is not a
-                plain causal softmax over all tokens.
+            ValueError: the boundary before this layer is not there, the layer slides, or its
+                attention is not a causal softmax over all tokens.
         """
+        window = self.facts.windows.get(layer)
+        if window is not None:
+            raise ValueError(
+                f"capture: layer {layer} slides (sliding_window={window}): it bounds itself, and "
+                "has no sidekick"
+            )
         captured = self._run(layer, keep=True, tick=tick)
         assert captured is not None
         return captured
@@ -142,32 +174,32 @@ class LayerWalk:
                 f"capture: layer must be one whose input is ready {self.boundaries}, got {layer}"
             )
         N, T = self.ids.shape
-        kwargs = self._layer_kwargs()[layer]
+        args, kwargs = self._layer_arguments()[layer]
         module = self.layers[layer]
         parameter = next(module.parameters())
         held: list[Tensor] = []
-        attention: nn.Module | None = None
-        scale = 0.0
+        scale = softcap = 0.0
         with (
             self._as_it_was(),
-            _catching(self.model, windows=not keep) as caught,
+            _catching(self.model, self.facts) as caught,
             self._map(layer) as before,
             self._map(layer + 1, "part") as after,
             torch.no_grad(),
         ):
             for i in range(N):
                 x = before[i : i + 1].to(parameter.device, parameter.dtype, copy=True)
-                y = module(x, **kwargs)
+                y = module(x, *args, **kwargs)
                 after[i] = (y[0] if isinstance(y, tuple) else y)[0].float().cpu()
                 if len(caught) != 1:
                     raise ValueError(
-                        f"capture: layer {layer} ({type(module).__name__}) must call transformers' "
-                        f"attention interface once, got {len(caught)} calls"
+                        f"capture: layer {layer} ({type(module).__name__}) must call its attention "
+                        f"function once, got {len(caught)} calls"
                     )
-                attention, scale, *tensors = caught.pop()
+                call = caught.pop()
+                scale, softcap = call.scale, call.softcap
                 if keep:
-                    held = held or [t.new_empty((N, *t.shape[1:])) for t in tensors]
-                    for store, tensor in zip(held, tensors, strict=True):
+                    held = held or [t.new_empty((N, *t.shape[1:])) for t in call.tensors]
+                    for store, tensor in zip(held, call.tensors, strict=True):
                         store[i] = tensor[0]
                 tick()
         self._finish(layer + 1)
@@ -176,7 +208,8 @@ class LayerWalk:
         if held[0].shape[2] != T or held[1].shape[2] != T:
             raise ValueError(f"capture: layer {layer} attends to {held[1].shape[2]} of {T} tokens")
         q, k, v, out = held
-        return Captured(q, k, v, out, _output_weight(attention), scale)
+        weight = _output_weight(self.facts.modules[layer])
+        return Captured(q, k, v, out, weight, scale, softcap)
 
     def release(self, layer: int) -> None:
         """Delete the boundary before `layer`, once that layer needs it no more."""
@@ -201,7 +234,7 @@ class LayerWalk:
     @contextlib.contextmanager
     def _map(self, layer: int, suffix: str = "f32") -> Iterator[Tensor]:
         """The boundary before a layer, [N, T, hidden] float32, mapped from its file."""
-        shape = (*self.ids.shape, self._hidden)
+        shape = (*self.ids.shape, int(self.facts.config.hidden_size))
         size = shape[0] * shape[1] * shape[2]
         path = self._path(layer, suffix)
         if suffix == "f32" and path.stat().st_size != 4 * size:
@@ -217,32 +250,41 @@ class LayerWalk:
         finally:
             self.model.train(training)
 
-    def _layer_kwargs(self) -> list[dict[str, Any]]:
+    def _layer_arguments(self) -> list[_Arguments]:
         """The arguments beside the hidden states that the model gives each layer, batch 1."""
-        if self._kwargs is None:
-            found: list[dict[str, Any]] = []
+        if self._arguments is None:
+            found: list[_Arguments] = []
+            with (
+                self._as_it_was(),
+                _catching(self.model, self.facts) as caught,
+                contextlib.ExitStack() as leave,
+                torch.no_grad(),
+            ):
 
-            def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if len(args) > 1:
-                    raise ValueError(
-                        f"capture: {type(_module).__name__} takes positional arguments beside the "
-                        "hidden states; only keyword arguments can be replayed"
-                    )
-                found.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+                def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    caught.clear()  # the layer before is of no use, and as large as any
+                    others = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                    found.append((args[1:], others))
 
-            handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.layers]
-            try:
-                with self._as_it_was(), _catching(self.model, windows=True), torch.no_grad():
-                    self.decoder(input_ids=self._row(0), use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
+                for layer in self.layers:
+                    leave.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+                self.decoder(input_ids=self._row(0), use_cache=False)
             if len(found) != len(self.layers):
                 raise ValueError(
                     f"capture: the model called {len(found)} of its {len(self.layers)} layers"
                 )
-            self._kwargs = found
-        return self._kwargs
+            self._arguments = found
+        return self._arguments
+
+
+def _layers(facts: ModelFacts) -> nn.ModuleList:
+    """The decoder's layers: the list whose i-th entry holds the attention of layer i."""
+    for found in facts.decoder.modules():
+        if isinstance(found, nn.ModuleList) and len(found) == facts.layers:
+            pairs = zip(found, facts.modules, strict=True)
+            if all(any(m is attention for m in layer.modules()) for layer, attention in pairs):
+                return found
+    raise ValueError(f"LayerWalk: {facts.name} must have its decoder layers in one ModuleList")
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -251,29 +293,29 @@ def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return x
 
 
-def _output_weight(attention: nn.Module | None) -> Tensor:
-    for name in ("o_proj", "out_proj", "dense"):
+def _output_weight(attention: nn.Module) -> Tensor:
+    from transformers.pytorch_utils import Conv1D
+
+    for name in ("o_proj", "out_proj", "dense", "c_proj"):
         projection = getattr(attention, name, None)
         if isinstance(projection, nn.Linear):
             return projection.weight.detach()
+        if isinstance(projection, Conv1D):  # GPT-2's linear layer, whose weight lies transposed
+            weight: Tensor = projection.weight
+            return weight.detach().T
     raise ValueError(
         f"capture: {type(attention).__name__} must have its output projection as a linear layer "
-        "'o_proj', 'out_proj' or 'dense'"
+        "'o_proj', 'out_proj', 'dense' or 'c_proj'"
     )
 
 
 @contextlib.contextmanager
-def _catching(model: Any, windows: bool = False) -> Iterator[list[Any]]:
-    """Let the model's attention append (module, scale, q, k, v, out) to a list, then restore.
+def _catching(model: Any, facts: ModelFacts) -> Iterator[list[_Call]]:
+    """Let each call of the model's attention append what it got and gave to a list."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    Attention within a window shorter than the text is refused unless `windows`: the mask that the
-    model makes says it all, and what is appended is not to be learned from.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    caught: list[Any] = []
+    caught: list[_Call] = []
+    sliding = {id(facts.modules[i]) for i in facts.windows}
 
     def attention(
         module: nn.Module,
@@ -283,37 +325,46 @@ def _catching(model: Any, windows: bool = False) -> Iterator[list[Any]]:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        **kwargs: Any,
+        softcap: float | None = None,
+        **others: Any,
     ) -> tuple[Tensor, None]:
-        special = [name for name in _NOT_PLAIN if kwargs.get(name) is not None]
-        window = kwargs.get("sliding_window")
-        if not windows and window is not None and window < query.shape[2]:
-            special.append(f"sliding_window={window}")
+        if id(module) in sliding:  # the mask has the window
+            others.pop("sliding_window", None)
+        special = interface.not_plain(others)
         if special:
             raise ValueError(
-                f"capture: {type(module).__name__} is not plain full attention "
+                f"capture: {type(module).__name__} is not a causal softmax over all tokens "
                 f"({', '.join(special)}); such a layer cannot have a sidekick"
             )
-        out, _ = inner(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=0.0, **kwargs
-        )
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        caught.append((module, scale, query, key, value, out.transpose(1, 2)))
-        return out, None
+        out = _attend(query, key, value, attention_mask, scale, softcap or 0.0)
+        caught.append(_Call((query, key, value, out), scale, softcap or 0.0))
+        return out.transpose(1, 2).contiguous(), None
 
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attention
-    # An entry of this one object would be overlooked: where the class has none, a model makes no
-    # mask at all, and a window would be forgotten.
-    masks = type(ALL_MASK_ATTENTION_FUNCTIONS)
-    masks.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    try:
-        for config in configs.values():
-            config._attn_implementation = _NAME
+    # An entry of one object of the interface would be overlooked: where the class has none, a model
+    # makes no mask at all, and a window would be forgotten.
+    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
+    with contextlib.ExitStack() as leave:
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            leave.callback(registry._global_mapping.pop, _NAME)
+        switch_attention(model, facts, _NAME, leave)
         yield caught
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        del ALL_ATTENTION_FUNCTIONS[_NAME]
-        del masks._global_mapping[_NAME]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention over a whole text [B, Q, T, D]; mask: bool [B, 1, T, T], or None: causal."""
+    B, Q, T, D = query.shape
+    K = key.shape[1]
+    if not softcap:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=K != Q
+        )
+    # As the model's own eager attention has it, but in float32 throughout, as the cache does.
+    rows = query.float().reshape(B, K, Q // K * T, D)
+    logits = reference.capped(rows @ key.float().transpose(2, 3) * scale, softcap)
+    seen = torch.ones(T, T, dtype=torch.bool, device=query.device).tril() if mask is None else mask
+    logits = logits.view(B, Q, T, T).masked_fill(~seen, -torch.inf).view_as(logits)
+    return (logits.softmax(-1) @ value.float()).view(B, Q, T, D).to(query.dtype)

@@ -57,6 +57,7 @@ def prepare(
     left: Tensor,
     rows: Tensor,
     scale: float,
+    softcap: float = 0.0,
     *,
     gone_mass: bool = False,
 ) -> Rows:
@@ -70,6 +71,7 @@ def prepare(
         left: From `schedule`, int64 [B, K, T].
         rows: Query positions, int64 [B, n].
         scale: Factor of q.k.
+        softcap: What scale q.k is held within; 0: nothing.
         gone_mass: Whether to compute `gone_log_mass`.
     """
     B, K, T, D = k.shape
@@ -81,7 +83,8 @@ def prepare(
     step = rows[:, None, :, None]
     gone = left[:, :, None, :] <= step  # [B, K, n, T]
     hidden = gone | (torch.arange(T, device=k.device) > step)
-    logits = (query.view(B, K, -1, D) @ k.transpose(2, 3) * scale).view(B, K, Q // K, n, T)
+    logits = reference.capped(query.view(B, K, -1, D) @ k.transpose(2, 3) * scale, softcap)
+    logits = logits.view(B, K, Q // K, n, T)
     evicted = None
     if gone_mass:
         evicted = logits.masked_fill(~gone[:, :, None], -torch.inf).view(B, K, -1, T).logsumexp(-1)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from less import reference
 from less.policies import Candidates, Policy, SinkRecent
 
 
-def schedule(q: Tensor, k: Tensor, policy: Policy, scale: float | None = None) -> Tensor:
+def schedule(
+    q: Tensor, k: Tensor, policy: Policy, scale: float | None = None, softcap: float = 0.0
+) -> Tensor:
     """The number of tokens seen when each token had just left, decoding from the first token on.
 
     Args:
@@ -21,6 +24,7 @@ def schedule(q: Tensor, k: Tensor, policy: Policy, scale: float | None = None) -
         k: [B, K, T, D].
         policy: Who stays.
         scale: Factor of q.k, 1/sqrt(D) by default.
+        softcap: What scale q.k is held within; 0: nothing.
 
     Returns:
         int64 [B, K, T]; T + 1 where the token is kept to the end.
@@ -28,7 +32,7 @@ def schedule(q: Tensor, k: Tensor, policy: Policy, scale: float | None = None) -
     B, K, T, D = k.shape
     if type(policy) is SinkRecent:
         return _sink_recent(policy, B, K, T, k.device)
-    return _decode(q.float(), k.float(), policy, D**-0.5 if scale is None else scale)
+    return _decode(q.float(), k.float(), policy, D**-0.5 if scale is None else scale, softcap)
 
 
 def _sink_recent(policy: SinkRecent, B: int, K: int, T: int, device: torch.device) -> Tensor:
@@ -41,7 +45,7 @@ def _sink_recent(policy: SinkRecent, B: int, K: int, T: int, device: torch.devic
 
 
 @torch.no_grad()
-def _decode(q: Tensor, k: Tensor, policy: Policy, scale: float) -> Tensor:
+def _decode(q: Tensor, k: Tensor, policy: Policy, scale: float, softcap: float) -> Tensor:
     """Slots 0..C-1 hold the kept tokens, slot C the newest, which then takes a victim's slot."""
     B, K, T, D = k.shape
     G, C = q.shape[1] // K, policy.capacity
@@ -60,7 +64,7 @@ def _decode(q: Tensor, k: Tensor, policy: Policy, scale: float) -> Tensor:
         score[:, :, new] = 0.0
         if policy.needs_scores:
             logits = query[:, :, :, t] @ slots[:, :, :held].transpose(2, 3) * scale
-            received = logits.softmax(-1).sum(2)
+            received = reference.capped(logits, softcap).softmax(-1).sum(2)
             score[:, :, :held] = score[:, :, :held] * policy.decay + received
         if held <= C:
             continue

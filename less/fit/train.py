@@ -173,6 +173,7 @@ class _Data:
             self.left[policy][one],
             position,
             c.scale,
+            c.softcap,
             gone_mass=gone_mass,
         )
 
@@ -222,7 +223,8 @@ def fit_layer(
     """
     begun = time.perf_counter()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + layer)
-    left = [schedule(captured.q, captured.k, p, captured.scale) for p in policies]
+    c = captured
+    left = [schedule(c.q, c.k, p, c.scale, c.softcap) for p in policies]
     data = _Data(captured, policies, left, held, generator)
     weight = captured.o_weight.float()
     error = objective.LOSSES[recipe.loss]
@@ -283,7 +285,8 @@ def train(
     (`less.hf`). Their entries in the sidekick are zeros, and they have no record.
 
     Args:
-        model: A transformers causal language model of the Llama kind, on any device.
+        model: A transformers causal language model that a bounded cache can serve
+            (``less.hf.SUPPORTED``), on any device.
         text: Token ids, int64 [chunks, tokens], used as they are; or a text, or texts in any
             iterable (consumed once, never held together), of which `chunks` chunks are sampled.
         policies: What the cache will evict by. Several of the same rule at different budgets make
@@ -304,8 +307,9 @@ def train(
         The sidekick. Its `config` holds the model's identity, the policies and the training record.
 
     Raises:
-        ValueError: an argument is wrong, the text is too short, the model's attention cannot be
-            captured, or `work` holds another run (the message says what differs).
+        TypeError: the model is none of transformers.
+        ValueError: an argument is wrong, the text is too short, no bounded cache can serve the
+            model, or `work` holds another run (the message says what differs).
     """
     recipe = recipe or Recipe()
     policies = [policies] if isinstance(policies, Policy) else list(policies)
@@ -321,28 +325,23 @@ def train(
             f"train: chunks must be longer than the largest budget {most}, else nothing is "
             f"evicted; got {ids.shape[1]} tokens"
         )
-    model_record = model_identity(model)
-    if name is not None:
-        model_record["name"] = name
-    run = {
-        "recipe_version": _RECIPE_VERSION,
-        "recipe": dataclasses.asdict(recipe),
-        "policies": [p.to_dict() for p in policies],
-        "text": {k: record[k] for k in ("chunks", "chunk_tokens", "sha256")},
-        "held": held,
-        "model": {k: v for k, v in model_record.items() if k != "name"},
-    }
     folder = Path(tempfile.mkdtemp(prefix="less-train-")) if work is None else Path(work)
-    folder.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     try:
+        walk = LayerWalk(model, ids, folder)  # refuses a model before anything is written
+        model_record = model_identity(model)
+        if name is not None:
+            model_record["name"] = name
+        run = {
+            "recipe_version": _RECIPE_VERSION,
+            "recipe": dataclasses.asdict(recipe),
+            "policies": [p.to_dict() for p in policies],
+            "text": {k: record[k] for k in ("chunks", "chunk_tokens", "sha256")},
+            "held": held,
+            "model": {k: v for k, v in model_record.items() if k != "name"},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, run)
-        walk = LayerWalk(model, ids, folder)
-        if len(walk.sliding) == len(walk.layers):
-            raise ValueError(
-                "train: every layer of the model slides; such layers bound themselves, and there "
-                "is nothing to train"
-            )
         layers, records = _train_layers(walk, policies, recipe, held, folder, show)
         config = {
             "model": model_record,

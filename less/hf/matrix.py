@@ -6,6 +6,7 @@ tested. Everything here runs tiny random models (``less.hf.families``): no downl
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from less import reference
 from less.cache import LessKVCache
+from less.fit import LayerWalk, Recipe, train
 from less.hf.binding import attach, cache_for
 from less.hf.families import FAMILIES, REFUSED, VOCAB, build, build_refused
 from less.hf.models import UnsupportedModelError
@@ -101,6 +103,11 @@ class Spy:
         return [torch.cat(x, 2) for x in zip(*mine, strict=True)]
 
 
+def bounded_layers(cache: LessKVCache) -> list[int]:
+    """The layers that attend through the cache."""
+    return [i for i in range(cache.layers) if i not in cache.native]
+
+
 def sidekick_for(model: Any, kind: str = "exp") -> Sidekick:
     """Random feature maps of a model's shape."""
     shape = cache_for(model, SMALL, backend="reference")
@@ -157,36 +164,44 @@ def small_budget(case: Case, kinds: Sequence[str] = ("exp", "")) -> None:
     Once with feature maps of each kind; "" is eviction alone.
     """
     for kind in kinds:
-        sidekick = sidekick_for(case.model, kind) if kind else None
-        cache = case.cache(SMALL, sidekick)
-        spy = Spy(cache)
-        generate(case.model, cache, prompt(20))
-        bounded = [i for i in range(cache.layers) if i not in cache.native]
-        if {c[0] for c in spy.calls} != set(bounded):
-            raise MatrixError(f"layers {bounded} should have attended through the cache")
-        for layer in bounded:
-            q, k, v, out = spy.layer(layer)
-            if q.shape[2] != 20 + NEW - 1:  # the last token sampled is never fed
-                raise MatrixError(f"layer {layer} saw {q.shape[2]} tokens")
-            maps = sidekick[layer] if sidekick is not None else None
-            want = reference.run(
-                q,
-                k,
-                v,
-                SMALL,
-                maps,
-                kind or "exp",
-                prompt=20,
-                scale=cache.scale,
-                softcap=cache.softcap or 0.0,
-            )
-            where = f"layer {layer}, {kind or 'no'} maps"
-            _close(f"output of {where}", out, want.out)
-            _same(
-                f"positions kept in {where}",
-                cache.positions(layer).sort(2)[0],
-                want.positions[-1].sort(2)[0],
-            )
+        follow_reference(case, sidekick_for(case.model, kind) if kind else None)
+
+
+def follow_reference(case: Case, sidekick: Sidekick | None) -> None:
+    """Generate with a small budget: every bounded layer is the reference on the same q, k and v.
+
+    Raises:
+        MatrixError: one is not.
+    """
+    kind = "no" if sidekick is None else sidekick.kind
+    cache = case.cache(SMALL, sidekick)
+    spy = Spy(cache)
+    generate(case.model, cache, prompt(20))
+    bounded = bounded_layers(cache)
+    if {c[0] for c in spy.calls} != set(bounded):
+        raise MatrixError(f"layers {bounded} should have attended through the cache")
+    for layer in bounded:
+        q, k, v, out = spy.layer(layer)
+        if q.shape[2] != 20 + NEW - 1:  # the last token sampled is never fed
+            raise MatrixError(f"layer {layer} saw {q.shape[2]} tokens")
+        want = reference.run(
+            q,
+            k,
+            v,
+            SMALL,
+            None if sidekick is None else sidekick[layer],
+            "exp" if sidekick is None else sidekick.kind,
+            prompt=20,
+            scale=cache.scale,
+            softcap=cache.softcap or 0.0,
+        )
+        where = f"layer {layer}, {kind} maps"
+        _close(f"output of {where}", out, want.out)
+        _same(
+            f"positions kept in {where}",
+            cache.positions(layer).sort(2)[0],
+            want.positions[-1].sort(2)[0],
+        )
 
 
 def padded_batch(case: Case) -> None:
@@ -236,6 +251,36 @@ def snapshot(case: Case) -> None:
             _same(f"logits of step {i}", feed(case.model, one, c), want[i])
 
 
+def training(case: Case) -> None:
+    """Training sees the q, k, v and outputs that the cache sees; what it makes serves the model."""
+    ids = prompt(20, rows=2)
+    cache = case.cache(WIDE, batch=2)
+    spy = Spy(cache)
+    feed(case.model, cache, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        walk = LayerWalk(case.model, ids, folder)
+        for layer in bounded_layers(cache):
+            walk.seek(layer)
+            c = walk.capture(layer)
+            for name, got, want in zip(
+                ("q", "k", "v", "out"), (c.q, c.k, c.v, c.out), spy.layer(layer), strict=True
+            ):
+                _close(f"{name} of layer {layer}", got, want)
+            if (c.scale, c.softcap) != (cache.scale, cache.softcap or 0.0):
+                raise MatrixError(
+                    f"layer {layer} has scale {c.scale} and soft-cap {c.softcap}, the cache "
+                    f"{cache.scale} and {cache.softcap}"
+                )
+    recipe = Recipe(rank=2, hidden=4, steps=2, rows=4, held_rows=4)
+    cache = case.cache(SMALL, train(case.model, ids, SMALL, recipe=recipe), batch=2)
+    for chunk in ids.split(10, 1):
+        feed(case.model, cache, chunk)
+    shares = cache.stats()["memory_share"]
+    idle = [layer for layer in bounded_layers(cache) if not shares[layer] > 0]
+    if idle:
+        raise MatrixError(f"the trained maps of layers {idle} have no part in attention")
+
+
 CELLS: dict[str, Callable[[Case], None]] = {
     "full budget": full_budget,
     "small budget": small_budget,
@@ -243,6 +288,7 @@ CELLS: dict[str, Callable[[Case], None]] = {
     "beams": beams,
     "chunked prompt": chunked_prompt,
     "snapshot": snapshot,
+    "training": training,
 }
 
 
