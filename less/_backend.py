@@ -65,7 +65,7 @@ class Backend(Protocol):
         """What slots may be held in."""
 
     def reserve(self, layers: Sequence[Layer], q_heads: int, maps: Sequence[Maps | None]) -> None:
-        """Allocate the scratch that the steps of these layers want, which they share."""
+        """Allocate the scratch that the decode steps of these layers want, which they share."""
 
     def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
         """A call's keys and values in the slots' dtype, contiguous or not."""
@@ -253,6 +253,32 @@ class ReferenceBackend:
         return step.out if out is None else out.copy_(step.out)
 
 
+class Scratch:
+    """An op's scratch on a GPU, which its calls share: as large as the largest wanted.
+
+    But what a long prompt wants is not held: above 64 MiB, and more than a layer's slots have.
+    """
+
+    HELD = 64 << 20
+
+    def __init__(self) -> None:
+        """Of no bytes."""
+        self.held: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.held is None else self.held.nbytes
+
+    def of(self, wanted: int, slot_k: Tensor) -> Tensor | None:
+        """For a call over these slots; None: the op makes its own, or wants none."""
+        if wanted > max(self.HELD, 2 * slot_k.nbytes):
+            return None
+        if wanted > self.nbytes:
+            self.held = torch.zeros(wanted, dtype=torch.uint8, device=slot_k.device)
+        return self.held
+
+
 class NativeBackend:
     """The compiled ops."""
 
@@ -261,11 +287,14 @@ class NativeBackend:
     def __init__(self) -> None:
         """Without scratch."""
         self._scratch: Tensor | None = None
+        self._attend_scratch = Scratch()
+        self._compact_scratch = Scratch()
 
     @property
     def workspace(self) -> int:
         """Bytes of the scratch that a GPU's kernels share."""
-        return 0 if self._scratch is None else self._scratch.nbytes
+        step = 0 if self._scratch is None else self._scratch.nbytes
+        return step + self._attend_scratch.nbytes + self._compact_scratch.nbytes
 
     def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
         """Those of the kernels."""
@@ -302,6 +331,7 @@ class NativeBackend:
         scores: bool,
     ) -> Step:
         """Attend."""
+        wanted = ops.chunk_attention_workspace(q, layer.slot_k, valid is not None)
         return Step(
             *ops.chunk_attention(
                 q,
@@ -320,6 +350,7 @@ class NativeBackend:
                 phi_q=ops.phi(q, maps, kind) if maps is not None else None,
                 H=layer.H if maps is not None else None,
                 z=layer.z if maps is not None else None,
+                workspace=self._attend_scratch.of(wanted, layer.slot_k),
                 scale=scale,
                 softcap=softcap,
                 decay=decay,
@@ -340,6 +371,7 @@ class NativeBackend:
         rank: Tensor | None,
     ) -> None:
         """Insert, evict, fold."""
+        wanted = ops.compact_workspace(new.k, layer.slot_k, maps)
         ops.compact(
             new.k,
             new.v,
@@ -358,6 +390,7 @@ class NativeBackend:
             v_scale=layer.v_scale,
             H=layer.H,
             z=layer.z,
+            workspace=self._compact_scratch.of(wanted, layer.slot_k),
             maps=maps,
             kind=kind or "exp",
             rule=rule,

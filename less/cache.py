@@ -69,8 +69,9 @@ def _native_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ..
 class LessKVCache(CacheProtocol):
     """A KV cache of fixed size: S slots per kv head, and a low-rank state of what was evicted.
 
-    Memory is allocated here, once; no call ever grows it. Use ``attend`` in place of writing to
-    the cache and calling attention, with any number of tokens per call::
+    Memory is allocated here, once; no call ever grows it, but for a GPU's scratch, which is as
+    large as the longest chunk wanted. Use ``attend`` in place of writing to the cache and calling
+    attention, with any number of tokens per call::
 
         cache = LessKVCache(layers=32, q_heads=32, kv_heads=8, head_dim=128, batch=4,
                             policy=H2O(heavy=128, recent=128), sidekick=sidekick)

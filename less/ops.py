@@ -530,6 +530,29 @@ def decode_step(
     )
 
 
+def chunk_attention_workspace(q: Tensor, slot_k: Tensor, padded: bool) -> int:
+    """Bytes of scratch that ``chunk_attention`` wants for a call, on its device; 0 on a CPU.
+
+    Args:
+        q: [B, Q, T, D].
+        slot_k: [B, K, S, D].
+        padded: Whether ``valid`` is given.
+    """
+    return int(torch.ops.less.chunk_attention_workspace(q, slot_k, padded))
+
+
+def compact_workspace(k: Tensor, slot_k: Tensor, maps: Mapping[str, Tensor] | None) -> int:
+    """Bytes of scratch that ``compact`` wants for a call, on its device; 0 on a CPU.
+
+    Args:
+        k: [B, K, T, D].
+        slot_k: [B, K, S, D].
+        maps: The layer's feature maps, or None for eviction alone.
+    """
+    R = 0 if maps is None else maps["k_w2"].shape[2]
+    return int(torch.ops.less.compact_workspace(k, slot_k, R))
+
+
 def decode_step_workspace(slot_k: Tensor, Q: int, maps: Mapping[str, Tensor] | None) -> int:
     """Bytes of scratch that ``decode_step`` wants for these slots, on their device; 0 on a CPU.
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
+from less import H2O, LessKVCache, Sidekick, SinkRecent, _backend, reference
 from tests.helpers import assert_close, random_maps, random_qkv
 
 pytest.importorskip("less._C")
@@ -269,6 +269,32 @@ def test_emulated_scratch_that_is_too_small_is_refused(emulator, monkeypatch):
     q, k, v = next(steps_of(1, 4, 2, 64, torch.float32, 1))
     with pytest.raises(RuntimeError, match="decode_step: workspace must have at least .* got 8"):
         cache.attend(0, q, k, v)
+
+
+def test_emulated_chunks_find_the_scratch_of_those_before_in_the_cache(emulator):
+    sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 1, "layers": 2}
+    cache = build("cpu", H2O(heavy=100, recent=100), **sizes)
+    plain = build("cpu", H2O(heavy=100, recent=100), backend="reference", **sizes)
+    made = []
+    for call, T in enumerate((210, 9, 3, 9, 2)):
+        qkv = random_qkv(1, 4, 2, T, 64, seed=call)
+        for layer in range(2):
+            assert_close(cache.attend(layer, *qkv), plain.attend(layer, *qkv), torch.float32)
+        held = cache._backend._attend_scratch.held, cache._backend._compact_scratch.held
+        made.append([x.data_ptr() for x in held])
+    assert made[1:] == made[1:2] * 4  # a prompt may want less than the first chunk, which is cut
+    assert torch.equal(cache.positions(1), plain.positions(1))
+    scratch = cache.memory()["workspace"] - plain.memory()["workspace"]
+    assert scratch == cache._backend.workspace > 0
+
+
+def test_scratch_is_held_up_to_what_a_layers_slots_have():
+    scratch, slot_k = _backend.Scratch(), torch.zeros(1, 1, 40 << 20, dtype=torch.int8)
+    first = scratch.of(10, slot_k)
+    assert scratch.of(5, slot_k) is first
+    assert scratch.of(20, slot_k).nbytes == scratch.nbytes == 20
+    assert scratch.of((80 << 20) + 1, slot_k) is None
+    assert scratch.nbytes == 20
 
 
 # -- on a GPU alone --------------------------------------------------------------------------------

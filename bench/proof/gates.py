@@ -98,8 +98,9 @@ EXCEPTIONS: tuple[Narrow, ...] = (
     Narrow(
         r"^(attend|column|list_keys)_kernel",
         r"position\[s\]|valid\[t\]|store\(list \+|index\[n\]|token\[b|weight\[at\]"
-        r"|_scale\[at\]|lse\[|z\[r\]|phi_q\[",
-        "one number of a token, a row or a feature; lanes lie side by side",
+        r"|_scale\[at\]|lse\[|z\[first \+ r\]|phi_q\[|store\(to \+ head_\.query_at"
+        r"|load8\(part\(split\)",
+        "one number of a token, a row or a feature, or two; lanes lie side by side",
     ),
     Narrow(
         r"^(attend|column)_kernel",

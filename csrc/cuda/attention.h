@@ -43,10 +43,20 @@ struct Carver {
 // Fills the lists.
 cudaError_t list_keys(const ChunkAttentionParams& p, const KeyLists& lists, cudaStream_t stream);
 
+// How the keys of a kv head are cut where its queries are so few that they fill one block: splits
+// of `per` tiles of slots, and a last one of the call's tokens, each a block.
+struct Splits {
+  int count;         // 0: nothing is cut
+  int per;           // tiles of slots
+  int warps;         // of a split that have queries
+  int32_t* arrived;  // [B, K]  splits that are done; 0 between launches
+  float* parts;      // [B, K, count, warps, ..]  what each has, as Meeting lays it out
+};
+
 // out and share, and lse [B, Q, T], the logarithm of each query's mass over slots and call (null:
 // not wanted). Without p.v it is lse alone.
-cudaError_t attend(const ChunkAttentionParams& p, const KeyLists& lists, float* lse,
-                   cudaStream_t stream);
+cudaError_t attend(const ChunkAttentionParams& p, const KeyLists& lists, const Splits& splits,
+                   float* lse, cudaStream_t stream);
 
 // slot_score and chunk_score.
 cudaError_t sum_columns(const ChunkAttentionParams& p, const KeyLists& lists, const float* lse,
@@ -233,6 +243,7 @@ constexpr int kPermuted = kD % 64 == 0 ? 8 : 4;
 template <int kD>
 LESS_DEVICE int permutation(int row) {
   static_assert(kD % 32 == 0, "a row is whole or half wavefronts");
+  if constexpr (LESS_BUG(tile_swizzle)) return 0;
   return kD % 64 == 0 ? row & 7 : row >> 1 & 3;
 }
 

@@ -8,7 +8,7 @@
 // kernel leaves zero what it counted in, so that the next launch on the same stream can use it as
 // it is. Two launches that may overlap need two, and so do two ops: what else is left is anything.
 // The size follows from the sizes and dtypes of the params alone; of the pointers, only whether H
-// (phi_q) is null counts.
+// (phi_q) and valid are null counts.
 #pragma once
 
 #include <cuda_runtime_api.h>

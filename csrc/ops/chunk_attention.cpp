@@ -95,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention(
       .R = R,
   };
 #ifdef LESS_LAUNCHES
+  check_head_dim(kOp, "q", D);
   const OptionalTensor held =
       scratch(arguments, workspace, cuda::chunk_attention_workspace(params));
   params.workspace = pointer(held);
@@ -103,6 +104,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_attention(
   run(params, score);
 #endif
   return {out, slot_score, chunk_score, share};
+}
+
+// Bytes of the workspace for a call of these queries over these slots; padded: valid will be given.
+int64_t chunk_attention_workspace([[maybe_unused]] Tensor q, [[maybe_unused]] Tensor slot_k,
+                                  [[maybe_unused]] bool padded) {
+#ifdef LESS_LAUNCHES
+  const char* op = "chunk_attention_workspace";
+  ChunkAttentionParams params{};
+  params.valid = padded ? &padded : nullptr;  // its address is looked at, not read
+  params.q_dtype = slot_dtype(op, "q", q);
+  params.slots.dtype = row_dtype(op, "slot_k", slot_k);
+  params.slots.S = slot_k.size(2);
+  params.B = q.size(0);
+  params.Q = q.size(1);
+  params.K = slot_k.size(1);
+  params.T = q.size(2);
+  params.D = q.size(3);
+  return cuda::chunk_attention_workspace(params);
+#else
+  return 0;
+#endif
 }
 
 }  // namespace
@@ -114,3 +136,6 @@ LESS_OP(chunk_attention,
         "Tensor? slot_k_scale, Tensor? slot_v_scale, Tensor position, Tensor score, "
         "Tensor weight, Tensor? phi_q, Tensor? H, Tensor? z, Tensor(a!)? workspace, float scale, "
         "float softcap, float decay, bool scores) -> (Tensor, Tensor, Tensor, Tensor)")
+
+LESS_OP(chunk_attention_workspace,
+        "chunk_attention_workspace(Tensor q, Tensor slot_k, bool padded) -> int")

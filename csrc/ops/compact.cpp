@@ -81,11 +81,33 @@ void compact(Tensor k, Tensor v, OptionalTensor chunk_k_scale, OptionalTensor ch
       .R = psi.R,
   };
 #ifdef LESS_LAUNCHES
+  check_any_head_dim(kOp, "k", D);
   const OptionalTensor held = scratch(arguments, workspace, cuda::compact_workspace(params));
   params.workspace = pointer(held);
   launch(arguments, cuda::compact, params, {{"k", k}, {"slot_k", slot_k}});
 #else
   run(params);
+#endif
+}
+
+// Bytes of the workspace for a call of these keys over these slots and a state of rank R, 0 for
+// none.
+int64_t compact_workspace([[maybe_unused]] Tensor k, [[maybe_unused]] Tensor slot_k,
+                          [[maybe_unused]] int64_t R) {
+#ifdef LESS_LAUNCHES
+  CompactParams params{};
+  float state = 0.0f;  // there is one: its address is looked at, not read
+  params.H = R > 0 ? &state : nullptr;
+  params.slots.dtype = row_dtype("compact_workspace", "slot_k", slot_k);
+  params.slots.S = slot_k.size(2);
+  params.B = k.size(0);
+  params.K = k.size(1);
+  params.T = k.size(2);
+  params.D = k.size(3);
+  params.R = R;
+  return cuda::compact_workspace(params);
+#else
+  return 0;
 #endif
 }
 
@@ -100,3 +122,5 @@ LESS_OP(compact,
         "Tensor(g!)? H, Tensor(h!)? z, Tensor(k!)? workspace, Tensor? w1, Tensor? w2, "
         "Tensor? w1_scale, Tensor? w2_scale, Tensor? bias, Tensor? mix, Tensor? scale, "
         "Tensor? mix_scale, int kind, int recent, int sinks, bool by_score, bool per_age) -> ()")
+
+LESS_OP(compact_workspace, "compact_workspace(Tensor k, Tensor slot_k, int R) -> int")

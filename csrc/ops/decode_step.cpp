@@ -98,6 +98,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
       .R = phi.R,
   };
 #ifdef LESS_LAUNCHES
+  check_head_dim(kOp, "q", D);
   const OptionalTensor held = scratch(arguments, workspace, cuda::decode_step_workspace(params));
   params.workspace = pointer(held);
   launch(arguments, cuda::decode_step, params, {{"q", q}, {"slot_k", slot_k}});

@@ -28,6 +28,7 @@ Tensor feature_map(Tensor x, Tensor w1, Tensor w2, OptionalTensor w1_scale, Opti
       .T = T,
   };
 #ifdef LESS_LAUNCHES
+  check_any_head_dim(kOp, "x", D);
   launch(arguments, cuda::feature_map, params, {{"x", x}, {"w1", w1}, {"w2", w2}});
 #else
   const int64_t work = maps.E * (D + maps.R);  // multiply-adds per row

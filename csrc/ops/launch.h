@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/head_dims.h"
 #include "cuda/kernels.h"
 #include "ops/check.h"
 
@@ -26,6 +27,24 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace less::ops {
 
 using Named = std::pair<const char*, const Tensor&>;
+
+// Refuses a head dim that kernels which are templates over it were not compiled for.
+inline void check_head_dim(const char* op, const char* name, int64_t D) {
+  std::string built;
+  for (const int dim : {64, 80, 96, 128, 256}) {
+    if (!cuda::head_dim_built(dim)) continue;
+    if (D == dim) return;
+    built += (built.empty() ? "" : ", ") + std::to_string(dim);
+  }
+  fail(op, ": ", name, " must have a head dim of ", built, " on a GPU (LESS_CUDA_HEAD_DIMS), got ",
+       D);
+}
+
+// Refuses a head dim that no kernel takes, of those that are compiled for all.
+inline void check_any_head_dim(const char* op, const char* name, int64_t D) {
+  if (D >= 16 && D <= 256 && D % 16 == 0) return;
+  fail(op, ": ", name, " must have a head dim of a multiple of 16, at most 256, on a GPU, got ", D);
+}
 
 #ifdef LESS_CUDA_HALF
 inline cudaStream_t current_stream(const char* op, int32_t device) {

@@ -18,6 +18,10 @@ inline FeatureMaps feature_maps(const Arguments& arguments, int64_t heads, int64
   const int64_t E = w1.size(2), R = w2.size(2);
   const ScalarType type = w1.scalar_type();
   const DType w_dtype = type == ScalarType::Char ? DType::i8 : slot_dtype(op, "w1", w1);
+#ifdef LESS_LAUNCHES
+  if (E < 1) fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
+  if (R > 64) fail(op, ": w2 must have a rank of at most 64 on a GPU, got ", R);
+#endif
   arguments.check("w1", w1, type, {heads, D, E});
   arguments.check("w2", w2, type, {heads, E, R});
   if (bool(w1_scale) != bool(w2_scale) || bool(w1_scale) != (w_dtype == DType::i8)) {

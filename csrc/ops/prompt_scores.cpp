@@ -63,6 +63,7 @@ Tensor prompt_scores(Tensor q, Tensor k, OptionalTensor k_scale, OptionalTensor 
       .D = D,
   };
 #ifdef LESS_LAUNCHES
+  check_head_dim(kOp, "q", D);
   const OptionalTensor held = scratch(arguments, workspace, cuda::prompt_scores_workspace(params));
   params.workspace = pointer(held);
   launch(arguments, cuda::prompt_scores, params, {{"q", q}, {"k", k}});

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from less import ops
+from less import ops, reference
 from less.policies import Rule
 from tests.emulated import Emulator
-from tests.helpers import random_maps
-from tests.ops.common import layer
+from tests.helpers import random_maps, random_qkv
+from tests.ops.common import SCALES, in_int8, layer
 
 
 def feature_map() -> None:
@@ -36,15 +36,71 @@ def compact() -> None:
     )  # fmt: skip
 
 
+class WrongError(AssertionError):
+    """A result is not the reference's."""
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    error = (got.double() - want.double()).abs().max().item()
+    if not error <= 4e-3 * max(1.0, want.abs().max().item()):
+        raise WrongError
+
+
+INPUTS = ("q", "k", "v", "slot_k", "slot_v", "position", "score", "weight", "phi_q", "H", "z")
+
+
+def chunk_attention() -> None:
+    """Rows of 8 bits without padding; then fp16 rows of few tokens, of none and of many, twice."""
+    eight, plain = in_int8(layer(B=1, Q=2, K=1, T=40, S=70, D=64))
+    eight["q"] = plain["q"] = eight["q"].half()
+    want = reference.chunk_attention(
+        **{n: plain[n].float() for n in INPUTS}, valid=None, scale=0.1, decay=0.9
+    )
+    got = ops.chunk_attention(
+        **{n: eight[n] for n in (*INPUTS, *SCALES)}, valid=None, scale=0.1, decay=0.9
+    )
+    for x, y in zip(got, (want.out, want.slot_score, want.chunk_score, want.share), strict=True):
+        check(x, y)
+    a = layer(B=3, Q=4, K=2, T=40, S=140, D=64, R=5, dtype=torch.float16)
+    a["valid"] = torch.arange(40) >= torch.tensor([[38], [40], [3]])
+    args = {n: a[n] for n in INPUTS} | {"valid": a["valid"], "scale": 0.1, "decay": 0.9}
+    wide = {
+        n: x.float() if n in ("q", "k", "v", "slot_k", "slot_v") else x for n, x in args.items()
+    }
+    want = reference.chunk_attention(**wide)
+    size = ops.chunk_attention_workspace(a["q"], a["slot_k"], True)
+    workspace = torch.zeros(size, dtype=torch.uint8)
+    for _ in range(2):
+        got = ops.chunk_attention(**args, workspace=workspace)
+        for x, y in zip(
+            got, (want.out, want.slot_score, want.chunk_score, want.share), strict=True
+        ):
+            check(x, y)
+
+
+def prompt_scores() -> None:
+    """Floats, then fp16, both of more keys than a block's and more queries than a tile's."""
+    for dtype in (torch.float32, torch.float16):
+        q, k, _ = random_qkv(2, 2, 1, 100, 64, dtype=dtype)
+        valid = torch.arange(100) >= torch.tensor([[0], [7]])
+        want = reference.prompt_scores(q.float(), k.float(), valid, scale=0.1)
+        check(ops.prompt_scores(q, k, valid, scale=0.1), want)
+
+
+SCENARIOS = {f.__name__: f for f in (feature_map, compact, chunk_attention, prompt_scores)}
+
+
 def main(library: str, op: str) -> None:
     """See the module."""
     emulator = Emulator(Path(library))
     emulator.set(profile=1)
     torch.ops.less = torch.ops.less_emulated
     try:
-        {"feature_map": feature_map, "compact": compact}[op]()
+        SCENARIOS[op]()
     except RuntimeError as error:
         print(error)
+    except WrongError:
+        print('{"kind":"wrong"}')
     else:
         print(json.dumps(emulator.profile()))
 

@@ -405,7 +405,74 @@ def test_a_launch_without_slots_or_tokens(launched):
             assert_rounded(out, reference.chunk_attention(**widened(args)).out)
 
 
-def test_a_launch_refuses_other_head_dims(launched):
-    args = on(launched, arguments(layer(D=20)))
-    with pytest.raises(RuntimeError, match="chunk_attention: the launch failed"):
+def test_a_launch_refuses_other_head_dims_by_name(launched):
+    args = on(launched, arguments(layer(D=72)))
+    with pytest.raises(
+        RuntimeError, match=r"chunk_attention: q must have a head dim of .*64.*got 72"
+    ):
         ops.chunk_attention(**args)
+
+
+# -- few queries: the keys of a head are cut into splits, which meet in the workspace --------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "T"),
+    [(torch.float16, (8, 2), 16), (torch.bfloat16, (2, 2), 1), (torch.float32, (3, 1), 5)],
+    ids=str,
+)
+def test_a_few_tokens_over_many_slots_equal_the_reference_in_float64(launched, dtype, heads, T):
+    a = layer(B=2, Q=heads[0], K=heads[1], T=T, S=500, D=64, R=5, dtype=dtype)
+    a["position"][0, 0, 70:] = -1  # most splits of this head have nothing
+    args = arguments(a, scale=0.1)
+    assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
+
+
+@pytest.mark.parametrize("rows", [in_int8, in_fp8])
+def test_a_few_tokens_over_many_rows_of_8_bits(launched, rows):
+    eight, plain = rows(layer(B=1, T=3, S=300, D=64))
+    want = reference.chunk_attention(**widened(arguments(plain, scale=0.1)))
+    scales = {n: eight[n].to(launched) for n in SCALES}
+    assert_attended(on(launched, arguments(eight, scale=0.1)), want, scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_row_of_few_tokens_has_the_same_bits_in_a_batch_of_many(launched, dtype):
+    a = layer(B=3, Q=2, K=1, T=70, S=300, D=64, dtype=dtype)
+    a["valid"][0] = torch.arange(70) >= 67
+    a["valid"][1] = False
+    batch = [x.cpu() for x in ops.chunk_attention(**on(launched, arguments(a)))]
+    for b in range(3):
+        mine = a["valid"][b]
+        alone = {n: x[b : b + 1] for n, x in a.items() if n != "maps"}
+        for n in ("q", "k", "v", "phi_q"):
+            alone[n] = alone[n][:, :, mine].contiguous()
+        single = ops.chunk_attention(**on(launched, arguments(alone | {"valid": None})))
+        for name, x, y in zip(("out", "slots", "call", "share"), single, batch, strict=True):
+            assert torch.equal(x[0].cpu(), y[b] if name == "slots" else y[b][:, mine]), name
+        assert (batch[0][b][:, ~mine] == 0).all()
+        assert (batch[3][b][:, ~mine] == 0).all()
+
+
+def test_one_workspace_serves_calls_of_any_length(launched):
+    layers = [layer(B=2, Q=4, K=2, T=T, S=300, D=64, seed=T) for T in (70, 1, 16, 1)]
+    size = max(ops.chunk_attention_workspace(a["q"], a["slot_k"], True) for a in layers)
+    workspace = torch.zeros(size, dtype=torch.uint8, device=launched)
+    for a in layers:
+        args = on(launched, arguments(a))
+        got = ops.chunk_attention(**args, workspace=workspace)
+        for x, y in zip(got, ops.chunk_attention(**args), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_scratch_for_a_few_tokens_does_not_grow_with_the_slots(launched):
+    def bytes_for(S, T, padded):
+        q = torch.zeros(1, 8, T, 64, dtype=torch.float16, device=launched)
+        slots = torch.zeros(1, 2, S, 64, dtype=torch.float16, device=launched)
+        return ops.chunk_attention_workspace(q, slots, padded) - 4 * 2 * S
+
+    cut = bytes_for(1 << 14, 16, False)
+    assert 0 < cut - bytes_for(1 << 20, 16, False) + 1024 < 2048
+    assert cut < 2 * 17 * 64 * 72 * 4 + 8192  # of 17 splits 64 rows of 64 numbers, and a few more
+    assert bytes_for(1 << 14, 17, False) < 32768  # more queries than a block's: nothing is cut
+    assert bytes_for(1 << 14, 17, True) >= cut  # but a row may have fewer

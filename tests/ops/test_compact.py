@@ -141,6 +141,19 @@ def test_fp8_rows_fold_as_the_numbers_that_they_stand_for(launched, T):
         assert torch.equal(numbers[held], want[name][held])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"D": 72}, "k must have a head dim of a multiple of 16, at most 256, on a GPU, got 72"),
+        ({"D": 272}, "k must have a head dim of a multiple of 16, at most 256, on a GPU, got 272"),
+        ({"R": 65}, "w2 must have a rank of at most 64 on a GPU, got 65"),
+    ],
+)
+def test_a_gpu_refuses_sizes_that_no_kernel_takes_by_name(launched, sizes, message):
+    with pytest.raises(RuntimeError, match=f"compact: {message}"):
+        run_both(layer(T=3, **sizes), launched, rule=RULES[0])
+
+
 @pytest.mark.parametrize("T", [30, 600])
 def test_compact_takes_the_policys_own_ranks(device, T):
     a = layer(T=T)

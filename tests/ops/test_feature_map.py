@@ -115,6 +115,19 @@ def test_a_row_has_the_same_bits_in_any_block_of_a_gpu(launched, x_dtype, w_dtyp
         assert torch.equal(ops.psi(row, maps, "paper"), whole[b : b + 1, :, t : t + 1])
 
 
+@pytest.mark.parametrize(
+    ("D", "R", "message"),
+    [
+        (72, 8, "x must have a head dim of a multiple of 16, at most 256, on a GPU, got 72"),
+        (64, 65, "w2 must have a rank of at most 64 on a GPU, got 65"),
+    ],
+)
+def test_a_gpu_refuses_sizes_that_no_kernel_takes_by_name(launched, D, R, message):
+    maps = on(launched, random_maps(2, 2, D, 16, R, "exp"))
+    with pytest.raises(RuntimeError, match=f"feature_map: {message}"):
+        ops.psi(torch.zeros(1, 2, 3, D, device=launched), maps, "exp")
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
 def test_no_rows_have_no_features(launched, shape):
     B, N, T = shape

@@ -146,6 +146,14 @@ def test_no_tokens_are_no_error(device, shape):
     assert got.shape == (B, K, T)
 
 
+def test_a_launch_refuses_other_head_dims_by_name(launched):
+    q, k, valid = prompt(T=5, D=72)
+    with pytest.raises(
+        RuntimeError, match=r"prompt_scores: q must have a head dim of .*64.*got 72"
+    ):
+        ops.prompt_scores(q.to(launched), k.to(launched), valid.to(launched), scale=0.1)
+
+
 def test_prompt_scores_passes_opcheck():
     q, k, valid = prompt(T=5)
     lse = masses(q, k, valid, 0.1).float()
