@@ -14,7 +14,7 @@ from bench.native import ROOT
 from . import report
 from .gates import EXCEPTIONS, Narrow, judge
 from .launches import Launch, Occupancy, all_launches, occupancy
-from .toolchain import ProofError, Unit, compile_unit, demangle, head_dims, source_of, sources
+from .toolchain import ProofError, Unit, compile_unit, demangle, head_dims, source_of, sources, work
 
 ARCHS = ("80", "90a", "100", "120")
 DOCS = ROOT / "docs" / "kernels.md"
@@ -63,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="FILE", help="a single file of csrc/cuda, by its stem")
     args = parser.parse_args(argv)
     files = [path for path in sources() if args.only in (None, path.stem)]
-    work = [(path, arch) for path in files for arch in args.arch]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        units = list(pool.map(lambda one: compile_unit(*one), work))
+        units = list(pool.map(lambda one: compile_unit(*one), work(files, args.arch)))
     used: set[Narrow] = set()
     wrong = judge_all(units, used)
     whole = args.only is None and not head_dims()

@@ -23,6 +23,7 @@ import cuda_toolkit
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "proof"
 NO_KERNELS = ("build_facts.cu",)
+ALL_HEAD_DIMS = [64, 80, 96, 128, 256]
 
 
 class ProofError(SystemExit):
@@ -51,22 +52,48 @@ def head_dims() -> list[int]:
     ]
 
 
-def compile_unit(source: Path, arch: str) -> Unit:
+def work(files: Sequence[Path], archs: Sequence[str]) -> list[tuple[Path, str, int | None]]:
+    """What `compile_unit` is to be called with, the slow ones first.
+
+    A file whose kernels are templates over D is compiled once for each, so that what is kept is
+    kept for any choice of head dims.
+    """
+    dims = sorted(head_dims() or ALL_HEAD_DIMS, reverse=True)
+    slow = [file for file in files if _has_head_dims(file)]
+    quick = [file for file in files if file not in slow]
+    wanted: list[tuple[Path, int | None]] = [(file, dim) for dim in dims for file in slow]
+    wanted += [(file, None) for file in quick]
+    return [(file, arch, dim) for file, dim in wanted for arch in archs]
+
+
+@cache
+def _has_head_dims(file: Path) -> bool:
+    """Whether head_dims.h is among a file's headers."""
+    text = file.read_text()
+    headers = [ROOT / "csrc" / name for name in re.findall(r'^#include "(.+)"', text, flags=re.M)]
+    return file.name == "head_dims.h" or any(
+        _has_head_dims(header) for header in headers if header.is_file()
+    )
+
+
+def compile_unit(source: Path, arch: str, head_dim: int | None) -> Unit:
     """Compile a file for one architecture, as the product is compiled.
 
     Args:
         source: The .cu file.
         arch: "80", "90a".
+        head_dim: The one that its kernels are compiled for; None: it asks for none.
 
     Raises:
         ProofError: nvcc refuses it, or the disassembly lacks a kernel that ptxas compiled.
     """
     folder = BUILD / arch
     folder.mkdir(parents=True, exist_ok=True)
-    cubin, log = folder / f"{source.stem}.cubin", folder / f"{source.stem}.log"
+    name = source.stem if head_dim is None else f"{source.stem}_{head_dim}"
+    cubin, log = folder / f"{name}.cubin", folder / f"{name}.log"
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-lineinfo"]
-    if dims := head_dims():
-        flags.append(f"-DLESS_HEAD_DIM_MASK={sum(1 << dim // 16 for dim in dims)}")
+    if head_dim is not None:
+        flags.append(f"-DLESS_HEAD_DIM_MASK={1 << head_dim // 16}")
     flags += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", "-cubin"]
     compile_to(cubin, [cuda_toolkit.require().nvcc, *flags, source], log)
     disassembly = run([cuda_toolkit.require_tool("nvdisasm"), "-c", "-gi", cubin]).stdout
