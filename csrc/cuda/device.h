@@ -10,7 +10,9 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 // A bug that a test of the tests plants: LESS_BUG(name) is true where the file is compiled with
 // -DLESS_PLANTED=name, and otherwise the constant false.
@@ -468,16 +470,25 @@ struct DeviceLimits {
 };
 
 #ifndef LESS_EMULATOR
+// Whether what runs on such a device, 900 for 9.0, was compiled for sm_90 or later: a library for
+// sm_80 with PTX runs there too, as if on sm_80.
+constexpr bool compiled_for_sm90(int device) {
+  for (int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch >= 900 && arch <= device) return true;
+  }
+  return false;
+}
+
 inline cudaError_t device_limits(DeviceLimits& limits) {
-  int device = 0, major = 0;
+  int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  for (auto [value, attribute] :
+       {std::pair(&major, cudaDevAttrComputeCapabilityMajor),
+        std::pair(&minor, cudaDevAttrComputeCapabilityMinor),
+        std::pair(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin)}) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  limits.clusters = major >= 9;
+  limits.clusters = compiled_for_sm90(100 * major + 10 * minor);
   return error;
 }
 #else
