@@ -52,7 +52,9 @@ inline cudaStream_t current_stream(const char* op, int32_t device) {
     fail(op, ": this torch was built without CUDA");
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
+    fail(op, ": torch has no current stream of device ", device);
+  }
   return static_cast<cudaStream_t>(stream);
 }
 
