@@ -1,9 +1,10 @@
 """A decode step on a GPU against attention over a full cache, and the report of ``bench/gpu.sh``.
 
 ``compare`` captures each contender once per layer into a CUDA graph, over so many layers that L2
-holds no part of the next, overwrites L2 before every replay, outside the timing, and takes the
-fastest. Nothing is timed that does not agree with ``less.reference``. ``report`` makes the tables
-of docs/results.md of those rows and of ``less_gpu``'s (bench/cuda).
+holds no part of the next, reads other memory through L2 before every replay, outside the timing,
+and takes the fastest. Nothing is timed that does not agree with ``less.reference``, or attention in
+float32; what cannot run is named, and the rest goes on. ``report`` makes the tables of
+docs/results.md of those rows and of ``less_gpu``'s (bench/cuda).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BATCHES = (1, 8, 64)
 FULL = (4096, 32768)
 BEYOND_CACHES = 4  # times L2: all layers of a graph together, at least
 REPLAYS = 30
-LARGEST = 48 << 30  # bytes of a full cache, beyond which it is left out
+MOST_OF_MEMORY = 0.6  # of a GPU's, that all layers of a contender may take; else it is left out
 
 
 class NotCorrectError(ValueError):
@@ -93,7 +94,7 @@ class Bench:
     def draw(self, *shape: int, seed: int) -> Tensor:
         """Normal values on the device."""
         g = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(*shape, generator=g, device=self.device).to(self.dtype)
+        return torch.randn(*shape, generator=g, device=self.device, dtype=self.dtype)
 
     def qkv(self, T: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of T tokens."""
@@ -143,29 +144,33 @@ class Bench:
             if not off <= TOLERANCE[self.dtype]:
                 raise NotCorrectError(f"off by {off:.2g}, wanted at most {TOLERANCE[self.dtype]}")
 
-    def full(self, name: str, N: int, attention: Callable[..., Tensor], rows: bool) -> Contender:
-        """Attention over all of N tokens; ``rows``: k and v are [B, N, K, D], else [B, K, N, D]."""
+    def full(self, other: Other, N: int) -> Contender:
+        """Attention over all of N tokens."""
         s = self.s
 
         def make(layers: int) -> Callable[[int], Tensor]:
+            attention = other.load()
             q = self.draw(s.B, s.Q, 1, s.D, seed=1)
             k, v = (
                 [self.draw(s.B, s.K, N, s.D, seed=10 * i + j) for i in range(layers)]
                 for j in (2, 3)
             )
+            # One row is enough, and float32 takes twice the memory.
             want = torch.nn.functional.scaled_dot_product_attention(
-                q.float(), k[0].float(), v[0].float(), enable_gqa=True
+                *(x[:1].float() for x in (q, k[0], v[0])), enable_gqa=True
             )
-            if rows:
+            if other.rows:
                 q = q.transpose(1, 2).contiguous()
-                k, v = ([x.transpose(1, 2).contiguous() for x in y] for y in (k, v))
-            got = attention(q, k[0], v[0])
-            off = difference(got.reshape(want.shape), want.double())
+                for some in (k, v):
+                    some[:] = [x.transpose(1, 2).contiguous() for x in some]
+            got = attention(q, k[0], v[0]).reshape(s.B, *want.shape[1:])[:1]
+            off = difference(got, want.double())
             if not off <= TOLERANCE[self.dtype]:
                 raise NotCorrectError(f"off by {off:.2g}, wanted at most {TOLERANCE[self.dtype]}")
             return lambda layer: attention(q, k[layer], v[layer])
 
-        return Contender(f"{name} {N}", 2 * s.B * s.K * N * s.D * self.dtype.itemsize, make)
+        moved = 2 * s.B * s.K * N * s.D * self.dtype.itemsize
+        return Contender(f"{other.name} {N}", moved, make)
 
     def contenders(self, full: Sequence[int]) -> Iterator[Contender]:
         """Ours first."""
@@ -174,30 +179,42 @@ class Bench:
         if self.device.type == "cuda":
             yield self.ours("less, fp8 slots", True, torch.float8_e4m3fn)
         for N in full:
-            for name, attention, rows in others(self.s):
-                contender = self.full(name, N, attention, rows)
-                if contender.bytes <= LARGEST:
-                    yield contender
+            for other in others(self.s):
+                yield self.full(other, N)
 
 
-def others(s: Shape) -> Iterator[tuple[str, Callable[..., Tensor], bool]]:
-    """Attention over a full cache, of torch and of what else is installed."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    yield "sdpa", lambda q, k, v: sdpa(q, k, v, enable_gqa=True), False
-    flash = optional("flash_attn")
-    if flash is not None:
-        yield "flash-attn", lambda q, k, v: flash.flash_attn_with_kvcache(q, k, v), True
-    infer = optional("flashinfer")
-    if infer is not None and s.B == 1:
-        single = infer.single_decode_with_kv_cache
-        yield "flashinfer", lambda q, k, v: single(q[0, 0], k[0], v[0]), True
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def optional(module: str) -> Any:
-    """The module, or None where it is not installed; one that is there must load."""
-    if importlib.util.find_spec(module) is None:
-        return None
-    return importlib.import_module(module)
+@dataclass(frozen=True)
+class Other:
+    """Attention over a full cache, of someone else."""
+
+    name: str
+    load: Callable[[], Attention]
+    rows: bool = False  # k and v are [B, N, K, D], else [B, K, N, D]; so q and out
+
+
+def others(s: Shape) -> Iterator[Other]:
+    """Torch's, and those of what else is installed."""
+
+    def sdpa() -> Attention:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return lambda q, k, v: attention(q, k, v, enable_gqa=True)
+
+    def flash() -> Attention:
+        attention = importlib.import_module("flash_attn").flash_attn_with_kvcache
+        return lambda q, k, v: attention(q, k, v)
+
+    def infer() -> Attention:
+        attention = importlib.import_module("flashinfer").single_decode_with_kv_cache
+        return lambda q, k, v: attention(q[0, 0], k[0], v[0])
+
+    yield Other("sdpa", sdpa)
+    if importlib.util.find_spec("flash_attn") is not None:
+        yield Other("flash-attn", flash, rows=True)
+    if importlib.util.find_spec("flashinfer") is not None and s.B == 1:
+        yield Other("flashinfer", infer, rows=True)
 
 
 def graph_seconds(step: Callable[[int], Tensor], layers: int, device: torch.device) -> list[float]:
@@ -218,11 +235,11 @@ def graph_seconds(step: Callable[[int], Tensor], layers: int, device: torch.devi
         for layer in range(layers):
             step(layer)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+    flush = torch.zeros(2 * cache // 4, dtype=torch.int32, device=device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
-    for i in range(REPLAYS):
-        flush.fill_(i)
+    for _ in range(REPLAYS):
+        flush.sum()  # reads: what a fill leaves in L2 is written back on the time of the next
         begin.record()
         graph.replay()
         end.record()
@@ -235,18 +252,25 @@ def compare(args: argparse.Namespace) -> Iterator[Record]:
     """Records of every shape, batch and contender, printed as they come."""
     device = torch.device("cpu" if args.dry_run else "cuda")
     dtype = torch.float32 if args.dry_run else torch.float16
-    cache = 0 if args.dry_run else torch.cuda.get_device_properties(device).L2_cache_size
+    cache, memory = 0, 1 << 40
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        cache, memory = properties.L2_cache_size, properties.total_memory
     for s in TINY if args.dry_run else SHAPES:
         for B in BATCHES[:1] if args.dry_run else BATCHES:
             bench = Bench(Shape(**(vars(s) | {"B": B})), device, dtype)
             print(f"\n{s.name}, C={s.S}, batch {B}\n{'':24}{'µs':>10}{'median':>10}{'GB/s':>8}")
             for c in bench.contenders((32,) if args.dry_run else FULL):
                 layers = max(2, -(-BEYOND_CACHES * cache // c.bytes))
+                if layers * c.bytes > MOST_OF_MEMORY * memory:
+                    print(f"{c.name:24} left out: {layers * c.bytes >> 30} GiB")
+                    continue
                 try:
                     times = sorted(graph_seconds(c.make(layers), layers, device))
-                except NotCorrectError as error:
-                    args.wrong += 1
-                    print(f"{c.name:24} WRONG, not timed: {error}")
+                except Exception as error:
+                    args.failed.append(f"{s.name}, batch {B}, {c.name}")
+                    what = "WRONG" if isinstance(error, NotCorrectError) else "FAILED"
+                    print(f"{c.name:24} {what}, not timed: {error}")
                     continue
                 best, median = times[0], times[len(times) // 2]
                 print(
@@ -262,8 +286,9 @@ def compare(args: argparse.Namespace) -> Iterator[Record]:
 def kernels_table(records: Iterable[Record]) -> str:
     """``less_gpu``'s rows in Markdown."""
     lines = [
-        "| op | shape | batch | C | T | slots | launches | µs | median | MB | GB/s | of copy |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| op | shape | batch | C | T | slots | launches | µs | median | MB | GB/s | of copy "
+        "| TFLOP/s |",
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for x in records:
         if x["part"] == "kernels":
@@ -271,7 +296,8 @@ def kernels_table(records: Iterable[Record]) -> str:
                 f"| {x['op']} | {x['shape']} | {x['B']} | {x['C']} | {x['T']} | {x['slots']} "
                 f"| {x['launches']:.3g} | {x['best'] * 1e6:.1f} | {x['median'] * 1e6:.1f} "
                 f"| {x['bytes'] / 1e6:.2f} | {x['bytes'] / x['best'] / 1e9:.0f} "
-                f"| {x['share']:.0%} |"
+                f"| {x['share']:.0%} "
+                f"| {format(x['flops'] / x['best'] / 1e12, '.0f') if x['flops'] else ''} |"
             )
     return "\n".join(lines)
 
@@ -319,8 +345,8 @@ def report(records: Sequence[Record], facts: Record) -> str:
     return f"""\
 {where}{endurance}
 
-The fastest of {REPLAYS} graph replays, per layer, L2 overwritten before each; MB and GB/s by the
-formulas of bench/cuda/gpu.cpp.
+The fastest of {REPLAYS} graph replays, per layer, L2 emptied before each; MB, GB/s and TFLOP/s by
+the formulas of bench/cuda/gpu.cpp.
 
 {kernels_table(records)}
 
@@ -331,21 +357,23 @@ microseconds a layer; in brackets against `less`.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure or report; returns 1 where a contender was not correct."""
+    """Measure or report; returns 1 where a contender failed or was not correct."""
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__)
     parser.add_argument("what", choices=["compare", "report"])
     parser.add_argument("--json", type=Path, default=Path("out/gpu.jsonl"), help="rows are added")
     parser.add_argument("--update", type=Path, metavar="FILE", help="e.g. docs/results.md")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does it run?")
     args = parser.parse_args(argv)
-    args.wrong = 0
+    args.failed = []
     if args.what == "compare":
         args.json.parent.mkdir(parents=True, exist_ok=True)
         with args.json.open("a") as lines:
             for record in compare(args):
                 lines.write(json.dumps(record) + "\n")
                 lines.flush()
-        return 1 if args.wrong else 0
+        if args.failed:
+            print("\nbench.gpu: failed:", *args.failed, sep="\n  ", file=sys.stderr)
+        return 1 if args.failed else 0
     text = report([json.loads(line) for line in args.json.read_text().splitlines()], machine())
     print(text)
     if args.update:

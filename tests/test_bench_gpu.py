@@ -10,7 +10,10 @@ import pytest
 
 pytest.importorskip("less._C")
 
+import torch
+
 from bench import gpu
+from tests import emulated
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -18,7 +21,12 @@ ROWS = [
     {
         "part": "kernels", "op": "decode_step", "shape": "llama-3-8b", "B": 8, "C": 205, "T": 1,
         "slots": "float16", "layers": 60, "launches": 1.0, "best": 4e-6, "median": 4.25e-6,
-        "bytes": 8_000_000, "copy": 2.5e12, "share": 0.8,
+        "bytes": 8_000_000, "flops": 0, "copy": 2.5e12, "share": 0.8,
+    },
+    {
+        "part": "kernels", "op": "prompt_scores", "shape": "llama-3-8b", "B": 8, "C": 205, "T": 128,
+        "slots": "float16", "layers": 60, "launches": 2.0, "best": 4e-6, "median": 4.25e-6,
+        "bytes": 8_000_000, "flops": 4e8, "copy": 2.5e12, "share": 0.8,
     },
     {"part": "soak", "replays": 100000, "seconds": 1.5},
     {
@@ -43,7 +51,8 @@ def test_rows_become_the_tables_of_the_results(tmp_path, capsys):
     assert text.endswith("after\n")
     assert "old" not in text
     assert "Some GPU, compute capability 9.0, which copies 2500 GB/s" in text
-    assert "| decode_step | llama-3-8b | 8 | 205 | 1 | float16 | 1 | 4.0 | 4.2 | 8.00 | 2000 | 80% |" in text  # fmt: skip  # noqa: E501
+    assert "| decode_step | llama-3-8b | 8 | 205 | 1 | float16 | 1 | 4.0 | 4.2 | 8.00 | 2000 | 80% |  |" in text  # fmt: skip  # noqa: E501
+    assert "| 8.00 | 2000 | 80% | 100 |" in text
     assert "| llama-3-8b | 205 | 8 | 5.0 | 50.0 (10x) |" in text
     assert "replayed 100,000 times in 2 s" in text
     assert "<!-- begin gpu -->" in (ROOT / "docs" / "results.md").read_text()
@@ -64,10 +73,24 @@ def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("WRONG, not timed") == 3
 
 
+def test_a_contender_that_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def broken():
+        raise ImportError("no such kernel")
+
+    others = [gpu.Other("broken", broken), *gpu.others(gpu.TINY[0])]
+    monkeypatch.setattr(gpu, "others", lambda shape: iter(others))
+    rows = tmp_path / "gpu.jsonl"
+    assert gpu.main(["compare", "--json", str(rows), "--dry-run"]) == 1
+    names = [json.loads(line)["contender"] for line in rows.read_text().splitlines()]
+    assert "sdpa 32" in names
+    printed = capsys.readouterr()
+    assert "FAILED, not timed: no such kernel" in printed.out
+    assert "tiny, batch 1, broken 32" in printed.err
+
+
 @pytest.mark.slow
 def test_the_script_is_whole_and_its_commands_are_there():
-    env = {**os.environ, "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}  # without nvcc
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(
         ["bench/gpu.sh", "--dry-run"], cwd=ROOT, env=env, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -75,6 +98,43 @@ def test_the_script_is_whole_and_its_commands_are_there():
     assert done.returncode == 0, done.stdout
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert f"--tool {tool} --error-exitcode 1 build/gpu/bench/cuda/less_gpu" in done.stdout
+    for missing in ("failed", "nothing can be built"):
+        assert missing not in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would do all of it")
+def test_without_a_gpu_the_script_says_so_and_builds_nothing(tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable, "CUDACXX": ""}
+    done = subprocess.run(
+        ["bench/gpu.sh"], cwd=ROOT, env=env, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "torch sees no GPU" in done.stdout or "nothing can be built" in done.stdout
+    assert "== build the package" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_program_runs_its_small_layers_on_the_emulator(request):
+    """Every parameter that it hands to a kernel is sound: where not, the emulator ends it."""
+    if not emulated.supported():
+        pytest.skip("NO EMULATOR: it wants Linux on x86-64")
+    tier = request.config.getoption("--emulator-tier")
+    program = emulated.make(tier, f"less_gpu_{tier}") / "bench" / "cuda" / f"less_gpu_{tier}"
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [program, "--small"], env=env, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    ops = {path.stem for path in (ROOT / "csrc" / "ops").glob("*.cpp")}
+    assert {row["op"] for row in rows if row["part"] == "kernels"} == ops
+    assert all(row["bytes"] > 0 for row in rows if row["part"] == "kernels")
+    done = subprocess.run(
+        [program, "--soak", "2"], env=env, text=True, capture_output=True, check=False
+    )  # its graphs count one step, whatever they are asked for
+    assert done.returncode == 1
+    assert "a row has seen 206 tokens, wanted 207" in done.stderr
 
 
 def test_an_unknown_word_is_refused():
@@ -82,4 +142,4 @@ def test_an_unknown_word_is_refused():
         ["bench/gpu.sh", "--fast"], cwd=ROOT, text=True, capture_output=True, check=False
     )
     assert done.returncode == 2
-    assert "usage: bench/gpu.sh [--dry-run]" in done.stderr
+    assert "usage: bench/gpu.sh [--dry-run [--build]]" in done.stderr

@@ -44,7 +44,7 @@ void chunk(Layer& layer) {
 
 void measure(::benchmark::State& state, const Shape& shape, const Run& run, bool slots) {
   static const std::vector<std::byte> buffer(kReadBytes, std::byte{1});
-  const int64_t each = Layer(shape, 0).step_bytes();
+  const int64_t each = step_bytes(shape);
   const int64_t count = std::max(kLeastLayers, (kBeyondCaches + each - 1) / each);
   std::vector<std::unique_ptr<Layer>> layers;
   for (int64_t i = 0; i < count; ++i) layers.push_back(std::make_unique<Layer>(shape, i));
@@ -61,7 +61,7 @@ void measure(::benchmark::State& state, const Shape& shape, const Run& run, bool
   state.counters["layers"] = double(count);
   state.counters["read"] = rate.best;
   state.counters["stream"] = rate.stream;
-  state.counters["bytes"] = double(slots ? layers[0]->slot_bytes() : 0);
+  state.counters["bytes"] = double(slots ? slot_bytes(layers[0]->shape()) : 0);
 }
 
 void add(const std::string& what, const Shape& s, Run run, bool slots) {

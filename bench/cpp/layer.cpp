@@ -55,6 +55,20 @@ int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : has_scales(dtyp
 
 bool has_scales(DType dtype) { return dtype == DType::i8 || dtype == DType::fp8; }
 
+int64_t slot_bytes(const Shape& s) {
+  const int64_t scale = has_scales(s.slots) ? 4 : 0;
+  return 2 * s.B * s.K * s.S * (s.D * bytes_of(s.slots) + scale);
+}
+
+int64_t step_bytes(const Shape& s) {
+  // position and log-weight are read, the score is read and written.
+  const int64_t beside = 16 * s.B * s.K * s.S;
+  const int64_t state = 8 * s.B * s.K * s.R * (s.D + 1);
+  const int64_t maps =
+      s.R == 0 ? 0 : (s.Q + s.K) * (bytes_of(s.maps) * (s.D * s.E + s.E * s.R) + 4 * s.R);
+  return slot_bytes(s) + beside + state + maps;
+}
+
 float Layer::uniform() {  // in [-1, 1), by xorshift
   state_ ^= state_ << 13;
   state_ ^= state_ >> 7;
@@ -279,22 +293,6 @@ std::vector<Layer::Array> Layer::arrays() const {
   std::vector<Array> all;
   for (size_t i = 0; i < held_.size(); ++i) all.push_back({held_[i].get(), sizes_[i]});
   return all;
-}
-
-int64_t Layer::slot_bytes() const {
-  const Shape& s = shape_;
-  const int64_t scale = has_scales(s.slots) ? 4 : 0;
-  return 2 * s.B * s.K * s.S * (s.D * bytes_of(s.slots) + scale);
-}
-
-int64_t Layer::step_bytes() const {
-  const Shape& s = shape_;
-  // position and log-weight are read, the score is read and written.
-  const int64_t beside = 16 * s.B * s.K * s.S;
-  const int64_t state = 8 * s.B * s.K * s.R * (s.D + 1);
-  const int64_t maps =
-      s.R == 0 ? 0 : (s.Q + s.K) * (bytes_of(s.maps) * (s.D * s.E + s.E * s.R) + 4 * s.R);
-  return slot_bytes() + beside + state + maps;
 }
 
 }  // namespace less::bench

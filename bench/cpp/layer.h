@@ -29,6 +29,10 @@ struct Shape {
 const char* name(DType dtype);
 int64_t bytes_of(DType dtype);
 bool has_scales(DType dtype);  // int8, fp8: a scale each row
+// What a decode step must read of k and v: 2 B K S D values, and a scale each row of 8 bits.
+int64_t slot_bytes(const Shape& shape);
+// The above, scores, positions and log-weights, the state read and written, and the maps once.
+int64_t step_bytes(const Shape& shape);
 
 class Layer {
  public:
@@ -52,10 +56,6 @@ class Layer {
     size_t bytes;
   };
   std::vector<Array> arrays() const;
-  // What a decode step must read of k and v: 2 B K S D values, and a scale each row of 8 bits.
-  int64_t slot_bytes() const;
-  // The above, scores, positions and log-weights, the state read and written, and the maps once.
-  int64_t step_bytes() const;
 
  private:
   struct Free {

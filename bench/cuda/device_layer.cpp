@@ -1,5 +1,6 @@
 #include "device_layer.h"
 
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 
@@ -11,23 +12,37 @@ void require(cudaError_t error, const char* what) {
   std::exit(1);
 }
 
-DeviceLayer::DeviceLayer(const Shape& shape, uint64_t seed) : host_(shape, seed) {
+namespace {
+
+template <typename T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  require(cudaMalloc(&memory, size_t(count) * sizeof(T)), "cudaMalloc");
+  return static_cast<T*>(memory);
+}
+
+}  // namespace
+
+DeviceLayer::DeviceLayer(const Layer& host) : host_(host) {
+  const Shape& s = host_.shape();
   for (const Layer::Array& array : host_.arrays()) {
-    void* copy = nullptr;
-    require(cudaMalloc(&copy, array.bytes), "cudaMalloc");
+    void* const copy = allocate<std::byte>(int64_t(array.bytes));
     require(cudaMemcpy(copy, array.data, array.bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
     device_[array.data] = copy;
   }
-  const int64_t rows = shape.B * shape.K * shape.T;
-  require(cudaMalloc(&eight_, size_t(rows * shape.D)), "cudaMalloc");
-  require(cudaMalloc(reinterpret_cast<void**>(&scale_), size_t(rows) * sizeof(float)),
-          "cudaMalloc");
+  const int64_t rows = s.B * s.K * s.T;
+  eight_ = allocate<uint8_t>(rows * s.D);
+  scale_ = allocate<float>(rows);
+  lse_ = allocate<float>(s.B * s.Q * s.T);
+  score_ = allocate<float>(rows);
 }
 
 DeviceLayer::~DeviceLayer() {
   for (const auto& [host, device] : device_) cudaFree(device);
-  cudaFree(eight_);
-  cudaFree(scale_);
+  for (void* memory :
+       {eight_, static_cast<void*>(scale_), static_cast<void*>(lse_), static_cast<void*>(score_)}) {
+    cudaFree(memory);
+  }
 }
 
 template <typename T>
@@ -131,6 +146,27 @@ QuantizeParams DeviceLayer::quantize(DType dtype) const {
   p.x_dtype = s.T == 1 ? s.model : s.slots;
   p.dtype = dtype;
   p.rows = s.B * s.K * s.T;
+  p.D = s.D;
+  return p;
+}
+
+PromptScoresParams DeviceLayer::prompt_scores(void* workspace) const {
+  const Shape& s = host_.shape();
+  const ChunkAttentionParams chunk = chunk_attention(nullptr);
+  PromptScoresParams p{};
+  p.q = chunk.q;
+  p.k = chunk.k;
+  p.lse = lse_;
+  p.score = score_;
+  p.workspace = workspace;
+  p.q_dtype = chunk.q_dtype;
+  p.k_dtype = s.slots;
+  p.scale = chunk.scale;
+  p.decay = chunk.decay;
+  p.B = s.B;
+  p.Q = s.Q;
+  p.K = s.K;
+  p.T = s.T;
   p.D = s.D;
   return p;
 }

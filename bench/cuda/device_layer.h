@@ -1,4 +1,5 @@
-// A layer of bench/cpp on the GPU: the same params, their arrays copied to device memory.
+// A layer of bench/cpp on the GPU: the same params, their arrays copied to device memory. Layers
+// that copy the same one hold the same numbers in memory of their own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +17,7 @@ void require(cudaError_t error, const char* what);
 
 class DeviceLayer {
  public:
-  DeviceLayer(const Shape& shape, uint64_t seed);
+  explicit DeviceLayer(const Layer& host);  // which must outlive it
   ~DeviceLayer();
   DeviceLayer(const DeviceLayer&) = delete;
   DeviceLayer& operator=(const DeviceLayer&) = delete;
@@ -26,9 +27,8 @@ class DeviceLayer {
   CompactParams compact(void* workspace) const;
   FeatureMapParams phi() const;
   FoldParams fold() const;
-  QuantizeParams quantize(DType dtype) const;  // of the call's keys
-
-  const Layer& host() const { return host_; }
+  PromptScoresParams prompt_scores(void* workspace) const;  // of the call's tokens
+  QuantizeParams quantize(DType dtype) const;               // of the call's keys
 
  private:
   template <typename T>
@@ -36,10 +36,11 @@ class DeviceLayer {
   void move(Slots& slots) const;
   void move(FeatureMaps& maps) const;
 
-  Layer host_;
+  const Layer& host_;
   std::map<const void*, void*> device_;  // host array -> its copy
   void* eight_ = nullptr;                // what quantize writes
   float* scale_ = nullptr;
+  float *lse_ = nullptr, *score_ = nullptr;  // what prompt_scores writes
 };
 
 }  // namespace less::bench

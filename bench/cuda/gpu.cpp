@@ -1,11 +1,10 @@
-// The kernels of csrc/cuda alone, timed with CUDA events: `less_gpu [--small] [--soak N]`.
+// The kernels of csrc/cuda alone, timed with CUDA events.
 //
 // A case is a graph that launches the op once on each of so many layers that together they do not
-// fit the L2 cache by far. Before every replay, outside the timing, L2 is overwritten. A row's time
-// is the fastest replay's share of a layer; its bytes follow from a formula (layer.h), and its rate
-// stands beside what this GPU copies in device memory (read and written bytes of cudaMemcpy).
-// One JSON line a row. --small: one replay of tiny layers, for compute-sanitizer. --soak N: N
-// replays of one decode graph with nothing in between.
+// fit the L2 cache by far. Before every replay, outside the timing, L2 is emptied (flush.h). A
+// row's time is the fastest replay's share of a layer; its bytes follow from a formula, and its
+// rate stands beside what this GPU copies in device memory (read and written bytes of cudaMemcpy).
+// One JSON line a row.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -19,10 +18,16 @@
 
 #include "cuda/kernels.h"
 #include "device_layer.h"
+#include "flush.h"
 
 namespace less::bench {
 namespace {
 
+constexpr char kUsage[] =
+    "usage: less_gpu [--small] [--soak N]\n"
+    "  times every kernel of csrc/cuda, one JSON line each\n"
+    "  --small   one replay of tiny layers, for compute-sanitizer\n"
+    "  --soak N  N replays of one graph of decode steps instead\n";
 constexpr size_t kCopyBytes = size_t(1) << 30;
 constexpr int kCopies = 10;
 constexpr int kReplays = 30;
@@ -92,7 +97,8 @@ double copy_rate(cudaStream_t stream) {
 struct Case {
   const char* op;
   Shape shape;
-  int64_t bytes;  // of one layer
+  int64_t bytes;  // that one layer must read and write
+  double flops;   // multiplications and additions of one layer that tensor cores could do, or 0
   // Launches it on a layer, with the workspace of that size.
   std::function<cudaError_t(const DeviceLayer&, void*, cudaStream_t)> launch;
   std::function<int64_t(const DeviceLayer&)> workspace;
@@ -101,9 +107,9 @@ struct Case {
 // Layers, and the graph that launches a case on each in turn.
 class Graph {
  public:
-  Graph(const Case& c, int64_t layers, cudaStream_t stream) : stream_(stream) {
+  Graph(const Case& c, int64_t layers, cudaStream_t stream) : host_(c.shape, 0), stream_(stream) {
     for (int64_t i = 0; i < layers; ++i) {
-      layers_.push_back(std::make_unique<DeviceLayer>(c.shape, uint64_t(i)));
+      layers_.push_back(std::make_unique<DeviceLayer>(host_));
     }
     workspace_ = std::make_unique<Buffer>(size_t(c.workspace ? c.workspace(*layers_[0]) : 0));
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
@@ -125,8 +131,10 @@ class Graph {
 
   void replay() const { require(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch"); }
   double launches() const { return launches_; }  // of a layer
+  const DeviceLayer& layer(int64_t i) const { return *layers_[size_t(i)]; }
 
  private:
+  Layer host_;
   cudaStream_t stream_;
   cudaGraphExec_t graph_ = nullptr;
   double launches_ = 0.0;
@@ -134,8 +142,11 @@ class Graph {
   std::unique_ptr<Buffer> workspace_;
 };
 
-Case decode_step(const Shape& shape) {
-  return {"decode_step", shape, Layer(shape, 0).step_bytes(),
+Case decode_step(const Shape& s) {
+  return {"decode_step",
+          s,
+          step_bytes(s),
+          0.0,
           [](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
             return cuda::decode_step(layer.decode_step(workspace), stream);
           },
@@ -150,7 +161,12 @@ Case chunk_attention(const Shape& s) {
                         2 * s.B * s.Q * s.T * s.D * bytes_of(s.model) +
                         4 * s.B * s.K * s.R * (s.D + 1) + 4 * s.B * s.Q * s.T * (s.R + 1) +
                         4 * s.B * s.K * (4 * s.S + s.T);
-  return {"chunk_attention", s, bytes,
+  // q k and p v, over the slots and half of the call.
+  const double flops = 4.0 * double(s.B * s.Q * s.T * s.D) * (double(s.S) + 0.5 * double(s.T));
+  return {"chunk_attention",
+          s,
+          bytes,
+          flops,
           [](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
             return cuda::chunk_attention(layer.chunk_attention(workspace), stream);
           },
@@ -159,12 +175,32 @@ Case chunk_attention(const Shape& s) {
           }};
 }
 
+Case prompt_scores(const Shape& s) {
+  const int64_t bytes = s.B * s.Q * s.T * (s.D * bytes_of(s.model) + 4) +
+                        s.B * s.K * s.T * (s.D * bytes_of(s.slots) + 4);
+  // q k twice, for the sums and for the scores, over half of the prompt.
+  const double flops = 2.0 * double(s.B * s.Q * s.T * s.D) * double(s.T);
+  return {"prompt_scores",
+          s,
+          bytes,
+          flops,
+          [](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
+            return cuda::prompt_scores(layer.prompt_scores(workspace), stream);
+          },
+          [](const DeviceLayer& layer) {
+            return cuda::prompt_scores_workspace(layer.prompt_scores(nullptr));
+          }};
+}
+
 Case compact(const Shape& s) {
   // k and v of the call read, as many slots written, H and z read and written, what ranks them.
   const int64_t bytes = 2 * s.B * s.K * (s.T + std::min(s.S, s.T)) * s.D * bytes_of(s.slots) +
                         8 * s.B * s.K * s.R * (s.D + 1) + 4 * s.B * s.K * (6 * s.S + s.T) +
                         s.K * bytes_of(s.maps) * s.E * (s.D + s.R);
-  return {"compact", s, bytes,
+  return {"compact",
+          s,
+          bytes,
+          0.0,
           [](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
             return cuda::compact(layer.compact(workspace), stream);
           },
@@ -174,7 +210,11 @@ Case compact(const Shape& s) {
 Case feature_map(const Shape& s) {
   const int64_t bytes = s.Q * bytes_of(s.maps) * s.E * (s.D + s.R) +
                         s.B * s.Q * s.T * (s.D * bytes_of(s.model) + 4 * s.R);
-  return {"feature_map", s, bytes,
+  const double flops = 2.0 * double(s.B * s.Q * s.T * s.E * (s.D + s.R));
+  return {"feature_map",
+          s,
+          bytes,
+          flops,
           [](const DeviceLayer& layer, void*, cudaStream_t stream) {
             return cuda::feature_map(layer.phi(), stream);
           },
@@ -184,7 +224,10 @@ Case feature_map(const Shape& s) {
 Case fold(const Shape& s) {
   const int64_t bytes =
       s.B * s.K * (8 * s.R * (s.D + 1) + s.T * (4 * s.R + s.D * bytes_of(s.slots)));
-  return {"fold", s, bytes,
+  return {"fold",
+          s,
+          bytes,
+          0.0,
           [](const DeviceLayer& layer, void*, cudaStream_t stream) {
             return cuda::fold(layer.fold(), stream);
           },
@@ -193,7 +236,10 @@ Case fold(const Shape& s) {
 
 Case quantize(const Shape& s) {
   const int64_t bytes = s.B * s.K * s.T * (s.D * (bytes_of(s.slots) + 1) + 4);
-  return {"quantize", s, bytes,
+  return {"quantize",
+          s,
+          bytes,
+          0.0,
           [](const DeviceLayer& layer, void*, cudaStream_t stream) {
             return cuda::quantize(layer.quantize(DType::fp8), stream);
           },
@@ -222,6 +268,7 @@ std::vector<Case> cases(bool small) {
       Shape chunk = shape;
       chunk.T = small ? 19 : B == 64 ? 128 : 1024;
       all.push_back(chunk_attention(chunk));
+      all.push_back(prompt_scores(chunk));
       all.push_back(compact(chunk));
       all.push_back(feature_map(chunk));
       all.push_back(fold(chunk));
@@ -237,10 +284,10 @@ void print_row(const Case& c, const Graph& graph, int64_t layers, double best, d
   std::printf(
       "{\"part\": \"kernels\", \"op\": \"%s\", \"shape\": \"%s\", \"B\": %lld, \"C\": %lld, "
       "\"T\": %lld, \"slots\": \"%s\", \"layers\": %lld, \"launches\": %.2f, \"best\": %.4g, "
-      "\"median\": %.4g, \"bytes\": %lld, \"copy\": %.4g, \"share\": %.4f}\n",
+      "\"median\": %.4g, \"bytes\": %lld, \"flops\": %.4g, \"copy\": %.4g, \"share\": %.4f}\n",
       c.op, c.shape.name, (long long)c.shape.B, (long long)c.shape.S, (long long)c.shape.T,
       name(c.shape.slots), (long long)layers, graph.launches(), best, median, (long long)c.bytes,
-      copy, copy > 0.0 ? rate / copy : 0.0);
+      c.flops, copy, copy > 0.0 ? rate / copy : 0.0);
   std::fflush(stdout);
 }
 
@@ -248,26 +295,44 @@ void measure(const Case& c, bool small, double copy, int64_t l2, cudaStream_t st
   const int64_t enough = (kBeyondCaches * l2 + c.bytes - 1) / c.bytes;
   const int64_t layers = small ? 2 : std::max(kLeastLayers, enough);
   const Graph graph(c, layers, stream);
-  const Buffer flush(size_t(2 * l2));
+  const Buffer cleaner(size_t(2 * l2)), sink(16);
   Clock clock(stream);
   std::vector<double> times;
   graph.replay();
   for (int i = 0; i < (small ? 1 : kReplays); ++i) {
-    require(cudaMemsetAsync(flush.data(), i, flush.bytes(), stream), "cudaMemsetAsync");
+    require(flush(cleaner.data(), cleaner.bytes(), static_cast<float*>(sink.data()), stream),
+            "flush");
     times.push_back(clock.seconds([&] { graph.replay(); }) / double(layers));
   }
   std::sort(times.begin(), times.end());
   print_row(c, graph, layers, times.front(), times[times.size() / 2], copy);
 }
 
+// Ends the program where the graph's steps have not all counted their token.
+void require_seen(const DeviceLayer& layer, int64_t want) {
+  std::vector<int64_t> seen(size_t(layer.decode_step(nullptr).B));
+  require(cudaMemcpy(seen.data(), layer.decode_step(nullptr).seen, seen.size() * sizeof seen[0],
+                     cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+  for (int64_t got : seen) {
+    if (got == want) continue;
+    std::fprintf(stderr, "less_gpu: --soak: a row has seen %lld tokens, wanted %lld\n",
+                 (long long)got, (long long)want);
+    std::exit(1);
+  }
+}
+
 void soak(int64_t replays, cudaStream_t stream) {
   Shape shape{.name = "llama-3-8b", .Q = 32, .K = 8, .D = 128, .S = 205};
   shape.B = 2;
-  const Graph graph(decode_step(shape), 2, stream);
+  shape.maps = DType::fp16;
+  constexpr int64_t kLayers = 2;
+  const Graph graph(decode_step(shape), kLayers, stream);
   Clock clock(stream);
   const double seconds = clock.seconds([&] {
     for (int64_t i = 0; i < replays; ++i) graph.replay();
   });
+  for (int64_t i = 0; i < kLayers; ++i) require_seen(graph.layer(i), shape.S + replays);
   std::printf("{\"part\": \"soak\", \"replays\": %lld, \"seconds\": %.4g}\n", (long long)replays,
               seconds);
 }
@@ -280,8 +345,11 @@ int run(int argc, char** argv) {
       small = true;
     } else if (std::strcmp(argv[i], "--soak") == 0 && i + 1 < argc) {
       replays = std::atoll(argv[++i]);
+    } else if (std::strcmp(argv[i], "--help") == 0) {
+      std::fputs(kUsage, stdout);
+      return 0;
     } else {
-      std::fprintf(stderr, "less_gpu: usage: less_gpu [--small] [--soak N]\n");
+      std::fputs(kUsage, stderr);
       return 2;
     }
   }
