@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go: build, parity, compute-sanitizer, timings, the report in
-# docs/results.md. Needs nvcc, torch with CUDA, CMake and a GPU; no network.
+# docs/results.md. Needs a GPU, torch with CUDA, nvcc, a C++ compiler, CMake and setuptools; the tests
+# want pytest, the sanitizer compute-sanitizer. No network, and nothing is installed: the package is
+# built in place.
 #
 #   bench/gpu.sh             all of it; goes on after a step that fails, and names those at the end
 #   bench/gpu.sh --dry-run   without a GPU: every step in words, checked as far as it can be here
+#   bench/gpu.sh --dry-run --build   and builds what it would, where nvcc is; that takes minutes
 #
-# PYTHON picks the interpreter; LESS_CUDA_ARCHS the architectures, else this GPU's own.
+# PYTHON picks the interpreter; LESS_CUDA_ARCHS the architectures, else this machine's GPUs' own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,14 +16,15 @@ python=${PYTHON:-python3}
 build=build/gpu
 program=$build/bench/cuda/less_gpu
 rows=out/gpu.jsonl
-dry=0
+dry=0 building=0
 failed=()
 
-case "${1-}" in
+case "$*" in
   "") ;;
   --dry-run) dry=1 rows=out/gpu-dry.jsonl ;;
+  "--dry-run --build") dry=1 building=1 rows=out/gpu-dry.jsonl ;;
   *)
-    echo "bench/gpu.sh: usage: bench/gpu.sh [--dry-run]" >&2
+    echo "bench/gpu.sh: usage: bench/gpu.sh [--dry-run [--build]]" >&2
     exit 2
     ;;
 esac
@@ -41,58 +45,86 @@ check() {
   "$@" || failed+=("dry run: $*")
 }
 
-# Whether a command is there; a dry run goes on without.
-need() {
-  if command -v "$1" >/dev/null; then return; fi
-  if ((dry)); then
-    echo "   not here: $1"
-  else
-    echo "bench/gpu.sh: no $1 was found" >&2
-    exit 1
-  fi
+# skip NAME REASON: a step that cannot run has failed; a dry run only says so.
+skip() {
+  printf '\n== %s\n   not here: %s\n' "$1" "$2"
+  if ((!dry)); then failed+=("$1: $2"); fi
 }
 
-capability=9.0
-for command in nvidia-smi nvcc cmake compute-sanitizer "$python"; do need "$command"; done
-if ((!dry)); then
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-  nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv
-  "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+finish() {
+  if ((${#failed[@]} == 0)); then exit 0; fi
+  printf '\nbench/gpu.sh: failed:\n' >&2
+  printf '  %s\n' "${failed[@]}" >&2
+  exit 1
+}
+
+# Prints what this Python finds of the build's needs, a line each; nothing where one is missing.
+tool() { "$python" -c "import sys; sys.path.insert(0, 'tools'); $1" || true; }
+
+command -v "$python" >/dev/null || { echo "bench/gpu.sh: no $python was found" >&2; exit 1; }
+cmake=$(tool 'import native; print(native.require_cmake())')
+torch=$(tool 'import native; print(native.require_torch())')
+setuptools=$(tool 'import setuptools; print(setuptools.__version__)')
+nvcc=$(tool 'import cuda_toolkit; print(cuda_toolkit.require().nvcc)')
+mapfile -t toolkit < <("$python" tools/cuda_toolkit.py cmake 2>/dev/null)
+printf '%s\n' "python      $("$python" --version)" "setuptools  $setuptools" "cmake       $cmake" \
+  "torch       $torch" "nvcc        $nvcc"
+if [ -z "$cmake" ] || [ -z "$torch" ] || [ -z "$setuptools" ] || { [ -z "$nvcc" ] && ((building || !dry)); }; then
+  echo "bench/gpu.sh: nothing can be built without all of these" >&2
+  exit 1
 fi
-architecture=${capability/./}
-if [ "$architecture" = 90 ]; then architecture=90a; fi
-export LESS_CUDA=on LESS_CUDA_ARCHS=${LESS_CUDA_ARCHS:-$architecture}
+
+if ((!dry)); then
+  nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || true
+  "$python" -c 'import torch
+print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.get_device_name())' ||
+    { echo "bench/gpu.sh: torch sees no GPU" >&2; exit 1; }
+fi
+archs=${LESS_CUDA_ARCHS:-$("$python" tools/cuda_toolkit.py archs)}
+if ((dry)); then archs=${archs:-90a}; fi
+export LESS_CUDA=on LESS_CUDA_ARCHS=${archs:-all}
 mkdir -p out
 rm -f "$rows"
 
-install=(-m pip install --no-build-isolation --no-deps --no-index)
-step "build the package" "$python" "${install[@]}" --editable .
+step "build the package" "$python" setup.py -q build_ext --inplace
 if ((${#failed[@]})); then
   echo "bench/gpu.sh: nothing can be tested that was not built" >&2
-  exit 1
+  finish
 fi
-check "$python" -c 'import sys; sys.path.insert(0, "tools"); import native
-print("  ", native.require_cmake(), native.require_torch())'
+if ((building)); then
+  check "$python" setup.py -q build_ext --inplace
+  check "$python" -c 'import torch; from less import _cuda; print(_cuda.build_facts())'
+fi
 
 tests=(-m pytest -q -k "cuda and not emulated" tests/ops tests/test_cache_cuda.py)
-step "parity on cuda" env LESS_REQUIRE_CUDA=1 "$python" "${tests[@]}"
-check "$python" "${tests[@]}" --collect-only -q -q
-
-configure=(cmake -S . -B "$build" -Wno-dev -DCMAKE_BUILD_TYPE=Release -DLESS_PYTHON=OFF
-  -DLESS_BENCH_CUDA=ON -DLESS_CUDA=on "-DLESS_CUDA_ARCHS=$LESS_CUDA_ARCHS")
-compile=(cmake --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target less_gpu)
-step "configure less_gpu" "${configure[@]}"
-step "build less_gpu" "${compile[@]}"
-if ((dry)) && command -v nvcc >/dev/null; then
-  check "${configure[@]}"
-  check "${compile[@]}"
-  check bash -c "$program --no-such-option; [ \$? = 2 ]"
+if "$python" -c 'import pytest' 2>/dev/null; then
+  step "parity on cuda" env LESS_REQUIRE_CUDA=1 "$python" "${tests[@]}"
+  check "$python" "${tests[@]}" --collect-only -q -q
+else
+  skip "parity on cuda" "pytest"
 fi
 
-for tool in memcheck racecheck initcheck synccheck; do
-  step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    "$program" --small
-done
+# The shapes of gpu.cpp have these head dims.
+configure=("$cmake" -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DLESS_PYTHON=OFF
+  -DLESS_BENCH_CUDA=ON -DLESS_CUDA=on "-DLESS_CUDA_ARCHS=$LESS_CUDA_ARCHS"
+  "-DLESS_CUDA_HEAD_DIMS=${LESS_CUDA_HEAD_DIMS:-64 128}" "${toolkit[@]}")
+compile=("$cmake" --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target less_gpu)
+step "configure less_gpu" "${configure[@]}"
+step "build less_gpu" "${compile[@]}"
+if ((building)); then
+  check "${configure[@]}"
+  check "${compile[@]}"
+  check "$program" --help
+fi
+
+if ((dry)) || command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$program" --small
+  done
+else
+  skip "compute-sanitizer" "compute-sanitizer on PATH"
+fi
 
 step "time the kernels" bash -c "set -o pipefail; $program | tee -a $rows"
 step "100,000 replays of one graph" bash -c "set -o pipefail; $program --soak 100000 | tee -a $rows"
@@ -103,8 +135,4 @@ check "$python" -m bench.gpu compare --json "$rows" --dry-run
 step "report" "$python" -m bench.gpu report --json "$rows" --update docs/results.md
 check "$python" -m bench.gpu report --json "$rows"
 
-if ((${#failed[@]})); then
-  printf '\nbench/gpu.sh: failed:\n' >&2
-  printf '  %s\n' "${failed[@]}" >&2
-  exit 1
-fi
+finish
