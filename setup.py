@@ -2,8 +2,10 @@
 
 Environment:
     LESS_NATIVE      on (default) | off: off installs the pure-torch reference alone
-    LESS_CUDA        auto (default) | on | off: decided by nvcc's presence, never by a GPU's
-    LESS_CUDA_ARCHS  e.g. "80 90a 100 120+PTX" (default)
+    LESS_CUDA        auto (default) | on | off: decided by nvcc's presence, never by a GPU's; auto
+                     takes an installed toolkit, on those of PyPI's wheels too
+    LESS_CUDA_ARCHS  e.g. "80 90a", or "all": "80 90a 100 120+PTX"; default: where nvidia-smi shows
+                     GPUs, theirs alone, else all
     LESS_CUDA_HEAD_DIMS  e.g. "64 128" (default "64 80 96 128 256"): what CUDA kernels are compiled
                      for; fewer build faster and load smaller
     LESS_WERROR      1: compiler warnings are errors
@@ -28,6 +30,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "tools"))
 
+import cuda_toolkit  # noqa: E402
 import native  # noqa: E402
 
 
@@ -50,10 +53,8 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "LESS_TORCH_ROOT": torch_root,
             "LESS_VERSION": self.distribution.get_version(),
-            "LESS_CUDA": os.environ.get("LESS_CUDA", "auto"),
-            "LESS_CUDA_ARCHS": os.environ.get("LESS_CUDA_ARCHS", ""),
-            "LESS_CUDA_HEAD_DIMS": os.environ.get("LESS_CUDA_HEAD_DIMS", ""),
             "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
+            **self._cuda_options(),
         }
         configure = [cmake, "-S", HERE, "-B", tree, "-Wno-dev"]
         ninja = native.find_ninja()
@@ -70,6 +71,26 @@ class CMakeBuild(build_ext):
         for output in self.get_outputs():
             if Path(output).name not in installed:
                 Path(output).unlink()
+
+    @staticmethod
+    def _cuda_options() -> dict[str, str]:
+        """Whether to build CUDA kernels, with what, and for which GPUs."""
+        mode = os.environ.get("LESS_CUDA", "auto")
+        named = os.environ.get("LESS_CUDA_ARCHS", "")
+        own = cuda_toolkit.gpu_archs() if not named and mode.lower() != "off" else []
+        options = {
+            "LESS_CUDA": mode,
+            "LESS_CUDA_ARCHS": named or " ".join(own) or "all",
+            "LESS_CUDA_ARCHS_WHY": "; this machine's GPUs alone, LESS_CUDA_ARCHS=all for all"
+            if own
+            else "",
+            "LESS_CUDA_HEAD_DIMS": os.environ.get("LESS_CUDA_HEAD_DIMS", ""),
+        }
+        # CMake finds an installed toolkit by itself.
+        toolkit = cuda_toolkit.find() if mode.lower() == "on" else None
+        if toolkit is not None and toolkit.source == "wheels":
+            options |= toolkit.cmake_options
+        return options
 
     def _package_folder(self) -> Path:
         kept = self.inplace or self.editable_mode

@@ -1,4 +1,4 @@
-"""Where nvcc, its headers and the SASS tools are.
+"""Where nvcc, its headers and the SASS tools are, and which GPUs to compile for.
 
 Tried in this order: the folder that ``CUDACXX`` or ``CUDA_HOME`` names, nvcc on ``PATH``,
 ``/usr/local/cuda``, and the wheels of ``requirements-cuda.txt``, so that kernels can be compiled
@@ -23,6 +23,7 @@ from pathlib import Path
 
 MINIMUM_NVCC = (13, 0)
 USUAL = Path("/usr/local/cuda")
+ARCHS = ("80", "90a", "100", "120")  # what kernels are written and proved for
 WHEELS = "requirements-cuda.txt"
 
 
@@ -59,6 +60,14 @@ class Toolkit:
         lib64 = self.root / "lib64"
         return lib64 if lib64.is_dir() else self.root / "lib"
 
+    @property
+    def cmake_options(self) -> dict[str, str]:
+        """What CMake is to be told to compile with it."""
+        options = {"CMAKE_CUDA_COMPILER": str(self.nvcc)}
+        if self.source == "wheels":
+            options["CMAKE_CUDA_FLAGS"] = f"-L{self.library}"
+        return options
+
     @cached_property
     def version(self) -> tuple[int, int]:
         """What nvcc says: (13, 0)."""
@@ -88,6 +97,25 @@ def require() -> Toolkit:
             )
         )
     return toolkit
+
+
+def gpu_archs() -> list[str]:
+    """The architectures of the GPUs that this machine shows; none where one is not among ours.
+
+    Code for a capability runs on later ones of the same major version: an 8.6 takes that of 8.0.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return []
+    majors = {line.strip().partition(".")[0] for line in done.stdout.splitlines() if line.strip()}
+    of_major = {arch.rstrip("a")[:-1]: arch for arch in ARCHS}
+    if not majors <= set(of_major):
+        return []
+    return [arch for major, arch in of_major.items() if major in majors]
 
 
 def require_tool(name: str) -> Path:
@@ -149,14 +177,19 @@ def _wheel_roots() -> list[Path]:
 def main() -> int:
     """Print what is asked for, for a Makefile or a script."""
     parser = argparse.ArgumentParser(prog="cuda_toolkit", description=__doc__.splitlines()[0])
-    what = ("nvcc", "root", "include", "library", "nvdisasm", "facts")
+    what = ("nvcc", "root", "include", "library", "nvdisasm", "archs", "cmake", "facts")
     parser.add_argument("what", choices=what)
     what = parser.parse_args().what
     if what == "nvdisasm":
         print(require_tool(what))
         return 0
+    if what == "archs":
+        print(*gpu_archs())
+        return 0
     toolkit = require()
-    if what == "facts":
+    if what == "cmake":
+        print(*(f"-D{key}={value}" for key, value in toolkit.cmake_options.items()), sep="\n")
+    elif what == "facts":
         print("nvcc {}.{} at {} ({})".format(*toolkit.version, toolkit.nvcc, toolkit.source))
     elif what == "include":
         print(*toolkit.include, sep=os.pathsep)
