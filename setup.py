@@ -45,7 +45,7 @@ class CMakeBuild(build_ext):
         # An editable build keeps its folder, so that the next one compiles only what changed; a
         # wheel's starts afresh, because isolation gives every build other tools.
         kept = self.inplace or self.editable_mode
-        tree = HERE / "build" / "native" if kept else Path(self.build_temp).resolve() / "native"
+        tree = HERE / "build" / ("native" if kept else "wheel")
         if not kept or self._tools_are_gone(tree):
             shutil.rmtree(tree, ignore_errors=True)
         options = {

@@ -33,8 +33,9 @@ def build(target: str, folder: Path = ROOT / "build" / "bench") -> Path:
 
     native.require_compiler()
     cmake, ninja = native.require_cmake(), native.find_ninja()
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-Wno-dev", "-DLESS_WERROR=OFF"]
-    configure += ["-DLESS_PYTHON=OFF", "-DLESS_BENCH=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-Wno-dev"]
+    configure += [f"-DLESS_WERROR={os.environ.get('LESS_WERROR', '0')}", "-DLESS_PYTHON=OFF"]
+    configure += ["-DLESS_BENCH=ON", "-DCMAKE_BUILD_TYPE=Release"]
     if ninja and not (folder / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -182,8 +182,7 @@ def configured(machine: Machine, **env: str) -> str:
     script(machine.path / "cmake",
            f'[ "$1" = --version ] && echo "cmake version 4.0" && exit\n'
            f"printf '%s\\n' \"$@\" > {log}; exit 1")  # fmt: skip
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(machine.folder),
-               "--build-temp", str(machine.folder / "temp")]  # fmt: skip
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(machine.folder)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert "the native build failed" in done.stderr, done.stderr

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ import cuda_toolkit
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "proof"
 NO_KERNELS = ("build_facts.cu",)
+HOST_ONLY = (CUDA / "kernels.h",)  # declares launchers: no machine code depends on it
 ALL_HEAD_DIMS = [64, 80, 96, 128, 256]
 
 
@@ -119,18 +121,28 @@ def compile_to(target: Path, command: Sequence[str | Path], log: Path | None = N
     words = [*command, f"-I{ROOT / 'csrc'}", "-o", target, "-MD", "-MF", needs]
     if target.exists() and stamp.exists() and stamp.read_text() == _state(words, needs):
         return
+    begun = time.time()
     done = run(words)
     if log is not None:
         log.write_text(done.stderr)
-    stamp.write_text(_state(words, needs))
+    if max(file.stat().st_mtime for file in _needed(needs) if file.is_file()) < begun:
+        stamp.write_text(_state(words, needs))
+    else:  # which version was compiled nobody knows
+        stamp.unlink(missing_ok=True)
+
+
+def _needed(needs: Path) -> list[Path]:
+    """The files that a compiler has read."""
+    return [Path(file) for file in
+            needs.read_text().split(":", 1)[-1].replace("\\\n", " ").split()]  # fmt: skip
 
 
 def _state(words: Sequence[str | Path], needs: Path) -> str:
     """Changes with the command, and with every file that it read."""
     digest = hashlib.sha256(" ".join(map(str, words)).encode())
-    listed = needs.read_text().split(":", 1)[-1].replace("\\\n", " ").split()
-    for file in map(Path, listed):
-        digest.update(file.read_bytes() if file.is_file() else b"gone")
+    for file in _needed(needs):
+        if file not in HOST_ONLY:
+            digest.update(file.read_bytes() if file.is_file() else b"gone")
     return digest.hexdigest()
 
 
