@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bench.proof import gates, ptxas, sass
+from bench.proof.__main__ import distinct
 from bench.proof.launches import Launch, Occupancy
-from bench.proof.roofline import MACHINES, bytes_per_thread, decode_bytes, in_flight
+from bench.proof.roofline import MACHINES, decode_bytes, in_flight
+from bench.proof.toolchain import Unit
 
 KERNEL = "_ZN4less4cuda11fold_kernelEv"
 CLEAN = ptxas.Resources(registers=40, shared=128)
@@ -123,6 +127,15 @@ def test_every_exception_has_a_reason() -> None:
     assert all(len(one.reason) > 20 for one in gates.EXCEPTIONS)
 
 
+def test_a_kernel_that_several_head_dims_have_counts_once() -> None:
+    (kernel,) = sass.parse(SASS)
+    units = [
+        Unit(Path("fold.cu"), arch, [kernel], {kernel.name: CLEAN}) for arch in ("80", "80", "90a")
+    ]
+    distinct(units)
+    assert [len(unit.kernels) for unit in units] == [1, 0, 1]
+
+
 PTXAS = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z1av' for 'sm_90a'
@@ -148,8 +161,8 @@ def test_registers_shared_memory_stack_and_spills_are_read() -> None:
 def step(**changes: object) -> Launch:
     values: dict[str, object] = {
         "op": "decode_step", "model": "Llama-3-8B", "Q": 32, "K": 8, "D": 128, "B": 2, "C": 205,
-        "E": 64, "R": 8, "map": "exp", "kernel": KERNEL, "grid": (7, 8, 2), "threads": 128,
-        "shared": 0, "cluster": 7,
+        "E": 64, "R": 8, "map": "exp", "stages": 3, "rows": 64, "kernel": KERNEL, "grid": (7, 8, 2),
+        "threads": 128, "shared": 0, "cluster": 7,
     }  # fmt: skip
     return Launch(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -164,12 +177,13 @@ def test_a_steps_bytes_follow_the_formulas() -> None:
     assert decode_bytes(step(B=4)).maps == moved.maps  # once per batch
 
 
-def test_bytes_in_flight_are_those_of_the_busiest_loop_and_the_resident_threads() -> None:
-    (kernel,) = sass.parse(SASS)
-    assert bytes_per_thread(kernel) == 16
-    held = Occupancy(blocks=8, warps=32, most_warps=64)
-    assert in_flight(step(grid=(1000, 8, 1)), kernel, held, sms=132) == 8 * 128 * 16
-    assert in_flight(step(grid=(7, 8, 1)), kernel, held, sms=132) == 1 * 128 * 16
+def test_bytes_in_flight_are_the_tiles_that_the_resident_blocks_ask_for() -> None:
+    held = Occupancy(blocks=4, warps=16, most_warps=64)
+    short = 2 * 32 * 256  # a block's 32 slots: keys and values
+    assert in_flight(step(grid=(7, 8, 1)), held, sms=132) == short
+    assert in_flight(step(grid=(7, 8, 8)), held, sms=132) == 4 * short
+    long = 2 * 64 * 256  # two of the three tiles
+    assert in_flight(step(C=1024, grid=(8, 8, 8)), held, sms=132) == 4 * long
 
 
 def test_little_s_law() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,31 @@ from bench.native import ROOT
 from . import report
 from .gates import EXCEPTIONS, Narrow, judge
 from .launches import Launch, Occupancy, all_launches, occupancy
-from .toolchain import ProofError, Unit, compile_unit, demangle, head_dims, source_of, sources, work
+from .toolchain import (
+    ProofError,
+    Unit,
+    compile_unit,
+    demangle,
+    head_dims,
+    jobs,
+    source_of,
+    sources,
+    work,
+)
 
 ARCHS = ("80", "90a", "100", "120")
 DOCS = ROOT / "docs" / "kernels.md"
+
+
+def distinct(units: Sequence[Unit]) -> None:
+    """Leave a kernel to the first of the units that have it for an architecture.
+
+    Those that do not depend on the head dim are compiled with each.
+    """
+    seen: set[tuple[str, str]] = set()
+    for unit in units:
+        unit.kernels = [one for one in unit.kernels if (unit.arch, one.name) not in seen]
+        seen.update((unit.arch, one.name) for one in unit.kernels)
 
 
 def judge_all(units: Sequence[Unit], used: set[Narrow]) -> list[str]:
@@ -63,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="FILE", help="a single file of csrc/cuda, by its stem")
     args = parser.parse_args(argv)
     files = [path for path in sources() if args.only in (None, path.stem)]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         units = list(pool.map(lambda one: compile_unit(*one), work(files, args.arch)))
+    distinct(units)
     used: set[Narrow] = set()
     wrong = judge_all(units, used)
     whole = args.only is None and not head_dims()

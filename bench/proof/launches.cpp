@@ -5,6 +5,7 @@
 
 #include <cstdio>
 
+#include "cuda/decode_step.h"
 #include "cuda/kernels.h"
 #include "emulator/runtime.h"
 
@@ -51,6 +52,7 @@ constexpr Setting kSettings[] = {{205, 64, MapKind::exp},  // 5 % of 4,096 token
                                  {1024, 64, MapKind::exp}};
 constexpr int64_t R = 8;
 constexpr int64_t kChunk = 512;
+using Tile = cuda::DecodeTile<__half, 128>;
 
 // A pointer that launchers may look at but not through.
 template <typename T>
@@ -118,6 +120,18 @@ cudaError_t chunk(const Model& m, const Setting& s, int64_t B) {
   return cuda::chunk_attention(p, nullptr);
 }
 
+cudaError_t prompt(const Model& m, const Setting&, int64_t B) {
+  PromptScoresParams p{};
+  p.q = p.k = somewhere<void>();
+  p.lse = p.score = somewhere<float>();
+  p.workspace = somewhere<void>();
+  p.q_dtype = p.k_dtype = DType::fp16;
+  p.scale = 0.088f;
+  p.decay = 1.0f;
+  p.B = B, p.Q = m.Q, p.K = m.K, p.T = kChunk, p.D = m.D;
+  return cuda::prompt_scores(p, nullptr);
+}
+
 cudaError_t compact(const Model& m, const Setting& s, int64_t B) {
   CompactParams p{};
   p.k = p.v = somewhere<void>();
@@ -170,19 +184,23 @@ int main() {
     const char* name;
     cudaError_t (*launch)(const Model&, const Setting&, int64_t);
   };
-  constexpr Op ops[] = {{"decode_step", decode}, {"chunk_attention", chunk},
-                        {"compact", compact},    {"feature_map", features},
-                        {"fold", fold},          {"quantize", quantize}};
+  constexpr Op ops[] = {{"decode_step", decode},   {"chunk_attention", chunk},
+                        {"prompt_scores", prompt}, {"compact", compact},
+                        {"feature_map", features}, {"fold", fold},
+                        {"quantize", quantize}};
   for (const Op& op : ops) {
     for (const Model& m : kModels) {
       for (const Setting& s : kSettings) {
         for (int64_t B : kBatches) {
-          char text[200];
+          const bool ring = op.launch == decode;
+          char text[250];
           std::snprintf(text, sizeof text,
                         "\"op\": \"%s\", \"model\": \"%s\", \"Q\": %d, \"K\": %d, \"D\": %d, "
-                        "\"B\": %d, \"C\": %d, \"E\": %d, \"R\": %d, \"map\": \"%s\"",
+                        "\"B\": %d, \"C\": %d, \"E\": %d, \"R\": %d, \"map\": \"%s\", \"stages\": "
+                        "%d, \"rows\": %d",
                         op.name, m.name, int(m.Q), int(m.K), int(m.D), int(B), int(s.C), int(s.E),
-                        int(R), s.kind == MapKind::exp ? "exp" : "paper");
+                        int(R), s.kind == MapKind::exp ? "exp" : "paper", ring ? Tile::kStages : 0,
+                        ring ? Tile::kRows : 0);
           emulator::what = text;
           const cudaError_t error = op.launch(m, s, B);
           if (error == cudaSuccess) continue;

@@ -10,14 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .toolchain import BUILD, ProofError, compile_to, cuda_toolkit, run, sources
+from .toolchain import BUILD, ProofError, compile_to, cuda_toolkit, jobs, run, sources
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel; letters as in csrc/params.h."""
+    """One launch of one kernel; letters as in csrc/params.h.
+
+    Args:
+        stages: Tiles of slots' rows in a block's ring, of decode_step; else 0.
+        rows: Rows of a tile, at most.
+    """
 
     op: str
     model: str
@@ -29,6 +34,8 @@ class Launch:
     E: int
     R: int
     map: str
+    stages: int
+    rows: int
     kernel: str
     grid: tuple[int, int, int]
     threads: int
@@ -50,7 +57,7 @@ def all_launches(clusters: bool) -> list[Launch]:
     folder = BUILD / "launches"
     folder.mkdir(parents=True, exist_ok=True)
     files = [*sources(), HERE / "launches.cpp"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         objects = list(pool.map(lambda file: _compile(file, folder), files))
     program = folder / "launches"
     # Kernels' bodies name a runtime that is not there: nothing runs them.

@@ -50,8 +50,9 @@ bandwidth, assumed to be {bandwidths}: a floor, without the time of a launch.
 ## Bytes in flight
 
 A memory that takes {latency} ns to answer is kept busy (Little's law) by {needed} under way on each
-SM. What the step's main kernel has under way on an SM at least: what its resident threads ask for
-in one turn of their busiest loop, or all of the grid's where it does not fill the SMs.
+SM. What a step's blocks have asked for of the slots when they first wait, on an SM that has blocks;
+state, scores and maps' weights come besides. Where not all SMs have one, the step is too short for
+the memory's bandwidth, and its time is latency.
 
 {flight}
 """
@@ -115,16 +116,15 @@ def _roofline(steps: Sequence[Launch]) -> str:
     return table([*head, *(f"{machine.name} µs" for machine in MACHINES)], rows)
 
 
-def _flight(rows: Sequence[tuple[Launch, int, int, Occupancy]], unit_of: dict[str, Unit]) -> str:
+def _flight(rows: Sequence[tuple[Launch, int, int, Occupancy]]) -> str:
     lines = []
     for launch, _, _, held in rows:
-        unit = unit_of[launch.kernel]
-        kernel = next(one for one in unit.kernels if one.name == launch.kernel)
-        have = in_flight(launch, kernel, held, MACHINES[0].sms)
+        sms = MACHINES[0].sms
+        have = in_flight(launch, held, sms)
         shares = [f"{have / machine.needs_in_flight(LATENCY[1]):.1f}" for machine in MACHINES]
         lines.append([launch.model, launch.C, f"{launch.map} {launch.E}", launch.B,
-                      f"`{demangle(launch.kernel)}`", f"{have / 1024:.1f}", *shares])  # fmt: skip
-    head = ["model", "C", "map", "B", "kernel", "KiB/SM"]
+                      min(launch.blocks, sms), f"{have / 1024:.1f}", *shares])  # fmt: skip
+    head = ["model", "C", "map", "B", "SMs with blocks", "KiB/SM"]
     return table([*head, *(f"of {m.name}'s need at {LATENCY[1] * 1e9:.0f} ns" for m in MACHINES)],
                  lines)  # fmt: skip
 
@@ -153,7 +153,6 @@ def write(
         used: The exceptions that were needed.
         launches: On sm_90a: with registers, static shared memory, and what an SM holds.
     """
-    unit_of = {k.name: unit for unit in units if unit.arch == "90a" for k in unit.kernels}
     steps = [row for row in launches if row[0].op == "decode_step"]
     shapes = [next(group)[0] for _, group in groupby(
         steps, key=lambda row: (row[0].model, row[0].C, row[0].E, row[0].B))]  # fmt: skip
@@ -169,5 +168,5 @@ def write(
         roofline=_roofline(shapes),
         latency="-".join(f"{one * 1e9:.0f}" for one in LATENCY),
         needed=", ".join(needed),
-        flight=_flight(steps, unit_of),
+        flight=_flight(steps),
     )

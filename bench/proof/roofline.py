@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .launches import Launch, Occupancy
-from .sass import Kernel, global_bytes
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,13 @@ def decode_bytes(at: Launch) -> Bytes:
     )
 
 
-def bytes_per_thread(kernel: Kernel) -> int:
-    """What a thread asks of global memory in one turn of its busiest loop."""
-    by_loop: dict[object, int] = {}
-    for one in kernel.code:
-        width = global_bytes(one)
-        loop = kernel.main_loop(one)
-        if width and loop and not one.opcode.startswith("STG"):
-            by_loop[loop] = by_loop.get(loop, 0) + width
-    return max(by_loop.values(), default=0)
+def in_flight(step: Launch, held: Occupancy, sms: int) -> int:
+    """Bytes of slots that an SM with blocks has under way when those first wait.
 
-
-def in_flight(launch: Launch, kernel: Kernel, held: Occupancy, sms: int) -> int:
-    """Bytes that an SM has under way when every thread is in one turn of its busiest loop.
-
-    A lower bound: a pipeline of several stages has several turns under way.
+    A block asks for tiles of keys, then of values, up to all but one of its ring's stages.
     """
-    resident = min(held.blocks, -(-launch.blocks // sms))
-    return resident * launch.threads * bytes_per_thread(kernel)
+    row = 2 * step.D
+    per = -(-step.C // step.grid[0] // 16) * 16  # slots of a block, a multiple of 16
+    tile = min(per, step.rows)
+    tiles = min(step.stages - 1, 2 * -(-per // tile))
+    return min(held.blocks, -(-step.blocks // sms)) * tiles * tile * row

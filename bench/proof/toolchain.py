@@ -42,6 +42,11 @@ class Unit:
     resources: dict[str, ptxas.Resources]
 
 
+def jobs() -> int:
+    """Compilers that run at once: MAX_JOBS, or all cores."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 def sources() -> list[Path]:
     """The files that hold kernels."""
     return [path for path in sorted(CUDA.glob("*.cu")) if path.name not in NO_KERNELS]
