@@ -67,10 +67,11 @@ test-aarch64: $(VENV)/requirements.stamp
 # The sanitizers of the tier asan must come before everything else in the process. They count the
 # interpreter's own memory as leaked.
 TIER ?= track
+TESTS ?= tests/ops tests/test_cache_cuda.py
 emulated: $(VENV)/package.stamp $(VENV)/dev.stamp
 	LD_PRELOAD="$$($(BIN)/python -c 'from tests import emulated; print(emulated.preload("$(TIER)"))')" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/ops tests/test_cache_cuda.py \
-	  -k "emulated" --emulator-tier=$(TIER) $(ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(TESTS) \
+	  --emulated --emulator-tier=$(TIER) $(ARGS)
 
 planted: $(VENV)/package.stamp $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/ops/test_planted.py --proof $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -19,15 +20,60 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("LESS_EMULATOR_TIER", "fast"),
         help="where tests of CUDA kernels run without a GPU (LESS_EMULATOR_TIER; default fast)",
     )
+    parser.addoption("--emulated", action="store_true", help="run what the emulator runs alone")
+    parser.addoption(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="of each test's cases at most N, drawn alike in every run",
+    )
     parser.addoption("--proof", action="store_true", help="run the tests marked proof too")
 
 
+def params_of(item: pytest.Item) -> dict[str, object]:
+    call = getattr(item, "callspec", None)
+    return dict(call.params) if call is not None else {}
+
+
+def on_emulator(item: pytest.Item) -> bool:
+    """Whether a test runs on the emulated GPU."""
+    if "emulator" in getattr(item, "fixturenames", ()):
+        return True
+    params = params_of(item)
+    return "emulated" in (params.get("launched"), params.get("device"))
+
+
+def built(item: pytest.Item) -> bool:
+    """Whether LESS_CUDA_HEAD_DIMS has the head dim D that a test asks of the emulator."""
+    dims = os.environ.get("LESS_CUDA_HEAD_DIMS", "").replace(",", " ").split()
+    return not dims or not on_emulator(item) or str(params_of(item).get("D", dims[0])) in dims
+
+
+def sample(items: list[pytest.Item], n: int) -> list[pytest.Item]:
+    """At most n cases of each test: the same in every run, and in step with no parameter."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {
+        item
+        for of_one in cases.values()
+        for item in sorted(of_one, key=lambda item: zlib.crc32(item.nodeid.encode()))[:n]
+    }
+    return [item for item in items if item in kept]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--proof"):
-        return
-    proofs = [item for item in items if item.get_closest_marker("proof")]
-    items[:] = [item for item in items if item not in proofs]
-    config.hook.pytest_deselected(items=proofs)
+    def wanted(item: pytest.Item) -> bool:
+        if item.get_closest_marker("proof") and not config.getoption("--proof"):
+            return False
+        return built(item) and (on_emulator(item) or not config.getoption("--emulated"))
+
+    kept = [item for item in items if wanted(item)]
+    if config.getoption("--sample"):
+        kept = sample(kept, config.getoption("--sample"))
+    staying = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in staying])
+    items[:] = kept
 
 
 def simd_levels() -> list[str]:
@@ -79,6 +125,8 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         for library in emulated.preload(tier).split()
     ):
         pytest.fail(f"--emulator-tier={tier} wants LD_PRELOAD={emulated.preload(tier)!r}")
+    if tier == "ptx_80":
+        monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
     loaded = emulated.load(tier)
     monkeypatch.setattr(torch.ops, "less", torch.ops.less_emulated)
     gpu = less_ops.slot_dtypes(torch.device("cuda"))

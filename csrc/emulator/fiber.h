@@ -8,7 +8,7 @@
 
 namespace less::emulator {
 
-constexpr size_t kStackBytes = LESS_EMULATOR_ASAN ? 256 << 10 : 128 << 10;
+constexpr size_t kStackBytes = 256 << 10;
 
 struct Fiber {
   void* stopped_at = nullptr;

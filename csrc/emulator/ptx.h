@@ -52,18 +52,13 @@ static const bool kTracking = (tracking = true);
 
 // -- registers and their bits ---------------------------------------------------------------------
 
-inline float as_f32(uint32_t bits) { return bits_to_float(bits); }
-inline double as_f64(uint64_t bits) {
-  double x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t bits(float x) { return float_to_bits(x); }
-inline uint64_t bits(double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
+// Kernels are compiled without optimisation; what they do at every turn is still no call.
+#define LESS_PTX_INLINE [[gnu::always_inline]] inline
+
+LESS_PTX_INLINE float as_f32(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+LESS_PTX_INLINE double as_f64(uint64_t bits) { return __builtin_bit_cast(double, bits); }
+LESS_PTX_INLINE uint32_t bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+LESS_PTX_INLINE uint64_t bits(double x) { return __builtin_bit_cast(uint64_t, x); }
 
 inline uint32_t thread_count() { return block_size().x * block_size().y * block_size().z; }
 inline uint32_t warp_count() { return (thread_count() + 31) / 32; }
@@ -87,8 +82,8 @@ struct Values {
 };
 
 inline uint8_t* param(void** params, int i) { return static_cast<uint8_t*>(params[i]); }
-inline uint8_t* pointer(uint64_t address) { return reinterpret_cast<uint8_t*>(address); }
-inline uint64_t address(const uint8_t* p) { return reinterpret_cast<uint64_t>(p); }
+LESS_PTX_INLINE uint8_t* pointer(uint64_t address) { return reinterpret_cast<uint8_t*>(address); }
+LESS_PTX_INLINE uint64_t address(const uint8_t* p) { return reinterpret_cast<uint64_t>(p); }
 inline uint8_t* shared_at(uint32_t address, Where at) { return shared_pointer(address, at); }
 inline uint64_t generic_shared(uint64_t offset, Where at) {
   return address(shared_pointer(uint32_t(offset), at));
