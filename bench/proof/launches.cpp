@@ -177,35 +177,40 @@ cudaError_t quantize(const Model& m, const Setting&, int64_t B) {
   return cuda::quantize(p, nullptr);
 }
 
+struct Op {
+  const char* name;
+  cudaError_t (*launch)(const Model&, const Setting&, int64_t);
+  bool setting;  // whether it matters
+};
+constexpr Op kOps[] = {{"decode_step", decode, true},    {"chunk_attention", chunk, true},
+                       {"prompt_scores", prompt, false}, {"compact", compact, true},
+                       {"feature_map", features, true},  {"fold", fold, false},
+                       {"quantize", quantize, false}};
+
+bool print(const Op& op, const Model& m, const Setting& s, int64_t B) {
+  const bool ring = op.launch == decode;
+  char text[250];
+  std::snprintf(text, sizeof text,
+                "\"op\": \"%s\", \"model\": \"%s\", \"Q\": %d, \"K\": %d, \"D\": %d, \"B\": %d, "
+                "\"C\": %d, \"E\": %d, \"R\": %d, \"map\": \"%s\", \"stages\": %d, \"rows\": %d",
+                op.name, m.name, int(m.Q), int(m.K), int(m.D), int(B), int(s.C), int(s.E), int(R),
+                s.kind == MapKind::exp ? "exp" : "paper", ring ? Tile::kStages : 0,
+                ring ? Tile::kRows : 0);
+  emulator::what = text;
+  const cudaError_t error = op.launch(m, s, B);
+  if (error != cudaSuccess) std::fprintf(stderr, "{%s}: error %d\n", text, int(error));
+  return error == cudaSuccess;
+}
+
 }  // namespace
 
 int main() {
-  struct Op {
-    const char* name;
-    cudaError_t (*launch)(const Model&, const Setting&, int64_t);
-  };
-  constexpr Op ops[] = {{"decode_step", decode},   {"chunk_attention", chunk},
-                        {"prompt_scores", prompt}, {"compact", compact},
-                        {"feature_map", features}, {"fold", fold},
-                        {"quantize", quantize}};
-  for (const Op& op : ops) {
+  for (const Op& op : kOps) {
     for (const Model& m : kModels) {
       for (const Setting& s : kSettings) {
+        if (!op.setting && &s != kSettings) continue;
         for (int64_t B : kBatches) {
-          const bool ring = op.launch == decode;
-          char text[250];
-          std::snprintf(text, sizeof text,
-                        "\"op\": \"%s\", \"model\": \"%s\", \"Q\": %d, \"K\": %d, \"D\": %d, "
-                        "\"B\": %d, \"C\": %d, \"E\": %d, \"R\": %d, \"map\": \"%s\", \"stages\": "
-                        "%d, \"rows\": %d",
-                        op.name, m.name, int(m.Q), int(m.K), int(m.D), int(B), int(s.C), int(s.E),
-                        int(R), s.kind == MapKind::exp ? "exp" : "paper", ring ? Tile::kStages : 0,
-                        ring ? Tile::kRows : 0);
-          emulator::what = text;
-          const cudaError_t error = op.launch(m, s, B);
-          if (error == cudaSuccess) continue;
-          std::fprintf(stderr, "{%s}: error %d\n", text, int(error));
-          return 1;
+          if (!print(op, m, s, B)) return 1;
         }
       }
     }
