@@ -189,7 +189,7 @@ LESS_DEVICE bool leaves(const Candidates& c, const Leavers& who, int64_t i) {
   return key != 0 && (key < who.rank || (key == who.rank && c.age_key(i) <= who.age));
 }
 
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, 2)
     compact_select_kernel(CompactParams p, CompactWorkspace w) {
   SMEM_ARRAY(int, bins, kBins);
   SMEM_ARRAY(int, sums, kSelectWarps);
