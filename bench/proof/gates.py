@@ -99,7 +99,7 @@ EXCEPTIONS: tuple[Narrow, ...] = (
         r"^(attend|column|list_keys)_kernel",
         r"position\[s\]|valid\[t\]|store\(list \+|index\[n\]|token\[b|weight\[at\]"
         r"|_scale\[at\]|lse\[|z\[first \+ r\]|phi_q\[|store\(to \+ head_\.query_at"
-        r"|load8\(part\(split\)",
+        r"|load8\(part_rest\(split\)",
         "one number of a token, a row or a feature, or two; lanes lie side by side",
     ),
     Narrow(

@@ -49,6 +49,11 @@ class Meeting {
     return splits_.parts + at * kPart + lane_ * 4;
   }
 
+  // Where tops are, and 64 numbers further on totals.
+  LESS_DEVICE float* part_rest(int split) const {
+    return part(split) + (kFragments - 1) * 32 * 4 - lane_ * 2;
+  }
+
   static LESS_DEVICE void put(float* at, const float (&x)[4]) {
     store16(at, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
                            __float_as_uint(x[3])));
@@ -58,27 +63,31 @@ class Meeting {
     float* const at = part(split);
 #pragma unroll
     for (int n = 0; n < kFragments - 1; ++n) put(at + n * 32 * 4, sums.out[n]);
-    put(at + (kFragments - 1) * 32 * 4, {sums.top[0], sums.top[1], sums.total[0], sums.total[1]});
+    float* const rest = part_rest(split);
+    store8(rest, make_uint2(__float_as_uint(sums.top[0]), __float_as_uint(sums.top[1])));
+    store8(rest + 32 * 2,
+           make_uint2(__float_as_uint(sums.total[0]), __float_as_uint(sums.total[1])));
   }
 
   LESS_DEVICE void add_up(Running<kColumns>& sums) const {
-    constexpr int kRest = (kFragments - 1) * 32 * 4;
     sums = Running<kColumns>();
 #pragma unroll 1
     for (int split = 0; split < splits_.count; ++split) {
-      const uint2 top = load8(part(split) + kRest);
+      const uint2 top = load8(part_rest(split));
       sums.top[0] = fmaxf(sums.top[0], __uint_as_float(top.x));
       sums.top[1] = fmaxf(sums.top[1], __uint_as_float(top.y));
     }
 #pragma unroll 1
     for (int split = 0; split < splits_.count; ++split) {
       const float* const at = part(split);
-      float x[4], factor[2];
-      widen16<float>(load16(at + kRest), x);
+      const uint2 top = load8(part_rest(split)), total = load8(part_rest(split) + 32 * 2);
+      const float x[2] = {__uint_as_float(top.x), __uint_as_float(top.y)};
+      const float sum[2] = {__uint_as_float(total.x), __uint_as_float(total.y)};
+      float factor[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         factor[i] = sums.top[i] == -kInfinity ? 0.0f : exp2_approx(x[i] - sums.top[i]);
-        sums.total[i] = fmaf(x[2 + i], factor[i], sums.total[i]);
+        sums.total[i] = fmaf(sum[i], factor[i], sums.total[i]);
       }
 #pragma unroll
       for (int n = 0; n < kFragments - 1; ++n) {
@@ -124,17 +133,20 @@ class Finish {
     float* const H = reinterpret_cast<float*>(shared.k);    // [kStateRows, kD]
     float* const phi = reinterpret_cast<float*>(shared.v);  // [kRows, kStateRows], by phi_at
     float factor[2], low[2], mass[2] = {0.0f, 0.0f};
-    if (p_.phi_q != nullptr) sum_masses(H, phi, mass);
-    float* const masses = shared.weight;                 // [kRows]
-    float* const shares = shared.weight + Shape::kRows;  // [kRows]
-    static_assert(Shape::kRows <= Shape::kNumbers / 2, "they take the place of weights");
+    if (p_.phi_q != nullptr) {
+      sum_masses(H, phi, mass);
+    } else {
+      if (!LESS_BUG(attend_barrier_weights)) __syncthreads();  // were read until now
+    }
+    float* const masses = shared.weight;  // [kRows], by number_at
+    float* const shares = masses + Shape::kNumbers / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float total = sum_of_quad(sums.total[i]), top = sums.top[i] * kLn2;
       const float share = merge(top, total, mass[i], factor[i], low[i]);
       if (lane_ % 4 != 0 || column_ != 0) continue;
-      masses[row_ + 8 * i] = counts_[i] ? top + logf(total) : 0.0f;
-      shares[row_ + 8 * i] = share;
+      masses[number_at(row_ + 8 * i)] = counts_[i] ? top + logf(total) : 0.0f;
+      shares[number_at(row_ + 8 * i)] = share;
     }
     if (!LESS_BUG(attend_barrier_shares)) __syncthreads();
     if (lse != nullptr) write_numbers(masses, lse);
@@ -177,10 +189,14 @@ class Finish {
     for (int x = int(threadIdx.x); x < all; x += Shape::kThreads) {
       const int m = (begin + x % tokens) * head_.G + x / tokens, row = m - first_;
       if (row < 0 || row >= Shape::kRows) continue;
-      if (m >= p_.T * head_.G && !LESS_BUG(attend_rows)) continue;
-      store(to + head_.query_at(p_, lists_, m), from[row]);
+      if (m >= p_.T * head_.G) continue;
+      store(to + head_.query_at(p_, lists_, m), from[number_at(row)]);
     }
   }
+
+  // Where a row's number is: 32 that are written together, of one head or a few, are in different
+  // banks where G is a power of 2.
+  LESS_DEVICE int number_at(int row) const { return row + row / 32 * (min(head_.G, 32) / 2); }
 
   // mass = phi z of the thread's rows. Leaves the first rows of H, and their phi, in shared memory.
   LESS_DEVICE void sum_masses(float* H, float* phi, float (&mass)[2]) const {
@@ -274,9 +290,10 @@ class Finish {
     write_pieces<8>([=](int row, int piece) { return staging + tile_at<kD>(row, piece); });
   }
 
+  // Pairs of four rows, and eight pieces of a row, are in different banks.
   LESS_DEVICE void write_floats(const float (&out)[kColumns / 8][4], float* staging) const {
     const auto at = [=](int row, int piece) {
-      return staging + row * kD + (piece ^ (row & 7)) * 4;
+      return staging + row * kD + (piece ^ (row & 3) * 2) * 4;
     };
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -293,7 +310,7 @@ class Finish {
   // kOf: numbers in a piece. Eight lanes, or four, write pieces of a row that lie side by side.
   template <int kOf, typename At>
   LESS_DEVICE void write_pieces(const At& at) const {
-    constexpr int kLanes = kPermuted<kD>;
+    constexpr int kLanes = kOf == 4 ? 8 : kPermuted<kD>;
     if (!LESS_BUG(attend_barrier_out)) __syncwarp();
 #pragma unroll 1
     for (int r = lane_ / kLanes; r < 16; r += 32 / kLanes) {

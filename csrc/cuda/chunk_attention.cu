@@ -158,9 +158,8 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
       if (!LESS_BUG(attend_barrier_place)) __syncthreads();  // the next takes this one's place
     }
   }
+  // Where there was no tile, queries may be on their way.
   if (!LESS_BUG(attend_wait_queries)) copy_async_wait<0>();
-  if (!LESS_BUG(attend_barrier_queries))
-    __syncthreads();  // where there was no tile, queries may have been on their way until now
   if (cut && !Meeting<Scheme, kD>(splits, head).join(split, sums)) return;
   Finish<Scheme, kD>(p, lists, head, first).run(sums, lse, shared);
 }

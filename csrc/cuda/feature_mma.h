@@ -121,10 +121,16 @@ LESS_DEVICE void stage_rows(const Shared& s, int64_t D, int count, int terms) {
     }
     for (int term = 0; term < terms; ++term) {
       uint16_t* to = s.x + (term * Shared::kRows + row) * (D + kPad) + c * kN;
+      uint32_t two[kN / 2];
 #pragma unroll
-      for (int j = 0; j < kN; j += 4) {
-        const uint32_t low = cut<Half>(v[j], v[j + 1]);
-        store8_shared(to + j, make_uint2(low, cut<Half>(v[j + 2], v[j + 3])));
+      for (int j = 0; j < kN / 2; ++j) two[j] = cut<Half>(v[2 * j], v[2 * j + 1]);
+      if constexpr (kN == 4) {
+        store8_shared(to, make_uint2(two[0], two[1]));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kN / 2; j += 4) {
+          store16_shared(to + 2 * j, make_uint4(two[j], two[j + 1], two[j + 2], two[j + 3]));
+        }
       }
     }
   }

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   for (int i = 0; i < 2; ++i) {
     float score = sum_of_quad(sum[i]);
     const int n = first + row + lane / 4 + 8 * i;
-    if (lane % 4 != 0 || (n >= all && !LESS_BUG(column_rows))) continue;
+    if (lane % 4 != 0 || n >= all) continue;
     const int at = from.index == nullptr ? n : from.index[n];
     if (n >= from.count) score = 0.0f;
     if (slots && n < from.count) {

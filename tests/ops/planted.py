@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,36 +47,35 @@ def check(got: torch.Tensor, want: torch.Tensor) -> None:
         raise WrongError
 
 
-INPUTS = ("q", "k", "v", "slot_k", "slot_v", "position", "score", "weight", "phi_q", "H", "z")
+ROWS = ("q", "k", "v", "slot_k", "slot_v", "position", "score", "weight")
+
+
+def check_attended(args: dict[str, Any], numbers: dict[str, Any], **options: Any) -> None:
+    """Call the op, and compare with the reference over the numbers that its rows stand for."""
+    wide = {
+        n: x.float() if n in ("q", "k", "v", "slot_k", "slot_v") else x for n, x in numbers.items()
+    }
+    options |= {"scale": 0.1, "decay": 0.9}
+    want = reference.chunk_attention(
+        **wide, **{n: x for n, x in options.items() if n != "workspace"}
+    )
+    got = ops.chunk_attention(**args, **options)
+    for x, y in zip(got, (want.out, want.slot_score, want.chunk_score, want.share), strict=True):
+        check(x, y)
 
 
 def chunk_attention() -> None:
-    """Rows of 8 bits without padding; then fp16 rows of few tokens, of none and of many, twice."""
+    """Rows of 8 bits, no state or padding; then fp16 rows of few tokens, of none and of many."""
     eight, plain = in_int8(layer(B=1, Q=2, K=1, T=40, S=70, D=64))
     eight["q"] = plain["q"] = eight["q"].half()
-    want = reference.chunk_attention(
-        **{n: plain[n].float() for n in INPUTS}, valid=None, scale=0.1, decay=0.9
-    )
-    got = ops.chunk_attention(
-        **{n: eight[n] for n in (*INPUTS, *SCALES)}, valid=None, scale=0.1, decay=0.9
-    )
-    for x, y in zip(got, (want.out, want.slot_score, want.chunk_score, want.share), strict=True):
-        check(x, y)
+    check_attended({n: eight[n] for n in (*ROWS, *SCALES)}, {n: plain[n] for n in ROWS}, valid=None)
     a = layer(B=3, Q=4, K=2, T=40, S=140, D=64, R=5, dtype=torch.float16)
-    a["valid"] = torch.arange(40) >= torch.tensor([[38], [40], [3]])
-    args = {n: a[n] for n in INPUTS} | {"valid": a["valid"], "scale": 0.1, "decay": 0.9}
-    wide = {
-        n: x.float() if n in ("q", "k", "v", "slot_k", "slot_v") else x for n, x in args.items()
-    }
-    want = reference.chunk_attention(**wide)
+    valid = torch.arange(40) >= torch.tensor([[38], [40], [3]])
     size = ops.chunk_attention_workspace(a["q"], a["slot_k"], True)
     workspace = torch.zeros(size, dtype=torch.uint8)
-    for _ in range(2):
-        got = ops.chunk_attention(**args, workspace=workspace)
-        for x, y in zip(
-            got, (want.out, want.slot_score, want.chunk_score, want.share), strict=True
-        ):
-            check(x, y)
+    for state in ((), ("phi_q", "H", "z")):
+        args = {n: a[n] for n in (*ROWS, *state)}
+        check_attended(args, args, valid=valid, workspace=workspace)
 
 
 def prompt_scores() -> None:
