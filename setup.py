@@ -57,8 +57,12 @@ class CMakeBuild(build_ext):
             **self._cuda_options(),
         }
         configure = [cmake, "-S", HERE, "-B", tree, "-Wno-dev"]
+        # A compiler other than the cached one makes CMake forget all other options.
+        fresh = "CMAKE_CUDA_COMPILER" in options or not (tree / "CMakeCache.txt").exists()
+        if fresh:
+            configure.append("--fresh")
         ninja = native.find_ninja()
-        if ninja and not (tree / "CMakeCache.txt").exists():
+        if ninja and fresh:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += [f"-D{key}={value}" for key, value in options.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

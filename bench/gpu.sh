@@ -65,6 +65,7 @@ command -v "$python" >/dev/null || { echo "bench/gpu.sh: no $python was found" >
 cmake=$(tool 'import native; print(native.require_cmake())')
 torch=$(tool 'import native; print(native.require_torch())')
 setuptools=$(tool 'import setuptools; print(setuptools.__version__)')
+ninja=$(tool 'import native; print(native.find_ninja() or "")')
 nvcc=$(tool 'import cuda_toolkit; print(cuda_toolkit.require().nvcc)')
 mapfile -t toolkit < <("$python" tools/cuda_toolkit.py cmake 2>/dev/null)
 printf '%s\n' "python      $("$python" --version)" "setuptools  $setuptools" "cmake       $cmake" \
@@ -105,9 +106,10 @@ else
 fi
 
 # The shapes of gpu.cpp have these head dims.
-configure=("$cmake" -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DLESS_PYTHON=OFF
+configure=("$cmake" --fresh -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DLESS_PYTHON=OFF
   -DLESS_BENCH_CUDA=ON -DLESS_CUDA=on "-DLESS_CUDA_ARCHS=$LESS_CUDA_ARCHS"
   "-DLESS_CUDA_HEAD_DIMS=${LESS_CUDA_HEAD_DIMS:-64 128}" "${toolkit[@]}")
+if [ -n "$ninja" ]; then configure+=(-G Ninja "-DCMAKE_MAKE_PROGRAM=$ninja"); fi
 compile=("$cmake" --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target less_gpu)
 step "configure less_gpu" "${configure[@]}"
 step "build less_gpu" "${compile[@]}"

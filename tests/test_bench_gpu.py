@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,51 @@ def test_without_a_gpu_the_script_says_so_and_builds_nothing(tmp_path):
     assert done.returncode == 1
     assert "torch sees no GPU" in done.stdout or "nothing can be built" in done.stdout
     assert "== build the package" not in done.stdout
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
+    """On a machine that looks as if it had a GPU: tools say what they were asked, and answer."""
+    for folder in ("bench", "tools", "bin"):
+        (tmp_path / folder).mkdir()
+    for name in ("bench/gpu.sh", *(f"tools/{tool}.py" for tool in ("native", "cuda_toolkit"))):
+        shutil.copy(ROOT / name, tmp_path / name)
+    bin_, log = tmp_path / "bin", tmp_path / "log"
+    script(bin_ / "nvidia-smi", "echo 9.0")
+    nvcc = f'case $1 in -dryrun) echo "#\\$ TOP={tmp_path}" >&2 ;; *) echo "release 13.0" ;; esac'
+    script(bin_ / "nvcc", nvcc)
+    program = "build/gpu/bench/cuda"
+    script(
+        bin_ / "cmake",
+        '[ "$1" = --version ] && echo "cmake version 4.0" && exit; echo "cmake $*" >> log\n'
+        f"mkdir -p {program} && cp bin/less_gpu {program}/",
+    )
+    script(bin_ / "less_gpu", 'echo "less_gpu $*" >> log; echo "{}"')
+    script(bin_ / "compute-sanitizer", 'echo "sanitizer $*" >> log; [ "$2" != racecheck ]')
+    script(
+        bin_ / "python",
+        'case "$*" in *setup.py*|*pytest*|*bench.gpu*) echo "python $*" >> log ;; esac\n'
+        'case "$*" in\n*bench.gpu*report*|*setup.py*|*get_device_name*) ;;\n'
+        "*bench.gpu*|*pytest*tests/ops*) exit 1 ;;\n"
+        f'*) exec {sys.executable} "$@" ;;\nesac',
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LESS_CUDA")}
+    env |= {"PYTHON": str(bin_ / "python"), "PATH": f"{bin_}:{env['PATH']}"}
+    done = subprocess.run(
+        [tmp_path / "bench" / "gpu.sh"], env=env, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed = ["parity on cuda", "compute-sanitizer racecheck", "compare with full attention"]
+    assert done.stderr.split("failed:\n")[1].split("\n") == [*(f"  {x}" for x in failed), ""]
+    asked = log.read_text()
+    assert "-DLESS_CUDA_ARCHS=90a" in asked
+    for what in ("synccheck", "less_gpu --soak 100000", "bench.gpu report"):
+        assert what in asked
+    assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n{}\n"
 
 
 @pytest.mark.slow
