@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.proof import gates, ptxas, sass
+from bench.proof import gates, ptxas, report, sass
 from bench.proof.__main__ import distinct
 from bench.proof.launches import Launch, Occupancy
 from bench.proof.roofline import MACHINES, decode_bytes, in_flight
@@ -184,6 +184,22 @@ def test_bytes_in_flight_are_the_tiles_that_the_resident_blocks_ask_for() -> Non
     assert in_flight(step(grid=(7, 8, 8)), held, sms=132) == 4 * short
     long = 2 * 64 * 256  # two of the three tiles
     assert in_flight(step(C=1024, grid=(8, 8, 8)), held, sms=132) == 4 * long
+
+
+def test_the_report_is_whole_tables_with_every_figure() -> None:
+    (kernel,) = sass.parse(SASS)
+    units = [Unit(Path("fold.cu"), arch, [kernel], {KERNEL: CLEAN}) for arch in ("80", "90a")]
+    rows = [(step(B=B), 100, 128, Occupancy(blocks=5, warps=20, most_warps=64)) for B in (1, 8)]
+    text = report.write(units, ("80", "90a"), set(gates.EXCEPTIONS), rows)
+    for table in text.split("\n\n"):
+        lines = [line.replace("\\|", "") for line in table.split("\n") if line.startswith("| ")]
+        assert len({line.count("|") for line in lines}) <= 1, table
+    for one in gates.EXCEPTIONS:
+        assert one.reason in text
+    assert "| `fold_kernel` | 1 | 40 | 40 | 128 |" in text
+    assert "| 7x8x2 | 7 | 128 | 100 | 128 | 5 | 20/64 |" in text
+    total = decode_bytes(step(B=8)).total
+    assert f"| {total / 1e6:.3f} | {total / 3.0e12 * 1e6:.2f} |" in text
 
 
 def test_little_s_law() -> None:

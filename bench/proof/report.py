@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -49,10 +48,11 @@ bandwidth, assumed to be {bandwidths}: a floor, without the time of a launch.
 
 ## Bytes in flight
 
-A memory that takes {latency} ns to answer is kept busy (Little's law) by {needed} under way on each
-SM. What a step's blocks have asked for of the slots when they first wait, on an SM that has blocks;
-state, scores and maps' weights come besides. Where not all SMs have one, the step is too short for
-the memory's bandwidth, and its time is latency.
+A memory that takes {latency} ns to answer is kept busy (Little's law) by so much under way on each
+SM: {needed}.
+Below: what a step's blocks have asked for of the slots when they first wait, on an SM that has
+blocks; state, scores and maps' weights come besides. Where not all SMs have one, the step is too
+short for the memory's bandwidth, and its time is latency.
 
 {flight}
 """
@@ -61,7 +61,9 @@ the memory's bandwidth, and its time is latency.
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    for row in rows:
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -119,24 +121,22 @@ def _roofline(steps: Sequence[Launch]) -> str:
 def _flight(rows: Sequence[tuple[Launch, int, int, Occupancy]]) -> str:
     lines = []
     for launch, _, _, held in rows:
+        if launch.map != "exp":  # the slots are the same
+            continue
         sms = MACHINES[0].sms
         have = in_flight(launch, held, sms)
         shares = [f"{have / machine.needs_in_flight(LATENCY[1]):.1f}" for machine in MACHINES]
-        lines.append([launch.model, launch.C, f"{launch.map} {launch.E}", launch.B,
-                      min(launch.blocks, sms), f"{have / 1024:.1f}", *shares])  # fmt: skip
-    head = ["model", "C", "map", "B", "SMs with blocks", "KiB/SM"]
+        lines.append([launch.model, launch.C, launch.B, min(launch.blocks, sms),
+                      f"{have / 1024:.1f}", *shares])  # fmt: skip
+    head = ["model", "C", "B", "SMs with blocks", "KiB/SM"]
     return table([*head, *(f"of {m.name}'s need at {LATENCY[1] * 1e9:.0f} ns" for m in MACHINES)],
                  lines)  # fmt: skip
 
 
 def _exceptions(used: set[Narrow]) -> str:
-    rows = [[f"`{one.kernel}`", f"`{one.source}`", one.reason] for one in EXCEPTIONS if one in used]
-    text = table(["kernel", "line of source", "why"], rows)
-    return (
-        re.sub(r"(?<=`)([^`|]*)\|([^`]*)(?=`)", lambda m: m[0].replace("|", "\\|"), text)
-        if rows
-        else "none."
-    )
+    rows = [[f"`{one.kernel}`", f"`{one.source}`" if one.source else "any", one.reason]
+            for one in EXCEPTIONS if one in used]  # fmt: skip
+    return table(["kernel", "line of source", "why"], rows) if rows else "none."
 
 
 def write(
