@@ -24,7 +24,8 @@ import cuda_toolkit
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "proof"
 NO_KERNELS = ("build_facts.cu",)
-HOST_ONLY = (CUDA / "kernels.h",)  # declares launchers: no machine code depends on it
+# Launchers and what declares them: no machine code depends on these.
+HOST_ONLY = (CUDA / "kernels.h", CUDA / "decode_step.cu")
 ALL_HEAD_DIMS = [64, 80, 96, 128, 256]
 
 
@@ -68,6 +69,7 @@ def work(files: Sequence[Path], archs: Sequence[str]) -> list[tuple[Path, str, i
     dims = sorted(head_dims() or ALL_HEAD_DIMS, reverse=True)
     slow = [file for file in files if _includes(file, "cuda/head_dims.h")]
     quick = [file for file in files if file not in slow]
+    slow = [file for file in slow if file not in HOST_ONLY]
     wanted: list[tuple[Path, int | None]] = [
         (file, dim)
         for dim in dims
