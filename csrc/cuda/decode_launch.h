@@ -6,7 +6,7 @@
 
 namespace less::cuda {
 
-template <typename T, int kD, bool kMma>
+template <typename T, int kD, bool kMma, typename Then>
 cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& plan,
                                  cudaStream_t stream) {
   Launch how{};
@@ -15,15 +15,17 @@ cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& pl
   how.shared = size_t(plan.shared);
   how.stream = stream;
   how.cluster = plan.cluster ? plan.splits : 1;
-  return launch(decode_step_kernel<T, kD, kMma>, how, p, plan);
+  return launch(decode_step_kernel<T, kD, kMma, Then>, how, p, plan);
 }
 
 template <typename T>
 cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
   decode_dispatch<T>(p.D, plan.mma, [&](auto head_dim, auto mma) {
-    error =
-        launch_decode_kernel<T, decltype(head_dim)::value, decltype(mma)::value>(p, plan, stream);
+    constexpr int kD = decltype(head_dim)::value;
+    constexpr bool kMma = decltype(mma)::value;
+    error = p.H != nullptr ? launch_decode_kernel<T, kD, kMma, DecodeFold>(p, plan, stream)
+                           : launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
   });
   return error;
 }

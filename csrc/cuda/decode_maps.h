@@ -26,29 +26,33 @@ LESS_DEVICE int map_element_bytes(DType dtype) {
   return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
 }
 
-// acc[e] += x[i] w, w column e of chunk i.
+// acc[e] += x[d] w, w column e of row d, for rows d0, d0 + step, ...; those from D on are not
+// there.
 template <typename T, int kN>
-LESS_DEVICE void add_map_chunks(const uint4 (&chunk)[kN], const float (&x)[kN], float (&acc)[16]) {
+LESS_DEVICE void add_map_rows(const uint4 (&rows)[kN], const float* x, int d0, int step, int D,
+                              float (&acc)[16]) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
+    const int d = d0 + i * step;
+    const float at = d < D ? x[d] : 0.0f;
     float w[16 / sizeof(T)];
-    widen16<T>(chunk[i], w);
+    widen16<T>(rows[i], w);
 #pragma unroll
-    for (int e = 0; e < 16 / int(sizeof(T)); ++e) acc[e] = fmaf(x[i], w[e], acc[e]);
+    for (int e = 0; e < 16 / int(sizeof(T)); ++e) acc[e] = fmaf(at, w[e], acc[e]);
   }
 }
 
 template <int kN>
-LESS_DEVICE void add_map_chunks(DType dtype, const uint4 (&chunk)[kN], const float (&x)[kN],
-                                float (&acc)[16]) {
+LESS_DEVICE void add_map_rows(DType dtype, const uint4 (&rows)[kN], const float* x, int d0,
+                              int step, int D, float (&acc)[16]) {
   if (dtype == DType::fp16) {
-    add_map_chunks<__half>(chunk, x, acc);
+    add_map_rows<__half>(rows, x, d0, step, D, acc);
   } else if (dtype == DType::bf16) {
-    add_map_chunks<__nv_bfloat16>(chunk, x, acc);
+    add_map_rows<__nv_bfloat16>(rows, x, d0, step, D, acc);
   } else if (dtype == DType::i8) {
-    add_map_chunks<int8_t>(chunk, x, acc);
+    add_map_rows<int8_t>(rows, x, d0, step, D, acc);
   } else {
-    add_map_chunks<float>(chunk, x, acc);
+    add_map_rows<float>(rows, x, d0, step, D, acc);
   }
 }
 
@@ -132,29 +136,26 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
     float acc[16];
 #pragma unroll
     for (int e = 0; e < 16; ++e) acc[e] = 0.0f;
-    constexpr int kLoads = 8;
+    if (aligned) {
+      constexpr int kLoads = 8;  // under way
 #pragma unroll 1
-    for (int d0 = row0; aligned && d0 < D; d0 += kLoads * rows) {
-      uint4 w[kLoads];
+      for (int d0 = row0; d0 < D; d0 += kLoads * rows) {
+        uint4 w[kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int d = d0 + i * rows;
-        w[i] =
-            active && d < D ? load16_nc(column + int64_t(d) * E * bytes) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < kLoads; ++i) {
+          const int d = d0 + i * rows;
+          w[i] =
+              active && d < D ? load16_nc(column + int64_t(d) * E * bytes) : make_uint4(0, 0, 0, 0);
+        }
+        add_map_rows(m.w_dtype, w, at_g, d0, rows, D, acc);
       }
-      float at[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int d = d0 + i * rows;
-        at[i] = d < D ? at_g[d] : 0.0f;
-      }
-      add_map_chunks(m.w_dtype, w, at, acc);
-    }
+    } else if (active) {
 #pragma unroll 1
-    for (int d = row0; !aligned && active && d < D; d += rows) {
-      const uint4 w[1] = {load_bytes(column + int64_t(d) * E * bytes, (E - first_column) * bytes)};
-      const float at[1] = {at_g[d]};
-      add_map_chunks(m.w_dtype, w, at, acc);
+      for (int d = row0; d < D; d += rows) {
+        const uint4 w[1] = {
+            load_bytes(column + int64_t(d) * E * bytes, (E - first_column) * bytes)};
+        add_map_rows(m.w_dtype, w, at_g, d, rows, D, acc);
+      }
     }
     // -- the sum over rows, within warps and then over them
 #pragma unroll 1

@@ -11,9 +11,8 @@
 //         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
 //         look.
 // Order:  keys, then softmax of the range, then values; parts are merged in the order of the
-// splits,
-//         which follow from the capacity S alone; no atomics on floats: a row has the same bits in
-//         any batch, at any time.
+//         splits, which follow from the capacity S alone; no atomics on floats: a row has the same
+//         bits in any batch, at any time.
 #include "cuda/decode_step.h"
 #include "cuda/kernels.h"
 
