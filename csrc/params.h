@@ -199,7 +199,8 @@ struct DecodeStepParams {
   Victim victim;
   DType q_dtype;
   DType kv_dtype;
-  bool scores;  // false: scores stay as they are, the new token's is 0
+  bool scores;     // false: scores stay as they are, the new token's is 0
+  bool dependent;  // the launch may begin before the kernel before it is over, on sm_90 and later
   float scale;
   float softcap;  // 0: none; else logits become softcap * tanh(scale * q.k / softcap) + weight
   float decay;    // what a score keeps per token

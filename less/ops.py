@@ -445,6 +445,7 @@ def decode_step(
     scores: bool = True,
     rule: Rule,
     victim: str = "fold",
+    dependent: bool = False,
 ) -> None:
     """Do a layer's whole step for one token of every row, in place, in one fork-join or launch.
 
@@ -478,6 +479,8 @@ def decode_step(
         rule: Who stays.
         victim: What becomes of the token that leaves: ``"fold"`` or ``"forget"``. ``"none"``:
             nothing joins or leaves, which makes the step attention alone.
+        dependent: The launch may begin before the kernel before it is over, and then waits for it
+            on the device; before sm_90, and on a CPU, it changes nothing.
 
     Raises:
         RuntimeError: A shape, dtype or layout differs from the above; nothing is written.
@@ -527,6 +530,7 @@ def decode_step(
         rule.by_score,
         rule.per_age,
         _VICTIMS[victim],
+        dependent,
     )
 
 

@@ -12,7 +12,7 @@ namespace less::cuda {
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::run() {
-  grid_dependency_wait();
+  if (!LESS_BUG(dependency_wait)) grid_dependency_wait();  // before anything is read
   if (p.valid != nullptr && !p.valid[b]) return clear();
   seen = p.seen[b];
   const int tiles = (n + plan.tile - 1) / plan.tile;

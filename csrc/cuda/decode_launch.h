@@ -15,6 +15,7 @@ cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& pl
   how.shared = size_t(plan.shared);
   how.stream = stream;
   how.cluster = plan.cluster ? plan.splits : 1;
+  how.dependent = plan.dependent;
   return launch(decode_step_kernel<T, kD, kMma, Then>, how, p, plan);
 }
 

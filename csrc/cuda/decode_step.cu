@@ -93,6 +93,7 @@ cudaError_t plan_of(const DecodeStepParams& p, DecodePlan& plan) {
   const cudaError_t error = device_limits(limits);
   if (error != cudaSuccess) return error;
   plan = {};
+  plan.dependent = p.dependent && limits.clusters;
   constexpr bool eight = sizeof(T) == 1;
   plan.mma = p.Q / p.K > 2 &&
              (eight ? half_type(p.q_dtype) : half_type(p.q_dtype) && p.q_dtype == p.slots.dtype);

@@ -86,6 +86,7 @@ struct DecodePlan {
   int ring;        // tiles that a block holds
   bool cluster;    // the blocks of a head are a cluster
   bool mma;        // on tensor cores
+  bool dependent;  // the launch may begin before the kernel before it is over
   int64_t shared;  // bytes of shared memory of a block
   int part;        // floats of a block's part, see DecodePart
   int columns;     // of H, that a finishing block holds

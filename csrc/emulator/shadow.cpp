@@ -245,6 +245,12 @@ void track(uintptr_t address, unsigned n, Access kind, uint32_t site) {
           size_t(address - region->low), region->name.c_str());
   }
   const bool atomic = kind != Access::read && kind != Access::write;
+  // What the test's own memory holds may be of the kernel before.
+  if (launch_state.dependent && region->initialised && !thread.view.waited &&
+      first_time("dependent-launch", site, 0)) {
+    error("dependent-launch", "%s: %s of %s before grid_dependency_wait()", where(site).c_str(),
+          writes ? "write" : "read", region->name.c_str());
+  }
   if (options.race) {
     const Epoch now{thread.home->cluster->serial, thread.slot, thread.clock, site};
     const Use use{thread, *region, site, atomic, reads, writes, now};

@@ -31,7 +31,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
                  OptionalTensor k_bias, OptionalTensor k_mix, OptionalTensor k_scale,
                  OptionalTensor k_mix_scale, int64_t kind, double scale, double softcap,
                  double decay, bool scores, int64_t recent, int64_t sinks, bool by_score,
-                 bool per_age, int64_t victim) {
+                 bool per_age, int64_t victim, bool dependent) {
   check_dim(kOp, "q", q, 4, "[B, Q, 1, D]");
   check_dim(kOp, "k", k, 4, "[B, K, 1, D]");
   const int64_t B = q.size(0), Q = q.size(1), D = q.size(3), K = k.size(1);
@@ -88,6 +88,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
       .q_dtype = q_dtype,
       .kv_dtype = kv_dtype,
       .scores = scores,
+      .dependent = dependent,
       .scale = float(scale),
       .softcap = float(softcap),
       .decay = float(decay),
@@ -141,6 +142,7 @@ LESS_OP(decode_step,
         "Tensor? q_w2_scale, Tensor? q_bias, Tensor? k_w1, Tensor? k_w2, Tensor? k_w1_scale, "
         "Tensor? k_w2_scale, Tensor? k_bias, Tensor? k_mix, Tensor? k_scale, "
         "Tensor? k_mix_scale, int kind, float scale, float softcap, float decay, bool scores, "
-        "int recent, int sinks, bool by_score, bool per_age, int victim) -> ()")
+        "int recent, int sinks, bool by_score, bool per_age, int victim, "
+        "bool dependent) -> ()")
 
 LESS_OP(decode_step_workspace, "decode_step_workspace(Tensor slot_k, int Q, int R, int E) -> int")

@@ -444,6 +444,7 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
                               .q_dtype = DType::f32,
                               .kv_dtype = DType::f32,
                               .scores = true,
+                              .dependent = false,
                               .scale = after.scale,
                               .softcap = after.softcap,
                               .decay = after.decay,

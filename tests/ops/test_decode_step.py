@@ -277,7 +277,7 @@ def test_decode_step_passes_opcheck(int8):
             a.get("k_scale"), a.get("v_scale"), a["position"], a["score"], a["weight"], a["seen"],
             a["H"], a["z"], a["share"], None, w("q_w1"), w("q_w2"), None, None, w("q_bias"),
             w("k_w1"), w("k_w2"), None, None, w("k_bias"), None, None, None, 1, 0.2, 0.0, 0.9, True,
-            4, 0, True, False, 2,
+            4, 0, True, False, 2, False,
         ),
     )  # fmt: skip
 

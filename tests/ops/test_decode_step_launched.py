@@ -245,7 +245,16 @@ def test_what_an_empty_slot_holds_is_never_used(launched, dtype, G):
     assert torch.equal(a["position"], b["position"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        torch.int8,
+        *(pytest.param(dtype, marks=pytest.mark.proof)
+          for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_five_hundred_steps_lose_the_same_tokens_as_the_reference(launched, dtype):
     a = make(dtype, B=1, Q=2, K=1, D=64, S=20, R=4, E=16, empty=1.0, device=launched)
     a["seen"].zero_()
@@ -291,6 +300,19 @@ def test_a_row_has_the_same_bits_alone_and_in_a_ragged_batch_of_sixteen(launched
                 one[name] = tokens[name][b : b + 1].contiguous()
             assert torch.equal(run(one, RULES[0])["out"][0], whole[step][b])
         assert all(torch.equal(one[n][0], a[n][b]) for n in WRITTEN if n in a)
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_a_dependent_launch_changes_no_bit(launched, state):
+    a = make(Q=4, K=2, D=64, S=45, device=launched)
+    b = on(launched, a)
+    for step in range(3):
+        next_token(a, step)
+        next_token(b, step)
+        run(a, RULES[0], state)
+        run(b, RULES[0], state, dependent=True)
+        assert torch.equal(a["out"], b["out"])
+    assert all(torch.equal(a[n], b[n]) for n in WRITTEN if n in a)
 
 
 def test_one_workspace_serves_step_after_step(launched, monkeypatch):
