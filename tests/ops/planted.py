@@ -1,13 +1,17 @@
-"""Runs an op of the emulator's library that is given, on a small layer: ``library op``.
+"""Runs a scenario on the emulator's library that is given: ``library scenario``.
 
 A process of its own: one process can load one library of ops. Prints what the emulator found, or
-its profile as JSON.
+as JSON the last launch's profile and a digest of what the ops wrote.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from less.policies import Rule
 from tests.emulated import Emulator
 from tests.helpers import random_maps, random_qkv
 from tests.ops.common import SCALES, in_int8, layer
+from tests.ops.test_decode_step_launched import RULES, WRITTEN, make, next_token, run
 
 
 def feature_map() -> None:
@@ -87,22 +92,68 @@ def prompt_scores() -> None:
         check(ops.prompt_scores(q, k, valid, scale=0.1), want)
 
 
-SCENARIOS = {f.__name__: f for f in (feature_map, compact, chunk_attention, prompt_scores)}
+Written = list[torch.Tensor]
 
 
-def main(library: str, op: str) -> None:
+def decode(
+    G: int = 1, empty: float = 0.0, clusters: bool = True, state: bool = True, **options: object
+) -> Written:
+    """Two steps with one workspace, of heads whose last block has few slots.
+
+    Args:
+        G: Query heads of a kv head: from 3 on, tensor cores.
+        empty: Share of the slots that are empty, and hold NaN.
+        clusters: Whether the device has them; else blocks meet in the workspace.
+        state: Whether there is a low-rank state.
+        options: Of the op.
+    """
+    os.environ["LESS_EMULATOR_ARCHITECTURE"] = "90" if clusters else "80"
+    a = make(B=1, Q=2 * G, K=2, D=64, S=69, empty=empty)
+    a["slot_v"][a["position"] < 0] = torch.nan
+    size = ops.decode_step_workspace(a["slot_k"], 2 * G, a["maps"] if state else None)
+    workspace = torch.zeros(size, dtype=torch.uint8)
+    out = []
+    for step in range(2):
+        next_token(a, step)
+        out.append(run(a, RULES[0], state, workspace=workspace, **options)["out"])
+    return out + [a[n] for n in WRITTEN if n in a]
+
+
+SCENARIOS: dict[str, Callable[[], Written | None]] = {
+    "feature_map": feature_map,
+    "compact": compact,
+    "chunk_attention": chunk_attention,
+    "prompt_scores": prompt_scores,
+    "decode": decode,
+    "decode_mma": partial(decode, G=4),
+    "decode_empty": partial(decode, empty=0.3),
+    "decode_stateless": partial(decode, state=False),
+    "decode_workspace": partial(decode, clusters=False),
+    "decode_attention": partial(decode, victim="none"),
+    "decode_dependent": partial(decode, dependent=True),
+}
+
+
+def digest(written: Written) -> str:
+    data = hashlib.sha256()
+    for x in written:
+        data.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    return data.hexdigest()
+
+
+def main(library: str, scenario: str) -> None:
     """See the module."""
     emulator = Emulator(Path(library))
     emulator.set(profile=1)
     torch.ops.less = torch.ops.less_emulated
     try:
-        SCENARIOS[op]()
+        written = SCENARIOS[scenario]()
     except RuntimeError as error:
         print(error)
     except WrongError:
         print('{"kind":"wrong"}')
     else:
-        print(json.dumps(emulator.profile()))
+        print(json.dumps(emulator.profile() | {"digest": digest(written or [])}))
 
 
 if __name__ == "__main__":
