@@ -144,10 +144,9 @@ struct DecodeBlock {
   int64_t b, head, row;
   int64_t seen;  // tokens of the row before this one
   DecodeCandidate victim;
-  int asked = 0;      // the stage that is asked for next
-  int received = 0;   // the stage that is looked at next
-  int rank, ranks;    // of those who finish
-  int column, width;  // their columns of H and out: [column, column + width)
+  int asked = 0;     // the stage that is asked for next
+  int received = 0;  // the stage that is looked at next
+  int rank, ranks;   // of those who finish
 
   LESS_DEVICE DecodeBlock(const DecodeStepParams& params, const DecodePlan& decode_plan,
                           unsigned char* raw)
@@ -168,16 +167,16 @@ struct DecodeBlock {
     first = split * plan.per;
     n = min(plan.per, S - first);
     stride = plan.per + 8;
-    join(plan.cluster ? split : 0, plan.cluster ? plan.splits : 1);
+    rank = plan.cluster ? split : 0;
+    ranks = plan.cluster ? plan.splits : 1;
   }
 
-  LESS_DEVICE void join(int as, int of) {
-    rank = as;
-    ranks = of;
-    constexpr int kUnits = kD / 16;
-    column = kUnits * rank / ranks * 16;
-    width = kUnits * (rank + 1) / ranks * 16 - column;
+  // The columns of H and out that a block finishes, units of 16: from here to those of the next.
+  LESS_DEVICE int column_of(int finisher) const {
+    return (kD / 16 * finisher * plan.inverse >> 16) * 16;
   }
+  LESS_DEVICE int first_column() const { return column_of(rank); }
+  LESS_DEVICE int columns() const { return column_of(rank + 1) - column_of(rank); }
 
   LESS_DEVICE Narrow* narrow_q() const { return s.take<Narrow>(plan.layout.narrow_q); }
   LESS_DEVICE float* q_scale() const { return s.take<float>(plan.layout.q_scale); }

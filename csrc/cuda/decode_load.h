@@ -47,7 +47,8 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int tile) 
 // This block's columns of H.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
-  const float* const H = p.H + row * R * kD + column;
+  const int width = columns();
+  const float* const H = p.H + row * R * kD + first_column();
   const int chunks = width / 4;
 #pragma unroll 1
   for (int i = t; i < R * chunks; i += kDecodeThreads) {

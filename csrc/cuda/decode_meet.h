@@ -120,7 +120,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::write_out() {
-  const int fours = width / 4;
+  const int column = first_column(), width = columns(), fours = width / 4;
 #pragma unroll 1
   for (int i = t; i < G * fours; i += kDecodeThreads) {
     const int g = i / fours, c = i % fours * 4;

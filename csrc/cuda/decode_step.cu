@@ -80,6 +80,7 @@ void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
     plan.part = DecodePart(G, R, int(p.D)).floats;
     const int shares = plan.cluster ? plan.splits : 1;
     plan.columns = (int(p.D) / 16 + shares - 1) / shares * 16;
+    plan.inverse = (65536 + shares - 1) / shares;
     SharedCarver measure{nullptr};
     plan.layout = decode_layout<T, kD, kMma>(measure, p, plan);
     plan.shared = int64_t(measure.used);

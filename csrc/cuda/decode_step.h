@@ -90,6 +90,7 @@ struct DecodePlan {
   int64_t shared;  // bytes of shared memory of a block
   int part;        // floats of a block's part, see DecodePart
   int columns;     // of H, that a finishing block holds
+  int inverse;     // 2^16 / blocks that finish, rounded up: up to 128 / blocks by a product
   DecodeLayout layout;
   // In the workspace; zero between launches.
   int32_t* row_count;   // [B]     heads of a row that are done

@@ -92,6 +92,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::lowest(int begin, int count) cons
 // The victim's key, and its value in this block's columns, as numbers.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load_victim() {
+  const int column = first_column(), width = columns();
   const bool kept = victim.slot < S;
   const int64_t slot = row * S + victim.slot;
   float k_scale = 1.0f, v_scale = 1.0f;
@@ -142,7 +143,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     __syncthreads();
   }
   const float* const psi = mixed ? s.psi_share() : s.h();
-  const int fours = width / 4;
+  const int column = first_column(), width = columns(), fours = width / 4;
 #pragma unroll 1
   for (int i = t; i < R * fours; i += kDecodeThreads) {
     const int r = i / fours, c = i % fours * 4;
