@@ -6,7 +6,8 @@
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
-#                  ptx_80 or ptx_90a (csrc/emulator/README.md)
+#                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
+#                  csrc/emulator/README.md has more)
 #   make planted  bugs planted in the CUDA kernels: each must be found (ARGS="-k map_wait" for some)
 #   make lint     formatting, style, types, spelling; make format repairs what can be repaired
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
@@ -65,12 +66,12 @@ test-aarch64: $(VENV)/requirements.stamp
 	qemu-aarch64 build/aarch64/tests/cpp/kernels_test
 
 # The sanitizers of the tier asan must come before everything else in the process. They count the
-# interpreter's own memory as leaked.
+# interpreter's own memory as leaked. The emulator is one thread; so is the reference beside it.
 TIER ?= track
 TESTS ?= tests/ops tests/test_cache_cuda.py
 emulated: $(VENV)/package.stamp $(VENV)/dev.stamp
 	LD_PRELOAD="$$($(BIN)/python -c 'from tests import emulated; print(emulated.preload("$(TIER)"))')" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(TESTS) \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) \
 	  --emulated --emulator-tier=$(TIER) $(ARGS)
 
 planted: $(VENV)/package.stamp $(VENV)/dev.stamp

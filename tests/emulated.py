@@ -60,6 +60,8 @@ def _call(*command: object) -> None:
 
 def make(tier: str, target: str) -> Path:
     """Compile what changed of a target of CMake's that a tier needs; returns the build's folder."""
+    import fcntl  # not on every system that this module is imported on
+
     sys.path.insert(0, str(ROOT / "tools"))
     try:
         import native
@@ -81,9 +83,12 @@ def make(tier: str, target: str) -> Path:
     configure = [cmake, "-S", ROOT, "-B", tree, "-Wno-dev"]
     if ninja and not (tree / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    _call(*configure, *(f"-D{key}={value}" for key, value in options.items()))
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    _call(cmake, "--build", tree, "--parallel", jobs, "--target", target)
+    tree.mkdir(parents=True, exist_ok=True)
+    with (tree / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests of another tier may build here too
+        _call(*configure, *(f"-D{key}={value}" for key, value in options.items()))
+        _call(cmake, "--build", tree, "--parallel", jobs, "--target", target)
     return tree
 
 

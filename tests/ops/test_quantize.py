@@ -7,6 +7,7 @@ pytest.importorskip("less._C")
 from less import ops
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 16), (1, 2, 7, 13), (2, 1, 33, 100), (1, 8, 64, 128)]
+SHAPES += [(1, 2, 3, D) for D in (64, 80, 96, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
