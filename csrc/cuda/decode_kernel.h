@@ -71,11 +71,11 @@ LESS_DEVICE void DecodeBlock<Case>::clear() {
   }
 }
 
-// Blocks that an SM holds at least: three, but for rows of many elements on CUDA cores, whose
-// queries and sums want more registers.
+// Blocks that an SM holds at least: three where the registers of a third spill on no architecture.
 template <typename T, int kD, bool kMma>
 constexpr int decode_blocks() {
-  return !kMma && (sizeof(T) == 1 || kD > 128) ? 2 : 3;
+  const bool bytes = sizeof(T) == 1 && !kMma;  // queries and sums of 16 elements
+  return (kD == 64 || kD == 128) && !bytes ? 3 : 2;
 }
 
 template <typename T, int kD, bool kMma, typename Then>
