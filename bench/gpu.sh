@@ -129,6 +129,7 @@ else
 fi
 
 step "time the kernels" bash -c "set -o pipefail; $program | tee -a $rows"
+step "time dependent launches" bash -c "set -o pipefail; $program --dependent | tee -a $rows"
 step "100,000 replays of one graph" bash -c "set -o pipefail; $program --soak 100000 | tee -a $rows"
 
 step "compare with full attention" "$python" -m bench.gpu compare --json "$rows"

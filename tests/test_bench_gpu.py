@@ -155,9 +155,9 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     assert done.stderr.split("failed:\n")[1].split("\n") == [*(f"  {x}" for x in failed), ""]
     asked = log.read_text()
     assert "-DLESS_CUDA_ARCHS=90a" in asked
-    for what in ("synccheck", "less_gpu --soak 100000", "bench.gpu report"):
+    for what in ("synccheck", "less_gpu --dependent", "less_gpu --soak 100000", "bench.gpu report"):
         assert what in asked
-    assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n{}\n"
+    assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n{}\n{}\n"
 
 
 @pytest.mark.slow
@@ -176,6 +176,10 @@ def test_the_program_runs_its_small_layers_on_the_emulator(request):
     ops = {path.stem for path in (ROOT / "csrc" / "ops").glob("*.cpp")}
     assert {row["op"] for row in rows if row["part"] == "kernels"} == ops
     assert all(row["bytes"] > 0 for row in rows if row["part"] == "kernels")
+    done = subprocess.run(
+        [program, "--small", "--dependent"], env=env, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     done = subprocess.run(
         [program, "--soak", "2"], env=env, text=True, capture_output=True, check=False
     )  # its graphs count one step, whatever they are asked for

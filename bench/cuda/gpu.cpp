@@ -24,10 +24,11 @@ namespace less::bench {
 namespace {
 
 constexpr char kUsage[] =
-    "usage: less_gpu [--small] [--soak N]\n"
+    "usage: less_gpu [--small] [--dependent] [--soak N]\n"
     "  times every kernel of csrc/cuda, one JSON line each\n"
-    "  --small   one replay of tiny layers, for compute-sanitizer\n"
-    "  --soak N  N replays of one graph of decode steps instead\n";
+    "  --small      one replay of tiny layers, for compute-sanitizer\n"
+    "  --dependent  decode_step alone, whose launches may begin before the kernel before is over\n"
+    "  --soak N     N replays of one graph of decode steps instead\n";
 constexpr size_t kCopyBytes = size_t(1) << 30;
 constexpr int kCopies = 10;
 constexpr int kReplays = 30;
@@ -142,13 +143,15 @@ class Graph {
   std::unique_ptr<Buffer> workspace_;
 };
 
-Case decode_step(const Shape& s) {
-  return {"decode_step",
+Case decode_step(const Shape& s, bool dependent) {
+  return {dependent ? "decode_step, dependent" : "decode_step",
           s,
           step_bytes(s),
           0.0,
-          [](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
-            return cuda::decode_step(layer.decode_step(workspace), stream);
+          [dependent](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
+            DecodeStepParams p = layer.decode_step(workspace);
+            p.dependent = dependent;
+            return cuda::decode_step(p, stream);
           },
           [](const DeviceLayer& layer) {
             return cuda::decode_step_workspace(layer.decode_step(nullptr));
@@ -246,7 +249,7 @@ Case quantize(const Shape& s) {
           nullptr};
 }
 
-std::vector<Case> cases(bool small) {
+std::vector<Case> cases(bool small, bool dependent) {
   Shape llama2{.name = "llama-2-7b", .Q = 32, .K = 32, .D = 128, .S = 205};
   Shape llama3{.name = "llama-3-8b", .Q = 32, .K = 8, .D = 128, .S = 205};
   if (small) {
@@ -263,8 +266,9 @@ std::vector<Case> cases(bool small) {
       for (DType slots : {DType::fp16, DType::bf16, DType::i8, DType::fp8, DType::f32}) {
         Shape step = shape;
         step.slots = slots;
-        all.push_back(decode_step(step));
+        all.push_back(decode_step(step, dependent));
       }
+      if (dependent) continue;
       Shape chunk = shape;
       chunk.T = small ? 19 : B == 64 ? 128 : 1024;
       all.push_back(chunk_attention(chunk));
@@ -322,12 +326,12 @@ void require_seen(const DeviceLayer& layer, int64_t want) {
   }
 }
 
-void soak(int64_t replays, cudaStream_t stream) {
+void soak(int64_t replays, bool dependent, cudaStream_t stream) {
   Shape shape{.name = "llama-3-8b", .Q = 32, .K = 8, .D = 128, .S = 205};
   shape.B = 2;
   shape.maps = DType::fp16;
   constexpr int64_t kLayers = 2;
-  const Graph graph(decode_step(shape), kLayers, stream);
+  const Graph graph(decode_step(shape, dependent), kLayers, stream);
   Clock clock(stream);
   const double seconds = clock.seconds([&] {
     for (int64_t i = 0; i < replays; ++i) graph.replay();
@@ -338,11 +342,13 @@ void soak(int64_t replays, cudaStream_t stream) {
 }
 
 int run(int argc, char** argv) {
-  bool small = false;
+  bool small = false, dependent = false;
   int64_t replays = 0;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--small") == 0) {
       small = true;
+    } else if (std::strcmp(argv[i], "--dependent") == 0) {
+      dependent = true;
     } else if (std::strcmp(argv[i], "--soak") == 0 && i + 1 < argc) {
       replays = std::atoll(argv[++i]);
     } else if (std::strcmp(argv[i], "--help") == 0) {
@@ -366,9 +372,9 @@ int run(int argc, char** argv) {
       "\"copy\": %.4g}\n",
       properties.name, properties.major, properties.minor, l2, copy);
   if (replays > 0) {
-    soak(replays, stream);
+    soak(replays, dependent, stream);
   } else {
-    for (const Case& c : cases(small)) measure(c, small, copy, l2, stream);
+    for (const Case& c : cases(small, dependent)) measure(c, small, copy, l2, stream);
   }
   require(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return 0;
