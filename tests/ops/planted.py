@@ -131,7 +131,10 @@ SCENARIOS: dict[str, Callable[[], Written | None]] = {
     "decode_workspace": partial(decode, clusters=False),
     "decode_attention": partial(decode, victim="none"),
     "decode_dependent": partial(decode, dependent=True),
+    "decode_random": decode,
 }
+# How a scenario runs, one after the other; otherwise once, in the first schedule.
+SCHEDULES = {"decode_random": [{"schedule": "random", "seed": seed} for seed in range(1, 9)]}
 
 
 def digest(written: Written) -> str:
@@ -147,7 +150,9 @@ def main(library: str, scenario: str) -> None:
     emulator.set(profile=1)
     torch.ops.less = torch.ops.less_emulated
     try:
-        written = SCENARIOS[scenario]()
+        for schedule in SCHEDULES.get(scenario, [{}]):
+            emulator.set(**schedule)
+            written = SCENARIOS[scenario]()
     except RuntimeError as error:
         print(error)
     except WrongError:
