@@ -153,11 +153,11 @@ struct Running {
   }
 };
 
-// s becomes e^(l - top) of a tile, of keys that the rows see: those before seen[0], seen[1].
-// Returns what the sums so far shrink by.
+// s becomes e^(l - top) of a tile, of keys that the rows see: where key G is at most seen[0],
+// seen[1]. Returns what the sums so far shrink by.
 template <typename Scheme, int kKeys, int kColumns>
 LESS_DEVICE float2 weigh_keys(const Logit& logit, const float* weight, const float* k_scale,
-                              bool masked, const int (&seen)[2], float (&s)[kKeys / 8][4],
+                              bool masked, int G, const int (&seen)[2], float (&s)[kKeys / 8][4],
                               Running<kColumns>& so_far) {
   const int lane = int(threadIdx.x) % 32;
   const auto factor = [&](int n, int j) {
@@ -172,7 +172,7 @@ LESS_DEVICE float2 weigh_keys(const Logit& logit, const float* weight, const flo
     for (int j = 0; j < 4; ++j) {
       const int key = 8 * n + lane % 4 * 2 + j % 2;
       s[n][j] = fmaf(s[n][j], capped ? 1.0f : factor(n, j), weight[key]);
-      if (masked && key >= seen[j / 2]) s[n][j] = -kInfinity;
+      if (masked && key * G > seen[j / 2]) s[n][j] = -kInfinity;
       top[j / 2] = fmaxf(top[j / 2], s[n][j]);
     }
   }

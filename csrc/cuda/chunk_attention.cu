@@ -100,7 +100,6 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const int begin_tile = cut ? min(split * splits.per, slot_tiles) : 0;
   const int end_tile =
       cut && split < splits.count - 1 ? min(begin_tile + splits.per, slot_tiles) : tiles;
-  const int token[2] = {(first + row + lane / 4) / head.G, (first + row + lane / 4 + 8) / head.G};
 
   const auto query = [&](int r) -> int64_t {
     const int m = first + r;
@@ -145,10 +144,12 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     const int begin = (tile - slot_tiles) * kKeys;  // of the call's keys
     const bool masked =
         !LESS_BUG(attend_mask) && tile >= slot_tiles && (begin + kKeys - 1) * head.G > first + row;
-    const int seen[2] = {token[0] + 1 - begin, token[1] + 1 - begin};
+    // In queries, without a division: query m sees key j of the call where j G <= m.
+    const int seen[2] = {first + row + lane / 4 - begin * head.G,
+                         first + row + lane / 4 + 8 - begin * head.G};
     const int factors = (LESS_BUG(attend_factors) ? 0 : tile % 2) * kKeys;
     const float2 shrink = weigh_keys<Scheme, kKeys>(
-        logit, shared.weight + factors, shared.k_scale + factors, masked, seen, s, sums);
+        logit, shared.weight + factors, shared.k_scale + factors, masked, head.G, seen, s, sums);
     if (p.v != nullptr) {
       add_values<Scheme, kKeys, kD, Shape::kColumns>(s, shared.v_scale + factors, v,
                                                      Shape::column(), shrink, sums.out);
