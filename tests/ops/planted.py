@@ -84,12 +84,14 @@ def chunk_attention() -> None:
 
 
 def prompt_scores() -> None:
-    """Floats, then fp16, both of more keys than a block's and more queries than a tile's."""
+    """Floats, then fp16, of more keys than a block's, more queries than a tile's; then padded."""
     for dtype in (torch.float32, torch.float16):
         q, k, _ = random_qkv(2, 2, 1, 100, 64, dtype=dtype)
         valid = torch.arange(100) >= torch.tensor([[0], [7]])
-        want = reference.prompt_scores(q.float(), k.float(), valid, scale=0.1)
-        check(ops.prompt_scores(q, k, valid, scale=0.1), want)
+        for mask in (None, valid):
+            every = torch.ones_like(valid) if mask is None else mask
+            want = reference.prompt_scores(q.float(), k.float(), every, scale=0.1)
+            check(ops.prompt_scores(q, k, mask, scale=0.1), want)
 
 
 Written = list[torch.Tensor]
