@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from bench.proof.launches import Launch, Occupancy
 from bench.proof.roofline import MACHINES, decode_bytes, in_flight
 from bench.proof.toolchain import Unit
 
+ROOT = Path(__file__).resolve().parent.parent
 KERNEL = "_ZN4less4cuda11fold_kernelEv"
 CLEAN = ptxas.Resources(registers=40, shared=128)
 
@@ -200,6 +202,13 @@ def test_the_report_is_whole_tables_with_every_figure() -> None:
     assert "| 7x8x2 | 7 | 128 | 100 | 128 | 5 | 20/64 |" in text
     total = decode_bytes(step(B=8)).total
     assert f"| {total / 1e6:.3f} | {total / 3.0e12 * 1e6:.2f} |" in text
+
+
+def test_the_page_has_every_op_that_is_launched() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    header = (ROOT / "csrc" / "cuda" / "kernels.h").read_text()
+    for op in re.findall(r"^cudaError_t (\w+)\(", header, flags=re.M):
+        assert f"| {op} | Llama-2-7B | 1 |" in page, f"{op}: make proof has not been run"
 
 
 def test_little_s_law() -> None:

@@ -71,11 +71,6 @@ EXCEPTIONS: tuple[Narrow, ...] = (
         "the features: R of a token, R any number; lanes lie side by side",
     ),
     Narrow(
-        _FEATURE,
-        r"const uint2 bits = load8\(x\)",
-        "8-bit rows in pieces of 8 elements, which is what a lane puts into shared memory at once",
-    ),
-    Narrow(
         r"^decode_step_kernel",
         r"load8\(static_cast<const uint16_t\*>\(x\)|store8\(static_cast<uint16_t\*>\(x\)",
         "q, k, v and out of the one token: four 16-bit elements a lane, once a step",
