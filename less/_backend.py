@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -270,8 +270,16 @@ class Scratch:
         """Bytes held."""
         return 0 if self.held is None else self.held.nbytes
 
-    def of(self, wanted: int, slot_k: Tensor) -> Tensor | None:
-        """For a call over these slots; None: the op makes its own, or wants none."""
+    def of(self, ask: Callable[[], int], slot_k: Tensor) -> Tensor | None:
+        """For a call over these slots; None: the op makes its own, or wants none.
+
+        Args:
+            ask: Returns the bytes that the call wants.
+            slot_k: The slots.
+        """
+        if torch.compiler.is_compiling():  # what is held may grow, which a graph cannot express
+            return None
+        wanted = ask()
         if wanted > max(self.HELD, 2 * slot_k.nbytes):
             return None
         if wanted > self.nbytes:
@@ -331,7 +339,9 @@ class NativeBackend:
         scores: bool,
     ) -> Step:
         """Attend."""
-        wanted = ops.chunk_attention_workspace(q, layer.slot_k, valid is not None)
+        scratch = self._attend_scratch.of(
+            lambda: ops.chunk_attention_workspace(q, layer.slot_k, valid is not None), layer.slot_k
+        )
         return Step(
             *ops.chunk_attention(
                 q,
@@ -350,7 +360,7 @@ class NativeBackend:
                 phi_q=ops.phi(q, maps, kind) if maps is not None else None,
                 H=layer.H if maps is not None else None,
                 z=layer.z if maps is not None else None,
-                workspace=self._attend_scratch.of(wanted, layer.slot_k),
+                workspace=scratch,
                 scale=scale,
                 softcap=softcap,
                 decay=decay,
@@ -371,7 +381,9 @@ class NativeBackend:
         rank: Tensor | None,
     ) -> None:
         """Insert, evict, fold."""
-        wanted = ops.compact_workspace(new.k, layer.slot_k, maps)
+        scratch = self._compact_scratch.of(
+            lambda: ops.compact_workspace(new.k, layer.slot_k, maps), layer.slot_k
+        )
         ops.compact(
             new.k,
             new.v,
@@ -390,7 +402,7 @@ class NativeBackend:
             v_scale=layer.v_scale,
             H=layer.H,
             z=layer.z,
-            workspace=self._compact_scratch.of(wanted, layer.slot_k),
+            workspace=scratch,
             maps=maps,
             kind=kind or "exp",
             rule=rule,

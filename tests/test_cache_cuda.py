@@ -290,10 +290,10 @@ def test_emulated_chunks_find_the_scratch_of_those_before_in_the_cache(emulator)
 
 def test_scratch_is_held_up_to_what_a_layers_slots_have():
     scratch, slot_k = _backend.Scratch(), torch.zeros(1, 1, 40 << 20, dtype=torch.int8)
-    first = scratch.of(10, slot_k)
-    assert scratch.of(5, slot_k) is first
-    assert scratch.of(20, slot_k).nbytes == scratch.nbytes == 20
-    assert scratch.of((80 << 20) + 1, slot_k) is None
+    first = scratch.of(lambda: 10, slot_k)
+    assert scratch.of(lambda: 5, slot_k) is first
+    assert scratch.of(lambda: 20, slot_k).nbytes == scratch.nbytes == 20
+    assert scratch.of(lambda: (80 << 20) + 1, slot_k) is None
     assert scratch.nbytes == 20
 
 
