@@ -15,8 +15,7 @@ struct AttendShape {
   static constexpr int kColumns = kD / kSharers;  // of a warp
   static constexpr int kRows = kIsWide<Scheme> && kD > 128 ? 32 : 64;
   static constexpr int kKeys =
-      (kIsWide<Scheme> ? 32 : 64) /
-      (kD > 128 || (!kIsPlain<Scheme> && !kIsWide<Scheme> && kD > 96) ? 2 : 1);
+      (kIsWide<Scheme> ? 32 : 64) / (kD > 128 || (!kIsPlain<Scheme> && kD > 96) ? 2 : 1);
   static constexpr int kThreads = kRows * 2 * kSharers;
   static constexpr int kStages = kIsPlain<Scheme> ? 2 : 1;  // of keys and values
   // On a multiprocessor at least, which leaves a thread 255 registers; 0: fewer, as the compiler
