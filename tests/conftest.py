@@ -134,6 +134,16 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return loaded
 
 
+@pytest.fixture
+def counting(emulator: emulated.Emulator) -> Iterator[emulated.Emulator]:
+    """An emulator that counts; its profile is that of the last launch."""
+    if emulator.tier != "track":
+        pytest.skip(f"NOT COUNTED: --emulator-tier={emulator.tier}, wants track")
+    emulator.set(profile=1)
+    yield emulator
+    emulator.set(profile=0)
+
+
 def launched_on(where: str, request: pytest.FixtureRequest) -> torch.device:
     if where == "cuda":
         device: torch.device = request.getfixturevalue("cuda")

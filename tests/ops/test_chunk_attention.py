@@ -286,6 +286,14 @@ def on(device, args):
     return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in args.items()}
 
 
+def row_alone(a, b):
+    """Row b of a padded batch, without its padding."""
+    row = {n: x[b : b + 1] for n, x in a.items() if n != "maps"}
+    for n in ("q", "k", "v", "phi_q"):
+        row[n] = row[n][:, :, a["valid"][b]].contiguous()
+    return row | {"valid": None}
+
+
 def assert_attended(args, want, scales=None):
     """Runs the op; out is right to a rounding, scores and share to float32's."""
     out, slot_score, chunk_score, share = ops.chunk_attention(**args, **(scales or {}))
@@ -350,10 +358,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_padded_batch(launched, dtype, he
     out, slot_score, chunk_score, share = (x.cpu() for x in batch)
     for b in range(3):
         mine = a["valid"][b]
-        alone = {n: x[b : b + 1] for n, x in a.items() if n != "maps"}
-        for n in ("q", "k", "v", "phi_q"):
-            alone[n] = alone[n][:, :, mine].contiguous()
-        single = ops.chunk_attention(**on(launched, arguments(alone | {"valid": None})))
+        single = ops.chunk_attention(**on(launched, arguments(row_alone(a, b))))
         single = [x.cpu() for x in single]
         assert torch.equal(single[0][0], out[b][:, mine])
         assert torch.equal(single[1][0], slot_score[b])
@@ -444,10 +449,7 @@ def test_a_row_of_few_tokens_has_the_same_bits_in_a_batch_of_many(launched, dtyp
     batch = [x.cpu() for x in ops.chunk_attention(**on(launched, arguments(a)))]
     for b in range(3):
         mine = a["valid"][b]
-        alone = {n: x[b : b + 1] for n, x in a.items() if n != "maps"}
-        for n in ("q", "k", "v", "phi_q"):
-            alone[n] = alone[n][:, :, mine].contiguous()
-        single = ops.chunk_attention(**on(launched, arguments(alone | {"valid": None})))
+        single = ops.chunk_attention(**on(launched, arguments(row_alone(a, b))))
         for name, x, y in zip(("out", "slots", "call", "share"), single, batch, strict=True):
             assert torch.equal(x[0].cpu(), y[b] if name == "slots" else y[b][:, mine]), name
         assert (batch[0][b][:, ~mine] == 0).all()

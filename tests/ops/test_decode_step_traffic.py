@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ SHAPES = [
 ]
 # Lines that read shared memory in the loops over tiles.
 LOOPS = re.compile(r"Tile::place|narrow_q\(\) \+ \(g0|mass\[g \* stride \+ r\]|load8_shared\(mass")
-
-
-@pytest.fixture
-def counting(emulator: Emulator) -> Iterator[Emulator]:
-    if emulator.tier != "track":
-        pytest.skip(f"NOT COUNTED: --emulator-tier={emulator.tier}, wants track")
-    emulator.set(profile=1)
-    yield emulator
-    emulator.set(profile=0)
 
 
 def step(emulator: Emulator, shape: dict[str, int]) -> tuple[dict[str, Any], int]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from less.policies import Rule
-from tests.emulated import Emulator
 from tests.helpers import random_maps, random_qkv
 from tests.ops.common import SCALES, in_int8, layer
 
@@ -20,16 +19,6 @@ from less import ops
 
 B, Q, K, D, R, E = 1, 8, 2, 64, 8, 128
 WIDTH = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
-
-
-@pytest.fixture
-def counting(emulator: Emulator) -> Any:
-    """An emulator that counts; its profile is that of the last op."""
-    if emulator.tier != "track":
-        pytest.skip("the emulator counts in the tier track alone")
-    emulator.set(profile=1)
-    yield emulator
-    emulator.set(profile=0)
 
 
 def conflicts(profile: dict[str, Any]) -> set[str]:
