@@ -250,6 +250,7 @@ def graph_seconds(step: Callable[[int], Tensor], layers: int, device: torch.devi
 
 def compare(args: argparse.Namespace) -> Iterator[Record]:
     """Records of every shape, batch and contender, printed as they come."""
+    yield {"part": "machine", **machine()}
     device = torch.device("cpu" if args.dry_run else "cuda")
     dtype = torch.float32 if args.dry_run else torch.float16
     cache, memory = 0, 1 << 40
@@ -328,15 +329,21 @@ def compare_table(records: Iterable[Record]) -> str:
     return "\n".join(lines)
 
 
-def report(records: Sequence[Record], facts: Record) -> str:
-    """Both tables, with where they were measured, for docs/results.md."""
+def report(records: Sequence[Record], here: Record) -> str:
+    """Both tables, with where they were measured, for docs/results.md.
+
+    Args:
+        records: Of all parts.
+        here: Facts of this machine, for where the rows have none of theirs.
+    """
     device: Record = next((x for x in records if x["part"] == "device"), {})
+    facts: Record = next((x for x in records if x["part"] == "machine"), here)
     soaks = [x for x in records if x["part"] == "soak"]
     gpu = device.get("gpu", "no GPU")
     where = (
         f"{gpu}, compute capability {device.get('capability', '?')}, which copies "
         f"{device.get('copy', 0.0) / 1e9:.0f} GB/s (read and written); torch {facts['torch']}, "
-        f"less {facts['less']} ({facts['commit']}). Command: `bench/gpu.sh`."
+        f"less {facts['less']} ({facts['commit'] or 'no checkout'}). Command: `bench/gpu.sh`."
     )
     endurance = "".join(
         f" One graph of decode steps was replayed {x['replays']:,} times in {x['seconds']:.0f} s."

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: build, parity, compute-sanitizer, timings, the report in
+# Everything that wants a GPU: build, parity, compute-sanitizer, timings, the report in
 # docs/results.md. Needs a GPU, torch with CUDA, nvcc, a C++ compiler, CMake and setuptools; the tests
-# want pytest, the sanitizer compute-sanitizer. No network, and nothing is installed: the package is
-# built in place.
+# want pytest (and are faster and safer with its plugins xdist and timeout), the sanitizer
+# compute-sanitizer. No network, and nothing is installed: the package is built in place.
 #
 #   bench/gpu.sh             all of it; goes on after a step that fails, and names those at the end
+#   bench/gpu.sh PART...     in pieces: of build, test, sanitize, time, compare and report those that
+#                            are named. Each leaves its rows in out/gpu/, from which report is made
 #   bench/gpu.sh --dry-run   without a GPU: every step in words, checked as far as it can be here
 #   bench/gpu.sh --dry-run --build   and builds what it would, where nvcc is; that takes minutes
 #
+# Nothing that runs on the GPU may hang the rest: it is ended after a time.
 # PYTHON picks the interpreter; LESS_CUDA_ARCHS the architectures, else this machine's GPUs' own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,19 +18,34 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 build=build/gpu
 program=$build/bench/cuda/less_gpu
-rows=out/gpu.jsonl
+rows=out/gpu
 dry=0 building=0
 failed=()
+all=(build test sanitize time compare report)
+parts=()
+ops=(decode_step chunk_attention prompt_scores compact feature_map fold quantize)
 
-case "$*" in
-  "") ;;
-  --dry-run) dry=1 rows=out/gpu-dry.jsonl ;;
-  "--dry-run --build") dry=1 building=1 rows=out/gpu-dry.jsonl ;;
-  *)
-    echo "bench/gpu.sh: usage: bench/gpu.sh [--dry-run [--build]]" >&2
-    exit 2
-    ;;
-esac
+usage() {
+  echo "bench/gpu.sh: usage: bench/gpu.sh [--dry-run [--build]] [${all[*]}]" >&2
+  exit 2
+}
+
+for argument in "$@"; do
+  case " --dry-run --build ${all[*]} " in
+    *" $argument "*) ;;
+    *) usage ;;
+  esac
+  case $argument in
+    --dry-run) dry=1 rows=out/gpu-dry ;;
+    --build) building=1 ;;
+    *) parts+=("$argument") ;;
+  esac
+done
+if ((building && !dry)); then usage; fi
+if ((${#parts[@]} == 0)); then parts=("${all[@]}"); fi
+
+# wanted PART: whether this call does it.
+wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
 # step NAME COMMAND...: runs it, or in a dry run prints it.
 step() {
@@ -35,7 +53,23 @@ step() {
   shift
   printf '\n== %s\n   %s\n' "$name" "$*"
   if ((dry)); then return; fi
+  local begin=$SECONDS
   "$@" || failed+=("$name")
+  printf '   %s: %d s\n' "$name" $((SECONDS - begin))
+}
+
+# limited SECONDS NAME COMMAND...: a step that is ended after so many.
+limited() {
+  local limit=$1 name=$2
+  shift 2
+  step "$name" timeout --kill-after=10 "$limit" "$@"
+}
+
+# measure SECONDS NAME ROWS COMMAND...: whose output is rows, kept in a file of their own.
+measure() {
+  local limit=$1 name=$2 file=$rows/$3.jsonl
+  shift 3
+  limited "$limit" "$name" bash -c "set -o pipefail; $* | tee $file"
 }
 
 # check COMMAND...: in a dry run, what stands in for the step before it.
@@ -84,58 +118,93 @@ fi
 archs=${LESS_CUDA_ARCHS:-$("$python" tools/cuda_toolkit.py archs)}
 if ((dry)); then archs=${archs:-90a}; fi
 export LESS_CUDA=on LESS_CUDA_ARCHS=${archs:-all}
-mkdir -p out
-rm -f "$rows"
+echo "for         $LESS_CUDA_ARCHS"
+mkdir -p "$rows"
+if ((${#parts[@]} == ${#all[@]})); then rm -f "$rows"/*.jsonl; fi
 
-step "build the package" "$python" setup.py -q build_ext --inplace
-if ((${#failed[@]})); then
-  echo "bench/gpu.sh: nothing can be tested that was not built" >&2
-  finish
-fi
-if ((building)); then
-  check "$python" setup.py -q build_ext --inplace
-  check "$python" -c 'import torch; from less import _cuda; print(_cuda.build_facts())'
-fi
-
-tests=(-m pytest -q -k "cuda and not emulated" tests/ops tests/test_cache_cuda.py)
-if "$python" -c 'import pytest' 2>/dev/null; then
-  step "parity on cuda" env LESS_REQUIRE_CUDA=1 "$python" "${tests[@]}"
-  check "$python" "${tests[@]}" --collect-only -q -q
-else
-  skip "parity on cuda" "pytest"
-fi
-
-# The shapes of gpu.cpp have these head dims.
-configure=("$cmake" --fresh -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DLESS_PYTHON=OFF
-  -DLESS_BENCH_CUDA=ON -DLESS_CUDA=on "-DLESS_CUDA_ARCHS=$LESS_CUDA_ARCHS"
-  "-DLESS_CUDA_HEAD_DIMS=${LESS_CUDA_HEAD_DIMS:-64 128}" "${toolkit[@]}")
-if [ -n "$ninja" ]; then configure+=(-G Ninja "-DCMAKE_MAKE_PROGRAM=$ninja"); fi
-compile=("$cmake" --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target less_gpu)
-step "configure less_gpu" "${configure[@]}"
-step "build less_gpu" "${compile[@]}"
-if ((building)); then
-  check "${configure[@]}"
-  check "${compile[@]}"
-  check "$program" --help
+if wanted build; then
+  step "build the package" "$python" setup.py -q build_ext --inplace
+  if ((${#failed[@]})); then
+    echo "bench/gpu.sh: nothing can be tested that was not built" >&2
+    finish
+  fi
+  if ((building)); then
+    check "$python" setup.py -q build_ext --inplace
+    check "$python" -c 'import torch; from less import _cuda; print(_cuda.build_facts())'
+  fi
+  # The shapes of gpu.cpp have these head dims.
+  configure=("$cmake" --fresh -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DLESS_PYTHON=OFF
+    -DLESS_BENCH_CUDA=ON -DLESS_CUDA=on "-DLESS_CUDA_ARCHS=$LESS_CUDA_ARCHS"
+    "-DLESS_CUDA_HEAD_DIMS=${LESS_CUDA_HEAD_DIMS:-64 128}" "${toolkit[@]}")
+  if [ -n "$ninja" ]; then configure+=(-G Ninja "-DCMAKE_MAKE_PROGRAM=$ninja"); fi
+  compile=("$cmake" --build "$build" --parallel "${MAX_JOBS:-$(nproc)}" --target less_gpu)
+  step "configure less_gpu" "${configure[@]}"
+  step "build less_gpu" "${compile[@]}"
+  if ((building)); then
+    check "${configure[@]}"
+    check "${compile[@]}"
+    check "$program" --help
+  fi
 fi
 
-if ((dry)) || command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck synccheck; do
-    step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$program" --small
+if wanted test; then
+  tests=(-m pytest -q -k "cuda and not emulated" tests/ops tests/test_cache_cuda.py)
+  if "$python" -c 'import pytest' 2>/dev/null; then
+    # Of several processes, one that a kernel took down or hangs in is replaced, and the rest goes on.
+    plugins=()
+    if "$python" -c 'import xdist' 2>/dev/null; then plugins+=(-n 8); fi
+    if "$python" -c 'import pytest_timeout' 2>/dev/null; then
+      plugins+=(--timeout 60 --timeout-method thread)
+    fi
+    limited 300 "parity on cuda" env LESS_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 \
+      "$python" "${tests[@]}" "${plugins[@]}"
+    check "$python" "${tests[@]}" --collect-only -q -q
+  else
+    skip "parity on cuda" "pytest"
+  fi
+fi
+
+if wanted sanitize; then
+  # A toolkit has it beside nvcc, or in a folder of its own.
+  sanitizer=
+  for folder in "" "${nvcc%/nvcc}/" "${nvcc%/bin/nvcc}/compute-sanitizer/" /usr/local/cuda/bin/; do
+    sanitizer=$(command -v "${folder}compute-sanitizer" || true)
+    if [ -n "$sanitizer" ]; then break; fi
   done
-else
-  skip "compute-sanitizer" "compute-sanitizer on PATH"
+  if ((dry)) || [ -n "$sanitizer" ]; then
+    for tool in memcheck racecheck initcheck synccheck; do
+      limited 120 "compute-sanitizer $tool" "${sanitizer:-compute-sanitizer}" --tool "$tool" \
+        --error-exitcode 1 "$program" --small
+    done
+  else
+    skip "compute-sanitizer" "compute-sanitizer on PATH or in the toolkit"
+  fi
 fi
 
-step "time the kernels" bash -c "set -o pipefail; $program | tee -a $rows"
-step "time dependent launches" bash -c "set -o pipefail; $program --dependent | tee -a $rows"
-step "100,000 replays of one graph" bash -c "set -o pipefail; $program --soak 100000 | tee -a $rows"
+if wanted time; then
+  # A process each: an op that fails takes no other with it.
+  for op in "${ops[@]}"; do
+    measure 120 "time $op" "$op" "$program" --op "$op"
+  done
+  measure 60 "time dependent launches" dependent "$program" --dependent
+  measure 60 "100,000 replays of one graph" soak "$program" --soak 100000
+fi
 
-step "compare with full attention" "$python" -m bench.gpu compare --json "$rows"
-check "$python" -m bench.gpu compare --json "$rows" --dry-run
+if wanted compare; then
+  rm -f "$rows/compare.jsonl"
+  limited 300 "compare with full attention" "$python" -m bench.gpu compare \
+    --json "$rows/compare.jsonl"
+  check "$python" -m bench.gpu compare --json "$rows/compare.jsonl" --dry-run
+fi
 
-step "report" "$python" -m bench.gpu report --json "$rows" --update docs/results.md
-check "$python" -m bench.gpu report --json "$rows"
+if wanted report; then
+  # Of all rows that there are, of earlier calls too.
+  if cat "$rows"/*.jsonl >"$rows.jsonl" 2>/dev/null; then
+    step "report" "$python" -m bench.gpu report --json "$rows.jsonl" --update docs/results.md
+    check "$python" -m bench.gpu report --json "$rows.jsonl"
+  else
+    skip "report" "rows in $rows"
+  fi
+fi
 
 finish

@@ -18,6 +18,7 @@ from tests import emulated
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
+    {"part": "machine", "torch": "9.9.9+cu999", "less": "0.1.0", "commit": None},
     {"part": "device", "gpu": "Some GPU", "capability": "9.0", "l2": 1, "copy": 2.5e12},
     {
         "part": "kernels", "op": "decode_step", "shape": "llama-3-8b", "B": 8, "C": 205, "T": 1,
@@ -52,6 +53,7 @@ def test_rows_become_the_tables_of_the_results(tmp_path, capsys):
     assert text.endswith("after\n")
     assert "old" not in text
     assert "Some GPU, compute capability 9.0, which copies 2500 GB/s" in text
+    assert "torch 9.9.9+cu999, less 0.1.0 (no checkout)" in text  # where it was measured, not here
     assert "| decode_step | llama-3-8b | 8 | 205 | 1 | float16 | 1 | 4.0 | 4.2 | 8.00 | 2000 | 80% |  |" in text  # fmt: skip  # noqa: E501
     assert "| 8.00 | 2000 | 80% | 100 |" in text
     assert "| llama-3-8b | 205 | 8 | 5.0 | 50.0 (10x) |" in text
@@ -62,15 +64,16 @@ def test_rows_become_the_tables_of_the_results(tmp_path, capsys):
 def test_every_contender_runs_and_agrees_with_the_reference(tmp_path):
     rows = tmp_path / "gpu.jsonl"
     assert gpu.main(["compare", "--json", str(rows), "--dry-run"]) == 0
-    names = [json.loads(line)["contender"] for line in rows.read_text().splitlines()]
-    assert names[:3] == ["less", "less, eviction alone", "sdpa 32"]
+    first, *others = map(json.loads, rows.read_text().splitlines())
+    assert first["torch"] == torch.__version__
+    assert [x["contender"] for x in others][:3] == ["less", "less, eviction alone", "sdpa 32"]
 
 
 def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "difference", lambda got, want: float("nan"))
     rows = tmp_path / "gpu.jsonl"
     assert gpu.main(["compare", "--json", str(rows), "--dry-run"]) == 1
-    assert rows.read_text() == ""
+    assert [json.loads(line)["part"] for line in rows.read_text().splitlines()] == ["machine"]
     assert capsys.readouterr().out.count("WRONG, not timed") == 3
 
 
@@ -82,7 +85,7 @@ def test_a_contender_that_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypa
     monkeypatch.setattr(gpu, "others", lambda shape: iter(others))
     rows = tmp_path / "gpu.jsonl"
     assert gpu.main(["compare", "--json", str(rows), "--dry-run"]) == 1
-    names = [json.loads(line)["contender"] for line in rows.read_text().splitlines()]
+    names = [json.loads(line).get("contender") for line in rows.read_text().splitlines()]
     assert "sdpa 32" in names
     printed = capsys.readouterr()
     assert "FAILED, not timed: no such kernel" in printed.out
@@ -157,7 +160,31 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     assert "-DLESS_CUDA_ARCHS=90a" in asked
     for what in ("synccheck", "less_gpu --dependent", "less_gpu --soak 100000", "bench.gpu report"):
         assert what in asked
-    assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n{}\n{}\n"
+    ops = {path.stem for path in (ROOT / "csrc" / "ops").glob("*.cpp")}
+    assert {line.split()[-1] for line in asked.splitlines() if "less_gpu --op" in line} == ops
+    assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n" * (len(ops) + 2)
+
+    log.write_text("")
+    done = subprocess.run(
+        [tmp_path / "bench" / "gpu.sh", "sanitize", "report"], env=env, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.split("failed:\n")[1] == "  compute-sanitizer racecheck\n"
+    asked = log.read_text()
+    assert asked.count("sanitizer --tool") == 4
+    assert "bench.gpu report" in asked
+    assert "setup.py" not in asked
+    assert "less_gpu --op" not in asked
+    assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n" * (len(ops) + 2)
+
+
+def test_the_script_knows_its_parts():
+    for words in (["tests"], ["--build"], ["--dry", "build"]):
+        done = subprocess.run(
+            [ROOT / "bench" / "gpu.sh", *words], text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 2
+        assert "[build test sanitize time compare report]" in done.stderr
 
 
 @pytest.mark.slow
@@ -180,6 +207,12 @@ def test_the_program_runs_its_small_layers_on_the_emulator(request):
         [program, "--small", "--dependent"], env=env, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [program, "--small", "--op", "fold"], env=env, text=True, capture_output=True, check=False
+    )
+    assert {json.loads(line).get("op") for line in done.stdout.splitlines()} == {None, "fold"}
+    done = subprocess.run([program, "--op", "none"], env=env, capture_output=True, check=False)
+    assert done.returncode == 2
     done = subprocess.run(
         [program, "--soak", "2"], env=env, text=True, capture_output=True, check=False
     )  # its graphs count one step, whatever they are asked for

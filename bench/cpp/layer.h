@@ -24,6 +24,8 @@ struct Shape {
   DType slots = DType::fp16;
   DType maps = DType::f32;
   DType model = DType::fp16;  // of q, k, v and out
+
+  bool operator==(const Shape&) const = default;
 };
 
 const char* name(DType dtype);

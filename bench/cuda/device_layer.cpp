@@ -23,11 +23,17 @@ T* allocate(int64_t count) {
 
 }  // namespace
 
-DeviceLayer::DeviceLayer(const Layer& host) : host_(host) {
+DeviceLayer::DeviceLayer(const Layer& host) : DeviceLayer(host, nullptr) {}
+
+DeviceLayer::DeviceLayer(const Layer& host, const DeviceLayer& twin) : DeviceLayer(host, &twin) {}
+
+DeviceLayer::DeviceLayer(const Layer& host, const DeviceLayer* twin) : host_(host) {
   const Shape& s = host_.shape();
   for (const Layer::Array& array : host_.arrays()) {
     void* const copy = allocate<std::byte>(int64_t(array.bytes));
-    require(cudaMemcpy(copy, array.data, array.bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    const void* const from = twin == nullptr ? array.data : twin->device_.at(array.data);
+    const auto kind = twin == nullptr ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToDevice;
+    require(cudaMemcpy(copy, from, array.bytes, kind), "cudaMemcpy");
     device_[array.data] = copy;
   }
   const int64_t rows = s.B * s.K * s.T;

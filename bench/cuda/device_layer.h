@@ -18,6 +18,8 @@ void require(cudaError_t error, const char* what);
 class DeviceLayer {
  public:
   explicit DeviceLayer(const Layer& host);  // which must outlive it
+  // The same once more, copied on the device: of a twin that no kernel has written yet.
+  DeviceLayer(const Layer& host, const DeviceLayer& twin);
   ~DeviceLayer();
   DeviceLayer(const DeviceLayer&) = delete;
   DeviceLayer& operator=(const DeviceLayer&) = delete;
@@ -31,6 +33,7 @@ class DeviceLayer {
   QuantizeParams quantize(DType dtype) const;               // of the call's keys
 
  private:
+  DeviceLayer(const Layer& host, const DeviceLayer* twin);
   template <typename T>
   void move(T*& pointer) const;
   void move(Slots& slots) const;

@@ -57,7 +57,7 @@ cudaError_t cudaFree(void* p) {
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   std::memcpy(to, from, bytes);
-  return kind == cudaMemcpyHostToDevice ? written(to) : cudaSuccess;
+  return kind == cudaMemcpyDeviceToHost ? cudaSuccess : written(to);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,

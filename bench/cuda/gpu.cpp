@@ -24,9 +24,10 @@ namespace less::bench {
 namespace {
 
 constexpr char kUsage[] =
-    "usage: less_gpu [--small] [--dependent] [--soak N]\n"
+    "usage: less_gpu [--small] [--op NAME] [--dependent] [--soak N]\n"
     "  times every kernel of csrc/cuda, one JSON line each\n"
     "  --small      one replay of tiny layers, for compute-sanitizer\n"
+    "  --op NAME    that op's kernels alone\n"
     "  --dependent  decode_step alone, whose launches may begin before the kernel before is over\n"
     "  --soak N     N replays of one graph of decode steps instead\n";
 constexpr size_t kCopyBytes = size_t(1) << 30;
@@ -108,12 +109,19 @@ struct Case {
 // Layers, and the graph that launches a case on each in turn.
 class Graph {
  public:
-  Graph(const Case& c, int64_t layers, cudaStream_t stream) : host_(c.shape, 0), stream_(stream) {
-    for (int64_t i = 0; i < layers; ++i) {
-      layers_.push_back(std::make_unique<DeviceLayer>(host_));
+  // The host's layer must outlive it.
+  Graph(const Case& c, const Layer& host, int64_t layers, cudaStream_t stream) : stream_(stream) {
+    layers_.push_back(std::make_unique<DeviceLayer>(host));
+    for (int64_t i = 1; i < layers; ++i) {
+      layers_.push_back(std::make_unique<DeviceLayer>(host, *layers_[0]));
     }
     workspace_ = std::make_unique<Buffer>(size_t(c.workspace ? c.workspace(*layers_[0]) : 0));
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    {  // Once outside: a kernel is loaded at its first launch, and its failure is then its own.
+      const DeviceLayer first(host, *layers_[0]);
+      require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+      require(c.launch(first, workspace_->data(), stream), c.op);
+      require(cudaDeviceSynchronize(), c.op);
+    }
     cudaGraph_t graph = nullptr;
     require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
     for (const auto& layer : layers_) {
@@ -135,7 +143,6 @@ class Graph {
   const DeviceLayer& layer(int64_t i) const { return *layers_[size_t(i)]; }
 
  private:
-  Layer host_;
   cudaStream_t stream_;
   cudaGraphExec_t graph_ = nullptr;
   double launches_ = 0.0;
@@ -295,10 +302,11 @@ void print_row(const Case& c, const Graph& graph, int64_t layers, double best, d
   std::fflush(stdout);
 }
 
-void measure(const Case& c, bool small, double copy, int64_t l2, cudaStream_t stream) {
+void measure(const Case& c, const Layer& host, bool small, double copy, int64_t l2,
+             cudaStream_t stream) {
   const int64_t enough = (kBeyondCaches * l2 + c.bytes - 1) / c.bytes;
   const int64_t layers = small ? 2 : std::max(kLeastLayers, enough);
-  const Graph graph(c, layers, stream);
+  const Graph graph(c, host, layers, stream);
   const Buffer cleaner(size_t(2 * l2)), sink(16);
   Clock clock(stream);
   std::vector<double> times;
@@ -331,7 +339,8 @@ void soak(int64_t replays, bool dependent, cudaStream_t stream) {
   shape.B = 2;
   shape.maps = DType::fp16;
   constexpr int64_t kLayers = 2;
-  const Graph graph(decode_step(shape, dependent), kLayers, stream);
+  const Layer host(shape, 0);
+  const Graph graph(decode_step(shape, dependent), host, kLayers, stream);
   Clock clock(stream);
   const double seconds = clock.seconds([&] {
     for (int64_t i = 0; i < replays; ++i) graph.replay();
@@ -344,9 +353,12 @@ void soak(int64_t replays, bool dependent, cudaStream_t stream) {
 int run(int argc, char** argv) {
   bool small = false, dependent = false;
   int64_t replays = 0;
+  std::string op;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--small") == 0) {
       small = true;
+    } else if (std::strcmp(argv[i], "--op") == 0 && i + 1 < argc) {
+      op = argv[++i];
     } else if (std::strcmp(argv[i], "--dependent") == 0) {
       dependent = true;
     } else if (std::strcmp(argv[i], "--soak") == 0 && i + 1 < argc) {
@@ -358,6 +370,12 @@ int run(int argc, char** argv) {
       std::fputs(kUsage, stderr);
       return 2;
     }
+  }
+  std::vector<Case> all = cases(small, dependent);
+  if (!op.empty()) std::erase_if(all, [&](const Case& c) { return op != c.op; });
+  if (all.empty()) {
+    std::fprintf(stderr, "less_gpu: --op: there is no op %s\n", op.c_str());
+    return 2;
   }
   int device = 0, l2 = 0;
   cudaDeviceProp properties;
@@ -371,10 +389,15 @@ int run(int argc, char** argv) {
       "{\"part\": \"device\", \"gpu\": \"%s\", \"capability\": \"%d.%d\", \"l2\": %d, "
       "\"copy\": %.4g}\n",
       properties.name, properties.major, properties.minor, l2, copy);
+  std::fflush(stdout);
   if (replays > 0) {
     soak(replays, dependent, stream);
   } else {
-    for (const Case& c : cases(small, dependent)) measure(c, small, copy, l2, stream);
+    std::unique_ptr<Layer> host;  // shared by the cases of a shape: its numbers take seconds
+    for (const Case& c : all) {
+      if (host == nullptr || host->shape() != c.shape) host = std::make_unique<Layer>(c.shape, 0);
+      measure(c, *host, small, copy, l2, stream);
+    }
   }
   require(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return 0;
