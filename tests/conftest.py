@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -104,11 +105,28 @@ def with_threads() -> Iterator[object]:
     torch.set_num_threads(before)
 
 
+def end_if_lost(test: str) -> None:
+    """Ends the process if its GPU answers no more, as after an illegal address.
+
+    All that came after would fail too. Of pytest-xdist's processes another takes its place.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{test} left a GPU that answers no more: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(message, returncode=1)
+        print(message, file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+
 @pytest.fixture
-def cuda() -> torch.device:
+def cuda(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A CUDA device. Skips where there is none, fails where LESS_REQUIRE_CUDA=1 promised one."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        yield torch.device("cuda")
+        end_if_lost(request.node.nodeid)
+        return
     if os.environ.get("LESS_REQUIRE_CUDA") == "1":
         pytest.fail("LESS_REQUIRE_CUDA=1, but torch.cuda.is_available() is false")
     pytest.skip("NO GPU: this test of CUDA kernels did not run")

@@ -15,6 +15,7 @@ import torch
 
 from bench import gpu
 from tests import emulated
+from tests.conftest import end_if_lost
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -176,6 +177,18 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     assert "setup.py" not in asked
     assert "less_gpu --op" not in asked
     assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n" * (len(ops) + 2)
+
+
+def test_a_gpu_that_answers_no_more_ends_the_tests(monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    end_if_lost("test_x")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(pytest.exit.Exception, match="test_x left a GPU .* illegal memory access"):
+        end_if_lost("test_x")
 
 
 def test_the_script_knows_its_parts():

@@ -4,8 +4,11 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from less import H2O, LessKVCache, Sidekick, SinkRecent, _backend, reference
+from less import H2O, Full, LessKVCache, Sidekick, SinkRecent, _backend, reference
 from tests.helpers import assert_close, random_maps, random_qkv
 
 pytest.importorskip("less._C")
@@ -80,6 +83,61 @@ def test_what_keeps_a_cache_off_the_gpu_is_named(monkeypatch):
     monkeypatch.setattr(ops._C, "build_facts", lambda: {"cuda_archs": ["80"]})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "architectures 80, and this GPU is 75" in refusal()
+
+
+# -- what a GPU is asked, without one --------------------------------------------------------------
+
+
+class Asked(TorchDispatchMode):
+    """Notes every op, and the kinds of device that its tensors lie on."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        self.ops.append((str(func), {x.device.type for x in tensors if x.dim()}))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("kind", ["exp", "paper", ""])
+@pytest.mark.parametrize("policy", [H2O(4, 4), SinkRecent(recent=4, sinks=2), Full(60)], ids=repr)
+def test_calls_on_a_gpu_meet_no_tensor_of_the_cpu_and_wait_for_nothing(
+    monkeypatch, policy, kind, dtype
+):
+    """On tensors without values: to ask one for its value, which would wait, is an error."""
+    monkeypatch.setattr(ops, "missing", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("decode_step", "chunk_attention", "compact"):
+        monkeypatch.setattr(ops, f"{name}_workspace", lambda *args: 64)
+    maps = random_maps(Q, K, D, E, R, kind)
+    sidekick = Sidekick([maps], kind=kind) if kind else None
+    at = "cuda:0"  # by number: torch without CUDA cannot tell which is the current one
+    with FakeTensorMode(allow_non_fake_inputs=True), Asked() as asked:
+        cache = LessKVCache(
+            layers=1, q_heads=Q, kv_heads=K, head_dim=D, batch=B, policy=policy, sidekick=sidekick,
+            dtype=dtype, device=at,
+        )  # fmt: skip
+        for T in (13, 1, 5, 1):
+            for valid in (None, torch.ones(B, T, dtype=torch.bool, device=at)):
+                q, k, v = (
+                    torch.zeros(B, heads, T, D, dtype=torch.float16, device=at)
+                    for heads in (Q, K, K)
+                )
+                out = torch.empty_like(q) if T == 1 else None
+                asked.ops.clear()
+                assert cache.attend(0, q, k, v, valid, out).device == torch.device(at)
+                assert asked.ops
+                assert all(kinds <= {"cuda"} for _, kinds in asked.ops), asked.ops
+                if T == 1:  # nothing beside the launch, and nothing new
+                    assert [name for name, _ in asked.ops] == ["less.decode_step.default"]
+        asked.ops.clear()
+        cache.reset()
+        cache.state_dict()
+        assert all(kinds <= {"cuda"} for _, kinds in asked.ops), asked.ops
 
 
 # -- steps without Python --------------------------------------------------------------------------

@@ -33,6 +33,9 @@ def meeting(request, monkeypatch):
     if request.param == "cluster" and request.config.getoption("--emulator-tier") == "ptx_80":
         pytest.skip("sm_80 has no clusters")
     if request.param == "workspace":
+        on_gpu = request.node.callspec.params["launched"] == "cuda" and torch.cuda.is_available()
+        if on_gpu and torch.cuda.get_device_capability() >= (9, 0):
+            pytest.skip("this GPU has clusters: its blocks meet there")
         monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
     return request.param
 
@@ -332,6 +335,13 @@ def test_one_workspace_serves_step_after_step(launched, monkeypatch):
 
 def test_more_slots_than_a_cluster_holds_meet_in_the_workspace(launched):
     check_steps(make(B=1, Q=1, K=1, D=64, S=8300, device=launched), RULES[0], steps=1)
+
+
+@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("dtype", [*FLOATS, *EIGHT], ids=str)
+def test_blocks_on_cuda_meet_in_the_workspace_where_slots_are_many(cuda, dtype, G):
+    """Where a GPU has clusters, nothing else has its blocks meet there."""
+    check_steps(make(dtype, B=2, Q=2 * G, K=2, D=64, S=8300, device=cuda), RULES[0])
 
 
 def test_a_head_dim_that_has_no_kernel_is_refused_by_name(launched):
