@@ -303,6 +303,30 @@ def test_prompts_chunks_and_padded_rows_are_the_references(launched, dtype):
     assert abs(share[0] - share[1]) < 1e-3
 
 
+def test_a_model_generates_what_it_does_with_the_reference(launched):
+    pytest.importorskip("transformers")
+    from less.hf import attach, cache_for
+    from tests.tiny_model import tiny_model
+
+    model = tiny_model(head_dim=64).to(launched)
+    sidekick = Sidekick.random(2, 4, 2, 64, R, E, "exp", torch.Generator().manual_seed(0))
+    ids = torch.randint(250, (2, 24), generator=torch.Generator().manual_seed(1)).to(launched)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    texts = []
+    for backend in ("native", "reference"):
+        cache = cache_for(model, H2O(heavy=8, recent=8), sidekick, batch=2, backend=backend)
+        with attach(model, cache):
+            texts.append(
+                model.generate(
+                    ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12,
+                    min_new_tokens=12, do_sample=False,
+                )
+            )  # fmt: skip
+    assert torch.equal(*texts)
+    assert texts[0].shape == (2, 36)
+
+
 def test_emulated_blocks_that_meet_in_memory_find_their_scratch_in_the_cache(emulator, monkeypatch):
     monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")  # no clusters
     sizes = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 1, "layers": 2}

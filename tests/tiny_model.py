@@ -8,7 +8,7 @@ TEXT = (
 )
 
 
-def tiny_model(seed=0):
+def tiny_model(seed=0, head_dim=16):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -19,7 +19,7 @@ def tiny_model(seed=0):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.3,
         bos_token_id=None,
