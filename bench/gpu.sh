@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU: build, parity, compute-sanitizer, timings, the report in
-# docs/results.md. Needs a GPU, torch with CUDA, nvcc, a C++ compiler, CMake and setuptools; the tests
-# want pytest (and are faster and safer with its plugins xdist and timeout), the sanitizer
-# compute-sanitizer. No network, and nothing is installed: the package is built in place.
+# Everything that wants a GPU: build, parity, timings, the report in docs/results.md, and
+# compute-sanitizer, which is last because nobody knows how long it takes. Needs a GPU, torch with
+# CUDA, nvcc, a C++ compiler, CMake and setuptools; the tests want pytest (and its plugins xdist and
+# timeout, by which they survive a kernel that does not), the sanitizer compute-sanitizer. No
+# network, and nothing is installed: the package is built in place.
 #
 #   bench/gpu.sh             all of it; goes on after a step that fails, and names those at the end
-#   bench/gpu.sh PART...     in pieces: of build, test, sanitize, time, compare and report those that
+#   bench/gpu.sh PART...     in pieces: of build, test, time, compare, report and sanitize those that
 #                            are named. Each leaves its rows in out/gpu/, from which report is made
 #   bench/gpu.sh --dry-run   without a GPU: every step in words, checked as far as it can be here
 #   bench/gpu.sh --dry-run --build   and builds what it would, where nvcc is; that takes minutes
@@ -21,7 +22,7 @@ program=$build/bench/cuda/less_gpu
 rows=out/gpu
 dry=0 building=0
 failed=()
-all=(build test sanitize time compare report)
+all=(build test time compare report sanitize)
 parts=()
 ops=(decode_step chunk_attention prompt_scores compact feature_map fold quantize)
 
@@ -152,7 +153,7 @@ if wanted test; then
   if "$python" -c 'import pytest' 2>/dev/null; then
     # Of several processes, one that a kernel took down or hangs in is replaced, and the rest goes on.
     plugins=()
-    if "$python" -c 'import xdist' 2>/dev/null; then plugins+=(-n 8); fi
+    if "$python" -c 'import xdist' 2>/dev/null; then plugins+=(-n 4); fi
     if "$python" -c 'import pytest_timeout' 2>/dev/null; then
       plugins+=(--timeout 60 --timeout-method thread)
     fi
@@ -161,23 +162,6 @@ if wanted test; then
     check "$python" "${tests[@]}" --collect-only -q -q
   else
     skip "parity on cuda" "pytest"
-  fi
-fi
-
-if wanted sanitize; then
-  # A toolkit has it beside nvcc, or in a folder of its own.
-  sanitizer=
-  for folder in "" "${nvcc%/nvcc}/" "${nvcc%/bin/nvcc}/compute-sanitizer/" /usr/local/cuda/bin/; do
-    sanitizer=$(command -v "${folder}compute-sanitizer" || true)
-    if [ -n "$sanitizer" ]; then break; fi
-  done
-  if ((dry)) || [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck initcheck synccheck; do
-      limited 120 "compute-sanitizer $tool" "${sanitizer:-compute-sanitizer}" --tool "$tool" \
-        --error-exitcode 1 "$program" --small
-    done
-  else
-    skip "compute-sanitizer" "compute-sanitizer on PATH or in the toolkit"
   fi
 fi
 
@@ -204,6 +188,23 @@ if wanted report; then
     check "$python" -m bench.gpu report --json "$rows.jsonl"
   else
     skip "report" "rows in $rows"
+  fi
+fi
+
+if wanted sanitize; then
+  # A toolkit has it beside nvcc, or in a folder of its own.
+  sanitizer=
+  for folder in "" "${nvcc%/nvcc}/" "${nvcc%/bin/nvcc}/compute-sanitizer/" /usr/local/cuda/bin/; do
+    sanitizer=$(command -v "${folder}compute-sanitizer" || true)
+    if [ -n "$sanitizer" ]; then break; fi
+  done
+  if ((dry)) || [ -n "$sanitizer" ]; then
+    for tool in memcheck racecheck initcheck synccheck; do
+      limited 120 "compute-sanitizer $tool" "${sanitizer:-compute-sanitizer}" --tool "$tool" \
+        --error-exitcode 1 "$program" --small
+    done
+  else
+    skip "compute-sanitizer" "compute-sanitizer on PATH or in the toolkit"
   fi
 fi
 

@@ -45,9 +45,11 @@ def on_emulator(item: pytest.Item) -> bool:
 
 
 def built(item: pytest.Item) -> bool:
-    """Whether LESS_CUDA_HEAD_DIMS has the head dim D that a test asks of the emulator."""
+    """Whether LESS_CUDA_HEAD_DIMS has the head dim D that a test asks of the emulator, or a GPU."""
     dims = os.environ.get("LESS_CUDA_HEAD_DIMS", "").replace(",", " ").split()
-    return not dims or not on_emulator(item) or str(params_of(item).get("D", dims[0])) in dims
+    params = params_of(item)
+    launched = on_emulator(item) or "cuda" in (params.get("launched"), params.get("device"))
+    return not dims or not launched or str(params.get("D", dims[0])) in dims
 
 
 def sample(items: list[pytest.Item], n: int) -> list[pytest.Item]:
