@@ -17,8 +17,10 @@ class Meeting {
  public:
   static constexpr int64_t kPart = kFragments * 32 * 4;  // floats of a warp
 
-  LESS_DEVICE Meeting(const Splits& splits, const Head& head)
+  // last: one number of shared memory, which the tiles need no longer once all have met.
+  LESS_DEVICE Meeting(const Splits& splits, const Head& head, int* last)
       : splits_(splits),
+        last_(last),
         row_(head.row),
         there_(Shape::row() < head.tokens * head.G),
         lane_(int(threadIdx.x) % 32) {}
@@ -26,18 +28,17 @@ class Meeting {
   // Whether this block is the last, which then has the sums of all. Called by the whole block.
   LESS_DEVICE bool join(int split, Running<kColumns>& sums) const {
     if (there_) leave(split, sums);
-    SMEM_ARRAY(int, last, 1);
     // One thread's fences speak for the block: the barriers order the others before and after them.
     if (!LESS_BUG(meet_barrier_left)) __syncthreads();
     if (threadIdx.x == 0) {
       int* const arrived = splits_.arrived + row_;
       if (!LESS_BUG(meet_fence_left)) fence_gpu();
-      last[0] = atomic_add(arrived, 1) == splits_.count - 1;
+      *last_ = atomic_add(arrived, 1) == splits_.count - 1;
       if (!LESS_BUG(meet_fence_last)) fence_gpu();
-      if (last[0] != 0 && !LESS_BUG(meet_count)) store(arrived, 0);
+      if (*last_ != 0 && !LESS_BUG(meet_count)) store(arrived, 0);
     }
     if (!LESS_BUG(meet_barrier_last)) __syncthreads();
-    if (last[0] == 0) return false;
+    if (*last_ == 0) return false;
     if (there_) add_up(sums);
     return true;
   }
@@ -100,6 +101,7 @@ class Meeting {
   }
 
   const Splits& splits_;
+  int* const last_;
   const int row_;
   const bool there_;  // the warp has queries
   const int lane_;

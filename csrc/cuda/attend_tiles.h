@@ -21,7 +21,8 @@ struct AttendShape {
   // On a multiprocessor at least, which leaves a thread 255 registers; 0: fewer, as the compiler
   // guesses, where its guess spills nothing.
   static constexpr int kBlocks = kIsPlain<Scheme> && kD != 96 ? 0 : 256 / kThreads;
-  // Keys' weights, of even and of odd tiles; and, at the end, two numbers of each row, with gaps.
+  // Keys' weights, of even and of odd tiles; then who was last; and, at the end, two numbers of
+  // each row, with gaps.
   static constexpr int kNumbers = 2 * (kRows + 16);
   static_assert(kKeys <= kRows);
   static constexpr int kKeyTile = Scheme::kParts * kKeys * kD;

@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   }
   // Where there was no tile, queries may be on their way.
   if (!LESS_BUG(attend_wait_queries)) copy_async_wait<0>();
-  if (cut && !Meeting<Scheme, kD>(splits, head).join(split, sums)) return;
+  int* const was_last = reinterpret_cast<int*>(shared.weight);
+  if (cut && !Meeting<Scheme, kD>(splits, head, was_last).join(split, sums)) return;
   Finish<Scheme, kD>(p, lists, head, first).run(sums, lse, shared);
 }
 

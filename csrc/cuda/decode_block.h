@@ -52,6 +52,7 @@ struct DecodeShared {
   LESS_DEVICE float* key() const { return take<float>(at.key); }
   LESS_DEVICE float* value() const { return take<float>(at.value); }
   LESS_DEVICE float* token() const { return take<float>(at.token); }
+  LESS_DEVICE int32_t* last() const { return take<int32_t>(at.token) + 3; }  // of its head's
   LESS_DEVICE float* top() const { return take<float>(at.top); }
   LESS_DEVICE float* sum() const { return take<float>(at.sum); }
   LESS_DEVICE float* low() const { return take<float>(at.low); }

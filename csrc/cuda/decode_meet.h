@@ -33,16 +33,15 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
       store16(masses + g * plan.per + slot, load16_shared(s.mass() + g * stride + slot));
     }
   }
-  SMEM_ARRAY(int, last, 1);
   // One thread's fences speak for the block: the barriers order the others before and after them.
   if (!LESS_BUG(arrive_barrier)) __syncthreads();
   if (t == 0) {
     if (!LESS_BUG(arrive_fence)) fence_gpu();
-    last[0] = atomic_add(plan.head_count + row, 1) == plan.splits - 1;
+    *s.last() = atomic_add(plan.head_count + row, 1) == plan.splits - 1;
     if (!LESS_BUG(last_fence)) fence_gpu();
   }
   __syncthreads();
-  if (last[0] == 0) return false;
+  if (*s.last() == 0) return false;
   if (t == 0 && !LESS_BUG(head_count)) store(plan.head_count + row, 0);
   if (R == 0) return true;
   ask_for_state();

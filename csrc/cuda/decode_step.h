@@ -58,7 +58,7 @@ struct DecodeLayout {
   int32_t v_scale;     // [per]
   int32_t key;         // [D]  the token's, as the slots will hold it, not scaled
   int32_t value;       // [D]
-  int32_t token;       // [4]  scales of key and value, the token's score, unused
+  int32_t token;       // [4]  scales of key and value, the token's score, what last() says
   int32_t top;         // [splits, G], then a split's factor of out
   int32_t sum;         // [splits, G], then what a split's masses are of the whole
   int32_t low;         // [G]  factor of phi H

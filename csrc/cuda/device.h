@@ -4,6 +4,8 @@
 // Rules that make one source serve both:
 //   - a kernel is launched through launch(), never <<<>>>;
 //   - shared memory comes from SMEM_ARRAY, DYN_SMEM and SharedCarver, never from __shared__;
+//   - a kernel has static arrays or dynamic shared memory, not both: a launch asks for the latter
+//     alone, while 48 kB, and what a device has, are limits of their sum;
 //   - accesses of 8 and 16 bytes, and stores of what a function returned, go through the helpers
 //     here: they name the address space, and the emulator sees them as the one access they are;
 //   - kernels are not in anonymous namespaces: their names find their PTX.

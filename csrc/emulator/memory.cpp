@@ -205,6 +205,10 @@ void shared_guard(void* array, size_t bytes, void* end) {
 }
 
 void* static_shared(const char* file, int line, size_t bytes, size_t align) {
+  if (launch_state.dynamic_bytes > 0) {
+    fatal("launch", "%s: a static array beside dynamic shared memory, which no launch counts",
+          file);
+  }
   const auto same = [=](const StaticArray& array) {
     return array.line == line && array.bytes == bytes && !std::strcmp(array.file, file);
   };

@@ -186,6 +186,34 @@ bool bad_launch(bool wrong) {
   return error == cudaSuccess;
 }
 
+__global__ void static_beside_dynamic_kernel(int* out) {
+  DYN_SMEM(raw);
+  SharedCarver carve{raw};
+  int* const mine = carve.take<int>(32);
+  mine[threadIdx.x] = int(threadIdx.x);
+  SMEM_ARRAY(int, given, 32);
+  given[threadIdx.x] = mine[threadIdx.x];
+  store(out + threadIdx.x, given[threadIdx.x]);
+}
+
+__global__ void static_alone_kernel(int* out) {
+  SMEM_ARRAY(int, given, 32);
+  given[threadIdx.x] = int(threadIdx.x);
+  store(out + threadIdx.x, given[threadIdx.x]);
+}
+
+bool static_beside_dynamic(bool wrong) {
+  Array<int> out(32);
+  if (!wrong) {
+    launch(static_alone_kernel, {dim3(1), dim3(32), 0, nullptr}, out.data());
+    return out[7] == 7;
+  }
+  SharedCarver measure{nullptr};
+  measure.take<int>(32);
+  launch(static_beside_dynamic_kernel, {dim3(1), dim3(32), measure.used, nullptr}, out.data());
+  return out[7] == 7;
+}
+
 const std::vector<Case>& grid_cases() {
   static const std::vector<Case> cases{
       {"global_race", global_race},
@@ -204,6 +232,7 @@ const std::vector<Case>& grid_cases() {
       {"dependent", dependent},
       {"dependent_no_wait", dependent_no_wait},
       {"bad_launch", bad_launch},
+      {"static_beside_dynamic", static_beside_dynamic},
   };
   return cases;
 }

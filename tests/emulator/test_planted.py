@@ -73,6 +73,7 @@ PLANTED = {
     "dependent": (UNSEEN, UNSEEN, "dependent-launch"),
     "dependent_no_wait": ("dependent-launch",) * 3,
     "bad_launch": ("launch",) * 3,
+    "static_beside_dynamic": ("launch",) * 3,
 }
 
 pytestmark = pytest.mark.skipif(
