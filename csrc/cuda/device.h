@@ -494,11 +494,9 @@ inline cudaError_t device_limits(DeviceLimits& limits) {
   return error;
 }
 #else
-// The environment's LESS_EMULATOR_ARCHITECTURE says whose limits: 80, or (the default) 90.
 inline cudaError_t device_limits(DeviceLimits& limits) {
-  const char* const architecture = std::getenv("LESS_EMULATOR_ARCHITECTURE");
-  limits.clusters = architecture == nullptr || std::atoi(architecture) >= 90;
-  limits.shared = limits.clusters ? 232448 : 166912;
+  limits.clusters = emulator::architecture() >= 90;
+  limits.shared = emulator::shared_of_a_block();
   return cudaSuccess;
 }
 #endif

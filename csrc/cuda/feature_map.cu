@@ -1,8 +1,9 @@
 // hidden = gelu(x W1), y = hidden W2, then the end of the map (features.h), head by head.
 //
-// Grid:   (blocks of rows, heads, batch rows of a list); a block takes 64 rows (32 where R > 16 or
-//         weights are float) through all of the head's map. The rows of a head are those of all
-//         batch rows, one after another, so that weights are read once for all of them.
+// Grid:   (blocks of rows, heads, batch rows of a list); a block takes 64 rows (32 where R > 16,
+//         weights are float, or 64 are more than its shared memory holds) through all of the head's
+//         map. The rows of a head are those of all batch rows, one after another, so that weights
+//         are read once for all of them.
 // Memory: rows once, weights once per block (from L2 but for the first), y once; the hidden
 //         activations live in registers alone. Weights arrive 64 hidden columns at a time while the
 //         columns before them are multiplied.
@@ -27,12 +28,22 @@ MapGrid map_grid(const FeatureRows& rows, int size) {
   return {blocks, dim3(unsigned(blocks), unsigned(rows.heads), unsigned(listed ? rows.B : 1))};
 }
 
+// Where a block's shared memory is too small (99 kB, of D = 256 and rows of several terms), fewer
+// rows of w1 are there at once, then fewer rows of x: no sum is taken in another order by that.
 template <typename Half, typename W, int kR>
 cudaError_t launch_mma(const FeatureMaps& m, const FeatureRows& rows, int terms,
                        cudaStream_t stream) {
-  const MmaShared<W, kR> shared(nullptr, m, terms);
-  const Launch how{map_grid(rows, kMapRows<kR>).grid, dim3(kMapThreads), shared.bytes, stream};
-  return launch(feature_mma_kernel<Half, W, kR>, how, m, rows, terms);
+  DeviceLimits limits{};
+  const cudaError_t error = device_limits(limits);
+  if (error != cudaSuccess) return error;
+  for (const int slab : {kSlab, kSlab / 2}) {
+    const MmaShared<W, kR> shared(nullptr, m, terms, slab);
+    if (int64_t(shared.bytes) > limits.shared) continue;
+    const Launch how{map_grid(rows, kMapRows<kR>).grid, dim3(kMapThreads), shared.bytes, stream};
+    return launch(feature_mma_kernel<Half, W, kR>, how, m, rows, terms, slab);
+  }
+  if constexpr (kR == 16) return launch_mma<Half, W, 64>(m, rows, terms, stream);
+  return cudaErrorInvalidValue;
 }
 
 template <int kR>

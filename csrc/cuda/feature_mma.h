@@ -18,7 +18,7 @@ namespace less::cuda {
 constexpr int kMapThreads = 128;
 constexpr int kMapWarps = kMapThreads / 32;
 constexpr int kChunk = 16 * kMapWarps;  // hidden columns at once; each warp owns 16 of them
-constexpr int kSlab = 128;              // rows of w1 at once
+constexpr int kSlab = 128;              // rows of w1 at once, at most
 constexpr int kPad = LESS_BUG(map_pad) ? 0 : 8;  // 16-bit elements
 
 // Instances of a map's kernel: R up to 16 with many rows at once, or up to 64 with fewer.
@@ -50,16 +50,16 @@ struct MmaShared {
   int stage;  // bytes
   size_t bytes;
 
-  __host__ __device__ MmaShared(unsigned char* base, const FeatureMaps& m, int terms) {
+  __host__ __device__ MmaShared(unsigned char* base, const FeatureMaps& m, int terms, int most) {
     SharedCarver carver{base};
     x = carver.take<uint16_t>(int64_t{terms} * kRows * (m.D + kPad));
     address = carver.take<uint64_t>(kRows);
     output = carver.take<int64_t>(kRows);
     row_scale = carver.take<float>(kRows);
     factor = carver.take<float>(kRows);
-    slab = m.D < kSlab ? int(m.D) : kSlab;
+    slab = m.D < most ? int(m.D) : most;
     stage = slab * kW1Row + kChunk * int(m.R) * int(sizeof(W));
-    const int stages = m.E > kChunk || m.D > kSlab ? 2 : 1;
+    const int stages = m.E > kChunk || m.D > slab ? 2 : 1;
     const int y_bytes = kMapWarps * kRows * kYRow * int(sizeof(float));
     raw = carver.take<unsigned char>(stages * stage > y_bytes ? stages * stage : y_bytes);
     y = reinterpret_cast<float*>(raw);
@@ -351,13 +351,13 @@ LESS_DEVICE void finish_rows(const FeatureMaps& m, int64_t head, float* y, const
 
 template <typename Half, typename W, int kR>
 __global__ void __launch_bounds__(kMapThreads, 3)
-    feature_mma_kernel(FeatureMaps m, FeatureRows in, int terms) {
+    feature_mma_kernel(FeatureMaps m, FeatureRows in, int terms, int slab) {
   using Shared = MmaShared<W, kR>;
   constexpr int kRows = Shared::kRows, kTiles = kRows / 16, kYTiles = kR / 8;
   const RowBlock block = row_block(in, kRows);
   if (block.count <= 0) return;
   DYN_SMEM(base);
-  const Shared s(base, m, terms);
+  const Shared s(base, m, terms, slab);
   const int thread = threadIdx.x;
   const int steps = (int(m.E) + kChunk - 1) / kChunk * ((int(m.D) + s.slab - 1) / s.slab);
 

@@ -246,7 +246,9 @@ const char* wrong_with(const LaunchConfig& config, int64_t threads) {
   if (threads < 1 || threads > 1024 || block.z > 64) return "a block of that many threads";
   if (grid.x < 1 || grid.y < 1 || grid.z < 1) return "an empty grid";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid that large";
-  if (config.shared > kMaxDynamicShared) return "that much dynamic shared memory";
+  if (config.shared > size_t(shared_of_a_block()) + kRoomForGuards) {
+    return "that much dynamic shared memory";
+  }
   if (config.cluster < 1 || config.cluster > kMaxCluster) return "a cluster of that many blocks";
   if (grid.x % unsigned(config.cluster) != 0) return "a grid that clusters do not divide along x";
   return nullptr;

@@ -13,8 +13,8 @@ namespace less::emulator {
 
 constexpr size_t kWindowBytes = 384 << 10;
 constexpr size_t kMaxStaticShared = 64 << 10;
-// 227 KiB, and room for the guards that arrays have here.
-constexpr size_t kMaxDynamicShared = 231 << 10;
+// More than a device's blocks may have: room for the guards that arrays have here.
+constexpr size_t kRoomForGuards = 4 << 10;
 
 struct Region {
   uintptr_t low, high;

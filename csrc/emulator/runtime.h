@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 // Code that works on the emulator's own memory, inside files whose accesses are instrumented.
 #define LESS_EMULATOR_UNTRACKED __attribute__((no_sanitize("thread")))
@@ -49,6 +50,20 @@ LESS_EMULATOR_UNTRACKED inline uint3 block_index() { return current->block; }
 LESS_EMULATOR_UNTRACKED inline int lane() { return current->lane; }
 LESS_EMULATOR_UNTRACKED inline dim3 block_size() { return block_dim; }
 LESS_EMULATOR_UNTRACKED inline dim3 grid_size() { return grid_dim; }
+
+// -- the device ----------------------------------------------------------------------------------
+// The environment's LESS_EMULATOR_ARCHITECTURE says whose limits: 80, 90 (the default), 120.
+
+inline int architecture() {
+  const char* const name = std::getenv("LESS_EMULATOR_ARCHITECTURE");
+  return name == nullptr ? 90 : std::atoi(name);
+}
+
+// Bytes of shared memory, at most.
+inline int shared_of_a_block() {
+  const int of = architecture();
+  return (of < 90 ? 163 : of < 120 ? 227 : 99) << 10;
+}
 
 // -- errors (PTX) ---------------------------------------------------------------------------------
 

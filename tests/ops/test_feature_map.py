@@ -115,6 +115,19 @@ def test_a_row_has_the_same_bits_in_any_block_of_a_gpu(launched, x_dtype, w_dtyp
         assert torch.equal(ops.psi(row, maps, "paper"), whole[b : b + 1, :, t : t + 1])
 
 
+@pytest.mark.parametrize("w_dtype", MAP_DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("R", [8, 64])
+def test_a_gpu_of_little_shared_memory_makes_the_same_bits(
+    emulator, monkeypatch, R, x_dtype, w_dtype
+):
+    small, _ = narrowed(random_maps(1, 1, 256, 80, R, "paper"), w_dtype)
+    x = torch.randn(1, 1, 70, 256, generator=torch.Generator().manual_seed(1)).to(x_dtype)
+    want = ops.psi(x, small, "paper")
+    monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "120")  # 99 kB a block
+    assert torch.equal(ops.psi(x, small, "paper"), want)
+
+
 @pytest.mark.parametrize(
     ("D", "R", "message"),
     [
