@@ -249,6 +249,9 @@ int64_t chunk_attention_workspace(const ChunkAttentionParams& p) { return Worksp
 
 cudaError_t chunk_attention(const ChunkAttentionParams& p, cudaStream_t stream) {
   if (p.B * p.K * (p.T + p.slots.S) == 0) return cudaSuccess;
+  if (!aligned16({p.q, p.k, p.v, p.slots.k, p.slots.v, p.H, p.out})) {
+    return cudaErrorMisalignedAddress;
+  }
   const Workspace workspace(p);
   cudaError_t error = list_keys(p, workspace.lists, stream);
   if (error == cudaSuccess && p.T > 0) {

@@ -58,13 +58,6 @@ bool supported(const DecodeStepParams& p) {
          p.slots.S <= INT32_MAX / 2 && float_type(p.q_dtype) && float_type(p.kv_dtype) && maps;
 }
 
-bool aligned(const DecodeStepParams& p) {
-  const void* const all[] = {p.q, p.k, p.v, p.out, p.slots.k, p.slots.v, p.H};
-  uintptr_t bits = 0;
-  for (const void* at : all) bits |= reinterpret_cast<uintptr_t>(at);
-  return bits % 16 == 0;
-}
-
 template <typename T>
 void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
   decode_dispatch<T>(p.D, plan.mma, [&](auto head_dim, auto mma) {
@@ -152,7 +145,9 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
 cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   if (p.B == 0 || p.Q == 0) return cudaSuccess;
   if (!supported(p)) return cudaErrorInvalidValue;
-  if (!aligned(p)) return cudaErrorMisalignedAddress;
+  if (!aligned16({p.q, p.k, p.v, p.out, p.slots.k, p.slots.v, p.H})) {
+    return cudaErrorMisalignedAddress;
+  }
   return with_slots_dtype(p.slots.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     DecodePlan plan;

@@ -456,6 +456,14 @@ namespace less::cuda {
 // Whether accesses of 16 bytes from p on are allowed.
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Of each; null is. A launcher asks first: on a device a misaligned access ends the whole context.
+inline bool aligned16(std::initializer_list<const void*> all) {
+  for (const void* p : all) {
+    if (!aligned16(p)) return false;
+  }
+  return true;
+}
+
 struct Launch {
   dim3 grid;
   dim3 block;

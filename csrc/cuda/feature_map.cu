@@ -76,14 +76,13 @@ cudaError_t launch_map(const FeatureMaps& m, const FeatureRows& rows, cudaStream
   return cudaErrorInvalidValue;
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 }  // namespace
 
 cudaError_t features(const FeatureMaps& map, const FeatureRows& rows, cudaStream_t stream) {
   if (rows.B * rows.heads * rows.T == 0 || map.R == 0) return cudaSuccess;
   const bool supported = map.D % 16 == 0 && map.D <= 256 && map.D > 0 && map.E > 0 && map.R <= 64;
-  if (!supported || !aligned(rows.x) || !aligned(rows.slots)) return cudaErrorInvalidValue;
+  if (!supported) return cudaErrorInvalidValue;
+  if (!aligned16({rows.x, rows.slots, map.w1, map.w2})) return cudaErrorMisalignedAddress;
   return map.R <= 16 ? launch_map<16>(map, rows, stream) : launch_map<64>(map, rows, stream);
 }
 

@@ -410,6 +410,15 @@ def test_a_launch_without_slots_or_tokens(launched):
             assert_rounded(out, reference.chunk_attention(**widened(args)).out)
 
 
+@pytest.mark.parametrize("name", ["q", "v", "slot_k", "H"])
+def test_a_launch_refuses_rows_that_do_not_begin_at_16_bytes(launched, name):
+    args = on(launched, arguments(layer(D=64, dtype=torch.float16)))
+    x = args[name]
+    args[name] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    with pytest.raises(RuntimeError, match="the launch failed: .*(misaligned|error 716)"):
+        ops.chunk_attention(**args)
+
+
 def test_a_launch_refuses_other_head_dims_by_name(launched):
     args = on(launched, arguments(layer(D=72)))
     with pytest.raises(
