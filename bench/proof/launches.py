@@ -73,7 +73,8 @@ def all_launches(clusters: bool) -> list[Launch]:
 
 def _compile(source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.o"
-    flags = ["-std=c++17", "-O0", "-w", "-DLESS_EMULATOR=1", "-mavx2", "-mfma", "-mf16c"]
+    flags = ["-std=c++17", "-O0", "-w", "-DLESS_EMULATOR=1", "-DLESS_EMULATOR_SHARED_GUARD=0"]
+    flags += ["-mavx2", "-mfma", "-mf16c"]
     include = [flag for path in cuda_toolkit.require().include for flag in ("-isystem", str(path))]
     compile_to(target, ["g++", *flags, *include, "-x", "c++", "-c", source])
     return target
