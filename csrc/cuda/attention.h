@@ -376,9 +376,40 @@ class Bytes {
   uint4 unit_[kUnits];
 };
 
+// s += the products of a's part i and b's part j with kFrom <= i + j < kTo, of dot_products.
+template <typename Tag, int kFrom, int kTo, int kD, int kRows, int kN>
+LESS_DEVICE void add_products(const Pieces<kD>& of_a, const Pieces<kD>& of_b,
+                              float (&s)[kN / 8][4]) {
+#pragma unroll(kD > (kTo > 1 ? 64 : 128) ? kPermuted<kD> / 2 : kD / 16)
+  for (int d = 0; d < kD / 16; ++d) {
+    uint32_t left[kTo][4];
+#pragma unroll
+    for (int part = 0; part < kTo; ++part) {
+      ldmatrix_x4(left[part], of_a.at(part * (kRows / 16), d));
+    }
+#pragma unroll
+    for (int n = 0; n < kN / 16; ++n) {
+#pragma unroll
+      for (int part = 0; part < kTo; ++part) {
+        uint32_t right[4];
+        ldmatrix_x4(right, of_b.at(part * (kN / 16) + n, d));
+        const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
+#pragma unroll
+        for (int other = part < kFrom ? kFrom - part : 0; other < kTo - part; ++other) {
+          mma_m16n8k16(s[2 * n], left[other], first, Tag{});
+          mma_m16n8k16(s[2 * n + 1], left[other], second, Tag{});
+        }
+      }
+    }
+  }
+}
+
 // s = a b^T, the dot products of 16 rows of tile a, from `row` on, with the kN rows of tile b:
 // s[n][0], s[n][1] are those of row lane / 4 with 8 n + lane % 4 * 2 and the next, s[n][2], s[n][3]
 // those of row lane / 4 + 8.
+//
+// A tensor core cuts a sum off instead of rounding it, each time that something is added: the small
+// products go first, while the sum is small, so that few are added to a large one.
 template <typename Tag, int kParts, int kD, int kRows, int kN>
 LESS_DEVICE void dot_products(const uint16_t* a, int row, const uint16_t* b,
                               float (&s)[kN / 8][4]) {
@@ -387,28 +418,8 @@ LESS_DEVICE void dot_products(const uint16_t* a, int row, const uint16_t* b,
   const Pieces<kD> of_b(b, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (int n = 0; n < kN / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-#pragma unroll(kD > 128 ? 4 : kD / 16)
-  for (int d = 0; d < kD / 16; ++d) {
-    uint32_t left[kParts][4];
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      ldmatrix_x4(left[part], of_a.at(part * (kRows / 16), d));
-    }
-#pragma unroll
-    for (int n = 0; n < kN / 16; ++n) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        uint32_t right[4];
-        ldmatrix_x4(right, of_b.at(part * (kN / 16) + n, d));
-        const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
-#pragma unroll
-        for (int other = 0; other < kParts - part; ++other) {
-          mma_m16n8k16(s[2 * n], left[other], first, Tag{});
-          mma_m16n8k16(s[2 * n + 1], left[other], second, Tag{});
-        }
-      }
-    }
-  }
+  if constexpr (kParts > 1) add_products<Tag, 1, kParts, kD, kRows, kN>(of_a, of_b, s);
+  add_products<Tag, 0, 1, kD, kRows, kN>(of_a, of_b, s);
 }
 
 // The value of all four lanes that hold a row of a fragment, combined.

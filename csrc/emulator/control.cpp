@@ -23,20 +23,21 @@ std::map<std::string, Translated>& translated_kernels() {
   return kernels;
 }
 
-// The place of a word among the words of a list, or -1.
-template <size_t n>
-int place_in(const char* const (&words)[n], const char* word) {
+// Sets what has the place of a word among the words of a list, if it has one.
+template <size_t n, typename Enum>
+bool chosen(const char* const (&words)[n], const char* word, Enum& option) {
   for (size_t i = 0; i < n; ++i) {
-    if (!std::strcmp(words[i], word)) return int(i);
+    if (!std::strcmp(words[i], word)) return option = Enum(i), true;
   }
-  return -1;
+  return false;
 }
 
 constexpr const char* kSchedules[] = {"in_order",   "reverse",     "random",
                                       "warp_ahead", "warp_behind", "lockstep"};
 constexpr const char* kAsyncs[] = {"late", "early", "random"};
-constexpr const char* kOptions[] = {"schedule", "seed",    "async", "blocks",    "preempt",
-                                    "race",     "profile", "ptx",   "max_errors"};
+constexpr const char* kTensors[] = {"exact", "device"};
+constexpr const char* kOptions[] = {"schedule", "seed", "async",   "tensor", "blocks",
+                                    "preempt",  "race", "profile", "ptx",    "max_errors"};
 
 bool set_number(const std::string& option, long long n) {
   if (option == "seed") {
@@ -60,14 +61,9 @@ bool set_number(const std::string& option, long long n) {
 }
 
 bool set_option(const std::string& option, const char* value) {
-  if (option == "schedule" || option == "async") {
-    const bool schedule = option == "schedule";
-    const int place = schedule ? place_in(kSchedules, value) : place_in(kAsyncs, value);
-    if (place < 0) return false;
-    if (schedule) options.schedule = Schedule(place);
-    if (!schedule) options.async = Async(place);
-    return true;
-  }
+  if (option == "schedule") return chosen(kSchedules, value, options.schedule);
+  if (option == "async") return chosen(kAsyncs, value, options.async);
+  if (option == "tensor") return chosen(kTensors, value, options.tensor);
   char* end;
   const long long n = std::strtoll(value, &end, 10);
   return *value != 0 && *end == 0 && n >= 0 && set_number(option, n);

@@ -19,6 +19,7 @@ LESS_EMULATOR_API const char* less_emulator_tier(void);
 //   schedule     in_order reverse random warp_ahead warp_behind lockstep
 //   seed         of everything random
 //   async        late early random: when asynchronous copies become visible
+//   tensor       exact device: how tensor cores add
 //   blocks       clusters that live at once; 0: as the schedule likes
 //   preempt      track: another thread may run after about this many accesses; 0: never
 //   race         track: 0 1, races, uninitialised reads, bounds

@@ -284,6 +284,7 @@ void begin_launch(const LaunchConfig& config, int threads) {
   Launch& launch = launch_state;
   launch.previous_serial = launch.first_serial;
   launch.first_serial += uint32_t(order.size());  // still those of the launch before
+  launch.architecture = architecture();
   launch.block_threads = threads;
   launch.dynamic_bytes = config.shared;
   launch.dependent = config.dependent;

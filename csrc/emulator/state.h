@@ -158,10 +158,14 @@ struct Cluster {
 enum class Schedule { in_order, reverse, random, warp_ahead, warp_behind, lockstep };
 enum class Async { late, early, random };
 
+// How tensor cores add: exactly, rounding once, or as a device of that architecture.
+enum class Tensor { exact, device };
+
 struct Options {
   Schedule schedule = Schedule::in_order;
   uint64_t seed = 1;
   Async async = Async::late;
+  Tensor tensor = Tensor::exact;
   int blocks = 0;
   int preempt = 0;
   bool race = true;
@@ -173,6 +177,7 @@ extern Options options;
 
 // The launch under way.
 struct Launch {
+  int architecture = 90;
   int block_threads = 0;
   size_t dynamic_bytes = 0;
   uint32_t first_serial = 1;     // of this launch's clusters

@@ -1,4 +1,6 @@
 // Fragments of the tensor cores, laid out as the PTX ISA says.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "emulator/state.h"
@@ -16,6 +18,35 @@ float widen(uint16_t bits, bool bf16) {
   _Float16 x;
   std::memcpy(&x, &bits, sizeof x);
   return float(x);
+}
+
+// x cut off, not rounded, at multiples of 2^unit.
+double cut_off(double x, int unit) { return std::ldexp(std::trunc(std::ldexp(x, -unit)), unit); }
+
+// c plus products, as it has been measured on devices (Fasi et al., "Numerical behavior of NVIDIA
+// tensor cores", 2021; Khattak and Mikaitis, "Accurate models of NVIDIA tensor cores", 2025): what
+// is added is first cut off `extra` bits below the last place that the largest would have as a
+// float, and so is the sum, to a float.
+float add_cut_off(float c, const float* a, const float* b, int n, int extra) {
+  double terms[17] = {c};
+  int largest = c == 0.0f ? -149 : std::ilogb(c);
+  for (int k = 0; k < n; ++k) {
+    terms[k + 1] = double(a[k]) * b[k];
+    // A product's exponent is the sum of its factors', whether or not it has a carry.
+    if (terms[k + 1] != 0.0) largest = std::max(largest, std::ilogb(a[k]) + std::ilogb(b[k]));
+  }
+  double sum = 0.0;
+  for (int k = 0; k <= n; ++k) sum += cut_off(terms[k], largest - 23 - extra);
+  if (sum == 0.0) return float(sum);
+  return float(cut_off(sum, std::max(std::ilogb(sum), -126) - 23));
+}
+
+float add_products(float c, const float (&a)[16], const float (&b)[16]) {
+  double exact = c;
+  for (int k = 0; k < 16; ++k) exact += double(a[k]) * b[k];
+  if (options.tensor == Tensor::exact || !std::isfinite(exact)) return float(exact);
+  if (launch_state.architecture >= 90) return add_cut_off(c, a, b, 16, 2);
+  return add_cut_off(add_cut_off(c, a, b, 8, 1), a + 8, b + 8, 8, 1);
 }
 
 // Half `e` of a fragment's register, of a lane's entry in the table of an exchange.
@@ -53,7 +84,7 @@ void ldmatrix(uint32_t* d, int num, const void* row, bool transposed, Where at) 
   warp_release(table);
 }
 
-// Products are exact and rounded once, to float: tensor cores differ in the last bits.
+// Sums are what Options::tensor says.
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16,
                   Where at) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -74,9 +105,7 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c
       row[k] = widen(half_of(table, lane / 4 * 4 + k % 8 / 2, i + 2 * (k / 8), k % 2), bf16);
     }
     for (int j = 0; j < 2; ++j) {
-      double sum = c[2 * i + j];
-      for (int k = 0; k < 16; ++k) sum += double(row[k]) * column[j][k];
-      d[2 * i + j] = float(sum);
+      d[2 * i + j] = add_products(c[2 * i + j], row, column[j]);
     }
   }
   warp_release(table);

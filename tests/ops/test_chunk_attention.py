@@ -323,6 +323,22 @@ def test_a_launch_takes_every_head_dim_and_a_softcap(launched, dtype, D):
     assert_attended(on(launched, args), reference.chunk_attention(**widened(args)))
 
 
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [64, 256])
+def test_tensor_cores_that_cut_sums_off_are_as_good(emulator, monkeypatch, D, dtype, architecture):
+    monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", architecture)
+    args = arguments(layer(B=1, Q=4, K=1, T=20, S=70, D=D, dtype=dtype), scale=0.1)
+    want = reference.chunk_attention(**widened(args))
+    exact = ops.chunk_attention(**args)
+    emulator.set(tensor="device")
+    try:
+        assert_attended(args, want)
+        assert not torch.equal(ops.chunk_attention(**args)[1], exact[1])
+    finally:
+        emulator.set(tensor="exact")
+
+
 @pytest.mark.parametrize("rows", [in_int8, in_fp8])
 @pytest.mark.parametrize(
     ("q_dtype", "D"),
