@@ -22,7 +22,6 @@ namespace {
 constexpr int kRangeMin = 32;        // slots of a block, at least
 constexpr int kClusterRange = 1024;  // at most, in a cluster
 constexpr int kScratchRange = 512;   // at most, where blocks meet in the workspace
-constexpr int kOwnShared = 128;      // bytes that the kernel has beside the plan's (decode_meet.h)
 
 template <typename T>
 struct Type {
@@ -97,12 +96,12 @@ cudaError_t plan_of(const DecodeStepParams& p, DecodePlan& plan) {
   if (limits.clusters && range <= kClusterRange) {
     plan.cluster = range < p.slots.S;
     cut<T>(p, range, plan);
-    if (plan.shared + kOwnShared <= limits.shared) return cudaSuccess;
+    if (plan.shared <= limits.shared) return cudaSuccess;
     plan.cluster = false;
   }
   for (int per = range < kScratchRange ? range : kScratchRange; per >= 16; per = per / 32 * 16) {
     cut<T>(p, per, plan);
-    if (plan.shared + kOwnShared <= limits.shared) return cudaSuccess;
+    if (plan.shared <= limits.shared) return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
