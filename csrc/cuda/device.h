@@ -513,9 +513,14 @@ inline cudaError_t device_limits(DeviceLimits& limits) {
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), const Launch& how, Args&&... args) {
   if (how.shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared));
+    // All that the device has: threads that launch a kernel with other sizes would undo a tighter
+    // limit between another's asking and its launch.
+    DeviceLimits limits{};
+    cudaError_t error = device_limits(limits);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
+    }
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];

@@ -6,9 +6,10 @@
 //
 // Workspaces: device memory of as many bytes as <op>_workspace says, zero when it is allocated; a
 // kernel leaves zero what it counted in, so that the next launch on the same stream can use it as
-// it is. Two launches that may overlap need two, and so do two ops: what else is left is anything.
-// The size follows from the sizes and dtypes of the params alone; of the pointers, only whether H
-// (phi_q) and valid are null counts.
+// it is. Two launches that may overlap need two, and so do two ops and calls of another B or K:
+// what else is left is anything, and the counters lie where B and K say. The size follows from the
+// sizes and dtypes of the params alone; of the pointers, only whether H (phi_q) and valid are null
+// counts.
 #pragma once
 
 #include <cuda_runtime_api.h>
