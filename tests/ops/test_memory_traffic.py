@@ -109,8 +109,10 @@ def test_emulated_feature_map_reads_what_it_must_in_whole_sectors_without_confli
     maps |= {n: maps[n].to(dtype) for n in ("k_w1", "k_w2")}
     ops.psi(torch.randn(B, K, T, D).to(dtype), maps, kind)
     profile = counting.profile()
-    # With float weights, the features of four rows meet, once, when a block has its sums.
-    assert conflicts(profile) <= ({"feature_mma.h"} if dtype == torch.float32 else set())
+    # With float weights, the features of four rows meet when a block has its sums, once or, where
+    # they are mixed, twice.
+    at_the_end = {"feature_mma.h", "features.h"} if dtype == torch.float32 else set()
+    assert conflicts(profile) <= at_the_end
     assert partial(profile) == set()
     small = 4 * K * R * (R + 2) if kind == "paper" else 4 * K * R
     assert read(profile) <= 1.01 * (K * (T * D + E * (D + R)) * WIDTH[dtype] + small)
