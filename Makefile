@@ -2,7 +2,8 @@
 # it creates $(VENV), installs the pinned requirements and the package, and runs.
 #
 #   make demo     a real language model: full cache, eviction alone, LESS
-#   make test     all tests (make test ARGS="-k fold -m 'not slow'" for some)
+#   make test     all tests, a process per core (make test ARGS="-k fold -m 'not slow'" for some;
+#                 ARGS="-n 0" in one process)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
@@ -43,7 +44,7 @@ demo: $(VENV)/package.stamp $(VENV)/assets.stamp
 	$(BIN)/less-kv demo $(ARGS)
 
 test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp $(VENV)/cuda.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Each builds in a folder of its own, without torch and Python.
 SELFTEST := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DLESS_PYTHON=OFF \

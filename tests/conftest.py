@@ -31,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proof", action="store_true", help="run the tests marked proof too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Processes side by side share the cores; two that each take all of them wait for each other.
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 def params_of(item: pytest.Item) -> dict[str, object]:
     call = getattr(item, "callspec", None)
     return dict(call.params) if call is not None else {}
