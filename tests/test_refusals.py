@@ -88,7 +88,7 @@ POLICY = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), POLICY, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(("call", "message"), POLICY, ids=[message[:50] for _, message in POLICY])
 def test_a_wrong_budget_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         call()
