@@ -16,6 +16,7 @@ from less.budget import slot_bytes, state_bytes
 from less.config import trained_policy
 from less.evaluate import assets, methods, report
 from less.evaluate.compare import Result, compare, measure_full, with_probes, with_speeds
+from less.evaluate.machine import in_words
 from less.evaluate.perplexity import (
     Nats,
     copy_perplexity,
@@ -471,3 +472,15 @@ def test_smollm2_is_itself():
     need("gensim", assets._DUMP_PIP)
     chunk = assets.chunks(tokenizer, assets.wikipedia_articles("eval"), 384, 1)
     assert 5 < perplexity(model, chunk) < 40
+
+
+@pytest.mark.parametrize(
+    ("threads", "commit", "text"),
+    [
+        (1, "abc", "a CPU, 1 thread, torch 2.13, less 0.1 (abc)"),
+        (2, None, "a CPU, 2 threads, torch 2.13, less 0.1 (installed)"),
+    ],
+)
+def test_a_caption_says_where_it_was_measured(threads, commit, text):
+    facts = {"cpu": "a CPU", "threads": threads, "torch": "2.13", "less": "0.1", "commit": commit}
+    assert in_words(facts) == text

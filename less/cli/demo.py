@@ -146,7 +146,7 @@ def _report(
     console: Console,
 ) -> None:
     from less.evaluate import report
-    from less.evaluate.machine import machine, resident_bytes
+    from less.evaluate.machine import in_words, machine, resident_bytes
 
     console.print()
     console.print(report.table(results, width=console.width))
@@ -164,10 +164,7 @@ def _report(
     plot: Path = args.out / "plot.png"
     report.plot(results, plot)
     (args.out / "results.jsonl").write_text(report.json_lines(results, facts), encoding="utf-8")
-    caption = (
-        f"{subject.name}, {args.budget} tokens kept per head; {facts['cpu']}, {facts['threads']} "
-        f"threads, torch {facts['torch']}, less {facts['less']} ({facts['commit'] or 'installed'})."
-    )
+    caption = f"{subject.name}, {args.budget} tokens kept per head; {in_words(facts)}."
     body = [report.markdown(results), caption, "", *report.legend(results)]
     text = "\n".join(body) + "\n"
     pieces = ["\n## Continuations\n"]

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the measurement."""
     from less.evaluate import report
     from less.evaluate.compare import compare, measure_full, with_speeds
-    from less.evaluate.machine import machine
+    from less.evaluate.machine import in_words, machine
     from less.evaluate.progress import progress
 
     measuring.check_packages("less-kv evaluate")
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(line, style="dim", markup=False)
     report.plot(everything, args.out / "plot.png")
     caption = (
-        f"{subject.name}; {subject.source}; {facts['cpu']}, {facts['threads']} threads, torch "
-        f"{facts['torch']}, less {facts['less']} ({facts['commit'] or 'installed'}). "
+        f"{subject.name}; {subject.source}; {in_words(facts)}. "
         f"Command: `less-kv evaluate --chunks {args.chunks} --length {args.length} "
         f"--budgets {','.join(map(str, args.budgets))}`."
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,15 @@ def machine() -> dict[str, str | int | None]:
         "less": less.__version__,
         "commit": _commit(),
     }
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """CPU, threads, torch, version and commit of ``machine``'s facts, as a caption has them."""
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    return (
+        f"{facts['cpu']}, {threads}, torch {facts['torch']}, less {facts['less']} "
+        f"({facts['commit'] or 'installed'})"
+    )
 
 
 def resident_bytes() -> int | None:
