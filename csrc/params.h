@@ -1,5 +1,6 @@
 // One plain struct per op: what its kernels read and write. No torch here, and nothing that a CUDA
-// kernel could not take by value. Arrays are contiguous, in the order of their shape.
+// kernel could not take by value. Arrays are contiguous, in the order of their shape, but for those
+// of a page (common/layout.h) and HeadRows.
 //
 // B batch rows, Q query heads, K kv heads, G = Q / K, T tokens of a call, S slots, N tokens, R
 // rank, E hidden width of a feature map, D head dim.
@@ -7,32 +8,41 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "common/layout.h"
+#include "common/rule.h"
+
 namespace less {
 
-// A row of i8 or fp8 has a float scale of its own: x = scale * row; see Slots. fp8 is e4m3, of 4
-// bits of exponent and 3 of mantissa, without infinity; no CPU kernel has it.
-enum class DType : int32_t { f32 = 0, bf16 = 1, fp16 = 2, i8 = 3, fp8 = 4 };
-
-// What a layer keeps of the tokens that stay.
-struct Slots {
-  void* k;            // [B, K, S, D]  keys after the rotary embedding, of dtype
-  void* v;            // [B, K, S, D]  values, of dtype
-  float* k_scale;     // [B, K, S]     of each row of k: max|x| / 127, of fp8 / 448; else null
-  float* v_scale;     // [B, K, S]     of each row of v
-  int32_t* position;  // [B, K, S]     -1: empty
-  float* score;       // [B, K, S]
-  float* weight;      // [B, K, S]     log-weights, added to the logits
+// Rows of heads in a caller's tensor [B, heads, T, D]: each row is contiguous, the other strides
+// are the caller's, so that tokens may lie before heads.
+struct HeadRows {
+  void* data;
   DType dtype;
-  int64_t S;
+  int64_t b, h, t;  // strides, in elements
 };
 
-// Who stays: positions >= seen - recent and < sinks; of the others the highest scores, or scores
-// per token of age, or, not by_score, the youngest.
-struct Rule {
-  int64_t recent;
-  int64_t sinks;
-  bool by_score;
-  bool per_age;
+// Elements from data to a row.
+LESS_HD int64_t offset(const HeadRows& rows, int64_t b, int64_t h, int64_t t) {
+  return b * rows.b + h * rows.h + t * rows.t;
+}
+
+// What becomes of the token that leaves. `none`: nothing joins and nothing leaves, so that a step
+// is attention alone, which writes out and share and nothing else.
+enum class Victim : int32_t { none = 0, forget = 1, fold = 2 };
+
+// What is the same in every call of a layer.
+struct LayerSpec {
+  int64_t Q;
+  int64_t K;
+  int64_t D;
+  float scale;     // factor of q.k
+  float softcap;   // 0: none; else logits become softcap * tanh(scale * q.k / softcap) + weight
+  float decay;     // what a score keeps per token
+  bool scores;     // false: scores stay as they are, a new token's is 0
+  bool dependent;  // a launch may begin before the kernel before it is over, on sm_90 and later
+  Victim victim;
+  Rule rule;
 };
 
 // H[b,k,r,:] += sum_n psi_k[b,k,n,r] v[b,k,n,:]     z[b,k,r] += sum_n psi_k[b,k,n,r]
@@ -79,12 +89,17 @@ struct FeatureMaps {
   int64_t R;
 };
 
+// A layer's maps; of rank 0 where it has none.
+struct Maps {
+  FeatureMaps phi;  // of Q heads
+  FeatureMaps psi;  // of K heads
+};
+
 // y[b,n,t,:] = map_n(x[b,n,t,:])
 struct FeatureMapParams {
   FeatureMaps maps;
-  const void* x;  // [B, heads, T, D]  queries or keys after the rotary embedding, of x_dtype
-  float* y;       // [B, heads, T, R]  features, >= 0; written
-  DType x_dtype;
+  HeadRows x;  // [B, heads, T, D]  queries or keys after the rotary embedding
+  float* y;    // [B, heads, T, R]  features, >= 0; written
   int64_t B;
   int64_t heads;
   int64_t T;
@@ -95,37 +110,40 @@ constexpr int64_t kAttentionBlock = 64;
 // Parts, at most, that a kv head's queries are cut into on the CPU; each sums scores by itself.
 constexpr int64_t kScoreStrips = 16;
 
+// Pages that begin become those of an empty sequence, whatever they hold.
+struct ResetParams {
+  Layout layout;
+  Pool pool;
+  int64_t B;
+};
+
+// A call's keys and values in the dtype of the slots, [B, K, T, D].
+struct CallRows {
+  HeadRows k;
+  HeadRows v;
+  const float* k_scale;  // [B, K, T]  of each row of k; null unless the slots are i8 or fp8
+  const float* v_scale;  // [B, K, T]  of each row of v
+};
+
 // out = (phi H + sum e^l v) / (phi z + sum e^l) over slots, state and, causally, the call's tokens;
 // scores: what each of them received, by the softmax over slots and call alone.
 struct ChunkAttentionParams {
-  const void* q;         // [B, Q, T, D]  of q_dtype
-  const void* k;         // [B, K, T, D]  of the slots' dtype, as v
-  const void* v;         // [B, K, T, D]
-  const float* k_scale;  // [B, K, T]   of each row of k; null unless the slots are i8 or fp8
-  const float* v_scale;  // [B, K, T]   of each row of v
-  const bool* valid;     // [B, T]        false: padding; null: all valid
-  Slots slots;           // only read
-  const float* phi_q;    // [B, Q, T, R]  null: no state
-  const float* H;        // [B, K, R, D]  with phi_q
-  const float* z;        // [B, K, R]     with phi_q
-  void* out;             // [B, Q, T, D]  of q_dtype; written, 0 for padding
-  float* slot_score;     // [B, K, S]     after the call; written
-  float* chunk_score;    // [B, K, T]     of the call's tokens; written
-  float* share;          // [B, Q, T]     mass taken by the state, of 1; written
-  float* received;       // [B, K, strips, S + T]  the CPU's scratch: what a strip gave each key
-  void* workspace;       // a GPU's scratch; see cuda/kernels.h
-  DType q_dtype;
-  bool scores;  // false: slot_score is the slots' score, chunk_score is 0
-  float scale;
-  float softcap;  // 0: none; else logits become softcap * tanh(scale * q.k / softcap) + weight
-  float decay;    // what a score keeps per token
+  LayerSpec spec;
+  Layout layout;
+  Pool pool;           // only read, but for pages that begin
+  HeadRows q;          // [B, Q, T, D]
+  CallRows call;       // [B, K, T, D]
+  const bool* valid;   // [B, T]        false: padding; null: all valid
+  const float* phi_q;  // [B, Q, T, R]  null: no state
+  HeadRows out;        // [B, Q, T, D]  of q's dtype; written, 0 for padding and without a page
+  float* score;        // [B, K, S + T] after the call, of slots and tokens; written. S: layout.S,
+                       //               and 0 where a head has fewer slots
+  float* share;        // [B, Q, T]     mass taken by the state, of 1; written
+  float* received;     // [B, K, strips, S + T]  the CPU's scratch: what a strip gave each key
+  void* workspace;     // a GPU's scratch; see cuda/kernels.h
   int64_t strips;
   int64_t B;
-  int64_t Q;
-  int64_t K;
   int64_t T;
-  int64_t D;
-  int64_t R;
 };
 
 // score[j] = sum over the queries that see token j, those of its group from token j on, of
@@ -151,64 +169,34 @@ struct PromptScoresParams {
   int64_t D;
 };
 
-// The call's tokens join the slots; what no longer fits is folded into H, z and forgotten.
+// The call's tokens join the slots; what no longer fits is folded into H, z, or forgotten.
 struct CompactParams {
-  const void* k;             // [B, K, T, D]  of the slots' dtype, as v
-  const void* v;             // [B, K, T, D]
-  const float* k_scale;      // [B, K, T]    of each row of k; null unless the slots are i8 or fp8
-  const float* v_scale;      // [B, K, T]    of each row of v
-  const float* chunk_score;  // [B, K, T]
-  const float* slot_score;   // [B, K, S]    the slots' scores after the call
-  const bool* valid;         // [B, T]        false: padding; null: all valid
-  const float* rank;         // [B, K, S + T] the policy's own ranks; null: by the rule below
-  Slots slots;               // written
-  int64_t* seen;             // [B]           tokens seen before the call; a launcher adds its own
-  float* H;                  // [B, K, R, D]  written; null: eviction alone
-  float* z;                  // [B, K, R]     written
-  void* workspace;           // a GPU's scratch; see cuda/kernels.h
-  FeatureMaps psi;
-  Rule rule;
+  LayerSpec spec;
+  Layout layout;
+  Pool pool;           // written
+  Maps maps;           // psi is used
+  CallRows call;       // [B, K, T, D]
+  const bool* valid;   // [B, T]         false: padding; null: all valid
+  const float* score;  // [B, K, S + T]  after the call, of slots and tokens
+  const float* rank;   // [B, K, S + T]  the policy's own ranks; null: by the spec's rule
+  void* workspace;     // a GPU's scratch; see cuda/kernels.h
   int64_t B;
-  int64_t K;
   int64_t T;
-  int64_t D;
-  int64_t R;
 };
-
-// What becomes of the token that leaves. `none`: nothing joins and nothing leaves, so that a step
-// is attention alone, which writes out and share and nothing else.
-enum class Victim : int32_t { none = 0, forget = 1, fold = 2 };
 
 // One token of every row: attend, score, choose the victim, fold it, take its slot.
 struct DecodeStepParams {
-  const void* q;      // [B, Q, D]  of q_dtype
-  const void* k;      // [B, K, D]  of kv_dtype, as v; rounded to the slots' dtype on entry
-  const void* v;      // [B, K, D]
-  const bool* valid;  // [B]        false: this row has no token; null: all have
-  int64_t* seen;      // [B]        tokens seen before the step; a launcher adds its own
-  Slots slots;        // written
-  float* H;           // [B, K, R, D]  null: no state; written by Victim::fold
-  float* z;           // [B, K, R]
-  double* share;      // [B, K]     plus the state's share of each query's mass; with H
+  LayerSpec spec;
+  Layout layout;
+  Pool pool;          // written
+  Maps maps;          // with a state
+  HeadRows q;         // [B, Q, 1, D]
+  HeadRows k;         // [B, K, 1, D]  rounded to the slots' dtype on entry
+  HeadRows v;         // [B, K, 1, D]  of k's dtype
+  HeadRows out;       // [B, Q, 1, D]  of q's dtype; written, 0 for a row without a token or a page
+  const bool* valid;  // [B]           false: this row has no token; null: all have
   void* workspace;    // a GPU's scratch; see cuda/kernels.h
-  FeatureMaps phi;    // with H
-  FeatureMaps psi;    // with H
-
-  void* out;  // [B, Q, D]  of q_dtype; written, 0 for a row without a token
-  Rule rule;
-  Victim victim;
-  DType q_dtype;
-  DType kv_dtype;
-  bool scores;     // false: scores stay as they are, the new token's is 0
-  bool dependent;  // the launch may begin before the kernel before it is over, on sm_90 and later
-  float scale;
-  float softcap;  // 0: none; else logits become softcap * tanh(scale * q.k / softcap) + weight
-  float decay;    // what a score keeps per token
   int64_t B;
-  int64_t Q;
-  int64_t K;
-  int64_t D;
-  int64_t R;
 };
 
 }  // namespace less

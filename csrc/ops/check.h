@@ -97,15 +97,27 @@ struct Arguments {
   mutable std::vector<Memory> memory = {};
 #endif
 
-  // Refuses a tensor that is not contiguous, of this dtype and this shape.
-  void check(const char* name, const Tensor& tensor, ScalarType dtype,
-             std::initializer_list<int64_t> shape) const {
+  void check_shape(const char* name, const Tensor& tensor,
+                   std::initializer_list<int64_t> shape) const {
     const auto sizes = tensor.sizes();
     bool same = sizes.size() == shape.size();
     for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
     if (!same) {
       fail(op, ": ", name, " must have shape ", shape_text(shape), ", got ", shape_text(sizes));
     }
+  }
+
+  void check_device(const char* name, const Tensor& tensor) const {
+    if (tensor.device() != first.device()) {
+      fail(op, ": ", name, " must be on the device of ", first_name, ", ",
+           device_text(first.device()), ", got ", device_text(tensor.device()));
+    }
+  }
+
+  // Refuses a tensor that is not contiguous, of this dtype and this shape.
+  void check(const char* name, const Tensor& tensor, ScalarType dtype,
+             std::initializer_list<int64_t> shape) const {
+    check_shape(name, tensor, shape);
     if (tensor.scalar_type() != dtype) {
       fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ",
            dtype_name(tensor.scalar_type()));
@@ -113,10 +125,7 @@ struct Arguments {
     if (!tensor.is_contiguous()) {
       fail(op, ": ", name, " must be contiguous, got strides ", shape_text(tensor.strides()));
     }
-    if (tensor.device() != first.device()) {
-      fail(op, ": ", name, " must be on the device of ", first_name, ", ",
-           device_text(first.device()), ", got ", device_text(tensor.device()));
-    }
+    check_device(name, tensor);
     note(name, tensor, false);
   }
 
@@ -133,13 +142,18 @@ struct Arguments {
     return tensor;
   }
 
- private:
-  void note([[maybe_unused]] const char* name, [[maybe_unused]] const Tensor& tensor,
-            [[maybe_unused]] bool fresh) const {
+  // Lets the emulator's kernels touch this memory.
+  void note_memory([[maybe_unused]] const char* name, [[maybe_unused]] void* data,
+                   [[maybe_unused]] size_t bytes, [[maybe_unused]] bool fresh) const {
 #ifdef LESS_EMULATED_HALF
-    const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
-    if (bytes > 0) memory.push_back({name, tensor.mutable_data_ptr(), bytes, fresh});
+    if (bytes > 0) memory.push_back({name, data, bytes, fresh});
 #endif
+  }
+
+ private:
+  void note(const char* name, const Tensor& tensor, bool fresh) const {
+    const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
+    note_memory(name, tensor.mutable_data_ptr(), bytes, fresh);
   }
 };
 
@@ -167,11 +181,6 @@ inline DType slot_dtype(const char* op, const char* name, const Tensor& tensor) 
       fail(op, ": ", name, " must be float32, bfloat16 or float16, got ",
            dtype_name(tensor.scalar_type()));
   }
-}
-
-// Whether rows of this dtype have a scale each.
-inline bool has_scales(ScalarType type) {
-  return type == ScalarType::Char || type == ScalarType::Float8_e4m3fn;
 }
 
 // The dtype of slots, those with scales among them.

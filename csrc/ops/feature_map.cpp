@@ -1,37 +1,35 @@
 // less::feature_map: schema and checks; see ops/library.h.
+#include "ops/layer.h"
 #include "ops/library.h"
-#include "ops/maps.h"
 
 namespace less::ops {
 namespace {
 
 constexpr const char* kOp = "feature_map";
 
-Tensor feature_map(Tensor x, Tensor w1, Tensor w2, OptionalTensor w1_scale, OptionalTensor w2_scale,
-                   OptionalTensor bias, OptionalTensor mix, OptionalTensor scale,
-                   OptionalTensor mix_scale, int64_t kind) {
+Tensor feature_map(Tensor x, Tensor maps, Tensor layer, bool query) {
   check_dim(kOp, "x", x, 4, "[B, heads, T, D]");
-  const int64_t B = x.size(0), heads = x.size(1), T = x.size(2), D = x.size(3);
   const DType x_dtype = slot_dtype(kOp, "x", x);
+  const LayerArguments of = read_layer(kOp, layer);
+  const int64_t B = x.size(0), T = x.size(2), heads = query ? of.spec.Q : of.spec.K;
   const Arguments arguments{kOp, "x", x};
-  arguments.check("x", x, x.scalar_type(), {B, heads, T, D});
-  const FeatureMaps maps = feature_maps(arguments, heads, D, w1, w2, w1_scale, w2_scale, bias, mix,
-                                        scale, mix_scale, kind);
-  Tensor y = arguments.output("y", ScalarType::Float, {B, heads, T, maps.R});
+  const HeadRows rows = head_rows(arguments, "x", x, x_dtype, {B, heads, T, of.spec.D});
+  const Maps both = read_maps(arguments, of, maps);
+  const FeatureMaps& map = query ? both.phi : both.psi;
+  Tensor y = arguments.output("y", ScalarType::Float, {B, heads, T, map.R});
   const FeatureMapParams params{
-      .maps = maps,
-      .x = x.const_data_ptr(),
+      .maps = map,
+      .x = rows,
       .y = y.mutable_data_ptr<float>(),
-      .x_dtype = x_dtype,
       .B = B,
       .heads = heads,
       .T = T,
   };
 #ifdef LESS_LAUNCHES
-  check_any_head_dim(kOp, "x", D);
-  launch(arguments, cuda::feature_map, params, {{"x", x}, {"w1", w1}, {"w2", w2}});
+  check_any_head_dim(kOp, "x", of.spec.D);
+  launch(arguments, cuda::feature_map, params, {{"x", x}});
 #else
-  const int64_t work = maps.E * (D + maps.R);  // multiply-adds per row
+  const int64_t work = map.E * (map.D + map.R);  // multiply-adds per row
   torch::stable::parallel_for(0, B * heads * T, grain(work), [&](int64_t begin, int64_t end) {
     cpu::feature_map(params, begin, end);
   });
@@ -42,6 +40,4 @@ Tensor feature_map(Tensor x, Tensor w1, Tensor w2, OptionalTensor w1_scale, Opti
 }  // namespace
 }  // namespace less::ops
 
-LESS_OP(feature_map,
-        "feature_map(Tensor x, Tensor w1, Tensor w2, Tensor? w1_scale, Tensor? w2_scale, "
-        "Tensor? bias, Tensor? mix, Tensor? scale, Tensor? mix_scale, int kind) -> Tensor")
+LESS_OP(feature_map, "feature_map(Tensor x, Tensor maps, Tensor layer, bool query) -> Tensor")

@@ -32,7 +32,7 @@ Tensor prompt_scores(Tensor q, Tensor k, OptionalTensor k_scale, OptionalTensor 
   const Arguments arguments{kOp, "q", q};
   arguments.check("q", q, q.scalar_type(), {B, Q, T, D});
   arguments.check("k", k, k.scalar_type(), {B, K, T, D});
-  if (bool(k_scale) != has_scales(k.scalar_type())) {
+  if (bool(k_scale) != has_scale(k_dtype)) {
     fail(kOp, ": k_scale belongs to a k of 8 bits, and must be given with it");
   }
   arguments.check("k_scale", k_scale, ScalarType::Float, {B, K, T});

@@ -1,0 +1,272 @@
+"""The page: where in memory each field of a layer lies.
+
+Everything that one layer holds of one sequence is one page. A page begins with a header,
+
+    seen int64, 8 unused bytes, share float64 [K]
+
+and goes on with the kv heads one after the other, each with a number of slots S of its own and its
+fields in the order in which a step reads them:
+
+    position int32 [S]    k [S, D]    k_scale float32 [S]    weight float32 [S]
+    v [S, D]    v_scale float32 [S]    z float32 [R]    H float32 [R, D]    score float32 [S]
+
+Scales exist for rows of 8 bits alone, z and H where R > 0. Every field begins at a multiple of 128
+bytes. csrc/common/layout.h is the same in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from less._check import require_int
+from less.dtypes import CODES, has_scale, name, state_dtype
+from less.layer.rows import Rows, Slots, State
+
+FIELD_ALIGN = 128
+MAX_KV_HEADS = 128
+_SHARE = 16  # where the header's share begins
+
+
+def field_bytes(nbytes: int) -> int:
+    """Bytes that a field takes up: the next multiple of 128."""
+    return -(-nbytes // FIELD_ALIGN) * FIELD_ALIGN
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of one head.
+
+    Attributes:
+        offset: Bytes from the beginning of the page.
+        shape: Of one head.
+        dtype: Of its numbers.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PageViews:
+    """Heads of a layer's pages that have equally many slots, as views of the pool.
+
+    Attributes:
+        heads: Which kv heads of the layer these are.
+        slots: k, v [N, heads, S, D] and so on.
+        state: H [N, heads, R, D] and z, or None where there is none.
+        share: float64 [N, heads].
+        seen: int64 [N].
+    """
+
+    heads: slice
+    slots: Slots
+    state: State | None
+    share: Tensor
+    seen: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> view, of the fields that exist."""
+        views = {n: x for n, x in vars(self.slots).items() if x is not None}
+        if self.state is not None:
+            views |= vars(self.state)
+        return views | {"share": self.share, "seen": self.seen}
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How the pages of a layer are laid out.
+
+    Args:
+        kv_heads: Kv heads K, at most 128.
+        head_dim: Head dim D.
+        capacity: Slots of every head, or a tuple of each head's, at least 1.
+        dtype: Of the slots' keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn
+            (float64 for the reference alone).
+        rank: Rank R of the low-rank state; 0: there is none.
+
+    Raises:
+        ValueError: A number is out of range, the capacities are not K, or the dtype is none of
+            the above.
+    """
+
+    kv_heads: int
+    head_dim: int
+    capacity: int | tuple[int, ...]
+    dtype: torch.dtype = torch.float16
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no layout, by name."""
+        op = "PageLayout"
+        require_int(op, "kv_heads", self.kv_heads, 1)
+        require_int(op, "head_dim", self.head_dim, 1)
+        require_int(op, "rank", self.rank, 0)
+        if self.kv_heads > MAX_KV_HEADS:
+            raise ValueError(f"{op}: kv_heads must be at most {MAX_KV_HEADS}, got {self.kv_heads}")
+        if self.dtype not in CODES:
+            known = ", ".join(name(d) for d in CODES)
+            raise ValueError(f"{op}: dtype must be one of {known}, got {self.dtype}")
+        if isinstance(self.capacity, Sequence):
+            if len(self.capacity) != self.kv_heads:
+                raise ValueError(
+                    f"{op}: capacity must list {self.kv_heads} numbers of slots, one per kv head, "
+                    f"got {len(self.capacity)}"
+                )
+            listed = tuple(
+                require_int(op, f"capacity[{h}]", s, 1) for h, s in enumerate(self.capacity)
+            )
+            # One way to say one thing: layouts that are the same compare equal.
+            same = len(set(listed)) == 1
+            object.__setattr__(self, "capacity", listed[0] if same else listed)
+        else:
+            require_int(op, "capacity", self.capacity, 1)
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Slots of each kv head."""
+        if isinstance(self.capacity, int):
+            return (self.capacity,) * self.kv_heads
+        return self.capacity
+
+    @property
+    def slots(self) -> int:
+        """Slots of the head that has most."""
+        return max(self.capacities)
+
+    @cached_property
+    def heads(self) -> tuple[dict[str, Field], ...]:
+        """The fields of each head, by name, in the order in which they lie."""
+        numbers = state_dtype(self.dtype)
+        at, heads = field_bytes(_SHARE + 8 * self.kv_heads), []
+        for S in self.capacities:
+            fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                "position": ((S,), torch.int32),
+                "k": ((S, self.head_dim), self.dtype),
+                "k_scale": ((S,), torch.float32),
+                "weight": ((S,), numbers),
+                "v": ((S, self.head_dim), self.dtype),
+                "v_scale": ((S,), torch.float32),
+                "z": ((self.rank,), numbers),
+                "H": ((self.rank, self.head_dim), numbers),
+                "score": ((S,), numbers),
+            }
+            absent: set[str] = set()
+            if not has_scale(self.dtype):
+                absent |= {"k_scale", "v_scale"}
+            if not self.rank:
+                absent |= {"z", "H"}
+            head = {}
+            for field, (shape, dtype) in fields.items():
+                if field not in absent:
+                    head[field] = Field(at, shape, dtype)
+                    at += field_bytes(head[field].nbytes)
+            heads.append(head)
+        self.__dict__["nbytes"] = at
+        return tuple(heads)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of a page."""
+        _ = self.heads  # which puts the number here
+        return int(self.__dict__["nbytes"])
+
+    def bytes_of(self, *fields: str) -> int:
+        """Bytes of some fields in one page, those that fill them up to 128 included."""
+        return sum(field_bytes(head[f].nbytes) for head in self.heads for f in fields if f in head)
+
+    def check_pool(self, op: str, pool: Tensor) -> Tensor:
+        """A pool of such pages, as uint8 [N, page].
+
+        Bytes of other shapes are taken too, such as an engine's int8 [N, 1, 1, page].
+
+        Args:
+            op: Who asks, for the message.
+            pool: Bytes, N pages; the first stride is a multiple of 128 and at least a page.
+
+        Raises:
+            TypeError: It is no tensor.
+            ValueError: It does not hold such pages.
+        """
+        if not isinstance(pool, Tensor):
+            raise TypeError(f"{op}: pool must be a torch.Tensor, got {type(pool).__name__}")
+        if pool.dtype not in (torch.uint8, torch.int8):
+            raise ValueError(f"{op}: pool must be bytes (uint8 or int8), got {pool.dtype}")
+        pool = pool.view(torch.uint8)
+        if pool.dim() > 2:
+            pool = pool.flatten(1)
+        if pool.dim() != 2 or pool.shape[1] != self.nbytes:
+            raise ValueError(
+                f"{op}: pool must have shape [N, {self.nbytes}], got {list(pool.shape)}"
+            )
+        N = pool.shape[0]
+        if pool.stride(1) != 1 or (N > 1 and pool.stride(0) < self.nbytes):
+            raise ValueError(
+                f"{op}: pool's pages must be contiguous and apart, got strides {pool.stride()}"
+            )
+        if N > 1 and pool.stride(0) % FIELD_ALIGN:
+            raise ValueError(
+                f"{op}: pool's pages must begin at multiples of {FIELD_ALIGN} bytes, got a stride "
+                f"of {pool.stride(0)}"
+            )
+        if pool.device.type != "meta" and pool.data_ptr() % 16:
+            raise ValueError(f"{op}: pool must begin at a multiple of 16 bytes")
+        return pool
+
+    def runs(self) -> Iterator[slice]:
+        """Neighbouring heads with equally many slots; one run where all have."""
+        first = 0
+        for h in range(1, self.kv_heads + 1):
+            if h == self.kv_heads or self.capacities[h] != self.capacities[first]:
+                yield slice(first, h)
+                first = h
+
+    def views(self, pool: Tensor) -> list[PageViews]:
+        """The fields of a pool's pages, a list over runs of heads with equally many slots.
+
+        Args:
+            pool: uint8 [N, page], as ``check_pool`` returns it.
+        """
+        N = pool.shape[0]
+
+        def view(offset: int, shape: tuple[int, ...], dtype: torch.dtype, *heads: int) -> Tensor:
+            """[N, *shape]; with a number of heads and the bytes between them [N, heads, *shape]."""
+            count, step = heads or (1, self.nbytes)
+            numbers = pool.view(dtype)
+            x: Tensor = numbers.as_strided(
+                [N, count, torch.Size(shape).numel()],
+                [numbers.stride(0), step // dtype.itemsize, 1],
+                numbers.storage_offset() + offset // dtype.itemsize,
+            ).unflatten(2, shape or (1,))
+            return x if heads else x[:, 0]
+
+        seen = view(0, (), torch.int64)[:, 0]
+        share = view(_SHARE, (self.kv_heads,), torch.float64)
+        views = []
+        for run in self.runs():
+            head, count = self.heads[run.start], run.stop - run.start
+            step = self.heads[run.start + 1]["position"].offset if count > 1 else self.nbytes
+            step -= head["position"].offset
+            of = {n: view(f.offset, f.shape, f.dtype, count, step) for n, f in head.items()}
+            state = State(of.pop("H"), of.pop("z")) if self.rank else None
+            views.append(PageViews(run, Slots(**of), state, share[:, run], seen))
+        return views
+
+    def clear(self, pool: Tensor) -> None:
+        """Make every page of a pool one of an empty sequence, in place."""
+        pool.zero_()
+        for views in self.views(pool):
+            views.slots.position.fill_(-1)
+
+
+__all__ = ["FIELD_ALIGN", "MAX_KV_HEADS", "Field", "PageLayout", "PageViews", "Rows", "field_bytes"]

@@ -1,0 +1,121 @@
+"""Pools of pages: their memory, and which page each row of a call uses."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from less._check import require_tensor, shape_text
+from less.layer.layout import FIELD_ALIGN, PageLayout
+
+_HUGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def _huge_pages(memory: Tensor) -> None:
+    """Ask the system for huge pages where the memory covers some; a wish, not a demand."""
+    if not sys.platform.startswith("linux"):
+        return
+    first = -(-memory.data_ptr() // _HUGE) * _HUGE
+    last = (memory.data_ptr() + memory.nbytes) // _HUGE * _HUGE
+    if last > first:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_HUGEPAGE)
+        )
+
+
+def allocate(
+    layouts: Sequence[PageLayout], pages: int, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Pools of empty pages for several layers, in one piece of memory.
+
+    On a CPU the memory begins at a multiple of 2 MiB and asks for huge pages: a step that streams
+    through small ones waits for their addresses.
+
+    Args:
+        layouts: Of each layer.
+        pages: Pages of each pool.
+        device: Where.
+
+    Returns:
+        uint8 [pages, page] of each layer, contiguous.
+    """
+    device = torch.device(device)
+    sizes = [layout.nbytes * pages for layout in layouts]
+    ahead = _HUGE if device.type == "cpu" and sum(sizes) >= _HUGE else FIELD_ALIGN
+    memory = torch.empty(sum(sizes) + ahead, dtype=torch.uint8, device=device)
+    at = -memory.data_ptr() % ahead if device.type != "meta" else 0
+    memory = memory[at : at + sum(sizes)]
+    if device.type == "cpu":
+        _huge_pages(memory)
+    pools = []
+    for layout, size in zip(layouts, sizes, strict=True):
+        pool, memory = memory[:size].view(pages, layout.nbytes), memory[size:]
+        layout.clear(pool)
+        pools.append(pool)
+    return pools
+
+
+class PageRows:
+    """Which page each row of a call uses, and which of those pages begin.
+
+    Args:
+        pages: int32 [B]: numbers of pages; outside 0 .. N - 1, or the layer's null page: the row
+            reads and writes nothing, and its output is 0.
+        fresh: bool [B]: True resets the row's page before it is used. None: none begins.
+        check: Refuse a page that stands twice, where the numbers are on the host.
+        null_page: The page that may stand more than once, besides negative numbers.
+
+    Attributes:
+        packed: int32 [1 or 2, B]: pages, then fresh as 0 and 1; what the ops take.
+
+    Raises:
+        ValueError: A shape or dtype is wrong, or two rows share a page.
+    """
+
+    def __init__(
+        self, pages: Tensor, fresh: Tensor | None = None, check: bool = True, null_page: int = -1
+    ) -> None:
+        pages = require_tensor("PageRows", "pages", pages)
+        if pages.dim() != 1 or pages.dtype != torch.int32:
+            raise ValueError(
+                f"PageRows: pages must be int32 [B], got {pages.dtype} {shape_text(pages.shape)}"
+            )
+        rows = [pages]
+        if fresh is not None:
+            fresh = require_tensor("PageRows", "fresh", fresh)
+            if fresh.shape != pages.shape or fresh.dtype != torch.bool:
+                raise ValueError(
+                    f"PageRows: fresh must be bool {shape_text(pages.shape)}, got {fresh.dtype} "
+                    f"{shape_text(fresh.shape)}"
+                )
+            if fresh.device != pages.device:
+                raise ValueError(
+                    f"PageRows: fresh must be on {pages.device} as pages is, got {fresh.device}"
+                )
+            rows.append(fresh.to(torch.int32))
+        if check and pages.device.type == "cpu":
+            used = pages[(pages >= 0) & (pages != null_page)]
+            if used.unique().numel() != used.numel():
+                raise ValueError(f"PageRows: pages must differ, got {pages.tolist()}")
+        self.packed = torch.stack(rows)
+
+    @property
+    def pages(self) -> Tensor:
+        """int32 [B]."""
+        return self.packed[0]
+
+    @property
+    def fresh(self) -> Tensor | None:
+        """Whether each page begins, bool [B]; None: none does."""
+        return self.packed[1].bool() if self.packed.shape[0] == 2 else None
+
+    def used(self) -> PageRows:
+        """The same pages, none of which begins: for a call's second half."""
+        same = PageRows.__new__(PageRows)
+        same.packed = self.packed[:1]
+        return same

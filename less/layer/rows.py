@@ -1,0 +1,121 @@
+"""The tensors of a layer and of a call, in the structs that the reference and the ops take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values as slots hold them.
+
+    Attributes:
+        k: [B, K, N, D].
+        v: [B, K, N, D].
+        k_scale: float32 [B, K, N], of each row of k; None unless k and v are of 8 bits.
+        v_scale: float32 [B, K, N], likewise.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What heads with equally many slots S keep of the tokens that stay.
+
+    Attributes:
+        position: int32 [B, K, S], -1 where the slot is empty.
+        k: Keys after the rotary embedding [B, K, S, D].
+        v: Values [B, K, S, D].
+        weight: Log-weights, added to the logits, float32 [B, K, S].
+        score: float32 [B, K, S].
+        k_scale: float32 [B, K, S], of each row of k; None unless k and v are of 8 bits.
+        v_scale: float32 [B, K, S], likewise.
+    """
+
+    position: Tensor
+    k: Tensor
+    v: Tensor
+    weight: Tensor
+    score: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def rows(self) -> Rows:
+        """Keys and values alone."""
+        return Rows(self.k, self.v, self.k_scale, self.v_scale)
+
+    def select(self, rows: Tensor) -> Slots:
+        """Copies of some batch rows, or pages: int64 [M]."""
+        return replace(
+            self,
+            **{n: x.index_select(0, rows) for n, x in vars(self).items() if x is not None},
+        )
+
+    @classmethod
+    def empty(
+        cls, B: int, K: int, S: int, D: int, dtype: torch.dtype, numbers: torch.dtype
+    ) -> Slots:
+        """S empty slots a head; for rows without scales.
+
+        Args:
+            B: Batch rows.
+            K: Kv heads.
+            S: Slots.
+            D: Head dim.
+            dtype: Of k and v.
+            numbers: Of scores and log-weights.
+        """
+        return cls(
+            position=torch.full((B, K, S), -1, dtype=torch.int32),
+            k=torch.zeros(B, K, S, D, dtype=dtype),
+            v=torch.zeros(B, K, S, D, dtype=dtype),
+            weight=torch.zeros(B, K, S, dtype=numbers),
+            score=torch.zeros(B, K, S, dtype=numbers),
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """What heads keep of the tokens that left.
+
+    Attributes:
+        H: Running sum of psi(k) v^T, float32 [B, K, R, D].
+        z: Running sum of psi(k), float32 [B, K, R].
+    """
+
+    H: Tensor
+    z: Tensor
+
+    def select(self, rows: Tensor) -> State:
+        """Copies of some batch rows, or pages: int64 [M]."""
+        return State(self.H.index_select(0, rows), self.z.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tokens of one call.
+
+    Attributes:
+        q: [B, Q, T, D], float32, bfloat16 or float16.
+        k: [B, K, T, D], likewise.
+        v: [B, K, T, D], of k's dtype.
+        valid: bool [B, T], False for padding, which never enters the slots and whose output is
+            zero. None: all valid.
+        out: [B, Q, T, D] of q's dtype: where to write. None: a new tensor.
+
+    Rows of D numbers are contiguous; tokens may lie before heads.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    valid: Tensor | None = None
+    out: Tensor | None = None

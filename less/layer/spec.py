@@ -1,0 +1,100 @@
+"""The constants of a layer, and the form in which ops take them."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from less.dtypes import CODES
+from less.layer.layout import PageLayout
+from less.layer.maps import KINDS, PackedMaps
+from less.policies import Rule
+
+#: What becomes of a token that leaves, as in ``Victim`` of csrc/params.h. ``"none"``: nothing joins
+#: and nothing leaves, which makes a step attention alone.
+VICTIMS = {"none": 0, "forget": 1, "fold": 2}
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is the same in every call of a layer.
+
+    Attributes:
+        q_heads: Query heads Q, a multiple of the kv heads.
+        scale: Factor of q.k.
+        softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap) + log-weight.
+        decay: What a score keeps per token.
+        scores: False leaves the scores as they are, and those of new tokens at 0.
+        rule: The policy's native ranking; None: ranks are given to ``compact``.
+        victim: ``"forget"`` or ``"fold"``; ``"none"`` makes a step attention alone.
+        null_page: The number of the page that stands for none, besides all that the pool has not.
+        dependent: A GPU's launch may begin before the kernel before it is over.
+    """
+
+    q_heads: int
+    scale: float
+    softcap: float = 0.0
+    decay: float = 1.0
+    scores: bool = True
+    rule: Rule | None = None
+    victim: str = "forget"
+    null_page: int = -1
+    dependent: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown victim."""
+        if self.victim not in VICTIMS:
+            raise ValueError(
+                f"LayerSpec: victim must be one of {', '.join(VICTIMS)}, got {self.victim!r}"
+            )
+
+
+def _bits(x: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) -> Tensor:
+    """The constants of a layer as the ops take them, on the CPU; made once.
+
+    Args:
+        spec: Its constants.
+        layout: Its page.
+        maps: Its feature maps; None: it has none.
+
+    Returns:
+        int64 [24 + K]; csrc/ops/layer.h reads it.
+    """
+    rule = spec.rule or Rule(recent=0, sinks=0, by_score=False, per_age=False)
+    return torch.tensor(
+        [
+            _VERSION,
+            spec.q_heads,
+            layout.kv_heads,
+            layout.head_dim,
+            CODES[layout.dtype],
+            layout.rank,
+            VICTIMS[spec.victim],
+            int(spec.scores),
+            int(spec.dependent),
+            spec.null_page,
+            int(spec.rule is not None),
+            rule.recent,
+            rule.sinks,
+            int(rule.by_score),
+            int(rule.per_age),
+            _bits(spec.scale),
+            _bits(spec.softcap),
+            _bits(spec.decay),
+            *((-1, 0, 0, 0, 0) if maps is None else maps.described()),
+            0,
+            *layout.capacities,
+        ],
+        dtype=torch.int64,
+    )
+
+
+__all__ = ["KINDS", "VICTIMS", "LayerSpec", "encode"]
