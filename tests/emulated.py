@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds csrc/emulator's library of a tier and loads its ops.
+"""The CUDA kernels on the CPU: builds the emulator's library of a tier and loads its ops.
 
 They are ``torch.ops.less_emulated``, the ops of ``torch.ops.less`` for CPU tensors, run as a GPU
 would. One process loads one tier.
@@ -99,7 +99,7 @@ def build(tier: str) -> Path:
 
 
 class Emulator:
-    """A loaded tier, and its controls (csrc/emulator/control.h).
+    """A loaded tier, and its controls (emulator/control.h).
 
     Args:
         library: The tier's library of ops.

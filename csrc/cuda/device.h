@@ -1,5 +1,5 @@
 // What kernels say to the device, by one name whoever compiles them: nvcc, or g++ for the emulator
-// (LESS_EMULATOR, see csrc/emulator). The only header that knows which of the two it is.
+// (LESS_EMULATOR, see emulator/). The only header that knows which of the two it is.
 //
 // Rules that make one source serve both:
 //   - a kernel is launched through launch(), never <<<>>>;

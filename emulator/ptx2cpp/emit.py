@@ -1,4 +1,4 @@
-"""Writes a parsed module as C++ on csrc/emulator/ptx.h: one function per kernel.
+"""Writes a parsed module as C++ on emulator/ptx.h: one function per kernel.
 
 Registers are unsigned integers of their width, and instructions look at their bits as they like:
 as floats, as signed numbers. Jumps are gotos, so all registers are declared at the top. Functions

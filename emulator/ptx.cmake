@@ -1,5 +1,5 @@
 # The tiers ptx_<arch>: what nvcc makes of a kernel for that architecture, translated to C++ by
-# tools/ptx2cpp. The launchers are the .cu file's own, compiled as in the other tiers; a launch
+# emulator/ptx2cpp. The launchers are the .cu file's own, compiled as in the other tiers; a launch
 # finds the translated kernel by the name of the one it was given.
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
 execute_process(
@@ -11,8 +11,8 @@ execute_process(
 file(
   GLOB translator
   CONFIGURE_DEPENDS
-  "${PROJECT_SOURCE_DIR}/tools/ptx2cpp/*.py"
-  "${PROJECT_SOURCE_DIR}/tools/ptx2cpp/families/*.py"
+  "${PROJECT_SOURCE_DIR}/emulator/ptx2cpp/*.py"
+  "${PROJECT_SOURCE_DIR}/emulator/ptx2cpp/families/*.py"
 )
 # The function below is called from other folders too.
 set(LESS_NVCC "${nvcc}" CACHE INTERNAL "")
@@ -47,8 +47,8 @@ function(less_ptx_sources result target arch file)
   add_custom_command(
     OUTPUT "${translated}"
     COMMAND
-      ${CMAKE_COMMAND} -E env "PYTHONPATH=${PROJECT_SOURCE_DIR}/tools" "${LESS_PTX2CPP_PYTHON}" -m
-      ptx2cpp "${ptx}" -o "${translated}"
+      ${CMAKE_COMMAND} -E env "PYTHONPATH=${PROJECT_SOURCE_DIR}/emulator" "${LESS_PTX2CPP_PYTHON}"
+      -m ptx2cpp "${ptx}" -o "${translated}"
     DEPENDS "${ptx}" ${LESS_PTX2CPP}
     COMMENT "C++ of ${name}.ptx for ${arch}"
     VERBATIM

@@ -1,5 +1,5 @@
 // The emulator's runtime as generated and emulated kernels see it: what runs, barriers, warps,
-// copies, fragments, accesses. Kernels reach it through csrc/emulator/device.h; the PTX tier calls
+// copies, fragments, accesses. Kernels reach it through emulator/device.h; the PTX tier calls
 // everything here that is marked so.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the C++ that tools/ptx2cpp makes of PTX is written with: the instructions that are no C++
+// What the C++ that emulator/ptx2cpp makes of PTX is written with: the instructions that are no C++
 // operator, on the emulator's runtime. Included by generated files alone.
 //
 // A register is an unsigned integer of its width. A generic address is the host's; a shared one is

@@ -1,7 +1,7 @@
 """PTX to C++: what nvcc really emitted, run by the emulator.
 
-``PYTHONPATH=tools python -m ptx2cpp kernel.ptx -o kernel.cpp`` turns each kernel into a C++
-function on csrc/emulator/ptx.h, and registers it under its mangled name. Widths of accesses,
+``PYTHONPATH=emulator python -m ptx2cpp kernel.ptx -o kernel.cpp`` turns each kernel into a C++
+function on emulator/ptx.h, and registers it under its mangled name. Widths of accesses,
 inline assembly, and what the optimiser made of the source are then under the emulator's checks.
 An instruction or a modifier that is not known is an error here, with its line; never a guess.
 """
