@@ -47,7 +47,7 @@ void finish(Block& block, Copy& copy, uint32_t slot, uint32_t clock) {
 void check_copy(const Block& block, const Copy& copy, unsigned align) {
   const auto bits = reinterpret_cast<uintptr_t>(copy.shared) |
                     reinterpret_cast<uintptr_t>(copy.global) | copy.bytes;
-  const char* const file = base_name(copy.at.file);
+  const char* const file = short_name(copy.at.file);
   if (bits % align != 0) {
     fatal("misaligned", "%s:%d: a copy of %u bytes from %p to %p, which wants multiples of %u",
           file, copy.at.line, copy.bytes, copy.global, copy.shared, align);
@@ -92,7 +92,7 @@ void begin(Block& block, Copy& copy) {
 void copy_async(void* shared, const void* global, unsigned n, unsigned source_n, Where at) {
   Block& block = *self()->home;
   if ((n != 4 && n != 8 && n != 16) || source_n > n) {
-    fatal("address-space", "%s:%d: cp.async of %u bytes", base_name(at.file), at.line, n);
+    fatal("address-space", "%s:%d: cp.async of %u bytes", short_name(at.file), at.line, n);
   }
   Copy copy{shared, global, n, source_n, false, at};
   check_copy(block, copy, n);
@@ -123,10 +123,10 @@ namespace {
 Mbarrier& mbarrier(Block& block, uint64_t* bar, Where at) {
   const auto found = block.mbarriers.find(bar);
   if (found == block.mbarriers.end()) {
-    fatal("mbarrier", "%s:%d: nobody has initialised this mbarrier", base_name(at.file), at.line);
+    fatal("mbarrier", "%s:%d: nobody has initialised this mbarrier", short_name(at.file), at.line);
   }
   if (*bar != kMbarrierBytes) {
-    fatal("mbarrier", "%s:%d: something has written over this mbarrier", base_name(at.file),
+    fatal("mbarrier", "%s:%d: something has written over this mbarrier", short_name(at.file),
           at.line);
   }
   return found->second;
@@ -137,7 +137,7 @@ void try_phase(Mbarrier& state) {
   if (state.bytes < 0) {
     error("mbarrier-bytes",
           "the mbarrier of %s:%d: copies have brought %lld bytes more than were expected",
-          base_name(state.at.file), state.at.line, static_cast<long long>(-state.bytes));
+          short_name(state.at.file), state.at.line, static_cast<long long>(-state.bytes));
     state.bytes = 0;
   }
   ++state.phase;
@@ -152,7 +152,7 @@ void try_phase(Mbarrier& state) {
 void mbarrier_init(uint64_t* bar, uint32_t arrivals, Where at) {
   Block& block = *self()->home;
   if (reinterpret_cast<uintptr_t>(bar) % 8 != 0 || !in_window(block, bar, 8)) {
-    fatal("mbarrier", "%s:%d: no mbarrier can lie at %p", base_name(at.file), at.line,
+    fatal("mbarrier", "%s:%d: no mbarrier can lie at %p", short_name(at.file), at.line,
           static_cast<void*>(bar));
   }
   access_at(bar, 8, Access::write, at);
@@ -175,8 +175,8 @@ void mbarrier_arrive(uint64_t* bar, uint32_t bytes, Where at) {
   Thread& me = *self();
   Mbarrier& state = mbarrier(*me.home, bar, at);
   if (state.pending == 0) {
-    fatal("mbarrier", "%s:%d: more than the %u arrivals that %s:%d has said", base_name(at.file),
-          at.line, state.count, base_name(state.at.file), state.at.line);
+    fatal("mbarrier", "%s:%d: more than the %u arrivals that %s:%d has said", short_name(at.file),
+          at.line, state.count, short_name(state.at.file), state.at.line);
   }
   if (tracking) {
     state.gathered.add(me);
@@ -202,7 +202,7 @@ void report_mbarriers(const Block& block) {
   for (const auto& [bar, state] : block.mbarriers) {
     if (state.waiting.empty() || state.pending != 0 || state.bytes <= 0) continue;
     error("mbarrier-bytes", "the mbarrier of %s:%d: %lld bytes are expected that no copy brings",
-          base_name(state.at.file), state.at.line, static_cast<long long>(state.bytes));
+          short_name(state.at.file), state.at.line, static_cast<long long>(state.bytes));
   }
 }
 
@@ -215,7 +215,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* bar, 
   const Mbarrier& state = mbarrier(block, bar, at);
   if (state.initialised_by != nullptr && first_time("mbarrier-fence", site_of(at), 0)) {
     error("mbarrier-fence", "%s:%d: no mbarrier_fence_init() after the mbarrier's init at %s:%d",
-          base_name(at.file), at.line, base_name(state.at.file), state.at.line);
+          short_name(at.file), at.line, short_name(state.at.file), state.at.line);
   }
   begin(block, copy);
   bulk_copies.push_back({copy, &block, bar});
@@ -230,7 +230,7 @@ bool land_bulk_copy() {
   Block& block = *bulk.block;
   if (block.alive == 0) {
     error("async-pending", "block (%u,%u,%u) has ended before the bulk copy of %s:%d",
-          block.index.x, block.index.y, block.index.z, base_name(bulk.copy.at.file),
+          block.index.x, block.index.y, block.index.z, short_name(bulk.copy.at.file),
           bulk.copy.at.line);
     return true;
   }

@@ -20,7 +20,7 @@ void check_whole_warps(const Block& block, const NamedBarrier& barrier) {
     if (here[warp->index] == 0 || missing == 0) continue;
     error("barrier-divergence",
           "barrier at %s:%d: lanes 0x%08x of warp %d stay away, and barriers are for whole warps",
-          base_name(barrier.at.file), barrier.at.line, missing, warp->index);
+          short_name(barrier.at.file), barrier.at.line, missing, warp->index);
     return;
   }
 }
@@ -43,12 +43,12 @@ void meet(Block& block, NamedBarrier& barrier, bool whole_block) {
 
 NamedBarrier& join_barrier(Block& block, int id, int threads, Where at) {
   if (id < 0 || id > 15) {
-    fatal("barrier-count", "barrier %d at %s:%d: there are 16", id, base_name(at.file), at.line);
+    fatal("barrier-count", "barrier %d at %s:%d: there are 16", id, short_name(at.file), at.line);
   }
   if (threads > 0 && (threads % 32 != 0 || threads > (launch_state.block_threads + 31) / 32 * 32)) {
     fatal("barrier-count",
           "barrier %d at %s:%d: %d threads are no whole warps of a block of %d threads", id,
-          base_name(at.file), at.line, threads, launch_state.block_threads);
+          short_name(at.file), at.line, threads, launch_state.block_threads);
   }
   NamedBarrier& barrier = block.barriers[size_t(id)];
   if (barrier.arrived == 0) {
@@ -56,14 +56,14 @@ NamedBarrier& join_barrier(Block& block, int id, int threads, Where at) {
     barrier.expected = threads;
   } else if (barrier.expected != threads) {
     fatal("barrier-count", "barrier %d: %s:%d counts %d threads, but %s:%d counts %d (0: all)", id,
-          base_name(at.file), at.line, threads, base_name(barrier.at.file), barrier.at.line,
+          short_name(at.file), at.line, threads, short_name(barrier.at.file), barrier.at.line,
           barrier.expected);
   }
   Thread* const me = self();
   if (threads > 0 &&
       std::find(barrier.counted.begin(), barrier.counted.end(), me) != barrier.counted.end()) {
     fatal("barrier-count", "barrier %d at %s:%d: this thread is counted twice", id,
-          base_name(at.file), at.line);
+          short_name(at.file), at.line);
   }
   ++barrier.arrived;
   barrier.counted.push_back(me);
@@ -95,7 +95,7 @@ int block_barrier(int id, int threads, int predicate, Vote vote, Where at) {
   if (barrier.arrived == 1) barrier.vote = vote == Vote::all;
   if (threads <= 0 && !same_place(barrier.at, at)) {
     error("barrier-divergence", "threads of a block meet at different barriers: %s:%d and %s:%d",
-          base_name(at.file), at.line, base_name(barrier.at.file), barrier.at.line);
+          short_name(at.file), at.line, short_name(barrier.at.file), barrier.at.line);
     barrier.at = at;
   }
   if (vote == Vote::count) barrier.vote += predicate != 0;
@@ -120,7 +120,7 @@ int block_barrier(int id, int threads, int predicate, Vote vote, Where at) {
 void named_arrive(int id, int threads, Where at) {
   if (threads <= 0) {
     fatal("barrier-count", "barrier %d at %s:%d: arriving wants a count of threads", id,
-          base_name(at.file), at.line);
+          short_name(at.file), at.line);
   }
   Thread& me = *self();
   NamedBarrier& barrier = join_barrier(*me.home, id, threads, at);
@@ -150,7 +150,7 @@ void cluster_arrive(bool relaxed, Where at) {
   Cluster& cluster = *me.home->cluster;
   if (me.cluster_arrivals != 0) {
     fatal("cluster-barrier", "%s:%d: this thread arrives twice and has not waited",
-          base_name(at.file), at.line);
+          short_name(at.file), at.line);
   }
   me.cluster_arrivals = 1;
   me.cluster_phase = cluster.phase;
@@ -166,7 +166,7 @@ void cluster_wait(Where at) {
   Thread& me = *self();
   Cluster& cluster = *me.home->cluster;
   if (me.cluster_arrivals == 0) {
-    fatal("cluster-barrier", "%s:%d: this thread waits and has not arrived", base_name(at.file),
+    fatal("cluster-barrier", "%s:%d: this thread waits and has not arrived", short_name(at.file),
           at.line);
   }
   while (cluster.phase == me.cluster_phase) {

@@ -88,7 +88,7 @@ LESS_EMULATOR_UNTRACKED T shuffle(uint32_t mask, T value, int source, bool in_se
     if (!(live >> source & 1)) {
       error("shuffle-source",
             "%s at %s:%d: lane %d reads lane %d, which is not in the mask 0x%08x or has exited",
-            kind, base_name(at.file), at.line, lane(), source, mask);
+            kind, short_name(at.file), at.line, lane(), source, mask);
     } else {
       std::memcpy(static_cast<void*>(&result), table + source * kExchangeStride, sizeof(T));
     }
@@ -257,7 +257,7 @@ constexpr int kSharedGuard =
 // What faults on the device.
 inline void check_aligned(const void* p, size_t bytes, emulator::Where at) {
   if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
-  emulator::fatal("misaligned", "%s:%d: %zu bytes at %p", emulator::base_name(at.file), at.line,
+  emulator::fatal("misaligned", "%s:%d: %zu bytes at %p", emulator::short_name(at.file), at.line,
                   bytes, p);
 }
 

@@ -37,7 +37,7 @@ void check_remote_accesses(const Block& block) {
     error("cluster-exit",
           "block (%u,%u,%u) may have ended when another block of its cluster touches its shared "
           "memory at %s:%d: no cluster barrier between that and its end",
-          block.index.x, block.index.y, block.index.z, base_name(access.at.file), access.at.line);
+          block.index.x, block.index.y, block.index.z, short_name(access.at.file), access.at.line);
     return;
   }
 }
@@ -65,7 +65,7 @@ void check_no_copies(Thread& thread) {
     const Where at = group[0].at;
     if (first_time("async-pending", site_of(at), 0)) {
       error("async-pending", "a thread ends and has not waited for the copy of %s:%d",
-            base_name(at.file), at.line);
+            short_name(at.file), at.line);
     }
     return;
   }
@@ -222,7 +222,7 @@ void report_deadlock() {
         const Waiting& w = thread.waiting;
         char detail[100];
         std::snprintf(detail, sizeof detail, w.detail, w.numbers[0], w.numbers[1], w.numbers[2]);
-        const std::string text = std::string(w.kind) + " at " + base_name(w.at.file) + ":" +
+        const std::string text = std::string(w.kind) + " at " + short_name(w.at.file) + ":" +
                                  std::to_string(w.at.line) + detail;
         auto [entry, fresh] = waits.try_emplace(text, 0, i);
         ++entry->second.first;

@@ -236,20 +236,20 @@ const Block& block_of_rank(uint32_t rank, Where at) {
   Thread& me = *self();
   const Block& own = *me.home;
   if (rank >= cluster_size) {
-    fatal("cluster-rank", "%s:%d: rank %u of a cluster of %u blocks", base_name(at.file), at.line,
+    fatal("cluster-rank", "%s:%d: rank %u of a cluster of %u blocks", short_name(at.file), at.line,
           rank, cluster_size);
   }
   Block& other = *own.cluster->blocks[rank];
   if (&other == &own) return other;
   if (other.alive == 0) {
     fatal("cluster-exit", "%s:%d: shared memory of block (%u,%u,%u), which has ended",
-          base_name(at.file), at.line, other.index.x, other.index.y, other.index.z);
+          short_name(at.file), at.line, other.index.x, other.index.y, other.index.z);
   }
   if (!me.cluster_started && first_time("cluster-start", 0, 0)) {
     error("cluster-start",
           "%s:%d: shared memory of block (%u,%u,%u), which may not have begun: no cluster barrier "
           "before",
-          base_name(at.file), at.line, other.index.x, other.index.y, other.index.z);
+          short_name(at.file), at.line, other.index.x, other.index.y, other.index.z);
   }
   if (tracking) other.remote[me.slot] = {me.clock, at};
   return other;
@@ -260,7 +260,7 @@ const Block& block_of_rank(uint32_t rank, Where at) {
 void* cluster_pointer(const void* own, uint32_t rank, Where at) {
   const Block& home = *self()->home;
   if (!in_window(home, own, 1)) {
-    fatal("address-space", "%s:%d: not an address of shared memory", base_name(at.file), at.line);
+    fatal("address-space", "%s:%d: not an address of shared memory", short_name(at.file), at.line);
   }
   const ptrdiff_t offset = static_cast<const unsigned char*>(own) - home.window;
   return block_of_rank(rank, at).window + offset;
@@ -272,7 +272,7 @@ uint32_t shared_address(const void* own) {
 
 uint32_t map_shared(uint32_t own, uint32_t rank, Where at) {
   if (rank >= cluster_size) {
-    fatal("cluster-rank", "%s:%d: rank %u of a cluster of %u blocks", base_name(at.file), at.line,
+    fatal("cluster-rank", "%s:%d: rank %u of a cluster of %u blocks", short_name(at.file), at.line,
           rank, cluster_size);
   }
   return (own & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;

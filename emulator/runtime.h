@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 
 // Code that works on the emulator's own memory, inside files whose accesses are instrumented.
 #define LESS_EMULATOR_UNTRACKED __attribute__((no_sanitize("thread")))
@@ -21,8 +22,9 @@ struct Where {
   int line;
 };
 
-// A path without its folders, for messages.
-inline const char* base_name(const char* path) {
+// A path for messages: below csrc/cuda, and of other files without folders.
+inline const char* short_name(const char* path) {
+  if (const char* const own = std::strstr(path, "csrc/cuda/")) return own + 10;
   const char* name = path;
   for (const char* p = path; *p; ++p) {
     if (*p == '/') name = p + 1;

@@ -62,11 +62,11 @@ void resolve(const std::string& file, const std::vector<std::pair<uint32_t, uint
     for (size_t i = first; i < last; ++i) {
       Site& site = sites()[pcs[i].first];
       if (answer == nullptr || std::fgets(text, sizeof text, answer) == nullptr || *text == '?') {
-        std::snprintf(text, sizeof text, "%s+0x%zx", base_name(file.c_str()),
+        std::snprintf(text, sizeof text, "%s+0x%zx", short_name(file.c_str()),
                       size_t(pcs[i].second));
       }
       text[std::strcspn(text, " \n")] = 0;
-      site.name = base_name(text);
+      site.name = short_name(text);
     }
     if (answer != nullptr) pclose(answer);
   }
@@ -79,7 +79,7 @@ uint32_t site_of(Where at) {
   const uintptr_t key = reinterpret_cast<uintptr_t>(at.file);
   Recent& entry = recent_of(key, uint32_t(at.line));
   if (entry.key == key && entry.line == uint32_t(at.line)) return entry.site;
-  const std::string file = base_name(at.file);
+  const std::string file = short_name(at.file);
   const auto [found, fresh] = by_line.try_emplace({file, at.line}, 0);
   if (fresh) found->second = add_site(nullptr, file + ":" + std::to_string(at.line));
   entry = {key, uint32_t(at.line), found->second};

@@ -63,7 +63,7 @@ void ldmatrix(uint32_t* d, int num, const void* row, bool transposed, Where at) 
   uint16_t mine[8] = {};
   if (lane < 8 * num) {
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-      fatal("misaligned", "%s:%d: ldmatrix of a row at %p", base_name(at.file), at.line, row);
+      fatal("misaligned", "%s:%d: ldmatrix of a row at %p", short_name(at.file), at.line, row);
     }
     access_at(row, 16, Access::read, at);
     std::memcpy(mine, row, 16);

@@ -38,12 +38,12 @@ Exchange* find_exchange(Warp& warp, uint32_t mask, uint32_t bit, const char* kin
     const Where other = exchange->at;
     if (std::strcmp(exchange->kind, kind)) {
       fatal("divergent-collective", "%s at %s:%d meets %s at %s:%d (mask 0x%08x)", kind,
-            base_name(at.file), at.line, exchange->kind, base_name(other.file), other.line, mask);
+            short_name(at.file), at.line, exchange->kind, short_name(other.file), other.line, mask);
     }
     const bool same = other.line == at.line && !std::strcmp(other.file, at.file);
     if (!same && std::strcmp(kind, kSyncWarp)) {
       error("divergent-collective", "lanes of mask 0x%08x reach %s at %s:%d and at %s:%d", mask,
-            kind, base_name(at.file), at.line, base_name(other.file), other.line);
+            kind, short_name(at.file), at.line, short_name(other.file), other.line);
       exchange->at = at;
     }
     return exchange;
@@ -90,7 +90,7 @@ const unsigned char* warp_exchange(uint32_t mask, const char* kind, const void* 
   const uint32_t bit = 1u << me.lane;
   if (!(mask & bit)) {
     fatal("mask", "%s at %s:%d: the calling lane is not in its own mask 0x%08x", kind,
-          base_name(at.file), at.line, mask);
+          short_name(at.file), at.line, mask);
   }
   Exchange* exchange = find_exchange(warp, mask, bit, kind, at);
   if (exchange == nullptr) exchange = new_exchange(warp, mask, kind, orders, at);

@@ -17,7 +17,7 @@
 //   its keys are cut follows from its own tokens, into what from the capacity S alone.
 #include <algorithm>
 
-#include "cuda/attend_finish.h"
+#include "cuda/chunk_attention/finish.h"
 #include "cuda/kernels.h"
 
 namespace less::cuda {

@@ -11,8 +11,8 @@
 // Order:  queries ascending, tile by tile; one owner per key.
 #include <cmath>
 
-#include "cuda/attention.h"
 #include "cuda/kernels.h"
+#include "cuda/row_tiles.h"
 
 namespace less::cuda {
 

@@ -184,7 +184,9 @@ class _Parser:
 
     def module(self, text: str) -> Module:
         for number, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, flags=re.M):
-            self.files[int(number)] = PurePosixPath(path).name
+            # As the emulator's short_name() has it.
+            _, own, below = path.partition("csrc/cuda/")
+            self.files[int(number)] = below if own else PurePosixPath(path).name
         for kind, what, line in _statements(text):
             if kind == "line":
                 self.locate(what)

@@ -1,12 +1,12 @@
 // The kernel of decode_step.cu, where its formula, grid, memory and order stand.
 #pragma once
 
-#include "cuda/decode_attend.h"
-#include "cuda/decode_block.h"
-#include "cuda/decode_load.h"
-#include "cuda/decode_meet.h"
-#include "cuda/decode_mma.h"
-#include "cuda/decode_victim.h"
+#include "cuda/decode_step/attend.h"
+#include "cuda/decode_step/block.h"
+#include "cuda/decode_step/load.h"
+#include "cuda/decode_step/meet.h"
+#include "cuda/decode_step/mma.h"
+#include "cuda/decode_step/victim.h"
 
 namespace less::cuda {
 

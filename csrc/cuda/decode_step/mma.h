@@ -1,7 +1,7 @@
 // decode_step's products on tensor cores.
 #pragma once
 
-#include "cuda/decode_block.h"
+#include "cuda/decode_step/block.h"
 
 namespace less::cuda {
 

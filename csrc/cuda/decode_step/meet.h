@@ -1,7 +1,7 @@
 // Where the blocks of a head meet in decode_step's kernel, and the softmax over all their parts.
 #pragma once
 
-#include "cuda/decode_block.h"
+#include "cuda/decode_step/block.h"
 
 namespace less::cuda {
 

@@ -4,7 +4,7 @@
 // A thread makes 4 x 4 hidden activations at once; all its reads are of 16 bytes.
 #pragma once
 
-#include "cuda/feature_mma.h"
+#include "cuda/feature_map/mma.h"
 
 namespace less::cuda {
 

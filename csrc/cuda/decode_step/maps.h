@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/convert.h"
-#include "cuda/decode_step.h"
+#include "cuda/decode_step/plan.h"
 #include "cuda/features.h"
 
 namespace less::cuda {

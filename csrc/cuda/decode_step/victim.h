@@ -1,7 +1,7 @@
 // Who leaves in decode_step's kernel, and what becomes of it.
 #pragma once
 
-#include "cuda/decode_block.h"
+#include "cuda/decode_step/block.h"
 
 namespace less::cuda {
 

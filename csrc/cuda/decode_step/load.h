@@ -1,7 +1,7 @@
 // What decode_step's kernel reads once: the slots through a ring of tiles, and all the rest.
 #pragma once
 
-#include "cuda/decode_block.h"
+#include "cuda/decode_step/block.h"
 
 namespace less::cuda {
 

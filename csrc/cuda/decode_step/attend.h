@@ -2,7 +2,7 @@
 // head.
 #pragma once
 
-#include "cuda/decode_block.h"
+#include "cuda/decode_step/block.h"
 
 namespace less::cuda {
 

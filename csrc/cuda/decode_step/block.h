@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cuda/convert.h"
-#include "cuda/decode_maps.h"
-#include "cuda/decode_step.h"
+#include "cuda/decode_step/maps.h"
+#include "cuda/decode_step/plan.h"
 #include "cuda/features.h"
 
 namespace less::cuda {
@@ -96,7 +96,7 @@ LESS_DEVICE float power_below(uint32_t bits) {
 // T:    the slots' elements.
 // kD:   the head dim.
 // kMma: whether the products are made on tensor cores.
-// Then: what becomes of the token that leaves, see decode_victim.h.
+// Then: what becomes of the token that leaves, see victim.h.
 template <typename T, int kD, bool kMma, typename Then>
 struct DecodeCase {
   using Slot = T;
@@ -105,7 +105,7 @@ struct DecodeCase {
   static constexpr bool kTensorCores = kMma;
 };
 
-// Its stages lie in files of their own; run() in decode_kernel.h calls them.
+// Its stages lie in files of their own; run() in kernel.h calls them.
 template <typename Case>
 struct DecodeBlock {
   using T = typename Case::Slot;
@@ -188,7 +188,7 @@ struct DecodeBlock {
   LESS_DEVICE void run();
   LESS_DEVICE void clear();
 
-  // -- decode_load.h: what is read once
+  // -- load.h: what is read once
   LESS_DEVICE unsigned char* stage(int index) const {
     return s.ring() + index * (plan.tile * Tile::kBytes);
   }
@@ -209,7 +209,7 @@ struct DecodeBlock {
   LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor);
   LESS_DEVICE void load_row(const void* x, float* to, float* scale);
 
-  // -- decode_attend.h: attention over the range
+  // -- attend.h: attention over the range
   LESS_DEVICE void attend(int tiles);
   LESS_DEVICE const unsigned char* receive(int item, int tiles);
   LESS_DEVICE void keep_queries(int g0, float (&q)[kQueries][kKept]) const;
@@ -228,7 +228,7 @@ struct DecodeBlock {
   LESS_DEVICE void keep_values(int pass, float (&acc)[kN][kM]);
   LESS_DEVICE void add_token();
 
-  // -- decode_mma.h: the same on tensor cores
+  // -- mma.h: the same on tensor cores
   LESS_DEVICE void multiply_keys_mma(const unsigned char* tile, int slot0);
   template <int kI, int kJ>
   static LESS_DEVICE uint32_t two_halves(uint32_t four);
@@ -238,14 +238,14 @@ struct DecodeBlock {
                                        float (&acc)[kPairs][4]);
   LESS_DEVICE void keep_values_mma(int pass, const float (&acc)[kPairs][4]);
 
-  // -- decode_meet.h: where the blocks of a head meet, and the softmax over all parts
+  // -- meet.h: where the blocks of a head meet, and the softmax over all parts
   LESS_DEVICE bool meet();
   LESS_DEVICE float part_float(int of, int i) const;
   LESS_DEVICE float4 part_four(int of, int i) const;
   LESS_DEVICE void weigh_parts();
   LESS_DEVICE void write_out();
 
-  // -- decode_victim.h: who leaves, and what becomes of it
+  // -- victim.h: who leaves, and what becomes of it
   LESS_DEVICE DecodeCandidate candidate(int slot, int32_t position, float score) const;
   LESS_DEVICE DecodeCandidate add_scores();
   LESS_DEVICE DecodeCandidate choose(DecodeCandidate best);

@@ -7,7 +7,7 @@
 //         take tokens in turn, ascending; groups, then strips, are added in ascending order.
 #pragma once
 
-#include "cuda/compact_workspace.h"
+#include "cuda/compact/workspace.h"
 #include "cuda/convert.h"
 
 namespace less::cuda {

@@ -8,7 +8,7 @@
 // Order:  counts of integers, and places by prefix sums: nothing depends on the schedule.
 #pragma once
 
-#include "cuda/compact_workspace.h"
+#include "cuda/compact/workspace.h"
 
 namespace less::cuda {
 

@@ -2,7 +2,7 @@
 // and share; and, where the keys of a few queries are cut into splits, how the splits meet before.
 #pragma once
 
-#include "cuda/attend_tiles.h"
+#include "cuda/chunk_attention/tiles.h"
 
 namespace less::cuda {
 

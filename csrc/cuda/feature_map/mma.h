@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/convert.h"
-#include "cuda/feature_rows.h"
+#include "cuda/feature_map/rows.h"
 #include "cuda/features.h"
 
 namespace less::cuda {

@@ -2,7 +2,7 @@
 // what a tile adds to the softmax of the queries.
 #pragma once
 
-#include "cuda/attention.h"
+#include "cuda/row_tiles.h"
 
 namespace less::cuda {
 

@@ -2,7 +2,7 @@
 // it, so that the dtypes compile side by side.
 #pragma once
 
-#include "cuda/decode_kernel.h"
+#include "cuda/decode_step/kernel.h"
 
 namespace less::cuda {
 
