@@ -16,21 +16,6 @@
 #include <type_traits>
 #include <utility>
 
-// A bug that a test of the tests plants: LESS_BUG(name) is true where the file is compiled with
-// -DLESS_PLANTED=name, and otherwise the constant false.
-#ifdef LESS_PLANTED
-#define LESS_BUG_TEXT(name) #name
-#define LESS_BUG_NAME(name) LESS_BUG_TEXT(name)
-#define LESS_BUG(name) (::less::cuda::same_name(#name, LESS_BUG_NAME(LESS_PLANTED)))
-namespace less::cuda {
-constexpr bool same_name(const char* a, const char* b) {
-  return *a == *b && (*a == '\0' || same_name(a + 1, b + 1));
-}
-}  // namespace less::cuda
-#else
-#define LESS_BUG(name) false
-#endif
-
 #ifdef LESS_EMULATOR
 #include "emulator/device.h"
 #else

@@ -243,7 +243,6 @@ constexpr int kPermuted = kD % 64 == 0 ? 8 : 4;
 template <int kD>
 LESS_DEVICE int permutation(int row) {
   static_assert(kD % 32 == 0, "a row is whole or half wavefronts");
-  if constexpr (LESS_BUG(tile_swizzle)) return 0;
   return kD % 64 == 0 ? row & 7 : row >> 1 & 3;
 }
 

@@ -29,15 +29,15 @@ class Meeting {
   LESS_DEVICE bool join(int split, Running<kColumns>& sums) const {
     if (there_) leave(split, sums);
     // One thread's fences speak for the block: the barriers order the others before and after them.
-    if (!LESS_BUG(meet_barrier_left)) __syncthreads();
+    __syncthreads();
     if (threadIdx.x == 0) {
       int* const arrived = splits_.arrived + row_;
-      if (!LESS_BUG(meet_fence_left)) fence_gpu();
+      fence_gpu();
       *last_ = atomic_add(arrived, 1) == splits_.count - 1;
-      if (!LESS_BUG(meet_fence_last)) fence_gpu();
-      if (*last_ != 0 && !LESS_BUG(meet_count)) store(arrived, 0);
+      fence_gpu();
+      if (*last_ != 0) store(arrived, 0);
     }
-    if (!LESS_BUG(meet_barrier_last)) __syncthreads();
+    __syncthreads();
     if (*last_ == 0) return false;
     if (there_) add_up(sums);
     return true;
@@ -138,7 +138,7 @@ class Finish {
     if (p_.phi_q != nullptr) {
       sum_masses(H, phi, mass);
     } else {
-      if (!LESS_BUG(attend_barrier_weights)) __syncthreads();  // were read until now
+      __syncthreads();  // were read until now
     }
     float* const masses = shared.weight;  // [kRows], by number_at
     float* const shares = masses + Shape::kNumbers / 2;
@@ -150,7 +150,7 @@ class Finish {
       masses[number_at(row_ + 8 * i)] = counts_[i] ? top + logf(total) : 0.0f;
       shares[number_at(row_ + 8 * i)] = share;
     }
-    if (!LESS_BUG(attend_barrier_shares)) __syncthreads();
+    __syncthreads();
     if (lse != nullptr) write_numbers(masses, lse);
     if (p_.v == nullptr) return;
     write_numbers(shares, p_.share);
@@ -241,12 +241,12 @@ class Finish {
 
   // Rows [first, first + kStateRows) of H, and what phi the block's queries have of them.
   LESS_DEVICE void stage_state(int first, float* H, float* phi) const {
-    if (!LESS_BUG(state_barrier_free)) __syncthreads();
+    __syncthreads();
     const float* from = p_.H + head_.row * p_.R * p_.D;
 #pragma unroll 1
     for (int x = int(threadIdx.x); x < kStateRows * kD / 4; x += Shape::kThreads) {
       const int r = x / (kD / 4), d = x % (kD / 4) * 4;
-      const bool there = (first + r < p_.R || LESS_BUG(state_rank)) && d < p_.D;
+      const bool there = first + r < p_.R && d < p_.D;
       store16_shared(H + r * kD + d,
                      there ? load16(from + int64_t(first + r) * p_.D + d) : make_uint4(0, 0, 0, 0));
     }
@@ -259,7 +259,7 @@ class Finish {
                                 ? p_.phi_q[head_.query_at(p_, lists_, m) * p_.R + first + r]
                                 : 0.0f;
     }
-    if (!LESS_BUG(state_barrier_full)) __syncthreads();
+    __syncthreads();
   }
 
   // Where a row's phi is: two rows that lie together, and one number of eight rows, are in
@@ -313,7 +313,7 @@ class Finish {
   template <int kOf, typename At>
   LESS_DEVICE void write_pieces(const At& at) const {
     constexpr int kLanes = kOf == 4 ? 8 : kPermuted<kD>;
-    if (!LESS_BUG(attend_barrier_out)) __syncwarp();
+    __syncwarp();
 #pragma unroll 1
     for (int r = lane_ / kLanes; r < 16; r += 32 / kLanes) {
       const int m = first_ + Shape::row() + r;

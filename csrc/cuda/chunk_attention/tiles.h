@@ -109,7 +109,7 @@ class Stream {
   }
 
   LESS_DEVICE void place_factors(const AttendShared<Scheme, kD>& shared, int tile) const {
-    const int half = LESS_BUG(attend_factors) ? 0 : tile % 2;
+    const int half = tile % 2;
     const int key = int(threadIdx.x), at = half * Shape::kKeys + key;
     if (key >= Shape::kKeys) return;
     shared.weight[at] = factors_.weight;
@@ -122,9 +122,7 @@ class Stream {
  private:
   LESS_DEVICE int64_t row(int r) const {
     const int n = first_ + r;
-    return n >= from_.count && !LESS_BUG(attend_keys) ? -1
-           : from_.index == nullptr                   ? n
-                                                      : from_.index[n];
+    return n >= from_.count ? -1 : from_.index == nullptr ? n : from_.index[n];
   }
 
   struct Nothing {};

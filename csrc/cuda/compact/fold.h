@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
   copy_async_commit();
   int buffer = 0;
   for (int64_t first = begin; first < end; first += kFoldTile, buffer ^= 1) {
-    if (!LESS_BUG(fold_wait)) copy_async_wait<0>();
-    if (!LESS_BUG(fold_barrier_tile)) __syncthreads();
+    copy_async_wait<0>();
+    __syncthreads();
     if (first + kFoldTile < end) stage_tile<V>(p, w, head, first + kFoldTile, end, s, buffer ^ 1);
     copy_async_commit();
     const V* v = reinterpret_cast<const V*>(s.v) + buffer * kFoldTile * D + d;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
     }
   }
 
-  if (!LESS_BUG(fold_barrier_reuse)) __syncthreads();  // sums take the place of the values
+  __syncthreads();  // sums take the place of the values
 #pragma unroll
   for (int i = 0; i < kCell; ++i) s.sums[i * kSumsRow + thread] = acc[i / kCellD][i % kCellD];
   __syncthreads();

@@ -70,7 +70,7 @@ LESS_DEVICE Threshold find_lowest(const SelectShared& s, int64_t n, int k, Load 
   for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
     const uint32_t digits = shift == 0 ? kBins / 2 - 1 : kBins - 1;
     for (int i = threadIdx.x; i < kBins; i += kSelectThreads) s.bins[i] = 0;
-    if (!LESS_BUG(select_barrier_zero)) __syncthreads();
+    __syncthreads();
     for (int64_t i = threadIdx.x * 4; i < n; i += kSelectThreads * 4) {
       uint32_t x[4];
       load(i, x);
@@ -79,7 +79,7 @@ LESS_DEVICE Threshold find_lowest(const SelectShared& s, int64_t n, int k, Load 
         if (x[j] != 0 && (x[j] & mask) == known) atomicAdd(&s.bins[x[j] >> shift & digits], 1);
       }
     }
-    if (!LESS_BUG(select_barrier_count)) __syncthreads();
+    __syncthreads();
     static_assert(kBins == 4 * kSelectThreads);
     const uint4 four = load16_shared(s.bins + threadIdx.x * 4);
     const int mine[4] = {int(four.x), int(four.y), int(four.z), int(four.w)};

@@ -25,7 +25,7 @@ LESS_DEVICE void DecodeBlock<Case>::attend(int tiles) {
       }
     }
   }
-  if (!LESS_BUG(logits_barrier)) __syncthreads();
+  __syncthreads();
   softmax();
   if constexpr (kMma) {
     add_values<kPairs, 4>(tiles);
@@ -42,8 +42,8 @@ LESS_DEVICE void DecodeBlock<Case>::attend(int tiles) {
 // Where the item is, once it is here; asks for the one that takes the place of the item before.
 template <typename Case>
 LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int item, int tiles) {
-  if (!LESS_BUG(wait)) copy_async_wait<Tile::kStages - 2>();
-  if (!LESS_BUG(tile_barrier)) __syncthreads();
+  copy_async_wait<Tile::kStages - 2>();
+  __syncthreads();
   ask(item + Tile::kStages - 1, tiles);
   copy_async_commit();
   const unsigned char* const here = stage(received);
@@ -250,7 +250,7 @@ LESS_DEVICE void DecodeBlock<Case>::keep_values(int pass, float (&acc)[kN][kM]) 
         }
       }
     }
-    if (!LESS_BUG(sums_barrier)) __syncthreads();
+    __syncthreads();
 #pragma unroll 1
     for (int i = t; i < heads * kD; i += kDecodeThreads) {
       float sum = s.sums()[i];

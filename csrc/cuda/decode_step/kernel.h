@@ -12,7 +12,7 @@ namespace less::cuda {
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::run() {
-  if (!LESS_BUG(dependency_wait)) grid_dependency_wait();  // before anything is read
+  grid_dependency_wait();  // before anything is read
   if (p.valid != nullptr && !p.valid[b]) return clear();
   seen = p.seen[b];
   const int tiles = (n + plan.tile - 1) / plan.tile;
@@ -41,7 +41,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       write_out();
       grid_launch_dependents();
       if (p.victim == Victim::none) {
-        if (plan.cluster && !LESS_BUG(leave_early)) cluster_sync();  // parts may still be read
+        if (plan.cluster) cluster_sync();  // parts may still be read
         return;
       }
       victim = choose(add_scores());

@@ -24,7 +24,7 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_keys(unsigned char* to, int tile) {
   const int chunks = min(plan.tile, n - tile * plan.tile) * Tile::kChunks;
 #pragma unroll 1
   for (int i = t; i < completed(chunks); i += kDecodeThreads) {
-    const bool in = LESS_BUG(key_bound) || i < chunks;
+    const bool in = i < chunks;
     copy_async16(to + Tile::place(i) * 16, rows + (in ? i * 16 : 0), in);
   }
 }
@@ -39,8 +39,7 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int tile) 
   for (int i = t; i < completed(rows * Tile::kChunks); i += kDecodeThreads) {
     const int r = i / Tile::kChunks;
     const bool held = s.position()[slot0 + r] >= 0;
-    copy_async16(to + Tile::place(i) * 16, from + (held ? i * 16 : 0),
-                 held || (LESS_BUG(empty_values) && r < rows));
+    copy_async16(to + Tile::place(i) * 16, from + (held ? i * 16 : 0), held);
   }
 }
 

@@ -170,8 +170,8 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
         if (e < columns / 2) sums[e] = acc[e];
       }
     }
-    if (!LESS_BUG(share_wait)) copy_async_wait<0>();
-    if (!LESS_BUG(share_barrier_sums)) __syncthreads();
+    copy_async_wait<0>();
+    __syncthreads();
     if (t < count * columns) {
       const int e = e0 + t;
       float sum = s.sums[t];
@@ -180,7 +180,7 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
       if (e < E && m.w1_scale != nullptr) sum *= m.w1_scale[(first + g) * E + e];
       s.hidden[t] = e < E ? gelu(sum) : 0.0f;
     }
-    if (!LESS_BUG(share_barrier_hidden)) __syncthreads();
+    __syncthreads();
     // -- times W2: thread (every so many columns, r), then thread r
     const int turns = min(16, kDecodeThreads / R);
     if (t < turns * R) {
@@ -191,7 +191,7 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
       }
       s.turn[t] = sum;
     }
-    if (!LESS_BUG(share_barrier_turns)) __syncthreads();
+    __syncthreads();
     if (t < R) {
       float sum = 0.0f;
 #pragma unroll 4

@@ -9,7 +9,7 @@ namespace less::cuda {
 template <typename Case>
 LESS_DEVICE bool DecodeBlock<Case>::meet() {
   if (plan.cluster) {
-    if (!LESS_BUG(meet_barrier)) cluster_sync();
+    cluster_sync();
     return true;
   }
   if (alone()) {
@@ -34,15 +34,15 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
     }
   }
   // One thread's fences speak for the block: the barriers order the others before and after them.
-  if (!LESS_BUG(arrive_barrier)) __syncthreads();
+  __syncthreads();
   if (t == 0) {
-    if (!LESS_BUG(arrive_fence)) fence_gpu();
+    fence_gpu();
     *s.last() = atomic_add(plan.head_count + row, 1) == plan.splits - 1;
-    if (!LESS_BUG(last_fence)) fence_gpu();
+    fence_gpu();
   }
   __syncthreads();
   if (*s.last() == 0) return false;
-  if (t == 0 && !LESS_BUG(head_count)) store(plan.head_count + row, 0);
+  if (t == 0) store(plan.head_count + row, 0);
   if (R == 0) return true;
   ask_for_state();
   copy_async_commit();
@@ -83,7 +83,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     for (int of = 0; of < plan.splits; ++of) y += part_float(of, at.feature + i);
     s.feature()[i] = feature(p.phi, head * G + i / R, i % R, y);
   }
-  if (!LESS_BUG(gather_barrier)) __syncthreads();
+  __syncthreads();
 #pragma unroll 1
   for (int g = t; g < G; g += kDecodeThreads) {
     float top = -kInfinity, total = 0.0f, low = 0.0f;
@@ -114,7 +114,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
       s.sum()[of * G + g] = mass * inverse;
     }
   }
-  if (!LESS_BUG(weigh_barrier)) __syncthreads();
+  __syncthreads();
 }
 
 template <typename Case>

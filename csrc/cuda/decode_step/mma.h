@@ -128,7 +128,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_values_mma(const unsigned char* til
         ldmatrix_x4_trans(values, tile + Tile::place(chunk) * 16);
       }
       mma_m16n8k16(acc[i], values, high, Tag());
-      if (!LESS_BUG(low_half)) mma_m16n8k16(acc[i], values, low, Tag());
+      mma_m16n8k16(acc[i], values, low, Tag());
     }
   }
 }

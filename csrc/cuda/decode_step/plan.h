@@ -37,9 +37,7 @@ struct DecodeTile {
   static constexpr int kShift = kPower > 3 ? kPower : 3;
   static constexpr int kMask = kPower > 3 ? 7 : (1 << kPower) - 1;
 
-  static LESS_DEVICE int place(int i) {
-    return LESS_BUG(swizzle) ? i : i ^ ((i >> kShift) & kMask);
-  }
+  static LESS_DEVICE int place(int i) { return i ^ ((i >> kShift) & kMask); }
 };
 
 // Where a block's arrays begin in its shared memory, in bytes.

@@ -70,11 +70,11 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best) {
     if (other.below(best)) best = other;
   }
   if (lane == 0) store16_shared(s.candidate() + warp, bits_of<uint4>(best));
-  if (!LESS_BUG(choose_barrier)) __syncthreads();
+  __syncthreads();
   best = lowest(0, kDecodeWarps);
   if (ranks == 1) return best;
   if (t < ranks) store_cluster(s.candidate() + kDecodeWarps + rank, t, best);
-  if (!LESS_BUG(choose_cluster_barrier)) cluster_sync();
+  cluster_sync();
   return lowest(kDecodeWarps, ranks);
 }
 
@@ -126,7 +126,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     }
   }
   if (ranks > 1) {
-    if (!LESS_BUG(psi_cluster_barrier)) cluster_sync();
+    cluster_sync();
   } else {
     __syncthreads();
   }
@@ -198,10 +198,10 @@ LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::count() {
   if (rank != 0 || t != 0) return;
-  if (!LESS_BUG(count_fence)) fence_gpu();
+  fence_gpu();
   if (atomic_add(plan.row_count + b, 1) != int(p.K) - 1) return;
   fence_gpu();
-  if (!LESS_BUG(row_count)) store(plan.row_count + b, 0);
+  store(plan.row_count + b, 0);
   p.seen[b] = seen + 1;
 }
 // What becomes of the token that leaves is a case of the kernel, a struct with

@@ -19,7 +19,7 @@ constexpr int kMapThreads = 128;
 constexpr int kMapWarps = kMapThreads / 32;
 constexpr int kChunk = 16 * kMapWarps;  // hidden columns at once; each warp owns 16 of them
 constexpr int kSlab = 128;              // rows of w1 at once, at most
-constexpr int kPad = LESS_BUG(map_pad) ? 0 : 8;  // 16-bit elements
+constexpr int kPad = 8;                 // 16-bit elements
 
 // Instances of a map's kernel: R up to 16 with many rows at once, or up to 64 with fewer.
 template <int kR>
@@ -160,7 +160,7 @@ LESS_DEVICE void stage_matrix(const W* from, int64_t from_row, int rows, int val
   if (aligned) {
     for (int i = threadIdx.x; i < rows * kPieces; i += kMapThreads) {
       const int row = i / kPieces, c = i % kPieces;
-      const bool there = LESS_BUG(map_columns) || c * kElements < valid;
+      const bool there = c * kElements < valid;
       const W* piece = there ? from + row * from_row + c * kElements : from;
       copy_async16(to + row * to_row + c * 16, piece, there);
     }
@@ -393,8 +393,8 @@ __global__ void __launch_bounds__(kMapThreads, 3)
   for (int step = 0; step < steps; ++step) {
     const MapStep at = map_step(m, step, s.slab);
     unsigned char* stage = s.raw + step % 2 * s.stage;
-    if (!LESS_BUG(map_wait)) copy_async_wait<0>();
-    if (!LESS_BUG(map_barrier_weights)) __syncthreads();
+    copy_async_wait<0>();
+    __syncthreads();
     if (step + 1 < steps) {
       stage_weights<W, Shared::kW1Row>(m, block.head, map_step(m, step + 1, s.slab), s.slab,
                                        s.raw + (step + 1) % 2 * s.stage);
@@ -409,12 +409,12 @@ __global__ void __launch_bounds__(kMapThreads, 3)
       const W* raw = reinterpret_cast<const W*>(stage + s.slab * Shared::kW1Row);
       widen_w2<W, kR, Shared::kW2Terms>(raw, min(kChunk, int(m.E) - at.e), int(m.R), s.w2);
     }
-    if (!LESS_BUG(map_barrier_widened)) __syncthreads();
+    __syncthreads();
     multiply<Half>(s, w1, m.D, at, block.count, terms, acc);
     if (at.last) project(s, m, block.head, at.e, block.count, acc, y);
   }
 
-  if (!LESS_BUG(map_barrier_reuse)) __syncthreads();  // y takes the place of the last weights
+  __syncthreads();  // y takes the place of the last weights
   const int lane = thread % 32, warp = thread / 32;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(kMapThreads, 3)
       }
     }
   }
-  if (!LESS_BUG(map_barrier_parts)) __syncthreads();
+  __syncthreads();
   finish_rows<kMapWarps, kRows, Shared::kYRow>(m, block.head, s.y, s.output, block.count, in.y);
 }
 
