@@ -8,7 +8,7 @@
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
-#                  csrc/emulator/README.md has more)
+#                  emulator/README.md has more)
 #   make planted  bugs planted in the CUDA kernels: each must be found (ARGS="-k map_wait" for some)
 #   make lint     formatting, style, types, spelling; make format repairs what can be repaired
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
@@ -31,10 +31,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type f 2>/dev/null)
-CPP := $(shell find csrc tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt csrc/emulator/*.cmake) \
-	csrc/emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
-PY := setup.py tools less tests $(wildcard bench)
+CPP := $(shell find csrc emulator tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt emulator/*.cmake) \
+	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
+PY := setup.py tools emulator less tests $(wildcard bench)
 
 .PHONY: demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds csrc/emulator's library of a tier and loads its ops.
+"""The CUDA kernels on the CPU: builds the emulator's library of a tier and loads its ops.
 
 They are ``torch.ops.less_emulated``, the ops of ``torch.ops.less`` for CPU tensors, run as a GPU
 would. One process loads one tier.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "emulator"
 TIERS = ("fast", "asan", "track", "ptx_80", "ptx_90a")
 SANITIZERS = ("libasan.so", "libubsan.so")
 
@@ -68,7 +69,6 @@ def make(tier: str, target: str) -> Path:
     finally:
         sys.path.pop(0)
     cmake, ninja = native.require_cmake(), native.find_ninja()
-    tree = ROOT / "build" / "emulator"
     options = {
         "LESS_EMULATOR": "ON",
         "LESS_EMULATOR_SELFTEST": "ON",
@@ -80,16 +80,16 @@ def make(tier: str, target: str) -> Path:
     }
     if tier.startswith("ptx_"):
         options["LESS_EMULATOR_PTX"] = "80;90a"
-    configure = [cmake, "-S", ROOT, "-B", tree, "-Wno-dev"]
-    if ninja and not (tree / "CMakeCache.txt").exists():
+    configure = [cmake, "-S", ROOT, "-B", TREE, "-Wno-dev"]
+    if ninja and not (TREE / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    tree.mkdir(parents=True, exist_ok=True)
-    with (tree / "lock").open("w") as lock:
+    TREE.mkdir(parents=True, exist_ok=True)
+    with (TREE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the tests of another tier may build here too
         _call(*configure, *(f"-D{key}={value}" for key, value in options.items()))
-        _call(cmake, "--build", tree, "--parallel", jobs, "--target", target)
-    return tree
+        _call(cmake, "--build", TREE, "--parallel", jobs, "--target", target)
+    return TREE
 
 
 def build(tier: str) -> Path:
@@ -99,7 +99,7 @@ def build(tier: str) -> Path:
 
 
 class Emulator:
-    """A loaded tier, and its controls (csrc/emulator/control.h).
+    """A loaded tier, and its controls (emulator/control.h).
 
     Args:
         library: The tier's library of ops.

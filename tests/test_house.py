@@ -53,7 +53,8 @@ def test_no_op_claims_to_lack_a_cuda_kernel_that_it_has() -> None:
 
 
 def test_kernels_include_no_torch_header() -> None:
-    kernels = [*(ROOT / "csrc" / "cpu").glob("*"), *(ROOT / "csrc" / "cuda").glob("*.cu*")]
+    kernels = [*(ROOT / "csrc" / "cpu").glob("*")]
+    kernels += [path for end in ("cu", "h") for path in (ROOT / "csrc" / "cuda").rglob(f"*.{end}")]
     kernels += [ROOT / "csrc" / "params.h", *(ROOT / "csrc" / "common").glob("*")]
     guilty = [
         path.name for path in kernels if re.search(r"#include\s*[<\"](torch|ATen|c10)/", read(path))

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/attention.h"
 #include "cpu/features.h"
+#include "cpu/softmax.h"
 #include "head_at_a_time.h"
 
 namespace less::cpu::LESS_ISA {

@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as less_gpu calls, over csrc/emulator: a test runs the whole program
+// As much of the CUDA runtime as less_gpu calls, over emulator/: a test runs the whole program
 // where there is no GPU. What is captured runs at once, and replaying it does nothing; what the
 // emulator finds wrong ends the program.
 #include <cuda_runtime.h>

@@ -164,5 +164,8 @@ def excused(
 def where(instruction: Instruction) -> str:
     """The lines of the project that an instruction comes from: innermost first."""
     own = [line for line in instruction.lines if "/csrc/" in line[0]]
-    shown = [f"{Path(file).name}:{number}" for file, number in own or instruction.lines]
+    shown = [
+        f"{file.partition('/csrc/cuda/')[2] or Path(file).name}:{number}"
+        for file, number in own or instruction.lines
+    ]
     return " < ".join(shown[:4]) or f"at {instruction.address:#x}"

@@ -5,7 +5,7 @@
 
 #include <cstdio>
 
-#include "cuda/decode_step.h"
+#include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
 #include "emulator/runtime.h"
 

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.native import ROOT
+
 from .toolchain import BUILD, ProofError, compile_to, cuda_toolkit, jobs, run, sources
 
 HERE = Path(__file__).resolve().parent
@@ -74,7 +76,7 @@ def all_launches(clusters: bool) -> list[Launch]:
 def _compile(source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.o"
     flags = ["-std=c++17", "-O0", "-w", "-DLESS_EMULATOR=1", "-DLESS_EMULATOR_SHARED_GUARD=0"]
-    flags += ["-mavx2", "-mfma", "-mf16c"]
+    flags += ["-mavx2", "-mfma", "-mf16c", f"-I{ROOT}"]
     include = [flag for path in cuda_toolkit.require().include for flag in ("-isystem", str(path))]
     compile_to(target, ["g++", *flags, *include, "-x", "c++", "-c", source])
     return target

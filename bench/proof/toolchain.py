@@ -74,8 +74,8 @@ def work(files: Sequence[Path], archs: Sequence[str]) -> list[tuple[Path, str, i
         (file, dim)
         for dim in dims
         for file in slow
-        # attention.h makes rows of 80 rows of 96.
-        if not (dim == 80 and 96 in dims and _includes(file, "cuda/attention.h"))
+        # row_tiles.h makes rows of 80 rows of 96.
+        if not (dim == 80 and 96 in dims and _includes(file, "cuda/row_tiles.h"))
     ]
     wanted += [(file, None) for file in quick]
     return [(file, arch, dim) for file, dim in wanted for arch in archs]

@@ -21,9 +21,9 @@
 #include <vector>
 
 #include "cpu/arena.h"
-#include "cpu/attention.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
+#include "cpu/softmax.h"
 #include "cpu/state.h"
 
 namespace less::cpu::LESS_ISA {

@@ -15,11 +15,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/attention.h"
 #include "cpu/features.h"
 #include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
+#include "cpu/softmax.h"
 #include "cpu/state.h"
 
 namespace less::cpu::LESS_ISA {

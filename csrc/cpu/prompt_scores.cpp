@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "cpu/arena.h"
-#include "cpu/attention.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
+#include "cpu/softmax.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {

@@ -4,7 +4,7 @@
 // taken up to three at a time (four where there are 32 registers): as many accumulators as fit.
 #pragma once
 
-#include "cpu/attention.h"
+#include "cpu/softmax.h"
 
 namespace less::cpu::LESS_ISA {
 

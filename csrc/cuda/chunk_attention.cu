@@ -17,7 +17,7 @@
 //   its keys are cut follows from its own tokens, into what from the capacity S alone.
 #include <algorithm>
 
-#include "cuda/attend_finish.h"
+#include "cuda/chunk_attention/finish.h"
 #include "cuda/kernels.h"
 
 namespace less::cuda {
@@ -36,9 +36,9 @@ LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* coun
     const int i = first + thread;
     const bool mine = i < n && keep(i);
     const unsigned ballot = __ballot_sync(0xffffffffu, mine);
-    int* of_pass = kept_of + (LESS_BUG(list_halves) ? 0 : first / kListThreads % 2 * kWarps);
+    int* of_pass = kept_of + first / kListThreads % 2 * kWarps;
     if (lane == 0) of_pass[warp] = __popc(ballot);
-    if (!LESS_BUG(list_barrier)) __syncthreads();
+    __syncthreads();
     int before = kept + __popc(ballot & ((1u << lane) - 1u));
     for (int w = 0; w < kWarps; ++w) {
       if (w < warp) before += of_pass[w];
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
 
   const auto query = [&](int r) -> int64_t {
     const int m = first + r;
-    return m < head.tokens * head.G || LESS_BUG(attend_queries) ? head.query_at(p, lists, m) : -1;
+    return m < head.tokens * head.G ? head.query_at(p, lists, m) : -1;
   };
   if constexpr (kIsWide<Scheme>) {
     split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kRows, Shape::kThreads>(
@@ -134,20 +134,19 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     const uint16_t* k = shared.k + stage * Shape::kKeyTile;
     const uint16_t* v = shared.v + stage * Shape::kValueTile;
     if constexpr (Shape::kStages == 1) stream.place(p.slots.dtype, p.D, shared.k, shared.v);
-    if (!LESS_BUG(attend_wait)) copy_async_wait<0>();
-    if (!LESS_BUG(attend_barrier_tile)) __syncthreads();
+    copy_async_wait<0>();
+    __syncthreads();
     if (tile + 1 < end_tile) fetch(tile + 1);
     copy_async_commit();
     float s[kKeys / 8][4];
     dot_products<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kRows, kKeys>(shared.q, row, k,
                                                                                    s);
     const int begin = (tile - slot_tiles) * kKeys;  // of the call's keys
-    const bool masked =
-        !LESS_BUG(attend_mask) && tile >= slot_tiles && (begin + kKeys - 1) * head.G > first + row;
+    const bool masked = tile >= slot_tiles && (begin + kKeys - 1) * head.G > first + row;
     // In queries, without a division: query m sees key j of the call where j G <= m.
     const int seen[2] = {first + row + lane / 4 - begin * head.G,
                          first + row + lane / 4 + 8 - begin * head.G};
-    const int factors = (LESS_BUG(attend_factors) ? 0 : tile % 2) * kKeys;
+    const int factors = tile % 2 * kKeys;
     const float2 shrink = weigh_keys<Scheme, kKeys>(
         logit, shared.weight + factors, shared.k_scale + factors, masked, head.G, seen, s, sums);
     if (p.v != nullptr) {
@@ -156,11 +155,11 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     }
     if (tile + 1 < end_tile) stream.place_factors(shared, tile + 1);
     if constexpr (Shape::kStages == 1) {
-      if (!LESS_BUG(attend_barrier_place)) __syncthreads();  // the next takes this one's place
+      __syncthreads();  // the next takes this one's place
     }
   }
   // Where there was no tile, queries may be on their way.
-  if (!LESS_BUG(attend_wait_queries)) copy_async_wait<0>();
+  copy_async_wait<0>();
   int* const was_last = reinterpret_cast<int*>(shared.weight);
   if (cut && !Meeting<Scheme, kD>(splits, head, was_last).join(split, sums)) return;
   Finish<Scheme, kD>(p, lists, head, first).run(sums, lse, shared);

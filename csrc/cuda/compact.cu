@@ -7,9 +7,9 @@
 // Memory: what leaves is read once, what joins is read and written once; see the parts.
 // Order:  those who leave fold in ascending slot, then token; kept tokens of the call take the free
 //         slots in ascending order. A head's bits depend on nothing but the head.
-#include "cuda/compact_fold.h"
-#include "cuda/compact_select.h"
-#include "cuda/feature_rows.h"
+#include "cuda/compact/fold.h"
+#include "cuda/compact/select.h"
+#include "cuda/feature_map/rows.h"
 #include "cuda/kernels.h"
 
 namespace less::cuda {

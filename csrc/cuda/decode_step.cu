@@ -5,7 +5,7 @@
 //   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
 //
 // Grid:   (splits, K, B); a block of 128 threads owns a range of a head's slots. The splits of a
-//         head are a cluster of up to 8 blocks, or meet in the workspace (decode_step.h).
+//         head are a cluster of up to 8 blocks, or meet in the workspace (decode_step/plan.h).
 // Memory: k and v of the slots, position, weight, score, H, z and the maps' weights are read once,
 //         score, H, z and the victim's slot written: bandwidth bound. k and v come through a ring
 //         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
@@ -13,7 +13,7 @@
 // Order:  keys, then softmax of the range, then values; parts are merged in the order of the
 //         splits, which follow from the capacity S alone; no atomics on floats: a row has the same
 //         bits in any batch, at any time.
-#include "cuda/decode_step.h"
+#include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
 
 namespace less::cuda {

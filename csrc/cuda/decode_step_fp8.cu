@@ -1,5 +1,5 @@
 // decode_step with e4m3 slots.
-#include "cuda/decode_launch.h"
+#include "cuda/decode_step/launch.h"
 
 namespace less::cuda {
 

@@ -1,5 +1,5 @@
 // decode_step with int8 slots.
-#include "cuda/decode_launch.h"
+#include "cuda/decode_step/launch.h"
 
 namespace less::cuda {
 

@@ -1,5 +1,5 @@
 // What kernels say to the device, by one name whoever compiles them: nvcc, or g++ for the emulator
-// (LESS_EMULATOR, see csrc/emulator). The only header that knows which of the two it is.
+// (LESS_EMULATOR, see emulator/). The only header that knows which of the two it is.
 //
 // Rules that make one source serve both:
 //   - a kernel is launched through launch(), never <<<>>>;
@@ -15,21 +15,6 @@
 #include <initializer_list>
 #include <type_traits>
 #include <utility>
-
-// A bug that a test of the tests plants: LESS_BUG(name) is true where the file is compiled with
-// -DLESS_PLANTED=name, and otherwise the constant false.
-#ifdef LESS_PLANTED
-#define LESS_BUG_TEXT(name) #name
-#define LESS_BUG_NAME(name) LESS_BUG_TEXT(name)
-#define LESS_BUG(name) (::less::cuda::same_name(#name, LESS_BUG_NAME(LESS_PLANTED)))
-namespace less::cuda {
-constexpr bool same_name(const char* a, const char* b) {
-  return *a == *b && (*a == '\0' || same_name(a + 1, b + 1));
-}
-}  // namespace less::cuda
-#else
-#define LESS_BUG(name) false
-#endif
 
 #ifdef LESS_EMULATOR
 #include "emulator/device.h"

@@ -9,8 +9,8 @@
 //         columns before them are multiplied.
 // Order:  a row's sums run over d ascending, within chunks of 64 hidden columns over four fixed
 //         parts, and over the chunks ascending: a row has the same bits in any block of any batch.
-#include "cuda/feature_float.h"
-#include "cuda/feature_mma.h"
+#include "cuda/feature_map/float.h"
+#include "cuda/feature_map/mma.h"
 #include "cuda/kernels.h"
 
 namespace less::cuda {

@@ -11,8 +11,8 @@
 // Order:  queries ascending, tile by tile; one owner per key.
 #include <cmath>
 
-#include "cuda/attention.h"
 #include "cuda/kernels.h"
+#include "cuda/row_tiles.h"
 
 namespace less::cuda {
 
@@ -45,7 +45,7 @@ LESS_DEVICE float fade_of(float log_decay, int x) { return x == 0 ? 0.0f : float
 // and what its score will have decayed by. Infinity where there is no query, or no mass.
 LESS_DEVICE float shift_of(const ChunkAttentionParams& p, const KeyLists& lists, const Head& head,
                            const float* lse, float log_decay, int m) {
-  if (m >= head.tokens * head.G) return LESS_BUG(column_shift) ? 0.0f : kInfinity;
+  if (m >= head.tokens * head.G) return kInfinity;
   const float mass = lse[head.query_at(p, lists, m)];
   if (mass == -kInfinity) return kInfinity;
   return mass * kLog2E - fade_of(log_decay, head.tokens - 1 - m / head.G);
@@ -98,14 +98,12 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
 
   const auto key = [&](int r) -> int64_t {
     const int n = first + r;
-    return n >= from.count && !LESS_BUG(column_keys) ? -1
-           : from.index == nullptr                   ? n
-                                                     : from.index[n];
+    return n >= from.count ? -1 : from.index == nullptr ? n : from.index[n];
   };
   const auto fetch = [&](int tile, uint16_t* q) {
     const auto query = [&](int r) -> int64_t {
       const int m = tile * kQueries + r;
-      return m < queries || LESS_BUG(column_queries) ? head.query_at(p, lists, m) : -1;
+      return m < queries ? head.query_at(p, lists, m) : -1;
     };
     if constexpr (kIsWide<Scheme>) {
       split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, kQueries, Shape::kThreads>(
@@ -146,7 +144,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
         shift = shift_of(p, lists, head, lse, log_decay, tile * kQueries + thread);
     };
     const auto place_shift = [&](int tile) {
-      const int half = LESS_BUG(column_halves) ? 0 : tile % 2;
+      const int half = tile % 2;
       if (thread < kQueries) shared.shift[half * kQueries + thread] = shift;
     };
     if constexpr (!kIsWide<Scheme>)
@@ -158,8 +156,8 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
       const uint16_t* q = shared.q + tile % Shape::kStages * Shape::kQueryTile;
       const bool more = tile + 1 < end_tile;
       if constexpr (Shape::kStages == 1) fetch(tile, shared.q);
-      if (!LESS_BUG(column_wait)) copy_async_wait<0>();
-      if (!LESS_BUG(column_barrier_tile)) __syncthreads();
+      copy_async_wait<0>();
+      __syncthreads();
       if constexpr (Shape::kStages == 2) {
         if (more) fetch(tile + 1, shared.q + (tile + 1) % 2 * Shape::kQueryTile);
         copy_async_commit();
@@ -169,12 +167,11 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
       dot_products<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kColumns, kQueries>(
           shared.k, row, q, s);
       const int begin[2] = {sees[0] - tile * kQueries, sees[1] - tile * kQueries};
-      add_weights<Scheme, kQueries>(
-          logit, scale, weight, shared.shift + (LESS_BUG(column_halves) ? 0 : tile % 2) * kQueries,
-          tile * kQueries < sees_last && !LESS_BUG(column_mask), begin, s, sum);
+      add_weights<Scheme, kQueries>(logit, scale, weight, shared.shift + tile % 2 * kQueries,
+                                    tile * kQueries < sees_last, begin, s, sum);
       if (more) place_shift(tile + 1);
       if constexpr (Shape::kStages == 1) {
-        if (!LESS_BUG(column_barrier_place)) __syncthreads();  // the next takes this one's place
+        __syncthreads();  // the next takes this one's place
       }
     }
   }

@@ -15,7 +15,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "emulator")]
 
 import cuda_toolkit  # noqa: E402
 import ptx2cpp  # noqa: E402
@@ -39,7 +39,7 @@ class Program:
         names = folder / "names.cpp"
         kernels = re.findall(r"\.entry\s+(\w+)", ptx)
         names.write_text("".join(f'extern "C" void {kernel}() {{}}\n' for kernel in kernels))
-        runtime = sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))
+        runtime = sorted((ROOT / "emulator").glob("*.cpp"))
         sources = [path for path in runtime if path.name != "hooks.cpp"]
         sources += [HERE / "ptx_driver.cpp", translated, names, *more]
         library = folder / "program.so"
@@ -136,7 +136,8 @@ def module(*kernels: str) -> str:
 def _compile(source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.o"
     include = [flag for path in cuda_toolkit.require().include for flag in ("-isystem", str(path))]
-    _call(["g++", *FLAGS, f"-I{ROOT / 'csrc'}", *include, "-c", source, "-o", target])
+    own = [f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
+    _call(["g++", *FLAGS, *own, *include, "-c", source, "-o", target])
     return target
 
 

@@ -435,9 +435,9 @@ def test_the_command_reports_what_it_cannot_translate(tmp_path: Path) -> None:
     source = tmp_path / "wrong.ptx"
     source.write_text(module(entry("wrong", ARRAYS, "frobnicate.u32 %a1;")))
     command = [sys.executable, "-m", "ptx2cpp", str(source), "-o", str(tmp_path / "wrong.cpp")]
-    tools = str(Path(ptx2cpp.__file__).parents[1])
+    folder = str(Path(ptx2cpp.__file__).parents[1])
     done = subprocess.run(
-        command, env={"PYTHONPATH": tools}, capture_output=True, text=True, check=False
+        command, env={"PYTHONPATH": folder}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "frobnicate.u32" in done.stderr

@@ -111,7 +111,7 @@ def test_emulated_feature_map_reads_what_it_must_in_whole_sectors_without_confli
     profile = counting.profile()
     # With float weights, the features of four rows meet when a block has its sums, once or, where
     # they are mixed, twice.
-    at_the_end = {"feature_mma.h", "features.h"} if dtype == torch.float32 else set()
+    at_the_end = {"feature_map/mma.h", "features.h"} if dtype == torch.float32 else set()
     assert conflicts(profile) <= at_the_end
     assert partial(profile) == set()
     small = 4 * K * R * (R + 2) if kind == "paper" else 4 * K * R
@@ -136,7 +136,7 @@ def test_emulated_compact_reads_what_it_must_and_only_single_numbers_lie_apart(c
     )  # fmt: skip
     profile = counting.profile()
     # The choice counts ranks in bins, where lanes meet as the ranks have it.
-    assert conflicts(profile) <= {"compact_select.h"}
+    assert conflicts(profile) <= {"compact/select.h"}
     # A slot's or a token's number, whose neighbours are not this call's.
     assert {width for _, width in partial(profile)} <= {4}
     left = K * T * (2 * D * WIDTH[dtype] + (8 if dtype == torch.int8 else 0))

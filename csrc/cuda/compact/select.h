@@ -1,0 +1,257 @@
+// Who leaves a head and where those who stay go.
+//
+// Grid:   (B*K), a block per head.
+// Memory: scores, positions and valid once; a key of 4 bytes per candidate is written and read up
+//         to four times, from L2: three passes find the rank that parts those who leave from those
+//         who stay, 11 bits at a time, and one writes them down. Where that rank is shared, three
+//         more passes part its holders by position.
+// Order:  counts of integers, and places by prefix sums: nothing depends on the schedule.
+#pragma once
+
+#include "cuda/compact/workspace.h"
+
+namespace less::cuda {
+
+constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / 32;
+constexpr int kBins = 2048;
+
+// An order-preserving integer, never 0. NaN is -infinity, and -0 is 0.
+LESS_DEVICE uint32_t key_of(float rank) {
+  const uint32_t bits = __float_as_uint((rank == rank ? rank : -INFINITY) + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+LESS_DEVICE float rank_of(const Rule& rule, int64_t seen, int32_t position, float score) {
+  if (position >= seen - rule.recent || position < rule.sinks) return INFINITY;
+  if (!rule.by_score) return -INFINITY;
+  return rule.per_age ? score / float(max(seen - position, int64_t{1})) : score;
+}
+
+// The sum of the values of the threads before this one, and of all. sums: shared, kSelectWarps.
+LESS_DEVICE int block_prefix(int value, int* sums, int& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int up_to = value;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, up_to, by);
+    if (lane >= by) up_to += before;
+  }
+  if (lane == 31) sums[warp] = up_to;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kSelectWarps; ++w) {
+    if (w == warp) before = total;
+    total += sums[w];
+  }
+  __syncthreads();
+  return before + up_to - value;
+}
+
+struct SelectShared {
+  int* bins;   // [kBins]
+  int* sums;   // [kSelectWarps]
+  int* found;  // [3]  bin, what is still to be taken of it, what it holds
+};
+
+struct Threshold {
+  uint32_t value;
+  int take;   // how many of those who equal it are among the lowest
+  int equal;  // how many there are
+};
+
+// The k-th lowest of what load(i, four) gives for i = 0, 4, .., n - 4; zeros do not count.
+template <typename Load>
+LESS_DEVICE Threshold find_lowest(const SelectShared& s, int64_t n, int k, Load load) {
+  uint32_t known = 0, mask = 0;
+  int equal = 0;
+  for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+    const uint32_t digits = shift == 0 ? kBins / 2 - 1 : kBins - 1;
+    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) s.bins[i] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x * 4; i < n; i += kSelectThreads * 4) {
+      uint32_t x[4];
+      load(i, x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (x[j] != 0 && (x[j] & mask) == known) atomicAdd(&s.bins[x[j] >> shift & digits], 1);
+      }
+    }
+    __syncthreads();
+    static_assert(kBins == 4 * kSelectThreads);
+    const uint4 four = load16_shared(s.bins + threadIdx.x * 4);
+    const int mine[4] = {int(four.x), int(four.y), int(four.z), int(four.w)};
+    int total, before = block_prefix(mine[0] + mine[1] + mine[2] + mine[3], s.sums, total);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (before < k && k <= before + mine[j]) {
+        s.found[0] = threadIdx.x * 4 + j;
+        s.found[1] = k - before;
+        s.found[2] = mine[j];
+      }
+      before += mine[j];
+    }
+    __syncthreads();
+    known |= uint32_t(s.found[0]) << shift;
+    mask |= digits << shift;
+    k = s.found[1];
+    equal = s.found[2];
+  }
+  return {known, k, equal};
+}
+
+// One head's candidates: slots, then the call's tokens.
+struct Candidates {
+  const int32_t* position;   // [S]
+  const float* slot_score;   // [S]
+  const float* chunk_score;  // [T]
+  const bool* valid;         // [T] or null
+  const float* rank;         // [S + T] or null
+  uint32_t* key;             // [candidates]
+  int64_t S;
+  int64_t T;
+  int64_t seen;  // before the call
+
+  LESS_DEVICE bool there(int64_t t) const { return t < T && (valid == nullptr || valid[t]); }
+
+  // Of those who rank alike the older leaves first. The call's tokens are younger than the slots',
+  // and in order.
+  LESS_DEVICE uint32_t age_key(int64_t i) const {
+    return uint32_t(i < S ? int64_t{position[i]} : seen + i - S) + 1u;
+  }
+};
+
+// How many of the call's tokens are valid.
+LESS_DEVICE int count_tokens(const Candidates& c, int* sums) {
+  int mine = 0, total;
+  for (int64_t t = threadIdx.x; t < c.T; t += kSelectThreads) mine += c.there(t);
+  block_prefix(mine, sums, total);
+  return total;
+}
+
+// Writes the keys, and returns how many candidates there are.
+LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int64_t candidates, int tokens,
+                           int* sums) {
+  const int64_t after = c.seen + tokens;
+  int held = 0, total;
+  for (int64_t s = threadIdx.x; s < c.S; s += kSelectThreads) {
+    const int32_t position = c.position[s];
+    uint32_t key = 0;
+    if (position >= 0) {
+      key = key_of(c.rank != nullptr ? c.rank[s] : rank_of(rule, after, position, c.slot_score[s]));
+      ++held;
+    }
+    store(c.key + s, key);
+  }
+  int64_t position = c.seen;
+  for (int64_t t0 = 0; t0 < candidates - c.S; t0 += kSelectThreads) {
+    const int64_t t = t0 + threadIdx.x;
+    const bool there = c.there(t);
+    const int before = block_prefix(there, sums, total);
+    uint32_t key = 0;
+    if (there) {
+      key = key_of(c.rank != nullptr
+                       ? c.rank[c.S + t]
+                       : rank_of(rule, after, int32_t(position + before), c.chunk_score[t]));
+    }
+    if (t < candidates - c.S) store(c.key + c.S + t, key);
+    position += total;
+  }
+  block_prefix(held, sums, total);
+  return total + tokens;
+}
+
+// Those who leave: ranks below `rank`, and, of those who have it, up to `age`.
+struct Leavers {
+  uint32_t rank;
+  uint32_t age;
+};
+
+LESS_DEVICE Leavers find_leavers(const Candidates& c, const SelectShared& s, int64_t candidates,
+                                 int leaving) {
+  const auto keys = [&](int64_t i, uint32_t (&x)[4]) {
+    const uint4 v = load16(c.key + i);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  };
+  const Threshold rank = find_lowest(s, candidates, leaving, keys);
+  if (rank.take == rank.equal) return {rank.value, 0xffffffffu};
+  const auto ages = [&](int64_t i, uint32_t (&x)[4]) {
+    keys(i, x);
+    for (int j = 0; j < 4; ++j) x[j] = x[j] == rank.value ? c.age_key(i + j) : 0;
+  };
+  return {rank.value, find_lowest(s, candidates, rank.take, ages).value};
+}
+
+LESS_DEVICE bool leaves(const Candidates& c, const Leavers& who, int64_t i) {
+  const uint32_t key = c.key[i];
+  return key != 0 && (key < who.rank || (key == who.rank && c.age_key(i) <= who.age));
+}
+
+__global__ void __launch_bounds__(kSelectThreads, 2)
+    compact_select_kernel(CompactParams p, CompactWorkspace w) {
+  SMEM_ARRAY(int, bins, kBins);
+  SMEM_ARRAY(int, sums, kSelectWarps);
+  SMEM_ARRAY(int, found, 3);
+  const int64_t head = blockIdx.x, b = head / p.K, S = p.slots.S, T = p.T;
+  const Candidates c{p.slots.position + head * S,
+                     p.slot_score + head * S,
+                     p.chunk_score + head * T,
+                     p.valid == nullptr ? nullptr : p.valid + b * T,
+                     p.rank == nullptr ? nullptr : p.rank + head * (S + T),
+                     w.key + head * w.candidates,
+                     S,
+                     T,
+                     p.seen[b]};
+  const int tokens = count_tokens(c, sums);
+  const int leaving = write_keys(c, p.rule, w.candidates, tokens, sums) - int(S);
+  __syncthreads();
+  Leavers who{0, 0};
+  if (leaving > 0) who = find_leavers(c, {bins, sums, found}, w.candidates, leaving);
+
+  int32_t* list = w.list + head * T;
+  int32_t* free = w.free + head * S;
+  int32_t* take = w.take + head * S;
+  int32_t* position = w.position + head * S;
+  int listed = 0, freed = 0, total;
+  for (int64_t s0 = 0; s0 < S; s0 += kSelectThreads) {
+    const int64_t s = s0 + threadIdx.x;
+    const bool gone = s < S && leaves(c, who, s);
+    const bool open = s < S && (gone || c.key[s] == 0);
+    const int before = block_prefix(int(gone) | int(open) << 16, sums, total);
+    const int place = listed + (before & 0xffff);
+    if (gone && place < T) store(list + place, int32_t(s));
+    if (open) store(free + freed + (before >> 16), int32_t(s));
+    if (s < S) store(take + s, open ? kEmpty : kStays);
+    listed += total & 0xffff;
+    freed += total >> 16;
+  }
+  // The barriers of the next block_prefix are those between `free` and `take` and their readers.
+  int taken = 0;
+  int64_t next = c.seen;
+  for (int64_t t0 = 0; t0 < T; t0 += kSelectThreads) {
+    const int64_t t = t0 + threadIdx.x;
+    const bool there = c.there(t);
+    const bool gone = there && leaves(c, who, S + t);
+    // Both counts stay below 2^16 in a block; those who stay are the others.
+    const int before = block_prefix(int(gone) | int(there) << 16, sums, total);
+    const int gone_before = before & 0xffff, there_before = before >> 16;
+    const int place = gone ? listed + gone_before : taken + there_before - gone_before;
+    if (gone && place < T) store(list + place, int32_t(S + t));
+    if (there && !gone && place < freed) {
+      const int32_t slot = free[place];
+      store(take + slot, int32_t(t));
+      store(position + slot, int32_t(next + there_before));
+    }
+    listed += total & 0xffff;
+    taken += (total >> 16) - (total & 0xffff);
+    next += total >> 16;
+  }
+  if (threadIdx.x == 0) {
+    store(w.leaving + head, int32_t(min(int64_t{listed}, T)));
+    store(w.tokens + head, tokens);
+  }
+}
+
+}  // namespace less::cuda

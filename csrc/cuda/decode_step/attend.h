@@ -1,0 +1,277 @@
+// Attention over a block's range of slots in decode_step's kernel, for all query heads of a kv
+// head.
+#pragma once
+
+#include "cuda/decode_step/block.h"
+
+namespace less::cuda {
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::attend(int tiles) {
+  if constexpr (kMma) {
+#pragma unroll 1
+    for (int item = 0; item < tiles; ++item) {
+      multiply_keys_mma(receive(item, tiles), item * plan.tile);
+    }
+  } else {
+    float q[kQueries][kKept];
+#pragma unroll 1
+    for (int item = 0; item < tiles; ++item) {
+      const unsigned char* const tile = receive(item, tiles);
+#pragma unroll 1
+      for (int g0 = 0; g0 < G; g0 += kQueries) {
+        if (kKept == kFloats && (item == 0 || G > kQueries)) keep_queries(g0, q);
+        multiply_keys(tile, item * plan.tile, g0, q);
+      }
+    }
+  }
+  __syncthreads();
+  softmax();
+  if constexpr (kMma) {
+    add_values<kPairs, 4>(tiles);
+  } else if (G <= 2) {
+    add_values<2, Tile::kElements>(tiles);
+  } else {
+    add_values<kHeads, Tile::kElements>(tiles);
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+  add_token();
+}
+
+// Where the item is, once it is here; asks for the one that takes the place of the item before.
+template <typename Case>
+LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int item, int tiles) {
+  copy_async_wait<Tile::kStages - 2>();
+  __syncthreads();
+  ask(item + Tile::kStages - 1, tiles);
+  copy_async_commit();
+  const unsigned char* const here = stage(received);
+  received = after(received);
+  return here;
+}
+
+// Queries g0 on, the chunks that this lane takes.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::keep_queries(int g0, float (&q)[kQueries][kKept]) const {
+  constexpr int kE = Tile::kElements;
+#pragma unroll
+  for (int g = 0; g < kQueries; ++g) {
+#pragma unroll
+    for (int i = 0; i < kKept / 4; ++i) {
+      const int d = (i / (kE / 4) * kLanes + lane % kLanes) * kE + i % (kE / 4) * 4;
+      const float4 x = bits_of<float4>(load16_shared(s.q() + min(g0 + g, G - 1) * kD + d));
+      q[g][i * 4] = x.x;
+      q[g][i * 4 + 1] = x.y;
+      q[g][i * 4 + 2] = x.z;
+      q[g][i * 4 + 3] = x.w;
+    }
+  }
+}
+
+// mass[g, slot] = q k of the tile's rows.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int slot0, int g0,
+                                                  const float (&q)[kQueries][kKept]) {
+  constexpr int kE = Tile::kElements, kAtOnce = kDecodeThreads / kLanes;
+  const int rows = min(plan.tile, n - slot0), turn = lane % kLanes;
+#pragma unroll 1
+  for (int r0 = 0; r0 < rows; r0 += kAtOnce) {
+    const int r = r0 + t / kLanes;
+    float dot[kQueries];
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) dot[g] = 0.0f;
+    if (r < rows) {
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        const int chunk = r * Tile::kChunks + i * kLanes + turn;
+        float k[kE];
+        widen16<T>(load16_shared(tile + Tile::place(chunk) * 16), k);
+#pragma unroll
+        for (int g = 0; g < kQueries; ++g) {
+          if (g0 + g >= G) break;
+          if constexpr (kKept == kFloats) {
+#pragma unroll
+            for (int e = 0; e < kE; ++e) dot[g] = fmaf(q[g][i * kE + e], k[e], dot[g]);
+          } else {
+            const float* const x = s.q() + (g0 + g) * kD + (i * kLanes + turn) * kE;
+#pragma unroll
+            for (int e = 0; e < kE; e += 4) {
+              const float4 four = bits_of<float4>(load16_shared(x + e));
+              dot[g] = fmaf(four.x, k[e], dot[g]);
+              dot[g] = fmaf(four.y, k[e + 1], dot[g]);
+              dot[g] = fmaf(four.z, k[e + 2], dot[g]);
+              dot[g] = fmaf(four.w, k[e + 3], dot[g]);
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) {
+      if (g0 + g >= G) break;
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2) {
+        dot[g] += __shfl_xor_sync(0xffffffffu, dot[g], step);
+      }
+      if (turn == 0 && r < rows) s.mass()[(g0 + g) * stride + slot0 + r] = dot[g];
+    }
+  }
+}
+
+// mass: q k becomes the logit, then e^(logit - top). A warp per query; the first tile of values
+// has the barrier after it.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::softmax() {
+  const int padded = (n + 15) / 16 * 16;
+  if constexpr (kScaled && kMma) {
+    uint32_t largest = 0;
+#pragma unroll 1
+    for (int i = lane; i < n; i += 32) {
+      largest = max(largest, bits_of<uint32_t>(s.v_scale()[i]) & 0x7fffffffu);
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (t == 0) q_scale()[G] = power_below(largest);
+  }
+#pragma unroll 1
+  for (int g = warp; g < G; g += kDecodeWarps) {
+    float* const mass = s.mass() + g * stride;
+    float top = -kInfinity, token = -kInfinity;
+#pragma unroll 1
+    for (int i = lane; i < n; i += 32) {
+      float dot = mass[i];
+      if constexpr (kScaled) dot *= s.k_scale()[i];
+      if constexpr (kScaled && kMma) dot *= q_scale()[g];
+      const float logit = s.position()[i] >= 0 ? capped(dot * p.scale) + s.weight()[i] : -kInfinity;
+      mass[i] = logit;
+      top = fmaxf(top, logit);
+    }
+    if (last_split()) {
+      float dot = 0.0f;
+#pragma unroll 1
+      for (int d = lane; d < kD; d += 32) dot = fmaf(s.q()[g * kD + d], s.key()[d], dot);
+      dot = warp_sum(dot);
+      if constexpr (kScaled) dot *= s.token()[0];
+      token = capped(dot * p.scale);
+    }
+    top = fmaxf(warp_max(top), token);
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int i = lane; i < padded; i += 32) {
+      const float logit = i < n ? mass[i] : -kInfinity;
+      const float e = logit == -kInfinity ? 0.0f : expf(logit - top);
+      mass[i] = e;
+      sum += e;
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      const float e = token == -kInfinity ? 0.0f : expf(token - top);
+      mass[plan.per] = e;
+      s.part()[at.top + g] = top;
+      s.part()[at.sum + g] = sum + e;
+      s.part()[at.token + g] = token;
+    }
+  }
+}
+
+template <typename Case>
+template <int kN, int kM>
+LESS_DEVICE void DecodeBlock<Case>::add_values(int tiles) {
+  int item = tiles;
+#pragma unroll 1
+  for (int pass = 0; pass < decode_passes<T, kD, kMma>(G); ++pass) {
+    float acc[kN][kM];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+#pragma unroll
+      for (int j = 0; j < kM; ++j) acc[i][j] = 0.0f;
+    }
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile, ++item) {
+      multiply_values(receive(item, tiles), tile * plan.tile, pass, acc);
+    }
+    keep_values(pass, acc);
+  }
+}
+
+// acc[g] += mass[g, slot] v of the tile's rows: a thread has a chunk of every so many rows.
+template <typename Case>
+template <int kN, int kM>
+LESS_DEVICE void DecodeBlock<Case>::multiply_values(const unsigned char* tile, int slot0, int pass,
+                                                    float (&acc)[kN][kM]) {
+  const int rows = min(plan.tile, n - slot0);
+  if constexpr (kMma) {
+    multiply_values_mma(tile, slot0, rows, pass, acc);
+  } else {
+    constexpr int kAtOnce = kDecodeThreads / Tile::kChunks;
+    const int chunk = t % Tile::kChunks;
+    const int heads = min(kN, G - pass * kN);
+    if (t >= kAtOnce * Tile::kChunks) return;
+    const float* const mass = s.mass() + pass * kN * stride + slot0;
+#pragma unroll kN <= 2 ? 4 : 1
+    for (int r = t / Tile::kChunks; r < rows; r += kAtOnce) {
+      float v[kM];
+      widen16<T>(load16_shared(tile + Tile::place(r * Tile::kChunks + chunk) * 16), v);
+      if constexpr (kScaled) {
+        const float scale = s.v_scale()[slot0 + r];
+#pragma unroll
+        for (int e = 0; e < kM; ++e) v[e] *= scale;
+      }
+#pragma unroll
+      for (int g = 0; g < kN; ++g) {
+        if (g >= heads) break;
+        const float m = mass[g * stride + r];
+#pragma unroll
+        for (int e = 0; e < kM; ++e) acc[g][e] = fmaf(m, v[e], acc[g][e]);
+      }
+    }
+  }
+}
+
+// The sums of a pass go to the part, over those who took other rows.
+template <typename Case>
+template <int kN, int kM>
+LESS_DEVICE void DecodeBlock<Case>::keep_values(int pass, float (&acc)[kN][kM]) {
+  if constexpr (kMma) {
+    keep_values_mma(pass, acc);
+  } else {
+    constexpr int kAtOnce = kDecodeThreads / Tile::kChunks;
+    const int heads = min(kN, G - pass * kN);
+    if (t < kAtOnce * Tile::kChunks) {
+#pragma unroll
+      for (int g = 0; g < kN; ++g) {
+        if (g >= heads) break;
+        float* const to =
+            s.sums() + (t / Tile::kChunks * heads + g) * kD + t % Tile::kChunks * Tile::kElements;
+#pragma unroll
+        for (int e = 0; e < kM; e += 4) {
+          store16_shared(to + e, bits_of<uint4>(make_float4(acc[g][e], acc[g][e + 1], acc[g][e + 2],
+                                                            acc[g][e + 3])));
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = t; i < heads * kD; i += kDecodeThreads) {
+      float sum = s.sums()[i];
+#pragma unroll
+      for (int w = 1; w < kAtOnce; ++w) sum += s.sums()[w * heads * kD + i];
+      s.part()[at.value + pass * kN * kD + i] = sum;
+    }
+  }
+}
+
+// The token's own value; it is in the last split.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::add_token() {
+  if (!last_split()) return;
+  float scale = 1.0f;
+  if constexpr (kScaled) scale = s.token()[1];
+#pragma unroll 1
+  for (int i = t; i < G * kD; i += kDecodeThreads) {
+    const float mass = s.mass()[i / kD * stride + plan.per];
+    s.part()[at.value + i] = fmaf(mass, s.value()[i % kD] * scale, s.part()[at.value + i]);
+  }
+}
+
+}  // namespace less::cuda

@@ -1,0 +1,259 @@
+// A block of decode_step.cu's kernel: its place in the layer, its arrays in shared memory, and what
+// it does.
+#pragma once
+
+#include "cuda/convert.h"
+#include "cuda/decode_step/maps.h"
+#include "cuda/decode_step/plan.h"
+#include "cuda/features.h"
+
+namespace less::cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+// Who might leave. The lowest key does: the rank's bits in ascending order, then the position; an
+// empty slot is below them all, by its index.
+struct DecodeCandidate {
+  uint32_t rank;
+  uint32_t position;
+  int32_t slot;  // S: the token itself
+  float unused;
+
+  LESS_DEVICE bool below(const DecodeCandidate& o) const {
+    return rank < o.rank || (rank == o.rank && position < o.position);
+  }
+};
+
+// The bits of a float in the floats' order; NaN counts as the lowest, -0 as 0.
+LESS_DEVICE uint32_t ordered(float x) {
+  const uint32_t bits = bits_of<uint32_t>(x == x ? x + 0.0f : -kInfinity);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The arrays of a block in shared memory, as the launcher has laid them out.
+struct DecodeShared {
+  unsigned char* raw;
+  const DecodeLayout& at;
+
+  template <typename T>
+  LESS_DEVICE T* take(int offset) const {
+    return reinterpret_cast<T*>(raw + offset);
+  }
+  LESS_DEVICE unsigned char* ring() const { return raw + at.ring; }
+  LESS_DEVICE unsigned char* narrow_q() const { return raw + at.narrow_q; }
+  LESS_DEVICE float* sums() const { return take<float>(at.sums); }
+  LESS_DEVICE float* q() const { return take<float>(at.q); }
+  LESS_DEVICE float* mass() const { return take<float>(at.mass); }
+  LESS_DEVICE float* part() const { return take<float>(at.part); }
+  LESS_DEVICE float* score() const { return take<float>(at.score); }
+  LESS_DEVICE float* weight() const { return take<float>(at.weight); }
+  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale); }
+  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale); }
+  LESS_DEVICE float* key() const { return take<float>(at.key); }
+  LESS_DEVICE float* value() const { return take<float>(at.value); }
+  LESS_DEVICE float* token() const { return take<float>(at.token); }
+  LESS_DEVICE int32_t* last() const { return take<int32_t>(at.token) + 3; }  // of its head's
+  LESS_DEVICE float* top() const { return take<float>(at.top); }
+  LESS_DEVICE float* sum() const { return take<float>(at.sum); }
+  LESS_DEVICE float* low() const { return take<float>(at.low); }
+  LESS_DEVICE float* share() const { return take<float>(at.share); }
+  LESS_DEVICE float* token_mass() const { return take<float>(at.token_mass); }
+  LESS_DEVICE float* feature() const { return take<float>(at.feature); }
+  LESS_DEVICE float* h() const { return take<float>(at.h); }
+  LESS_DEVICE float* H() const { return take<float>(at.H); }
+  LESS_DEVICE float* victim_key() const { return take<float>(at.victim_key); }
+  LESS_DEVICE float* victim_value() const { return take<float>(at.victim_value); }
+  LESS_DEVICE float* psi_share() const { return take<float>(at.psi_share); }
+  LESS_DEVICE float* psi_shares() const { return take<float>(at.psi_shares); }
+  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position); }
+  LESS_DEVICE DecodeCandidate* candidate() const { return take<DecodeCandidate>(at.candidate); }
+  LESS_DEVICE DecodeMapScratch maps() const {
+    return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_turn),
+            raw + at.map_w2};
+  }
+};
+
+LESS_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+LESS_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+// The power of two at or below a float >= 0 of these bits; 1 where it or its inverse is none.
+LESS_DEVICE float power_below(uint32_t bits) {
+  const uint32_t exponent = bits >> 23;
+  return exponent == 0 || exponent >= 253 ? 1.0f : bits_of<float>(exponent << 23);
+}
+
+// One instance of the kernel.
+//
+// T:    the slots' elements.
+// kD:   the head dim.
+// kMma: whether the products are made on tensor cores.
+// Then: what becomes of the token that leaves, see victim.h.
+template <typename T, int kD, bool kMma, typename Then>
+struct DecodeCase {
+  using Slot = T;
+  using Leaver = Then;
+  static constexpr int kHeadDim = kD;
+  static constexpr bool kTensorCores = kMma;
+};
+
+// Its stages lie in files of their own; run() in kernel.h calls them.
+template <typename Case>
+struct DecodeBlock {
+  using T = typename Case::Slot;
+  static constexpr int kD = Case::kHeadDim;
+  static constexpr bool kMma = Case::kTensorCores;
+  using Leaver = typename Case::Leaver;
+  static constexpr bool kState = Leaver::kState;
+  static constexpr bool kScaled = sizeof(T) == 1;
+  using Tile = DecodeTile<T, kD>;
+
+  // Without tensor cores, lanes of a key's row take its chunks in turns, and keep theirs of a few
+  // queries; a thread has the sums of values of kHeads queries.
+  static constexpr int kLanes = 1 << (Tile::kPower < 3 ? Tile::kPower : 3);
+  static constexpr int kTurns = Tile::kChunks / kLanes;
+  static constexpr int kFloats = kTurns * Tile::kElements;  // of a query that a lane keeps
+  static constexpr int kQueries = kFloats <= 32 ? 2 : 1;
+  static constexpr int kKept = kFloats <= 48 ? kFloats : 4;  // more are read when they are needed
+  static constexpr int kHeads = decode_heads<T>();
+
+  // On tensor cores: int8 and e4m3 are half floats, exactly.
+  using Narrow = std::conditional_t<kScaled, __half, T>;
+  using Tag = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, BFloatTag, HalfTag>;
+  static constexpr int kRow = kD + decode_q_pad<T, kD>();  // of narrow_q
+  static constexpr int kBlocks = kD / 16;                  // of 16 columns of out
+  static constexpr int kPairs = kDecodePairs;
+  static constexpr int kTiles =
+      kDecodeWarps * kPairs / kBlocks;  // of 8 query heads, in a pass over values
+
+  const DecodeStepParams& p;
+  const DecodePlan& plan;
+  DecodeShared s;
+  DecodePart at;
+  int t, lane, warp;
+  int G, R, S;
+  int split, first, n;  // the range of slots [first, first + n)
+  int stride;           // of mass
+  int64_t b, head, row;
+  int64_t seen;  // tokens of the row before this one
+  DecodeCandidate victim;
+  int asked = 0;     // the stage that is asked for next
+  int received = 0;  // the stage that is looked at next
+  int rank, ranks;   // of those who finish
+
+  LESS_DEVICE DecodeBlock(const DecodeStepParams& params, const DecodePlan& decode_plan,
+                          unsigned char* raw)
+      : p(params),
+        plan(decode_plan),
+        s{raw, decode_plan.layout},
+        at(int(params.Q / params.K), kState ? int(params.R) : 0, kD) {
+    t = threadIdx.x;
+    lane = t % 32;
+    warp = t / 32;
+    split = blockIdx.x;
+    head = blockIdx.y;
+    b = blockIdx.z;
+    row = b * p.K + head;
+    G = int(p.Q / p.K);
+    R = kState ? int(p.R) : 0;
+    S = int(p.slots.S);
+    first = split * plan.per;
+    n = min(plan.per, S - first);
+    stride = plan.per + 8;
+    rank = plan.cluster ? split : 0;
+    ranks = plan.cluster ? plan.splits : 1;
+  }
+
+  // The columns of H and out that a block finishes, units of 16: from here to those of the next.
+  LESS_DEVICE int column_of(int finisher) const {
+    return (kD / 16 * finisher * plan.inverse >> 16) * 16;
+  }
+  LESS_DEVICE int first_column() const { return column_of(rank); }
+  LESS_DEVICE int columns() const { return column_of(rank + 1) - column_of(rank); }
+
+  LESS_DEVICE Narrow* narrow_q() const { return s.take<Narrow>(plan.layout.narrow_q); }
+  LESS_DEVICE float* q_scale() const { return s.take<float>(plan.layout.q_scale); }
+  LESS_DEVICE int64_t query(int g) const { return (b * p.Q + head * G + g) * kD; }
+  LESS_DEVICE bool alone() const { return plan.splits == 1; }
+  LESS_DEVICE bool last_split() const { return split == plan.splits - 1; }
+
+  LESS_DEVICE void run();
+  LESS_DEVICE void clear();
+
+  // -- load.h: what is read once
+  LESS_DEVICE unsigned char* stage(int index) const {
+    return s.ring() + index * (plan.tile * Tile::kBytes);
+  }
+  // The stage after that, around the ring.
+  LESS_DEVICE int after(int stage) const { return stage + 1 == plan.ring ? 0 : stage + 1; }
+  // Tensor cores take 16 rows at once.
+  static LESS_DEVICE int completed(int chunks) {
+    constexpr int kBlock = 16 * Tile::kChunks;
+    return kMma ? (chunks + kBlock - 1) / kBlock * kBlock : chunks;
+  }
+  LESS_DEVICE void ask(int item, int tiles);
+  LESS_DEVICE void ask_for_keys(unsigned char* to, int tile);
+  LESS_DEVICE void ask_for_values(unsigned char* to, int tile);
+  LESS_DEVICE void ask_for_state();
+  LESS_DEVICE void load();
+  LESS_DEVICE void load_queries();
+  LESS_DEVICE void load_scaled_queries();
+  LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor);
+  LESS_DEVICE void load_row(const void* x, float* to, float* scale);
+
+  // -- attend.h: attention over the range
+  LESS_DEVICE void attend(int tiles);
+  LESS_DEVICE const unsigned char* receive(int item, int tiles);
+  LESS_DEVICE void keep_queries(int g0, float (&q)[kQueries][kKept]) const;
+  LESS_DEVICE void multiply_keys(const unsigned char* tile, int slot0, int g0,
+                                 const float (&q)[kQueries][kKept]);
+  LESS_DEVICE float capped(float logit) const {
+    return p.softcap > 0.0f ? p.softcap * tanhf(logit / p.softcap) : logit;
+  }
+  LESS_DEVICE void softmax();
+  template <int kN, int kM>
+  LESS_DEVICE void add_values(int tiles);
+  template <int kN, int kM>
+  LESS_DEVICE void multiply_values(const unsigned char* tile, int slot0, int pass,
+                                   float (&acc)[kN][kM]);
+  template <int kN, int kM>
+  LESS_DEVICE void keep_values(int pass, float (&acc)[kN][kM]);
+  LESS_DEVICE void add_token();
+
+  // -- mma.h: the same on tensor cores
+  LESS_DEVICE void multiply_keys_mma(const unsigned char* tile, int slot0);
+  template <int kI, int kJ>
+  static LESS_DEVICE uint32_t two_halves(uint32_t four);
+  static LESS_DEVICE void split_two(float2 x, uint32_t& high, uint32_t& low);
+  LESS_DEVICE float2 two_weights(const float* mass, int slot, float inverse) const;
+  LESS_DEVICE void multiply_values_mma(const unsigned char* tile, int slot0, int rows, int pass,
+                                       float (&acc)[kPairs][4]);
+  LESS_DEVICE void keep_values_mma(int pass, const float (&acc)[kPairs][4]);
+
+  // -- meet.h: where the blocks of a head meet, and the softmax over all parts
+  LESS_DEVICE bool meet();
+  LESS_DEVICE float part_float(int of, int i) const;
+  LESS_DEVICE float4 part_four(int of, int i) const;
+  LESS_DEVICE void weigh_parts();
+  LESS_DEVICE void write_out();
+
+  // -- victim.h: who leaves, and what becomes of it
+  LESS_DEVICE DecodeCandidate candidate(int slot, int32_t position, float score) const;
+  LESS_DEVICE DecodeCandidate add_scores();
+  LESS_DEVICE DecodeCandidate choose(DecodeCandidate best);
+  LESS_DEVICE DecodeCandidate lowest(int begin, int count) const;
+  LESS_DEVICE void load_victim();
+  LESS_DEVICE void fold();
+  LESS_DEVICE void take(int slot);
+  LESS_DEVICE void count();
+};
+
+}  // namespace less::cuda

@@ -1,0 +1,173 @@
+// What decode_step's kernel reads once: the slots through a ring of tiles, and all the rest.
+#pragma once
+
+#include "cuda/decode_step/block.h"
+
+namespace less::cuda {
+
+// Tiles of keys, then of values, as often as those are read; then nothing.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::ask(int item, int tiles) {
+  unsigned char* const to = stage(asked);
+  asked = after(asked);
+  if (item < tiles) {
+    ask_for_keys(to, item);
+  } else if (item < tiles * (1 + decode_passes<T, kD, kMma>(G))) {
+    ask_for_values(to, (item - tiles) % tiles);
+  }
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::ask_for_keys(unsigned char* to, int tile) {
+  const auto* const rows = static_cast<const unsigned char*>(p.slots.k) +
+                           (row * S + first + tile * plan.tile) * Tile::kBytes;
+  const int chunks = min(plan.tile, n - tile * plan.tile) * Tile::kChunks;
+#pragma unroll 1
+  for (int i = t; i < completed(chunks); i += kDecodeThreads) {
+    const bool in = i < chunks;
+    copy_async16(to + Tile::place(i) * 16, rows + (in ? i * 16 : 0), in);
+  }
+}
+
+// Rows of empty slots, and those that complete a multiple of 16, become zeros.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int tile) {
+  const int slot0 = tile * plan.tile, rows = min(plan.tile, n - slot0);
+  const auto* const from =
+      static_cast<const unsigned char*>(p.slots.v) + (row * S + first + slot0) * Tile::kBytes;
+#pragma unroll 1
+  for (int i = t; i < completed(rows * Tile::kChunks); i += kDecodeThreads) {
+    const int r = i / Tile::kChunks;
+    const bool held = s.position()[slot0 + r] >= 0;
+    copy_async16(to + Tile::place(i) * 16, from + (held ? i * 16 : 0), held);
+  }
+}
+
+// This block's columns of H.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
+  const int width = columns();
+  const float* const H = p.H + row * R * kD + first_column();
+  const int chunks = width / 4;
+#pragma unroll 1
+  for (int i = t; i < R * chunks; i += kDecodeThreads) {
+    const int r = i / chunks, c = i % chunks * 4;
+    copy_async16(s.H() + r * width + c, H + r * kD + c);
+  }
+}
+
+// Queries, the token, and what is known of each slot.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load() {
+#pragma unroll 1
+  for (int i = t; i < plan.per; i += kDecodeThreads) {
+    const bool in = i < n;
+    const int64_t slot = row * S + first + i;
+    const int32_t position = in ? p.slots.position[slot] : -1;
+    s.position()[i] = position;
+    s.weight()[i] = in ? p.slots.weight[slot] : 0.0f;
+    s.score()[i] = in ? p.slots.score[slot] : 0.0f;
+    if constexpr (kScaled) {
+      s.k_scale()[i] = in ? p.slots.k_scale[slot] : 0.0f;
+      s.v_scale()[i] = position >= 0 ? p.slots.v_scale[slot] : 0.0f;
+    }
+  }
+  if constexpr (kMma && kScaled) {
+    load_scaled_queries();
+  } else {
+    load_queries();
+  }
+  if constexpr (kMma) {  // heads that complete a multiple of 8
+#pragma unroll 1
+    for (int i = G * kD + t * 4; i < (G + 7) / 8 * 8 * kD; i += kDecodeThreads * 4) {
+      store8_shared(narrow_q() + i / kD * kRow + i % kD, make_uint2(0, 0));
+    }
+  }
+  if (warp == 0) load_row(p.k, s.key(), s.token());
+  if (warp == 1) load_row(p.v, s.value(), s.token() + 1);
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_queries() {
+#pragma unroll 1
+  for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
+    float four[4];
+    load_four(p.q, p.q_dtype, query(0) + i, four);
+    store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+    if constexpr (kMma) narrow_queries(i, four, 1.0f);
+  }
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::narrow_queries(int i, const float (&four)[4], float factor) {
+  if constexpr (kMma) {
+    store8_shared(narrow_q() + i / kD * kRow + i % kD,
+                  make_uint2(two_narrowed<Narrow>(four[0] * factor, four[1] * factor),
+                             two_narrowed<Narrow>(four[2] * factor, four[3] * factor)));
+  }
+}
+
+// Queries of any size as half floats: each is divided by the power of two below its largest
+// element. A warp per query.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
+#pragma unroll 1
+  for (int g = warp; g < G; g += kDecodeWarps) {
+    uint32_t largest = 0;
+#pragma unroll 1
+    for (int d = lane * 4; d < kD; d += 128) {
+      float four[4];
+      load_four(p.q, p.q_dtype, query(g) + d, four);
+      store16_shared(s.q() + g * kD + d,
+                     bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
+      }
+    }
+    const float step = power_below(__reduce_max_sync(0xffffffffu, largest));
+    if (lane == 0) q_scale()[g] = step;
+#pragma unroll 1
+    for (int d = lane * 4; d < kD; d += 128) {
+      const float4 x = bits_of<float4>(load16_shared(s.q() + g * kD + d));
+      const float four[4] = {x.x, x.y, x.z, x.w};
+      narrow_queries(g * kD + d, four, 1.0f / step);
+    }
+  }
+}
+
+// A row [D] of the token's, rounded as the slots round it; one warp.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_row(const void* x, float* to, float* scale) {
+  float step = 1.0f;
+  if constexpr (kScaled) {
+    uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+#pragma unroll 1
+    for (int d = lane * 4; d < kD; d += 128) {
+      float four[4];
+      load_four(x, p.kv_dtype, row * kD + d, four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    step = bits_of<float>(largest) / (std::is_same_v<T, int8_t> ? 127.0f : 448.0f);
+    if (lane == 0) *scale = step;
+  }
+#pragma unroll 1
+  for (int d = lane * 4; d < kD; d += 128) {
+    float four[4];
+    load_four(x, p.kv_dtype, row * kD + d, four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kScaled) {
+        const bool sound = step > 0.0f && step < kInfinity;
+        four[i] = sound ? widened(narrowed<T>(four[i] / step)) : 0.0f;
+      } else {
+        four[i] = widened(narrowed<T>(four[i]));
+      }
+    }
+    store16_shared(to + d, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+  }
+}
+
+}  // namespace less::cuda

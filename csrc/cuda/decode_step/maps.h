@@ -1,0 +1,205 @@
+// A feature map of a few rows by several blocks: every block takes a slice of the columns of W1,
+// and what it makes of them is a share of y = gelu(x W1) W2. The sum of the shares, in the order of
+// the blocks, is y; features.h has the end of the map.
+//
+// The unit of a slice is 32 bytes of a row of W1, a sector of memory. A block takes up to four
+// units at once: 128 threads load 16 bytes of as many rows as there are, eight loads each under
+// way.
+#pragma once
+
+#include "cuda/convert.h"
+#include "cuda/decode_step/plan.h"
+#include "cuda/features.h"
+
+namespace less::cuda {
+
+constexpr int kDecodeMapColumns = 32 * kDecodeMapUnits;  // of units at once, at most: int8
+
+struct DecodeMapScratch {
+  float* sums;        // [warps, kDecodeMapColumns]  x W1, by warps
+  float* hidden;      // [kDecodeMapColumns]
+  float* turn;        // [threads]  shares of y, by threads
+  unsigned char* w2;  // [32 kDecodeMapUnits R]  the units' rows of W2
+};
+
+LESS_DEVICE int map_element_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
+}
+
+// acc[e] += x[d] w, w column e of row d, for rows d0, d0 + step, ...; those from D on are not
+// there.
+template <typename T, int kN>
+LESS_DEVICE void add_map_rows(const uint4 (&rows)[kN], const float* x, int d0, int step, int D,
+                              float (&acc)[16]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    const int d = d0 + i * step;
+    const float at = d < D ? x[d] : 0.0f;
+    float w[16 / sizeof(T)];
+    widen16<T>(rows[i], w);
+#pragma unroll
+    for (int e = 0; e < 16 / int(sizeof(T)); ++e) acc[e] = fmaf(at, w[e], acc[e]);
+  }
+}
+
+template <int kN>
+LESS_DEVICE void add_map_rows(DType dtype, const uint4 (&rows)[kN], const float* x, int d0,
+                              int step, int D, float (&acc)[16]) {
+  if (dtype == DType::fp16) {
+    add_map_rows<__half>(rows, x, d0, step, D, acc);
+  } else if (dtype == DType::bf16) {
+    add_map_rows<__nv_bfloat16>(rows, x, d0, step, D, acc);
+  } else if (dtype == DType::i8) {
+    add_map_rows<int8_t>(rows, x, d0, step, D, acc);
+  } else {
+    add_map_rows<float>(rows, x, d0, step, D, acc);
+  }
+}
+
+LESS_DEVICE float map_element(DType dtype, const unsigned char* shared, int i) {
+  if (dtype == DType::f32) return reinterpret_cast<const float*>(shared)[i];
+  if (dtype == DType::i8) return float(reinterpret_cast<const int8_t*>(shared)[i]);
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(shared)[i];
+  return dtype == DType::bf16 ? bits_of<float>(uint32_t(bits) << 16)
+                              : __half2float(bits_of<__half>(bits));
+}
+
+// `count` bytes from global memory to shared, zeros after the first `valid`; neither need be
+// aligned.
+LESS_DEVICE void copy_bytes(unsigned char* shared, const unsigned char* global, int count,
+                            int valid) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kDecodeThreads) shared[i] = i < valid ? global[i] : 0;
+}
+
+// Up to 16 bytes, as many as are valid, the others 0.
+LESS_DEVICE uint4 load_bytes(const unsigned char* global, int valid) {
+  uint4 w = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int i = min(valid, 16) - 1; i >= 0; --i) {
+    const uint32_t byte = global[i];
+    const uint32_t bits = byte << (i % 4 * 8);
+    if (i < 4) {
+      w.x |= bits;
+    } else if (i < 8) {
+      w.y |= bits;
+    } else if (i < 12) {
+      w.z |= bits;
+    } else {
+      w.w |= bits;
+    }
+  }
+  return w;
+}
+
+// y [heads, R] = this block's share (rank of size) of the maps of `heads` heads from `first` on, of
+// x [heads, D]; x and y are shared. All threads call it; ends with y visible to all.
+LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, const float* x,
+                               int rank, int size, const DecodeMapScratch& s, float* y) {
+  const int t = threadIdx.x, lane = t % 32, warp = t / 32;
+  const int R = int(m.R), D = int(m.D), E = int(m.E);
+  const int bytes = map_element_bytes(m.w_dtype);
+  const int columns = 32 / bytes;  // of a unit
+  const int units = (E + columns - 1) / columns;
+  const bool aligned =
+      E % columns == 0 &&
+      ((reinterpret_cast<uintptr_t>(m.w1) | reinterpret_cast<uintptr_t>(m.w2)) & 15) == 0;
+  const auto* const w1 = static_cast<const unsigned char*>(m.w1) + first * m.D * m.E * bytes;
+  const auto* const w2 = static_cast<const unsigned char*>(m.w2) + first * m.E * m.R * bytes;
+  const int begin = units * heads * rank / size, end = units * heads * (rank + 1) / size;
+#pragma unroll 1
+  for (int i = t; i < heads * R; i += kDecodeThreads) y[i] = 0.0f;
+#pragma unroll 1
+  for (int u0 = begin, taken; u0 < end; u0 += taken) {
+    const int g = u0 / units, e0 = u0 % units * columns;  // of one head at once
+    const int count = min(min(kDecodeMapUnits, end - u0), units - u0 % units);
+    taken = count;
+    // -- rows of W2, on their way while W1 is read
+    const unsigned char* const w2_rows = w2 + (int64_t(g) * E + e0) * R * bytes;
+    if (aligned) {
+#pragma unroll 1
+      for (int i = t * 16; i < count * columns * R * bytes; i += kDecodeThreads * 16) {
+        copy_async16(s.w2 + i, w2_rows + i);
+      }
+    } else {
+      copy_bytes(s.w2, w2_rows, count * columns * R * bytes, (E - e0) * R * bytes);
+    }
+    copy_async_commit();
+    // -- x W1 of the units: thread (rows, chunk)
+    const int width = count == 1 ? 2 : count == 2 ? 4 : 8;
+    const int chunk = t % width, row0 = t / width, rows = kDecodeThreads / width;
+    const bool active = chunk < 2 * count;
+    const int first_column = e0 + chunk * (columns / 2);
+    const unsigned char* const column =
+        w1 + (int64_t(g) * D * E + (active ? first_column : e0)) * bytes;
+    const float* const at_g = x + g * D;
+    float acc[16];
+#pragma unroll
+    for (int e = 0; e < 16; ++e) acc[e] = 0.0f;
+    if (aligned) {
+      constexpr int kLoads = 8;  // under way
+#pragma unroll 1
+      for (int d0 = row0; d0 < D; d0 += kLoads * rows) {
+        uint4 w[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const int d = d0 + i * rows;
+          w[i] =
+              active && d < D ? load16_nc(column + int64_t(d) * E * bytes) : make_uint4(0, 0, 0, 0);
+        }
+        add_map_rows(m.w_dtype, w, at_g, d0, rows, D, acc);
+      }
+    } else if (active) {
+#pragma unroll 1
+      for (int d = row0; d < D; d += rows) {
+        const uint4 w[1] = {
+            load_bytes(column + int64_t(d) * E * bytes, (E - first_column) * bytes)};
+        add_map_rows(m.w_dtype, w, at_g, d, rows, D, acc);
+      }
+    }
+    // -- the sum over rows, within warps and then over them
+#pragma unroll 1
+    for (int step = width; step < 32; step *= 2) {
+#pragma unroll
+      for (int e = 0; e < 16; ++e) acc[e] += __shfl_xor_sync(0xffffffffu, acc[e], step);
+    }
+    if (lane < width) {
+      float* const sums = s.sums + warp * kDecodeMapColumns + chunk * (columns / 2);
+#pragma unroll
+      for (int e = 0; e < 16; ++e) {
+        if (e < columns / 2) sums[e] = acc[e];
+      }
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+    if (t < count * columns) {
+      const int e = e0 + t;
+      float sum = s.sums[t];
+#pragma unroll
+      for (int w = 1; w < kDecodeWarps; ++w) sum += s.sums[w * kDecodeMapColumns + t];
+      if (e < E && m.w1_scale != nullptr) sum *= m.w1_scale[(first + g) * E + e];
+      s.hidden[t] = e < E ? gelu(sum) : 0.0f;
+    }
+    __syncthreads();
+    // -- times W2: thread (every so many columns, r), then thread r
+    const int turns = min(16, kDecodeThreads / R);
+    if (t < turns * R) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int e = t / R; e < count * columns; e += turns) {
+        sum = fmaf(s.hidden[e], map_element(m.w_dtype, s.w2, e * R + t % R), sum);
+      }
+      s.turn[t] = sum;
+    }
+    __syncthreads();
+    if (t < R) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int i = 0; i < turns; ++i) sum += s.turn[i * R + t];
+      y[g * R + t] += sum;
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace less::cuda

@@ -1,0 +1,156 @@
+// Where the blocks of a head meet in decode_step's kernel, and the softmax over all their parts.
+#pragma once
+
+#include "cuda/decode_step/block.h"
+
+namespace less::cuda {
+
+// Makes the parts known to those who finish; false: this block does not.
+template <typename Case>
+LESS_DEVICE bool DecodeBlock<Case>::meet() {
+  if (plan.cluster) {
+    cluster_sync();
+    return true;
+  }
+  if (alone()) {
+    __syncthreads();
+    return true;
+  }
+#pragma unroll 1
+  for (int i = 3 * G + G * R + t; i < at.value; i += kDecodeThreads) s.part()[i] = 0.0f;
+  __syncthreads();
+  float* const part = plan.parts + (row * plan.splits + split) * plan.part;
+#pragma unroll 1
+  for (int i = t * 4; i < plan.part; i += kDecodeThreads * 4) {
+    store16(part + i, load16_shared(s.part() + i));
+  }
+  if (p.scores) {
+    float* const masses = plan.masses + (row * plan.splits + split) * G * plan.per;
+    const int padded = (n + 15) / 16 * 16;
+#pragma unroll 1
+    for (int i = t * 4; i < G * padded; i += kDecodeThreads * 4) {
+      const int g = i / padded, slot = i % padded;
+      store16(masses + g * plan.per + slot, load16_shared(s.mass() + g * stride + slot));
+    }
+  }
+  // One thread's fences speak for the block: the barriers order the others before and after them.
+  __syncthreads();
+  if (t == 0) {
+    fence_gpu();
+    *s.last() = atomic_add(plan.head_count + row, 1) == plan.splits - 1;
+    fence_gpu();
+  }
+  __syncthreads();
+  if (*s.last() == 0) return false;
+  if (t == 0) store(plan.head_count + row, 0);
+  if (R == 0) return true;
+  ask_for_state();
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  return true;
+}
+
+template <typename Case>
+LESS_DEVICE float DecodeBlock<Case>::part_float(int of, int i) const {
+  if (plan.cluster) return load_cluster(s.part() + i, of);
+  return alone() ? s.part()[i] : plan.parts[(row * plan.splits + of) * plan.part + i];
+}
+
+template <typename Case>
+LESS_DEVICE float4 DecodeBlock<Case>::part_four(int of, int i) const {
+  if (plan.cluster) return load_cluster(reinterpret_cast<const float4*>(s.part() + i), of);
+  return bits_of<float4>(alone() ? load16_shared(s.part() + i)
+                                 : load16(plan.parts + (row * plan.splits + of) * plan.part + i));
+}
+
+// The parts' factors, the state's, and what each part received of the whole.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
+#pragma unroll 1
+  for (int i = t; i < plan.splits * G; i += kDecodeThreads) {
+    s.top()[i] = part_float(i / G, at.top + i % G);
+    s.sum()[i] = part_float(i / G, at.sum + i % G);
+  }
+#pragma unroll 1
+  for (int g = t; g < G; g += kDecodeThreads) {
+    s.token_mass()[g] = part_float(plan.splits - 1, at.token + g);
+  }
+#pragma unroll 1
+  for (int i = t; i < G * R; i += kDecodeThreads) {
+    float y = 0.0f;
+#pragma unroll 4
+    for (int of = 0; of < plan.splits; ++of) y += part_float(of, at.feature + i);
+    s.feature()[i] = feature(p.phi, head * G + i / R, i % R, y);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int g = t; g < G; g += kDecodeThreads) {
+    float top = -kInfinity, total = 0.0f, low = 0.0f;
+#pragma unroll 4
+    for (int of = 0; of < plan.splits; ++of) top = fmaxf(top, s.top()[of * G + g]);
+#pragma unroll 4
+    for (int of = 0; of < plan.splits; ++of) {
+      total = fmaf(s.sum()[of * G + g], expf(s.top()[of * G + g] - top), total);
+    }
+#pragma unroll 1
+    for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], p.z[row * R + r], low);
+    const float inverse = 1.0f / total;
+    float kept = inverse;
+    s.low()[g] = s.share()[g] = 0.0f;
+    if (low > 0.0f) {
+      const float log_low = logf(low), both = fmaxf(top, log_low);
+      const float kept_mass = expf(top - both) * total, low_mass = expf(log_low - both);
+      const float whole = 1.0f / (kept_mass + low_mass);
+      kept = expf(top - both) * whole;
+      s.low()[g] = low_mass * whole / low;
+      s.share()[g] = low_mass * whole;
+    }
+    s.token_mass()[g] = expf(s.token_mass()[g] - top) * inverse;
+#pragma unroll 4
+    for (int of = 0; of < plan.splits; ++of) {
+      const float mass = expf(s.top()[of * G + g] - top);
+      s.top()[of * G + g] = mass * kept;
+      s.sum()[of * G + g] = mass * inverse;
+    }
+  }
+  __syncthreads();
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::write_out() {
+  const int column = first_column(), width = columns(), fours = width / 4;
+#pragma unroll 1
+  for (int i = t; i < G * fours; i += kDecodeThreads) {
+    const int g = i / fours, c = i % fours * 4;
+    float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (int of = 0; of < plan.splits; ++of) {
+      const float factor = s.top()[of * G + g];
+      const float4 v = part_four(of, at.value + g * kD + column + c);
+      four[0] = fmaf(factor, v.x, four[0]);
+      four[1] = fmaf(factor, v.y, four[1]);
+      four[2] = fmaf(factor, v.z, four[2]);
+      four[3] = fmaf(factor, v.w, four[3]);
+    }
+    const float low = s.low()[g];
+#pragma unroll 1
+    for (int r = 0; r < R; ++r) {
+      const float factor = s.feature()[g * R + r] * low;
+      const float4 h = bits_of<float4>(load16_shared(s.H() + r * width + c));
+      four[0] = fmaf(factor, h.x, four[0]);
+      four[1] = fmaf(factor, h.y, four[1]);
+      four[2] = fmaf(factor, h.z, four[2]);
+      four[3] = fmaf(factor, h.w, four[3]);
+    }
+    store_four(p.out, p.q_dtype, query(g) + column + c, four);
+  }
+  if (R > 0 && rank == 0 && t == 0) {
+    double share = 0.0;
+#pragma unroll 1
+    for (int g = 0; g < G; ++g) share += s.share()[g];
+    p.share[row] += share;
+  }
+}
+
+}  // namespace less::cuda

@@ -1,0 +1,241 @@
+// Who leaves in decode_step's kernel, and what becomes of it.
+#pragma once
+
+#include "cuda/decode_step/block.h"
+
+namespace less::cuda {
+
+template <typename Case>
+LESS_DEVICE DecodeCandidate DecodeBlock<Case>::candidate(int slot, int32_t position,
+                                                         float score) const {
+  if (position < 0) return {0, uint32_t(slot), slot, 0.0f};
+  float rank_of = -kInfinity;
+  if (p.rule.by_score) {
+    rank_of = p.rule.per_age ? score / float(max(int(seen) + 1 - position, 1)) : score;
+  }
+  const bool stays = position > seen - p.rule.recent || position < p.rule.sinks;
+  return {stays ? ordered(kInfinity) : ordered(rank_of), uint32_t(position), slot, 0.0f};
+}
+
+// Writes the scores of this block's slots; who of them would leave.
+template <typename Case>
+LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
+  if (warp == 0) {
+    float received = 0.0f;
+#pragma unroll 1
+    for (int g = lane; g < G; g += 32) received += s.token_mass()[g];
+    received = warp_sum(received);
+    if (lane == 0) s.token()[2] = p.scores ? received : 0.0f;
+  }
+  __syncthreads();
+  const bool own = plan.cluster || alone();
+  const int begin = own ? first : 0, end = own ? first + n : S;
+  DecodeCandidate best{0xffffffffu, 0xffffffffu, S, 0.0f};
+#pragma unroll 1
+  for (int slot = begin + t; slot < end; slot += kDecodeThreads) {
+    const int of = own ? split : slot / plan.per, i = slot - of * plan.per;
+    const int32_t position = own ? s.position()[i] : p.slots.position[row * S + slot];
+    float score = own ? s.score()[i] : p.slots.score[row * S + slot];
+    if (p.scores) {
+      const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
+      float received = 0.0f;
+#pragma unroll 1
+      for (int g = 0; g < G; ++g) {
+        const float mass = own ? s.mass()[g * stride + i] : masses[g * plan.per];
+        received = fmaf(mass, s.sum()[of * G + g], received);
+      }
+      score = position >= 0 ? fmaf(score, p.decay, received) : 0.0f;
+      store(p.slots.score + row * S + slot, score);
+    }
+    const DecodeCandidate here = candidate(slot, position, score);
+    if (here.below(best)) best = here;
+  }
+  if (rank == ranks - 1 && t == 0) {
+    const DecodeCandidate token = candidate(S, int32_t(seen), s.token()[2]);
+    if (token.below(best)) best = token;
+  }
+  return best;
+}
+
+// The lowest of all threads and blocks.
+template <typename Case>
+LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    DecodeCandidate other;
+    other.rank = __shfl_xor_sync(0xffffffffu, best.rank, step);
+    other.position = __shfl_xor_sync(0xffffffffu, best.position, step);
+    other.slot = __shfl_xor_sync(0xffffffffu, best.slot, step);
+    other.unused = 0.0f;
+    if (other.below(best)) best = other;
+  }
+  if (lane == 0) store16_shared(s.candidate() + warp, bits_of<uint4>(best));
+  __syncthreads();
+  best = lowest(0, kDecodeWarps);
+  if (ranks == 1) return best;
+  if (t < ranks) store_cluster(s.candidate() + kDecodeWarps + rank, t, best);
+  cluster_sync();
+  return lowest(kDecodeWarps, ranks);
+}
+
+template <typename Case>
+LESS_DEVICE DecodeCandidate DecodeBlock<Case>::lowest(int begin, int count) const {
+  auto best = bits_of<DecodeCandidate>(load16_shared(s.candidate() + begin));
+#pragma unroll 1
+  for (int i = 1; i < count; ++i) {
+    const auto other = bits_of<DecodeCandidate>(load16_shared(s.candidate() + begin + i));
+    if (other.below(best)) best = other;
+  }
+  return best;
+}
+
+// The victim's key, and its value in this block's columns, as numbers.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_victim() {
+  const int column = first_column(), width = columns();
+  const bool kept = victim.slot < S;
+  const int64_t slot = row * S + victim.slot;
+  float k_scale = 1.0f, v_scale = 1.0f;
+  if constexpr (kScaled) {
+    k_scale = kept ? p.slots.k_scale[slot] : s.token()[0];
+    v_scale = kept ? p.slots.v_scale[slot] : s.token()[1];
+  }
+  const T* const keys = static_cast<const T*>(p.slots.k) + slot * kD;
+  const T* const values = static_cast<const T*>(p.slots.v) + slot * kD + column;
+#pragma unroll 1
+  for (int d = t; d < kD; d += kDecodeThreads) {
+    s.victim_key()[d] = (kept ? widened(keys[d]) : s.key()[d]) * k_scale;
+  }
+#pragma unroll 1
+  for (int c = t; c < width; c += kDecodeThreads) {
+    s.victim_value()[c] = (kept ? widened(values[c]) : s.value()[column + c]) * v_scale;
+  }
+  __syncthreads();
+}
+
+// H += psi(k)^T v, z += psi(k) of the victim, from the blocks' shares of psi.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::fold() {
+#pragma unroll 1
+  for (int i = t; i < ranks * R; i += kDecodeThreads) {
+    float* const to = s.psi_shares() + rank * R + i % R;
+    if (ranks > 1) {
+      store_cluster(to, i / R, s.psi_share()[i % R]);
+    } else {
+      *to = s.psi_share()[i % R];
+    }
+  }
+  if (ranks > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+  if (t < R) {
+    float y = 0.0f;
+#pragma unroll 1
+    for (int of = 0; of < ranks; ++of) y += s.psi_shares()[of * R + t];
+    s.h()[t] = feature(p.psi, head, t, y);
+  }
+  __syncthreads();
+  const bool mixed = p.psi.mix != nullptr;
+  if (mixed) {
+    if (t < R) s.psi_share()[t] = mixed_feature(p.psi, head, t, s.h());
+    __syncthreads();
+  }
+  const float* const psi = mixed ? s.psi_share() : s.h();
+  const int column = first_column(), width = columns(), fours = width / 4;
+#pragma unroll 1
+  for (int i = t; i < R * fours; i += kDecodeThreads) {
+    const int r = i / fours, c = i % fours * 4;
+    float4 h = bits_of<float4>(load16_shared(s.H() + r * width + c));
+    const float4 v = bits_of<float4>(load16_shared(s.victim_value() + c));
+    h.x = fmaf(psi[r], v.x, h.x);
+    h.y = fmaf(psi[r], v.y, h.y);
+    h.z = fmaf(psi[r], v.z, h.z);
+    h.w = fmaf(psi[r], v.w, h.w);
+    store16(p.H + (row * R + r) * kD + column + c, bits_of<uint4>(h));
+  }
+  if (rank == 0 && t < R) store(p.z + row * R + t, p.z[row * R + t] + psi[t]);
+}
+
+// The token takes a slot; S is none.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
+  if (slot == S || (plan.cluster && slot / plan.per != split)) return;
+  const int64_t to = row * S + slot;
+#pragma unroll 1
+  for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
+    const bool key = i < Tile::kChunks;
+    const int chunk = key ? i : i - Tile::kChunks;
+    const float* const from = (key ? s.key() : s.value()) + chunk * Tile::kElements;
+    constexpr int kN = 4 / int(sizeof(T));
+    uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int e = 0; e < Tile::kElements; ++e) {
+      if constexpr (sizeof(T) == 4) {
+        word[e] = bits_of<uint32_t>(from[e]);
+      } else if constexpr (sizeof(T) == 2) {
+        word[e / kN] |= uint32_t(bits_of<uint16_t>(narrowed<T>(from[e]))) << (e % kN * 16);
+      } else {
+        word[e / kN] |= uint32_t(bits_of<uint8_t>(narrowed<T>(from[e]))) << (e % kN * 8);
+      }
+    }
+    store16(
+        static_cast<unsigned char*>(key ? p.slots.k : p.slots.v) + to * Tile::kBytes + chunk * 16,
+        make_uint4(word[0], word[1], word[2], word[3]));
+  }
+  if (t != 0) return;
+  if constexpr (kScaled) {
+    store(p.slots.k_scale + to, s.token()[0]);
+    store(p.slots.v_scale + to, s.token()[1]);
+  }
+  store(p.slots.position + to, int32_t(seen));
+  store(p.slots.score + to, s.token()[2]);
+  store(p.slots.weight + to, 0.0f);
+}
+
+// The last of the row's heads counts the token; by then all have read how many there were.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::count() {
+  if (rank != 0 || t != 0) return;
+  fence_gpu();
+  if (atomic_add(plan.row_count + b, 1) != int(p.K) - 1) return;
+  fence_gpu();
+  store(plan.row_count + b, 0);
+  p.seen[b] = seen + 1;
+}
+// What becomes of the token that leaves is a case of the kernel, a struct with
+//
+//   kState         whether a step has a low-rank state, which is then attended, and maps
+//   begin(block)   whether something becomes of this one, whose features are then computed
+//   end(block)     the rest, from the blocks' shares of its psi
+//
+// A step without a state: the token is forgotten.
+struct DecodeForget {
+  static constexpr bool kState = false;
+
+  template <typename Block>
+  static LESS_DEVICE bool begin(Block&) {
+    return false;
+  }
+  template <typename Block>
+  static LESS_DEVICE void end(Block&) {}
+};
+
+// It is folded into the state, unless the step is to forget, or what leaves is an empty slot.
+struct DecodeFold {
+  static constexpr bool kState = true;
+
+  template <typename Block>
+  static LESS_DEVICE bool begin(Block& block) {
+    if (block.p.victim != Victim::fold || block.victim.rank == 0) return false;
+    block.load_victim();
+    return true;
+  }
+  template <typename Block>
+  static LESS_DEVICE void end(Block& block) {
+    block.fold();
+  }
+};
+
+}  // namespace less::cuda
