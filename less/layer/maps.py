@@ -33,18 +33,28 @@ _ALIGN = 128
 
 
 @dataclass(frozen=True)
-class PackedMaps:
+class Maps:
     """One layer's feature maps.
 
     Attributes:
         kind: ``"paper"`` or ``"exp"``.
-        memory: uint8 [bytes]: the tensors one after the other, each at a multiple of 128 bytes.
-        tensors: Views of it, by the names of ``less.sidekick``.
+        tensors: By the names of ``less.sidekick``.
     """
 
     kind: str
-    memory: Tensor
     tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PackedMaps(Maps):
+    """One layer's feature maps, in one piece of memory.
+
+    Attributes:
+        memory: uint8 [bytes]: the tensors one after the other, each at a multiple of 128 bytes;
+            ``tensors`` are views of it.
+    """
+
+    memory: Tensor
 
     @classmethod
     def pack(
@@ -77,7 +87,7 @@ class PackedMaps:
             view = memory[offsets[n] : offsets[n] + nbytes].view(x.dtype).view(x.shape)
             view.copy_(x)
             views[n] = view
-        return cls(kind, memory, views)
+        return cls(kind, views, memory)
 
     @property
     def rank(self) -> int:

@@ -61,7 +61,14 @@ class Slots:
 
     @classmethod
     def empty(
-        cls, B: int, K: int, S: int, D: int, dtype: torch.dtype, numbers: torch.dtype
+        cls,
+        B: int,
+        K: int,
+        S: int,
+        D: int,
+        dtype: torch.dtype,
+        numbers: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> Slots:
         """S empty slots a head; for rows without scales.
 
@@ -72,13 +79,14 @@ class Slots:
             D: Head dim.
             dtype: Of k and v.
             numbers: Of scores and log-weights.
+            device: Where.
         """
         return cls(
-            position=torch.full((B, K, S), -1, dtype=torch.int32),
-            k=torch.zeros(B, K, S, D, dtype=dtype),
-            v=torch.zeros(B, K, S, D, dtype=dtype),
-            weight=torch.zeros(B, K, S, dtype=numbers),
-            score=torch.zeros(B, K, S, dtype=numbers),
+            position=torch.full((B, K, S), -1, dtype=torch.int32, device=device),
+            k=torch.zeros(B, K, S, D, dtype=dtype, device=device),
+            v=torch.zeros(B, K, S, D, dtype=dtype, device=device),
+            weight=torch.zeros(B, K, S, dtype=numbers, device=device),
+            score=torch.zeros(B, K, S, dtype=numbers, device=device),
         )
 
 

@@ -1,0 +1,44 @@
+"""The whole method in plain torch: the executable specification.
+
+Any device, any floating dtype. Accumulation is float32, or float64 where the input is float64;
+float64 runs of this package are the ground truth of every other test. Nothing here is fast.
+
+Letters: B batch rows, Q query heads, K kv heads, G = Q/K, T tokens of a call, S slots, N = S + T,
+D head dim, R rank, E hidden width of the feature maps.
+
+Source: Dong et al., "Get More with LESS: Synthesizing Recurrence with KV Cache Compression for
+Efficient LLM Inference", ICML 2024, arXiv:2402.09398.
+"""
+
+from less.reference.attention import Attended, capped, chunk_attention, prompt_scores
+from less.reference.eviction import Compacted, candidates, chunk_position, compact, survivors
+from less.reference.maps import EXP_CLAMP, feature_map, fold, phi, psi
+from less.reference.numbers import dequantize, floats, quantize, rounded
+from less.reference.trajectory import Trajectory, evict_schedule, parallel, run, spec_of, step
+
+__all__ = [
+    "EXP_CLAMP",
+    "Attended",
+    "Compacted",
+    "Trajectory",
+    "candidates",
+    "capped",
+    "chunk_attention",
+    "chunk_position",
+    "compact",
+    "dequantize",
+    "evict_schedule",
+    "feature_map",
+    "floats",
+    "fold",
+    "parallel",
+    "phi",
+    "prompt_scores",
+    "psi",
+    "quantize",
+    "rounded",
+    "run",
+    "spec_of",
+    "step",
+    "survivors",
+]
