@@ -68,8 +68,9 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
 #endif
 }
 
-// Bytes of the workspace for calls of B rows of this layer.
-int64_t decode_step_workspace([[maybe_unused]] Tensor layer, [[maybe_unused]] int64_t B) {
+// Bytes of the workspace for calls of B rows of this layer, on the device of its pool.
+int64_t decode_step_workspace([[maybe_unused]] Tensor pool, [[maybe_unused]] Tensor layer,
+                              [[maybe_unused]] int64_t B) {
 #ifdef LESS_LAUNCHES
   const LayerArguments of = read_layer("decode_step_workspace", layer);
   DecodeStepParams params{};
@@ -92,4 +93,4 @@ LESS_OP(decode_step,
         "decode_step(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor(a!) out, "
         "Tensor(b!) pool, Tensor? rows, Tensor layer, Tensor? maps, Tensor(c!)? workspace) -> ()")
 
-LESS_OP(decode_step_workspace, "decode_step_workspace(Tensor layer, int B) -> int")
+LESS_OP(decode_step_workspace, "decode_step_workspace(Tensor pool, Tensor layer, int B) -> int")

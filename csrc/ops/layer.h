@@ -1,6 +1,8 @@
 // What ops are given of a layer: its constants, its pool of pages, its maps, and rows of heads.
 //
-// `layer` is int64 [kFixed + K] on the CPU, as less.layer.encode writes it; layer_fields lists it.
+// `layer` is int64 [R + 1, S, kFixed + K] on the CPU, as less.layer.encode makes it: the numbers of
+// layer_fields, then each head's slots, repeated without being copied. Its shape is for those who
+// trace through an op, who see shapes alone.
 #pragma once
 
 #include <cmath>
@@ -57,11 +59,13 @@ enum : int64_t {
 inline LayerArguments read_layer(const char* op, const Tensor& layer) {
   using namespace layer_fields;
   constexpr int64_t kMost = int64_t{1} << 40;  // bytes of anything: no product below overflows
-  if (layer.dim() != 1 || layer.scalar_type() != ScalarType::Long || !layer.is_contiguous() ||
-      !layer.device().is_cpu() || layer.numel() < kFixed + 1) {
-    fail(op, ": layer must be what less.layer.encode makes, int64 [", int64_t(kFixed),
+  const bool numbers = layer.dim() == 3 && layer.scalar_type() == ScalarType::Long &&
+                       layer.device().is_cpu() && layer.numel() > 0 && layer.stride(2) == 1;
+  if (!numbers || layer.size(2) <= kFixed) {
+    fail(op, ": layer must be what less.layer.encode makes, int64 [R + 1, S, ", int64_t(kFixed),
          " + K] on a CPU, got ", dtype_name(layer.scalar_type()), ' ', shape_text(layer.sizes()));
   }
+  const int64_t count = layer.size(2);
   const int64_t* const x = layer.const_data_ptr<int64_t>();
   const auto number = [x](int64_t i) {
     double value;
@@ -91,8 +95,8 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer) {
   within("kind", kind, -1, int64_t(MapKind::exp));
   within("dtype of maps", w_dtype, 0, int64_t(DType::i8));
   within("hidden width", E, 0, 1 << 20);
-  if (layer.numel() != kFixed + x[K]) {
-    fail(op, ": layer must list the slots of ", x[K], " kv heads, got ", layer.numel() - kFixed);
+  if (count != kFixed + x[K]) {
+    fail(op, ": layer must list the slots of ", x[K], " kv heads, got ", count - kFixed);
   }
   int64_t bytes = 0;
   for (int64_t h = 0; h < x[K]; ++h) {
@@ -110,6 +114,11 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer) {
   if (x[kind] >= 0 && x[map_rank] != x[R]) {
     fail(op, ": maps must have the state's rank, ", x[R], ", got ", x[map_rank]);
   }
+  const Layout layout = make_layout(DType(x[dtype]), x[K], x[D], x[R], x + kFixed);
+  if (layer.size(0) != x[R] + 1 || layer.size(1) != layout.S) {
+    fail(op, ": layer's shape must begin with ", x[R] + 1, ", ", layout.S, ", got ",
+         shape_text(layer.sizes()));
+  }
   return {
       .spec = {.Q = x[Q],
                .K = x[K],
@@ -124,7 +133,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer) {
                         .sinks = x[sinks],
                         .by_score = x[by_score] != 0,
                         .per_age = x[per_age] != 0}},
-      .layout = make_layout(DType(x[dtype]), x[K], x[D], x[R], x + kFixed),
+      .layout = layout,
       .kind = x[kind],
       .w_dtype = DType(x[w_dtype]),
       .E = x[E],

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from less.policies import Rule
+from less.layer import Call, LayerPlan, PackedMaps, Paged, Rows
+from less.reference import Attended
 
 # Absent where less was installed with LESS_NATIVE=off. A library that is there but fails to load
 # stays an error.
@@ -110,164 +109,101 @@ def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor
     return result
 
 
-_KINDS = {"paper": 0, "exp": 1}
+def _rows(x: Tensor) -> Tensor:
+    """Rows of numbers that lie together; heads and tokens lie as they may."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _kind(op: str, kind: str) -> int:
-    if kind not in _KINDS:
-        raise ValueError(f"{op}: kind must be 'paper' or 'exp', got {kind!r}")
-    return _KINDS[kind]
+def _scales(rows: Rows) -> Tensor | None:
+    """The scales of a call's rows as the ops take them, float32 [2, B, K, T]."""
+    if rows.k_scale is None or rows.v_scale is None:
+        return None
+    return torch.stack([rows.k_scale, rows.v_scale])
 
 
-def feature_map(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    kind: str,
-    *,
-    bias: Tensor | None = None,
-    mix: Tensor | None = None,
-    scale: Tensor | None = None,
-    mix_scale: Tensor | None = None,
-    w1_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-) -> Tensor:
-    """Evaluate a feature map, head by head; ``less.reference.feature_map`` defines it.
+def _memory(maps: PackedMaps | None) -> Tensor | None:
+    return None if maps is None else maps.memory
+
+
+def _packed(at: Paged) -> Tensor | None:
+    return None if at.rows is None else at.rows.packed
+
+
+def feature_map(x: Tensor, plan: LayerPlan, query: bool) -> Tensor:
+    """Evaluate phi or psi of a layer; ``less.reference.feature_map`` defines it.
 
     Args:
-        x: Queries or keys, float32, bfloat16 or float16 [B, N, T, D].
-        w1: float32, bfloat16, float16 or int8 [N, D, E].
-        w2: [N, E, R], likewise.
-        kind: ``"paper"`` or ``"exp"``.
-        bias: float32 [N, R], ``exp`` only.
-        mix: float32 [N, R, R], ``paper`` psi only.
-        scale: float32 [N, R], with ``mix``.
-        mix_scale: float32 [N, R], with ``mix``.
-        w1_scale: float32 [N, E], of each column of an int8 w1.
-        w2_scale: float32 [N, R], of each column of an int8 w2.
+        x: Queries [B, Q, T, D] or keys [B, K, T, D], float32, bfloat16 or float16.
+        plan: The layer, which has maps.
+        query: True for phi of queries, False for psi of keys.
 
     Returns:
-        float32 [B, N, T, R], all >= 0.
+        Float32 [B, heads, T, R], all >= 0.
 
     Raises:
-        RuntimeError: A shape, dtype or layout differs from the above.
+        RuntimeError: A shape or dtype differs from the above.
+        ValueError: The layer has no maps.
     """
-    op = _kind("feature_map", kind)
-    y: Tensor = torch.ops.less.feature_map(
-        x.contiguous(), w1, w2, w1_scale, w2_scale, bias, mix, scale, mix_scale, op
-    )
+    if plan.maps is None:
+        raise ValueError("feature_map: the layer has no maps")
+    y: Tensor = torch.ops.less.feature_map(_rows(x), plan.maps.memory, plan.encoded, query)
     return y
 
 
-def phi(q: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
-    """Features of queries [B, Q, T, D] -> float32 [B, Q, T, R], from a layer of a sidekick."""
-    return feature_map(
-        q,
-        maps["q_w1"],
-        maps["q_w2"],
-        kind,
-        bias=maps.get("q_bias"),
-        w1_scale=maps.get("q_w1_scale"),
-        w2_scale=maps.get("q_w2_scale"),
-    )
+def phi(q: Tensor, plan: LayerPlan) -> Tensor:
+    """Features of queries [B, Q, T, D] -> float32 [B, Q, T, R]."""
+    return feature_map(q, plan, query=True)
 
 
-def psi(k: Tensor, maps: Mapping[str, Tensor], kind: str) -> Tensor:
-    """Features of keys [B, K, T, D] -> float32 [B, K, T, R], from a layer of a sidekick."""
-    return feature_map(
-        k,
-        maps["k_w1"],
-        maps["k_w2"],
-        kind,
-        bias=maps.get("k_bias"),
-        mix=maps.get("k_mix"),
-        scale=maps.get("k_scale"),
-        mix_scale=maps.get("k_mix_scale"),
-        w1_scale=maps.get("k_w1_scale"),
-        w2_scale=maps.get("k_w2_scale"),
-    )
+def psi(k: Tensor, plan: LayerPlan) -> Tensor:
+    """Features of keys [B, K, T, D] -> float32 [B, K, T, R]."""
+    return feature_map(k, plan, query=False)
 
 
 def chunk_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    new: Rows,
     valid: Tensor | None,
-    slot_k: Tensor,
-    slot_v: Tensor,
-    position: Tensor,
-    score: Tensor,
-    weight: Tensor,
+    at: Paged,
+    plan: LayerPlan,
     *,
-    chunk_k_scale: Tensor | None = None,
-    chunk_v_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
     phi_q: Tensor | None = None,
-    H: Tensor | None = None,
-    z: Tensor | None = None,
-    workspace: Tensor | None = None,
-    scale: float,
-    softcap: float = 0.0,
-    decay: float = 1.0,
-    scores: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Attended:
     """Attend over slots, state and the call's tokens; see ``less.reference.chunk_attention``.
 
     Args:
         q: [B, Q, T, D], float32, bfloat16 or float16.
-        k: [B, K, T, D] in the slots' dtype.
-        v: [B, K, T, D] in the slots' dtype.
+        new: The call's tokens in the slots' dtype, [B, K, T, D].
         valid: bool [B, T] or None.
-        slot_k: [B, K, S, D], float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn.
-        slot_v: [B, K, S, D], likewise.
-        position: int32 [B, K, S], -1 where empty.
-        score: float32 [B, K, S].
-        weight: float32 [B, K, S].
-        chunk_k_scale: float32 [B, K, T], of each row of a k of 8 bits, as the three below.
-        chunk_v_scale: float32 [B, K, T].
-        k_scale: float32 [B, K, S], of the slots.
-        v_scale: float32 [B, K, S].
-        phi_q: float32 [B, Q, T, R], with H and z.
-        H: float32 [B, K, R, D].
-        z: float32 [B, K, R].
-        workspace: uint8 [bytes], a GPU's scratch, zero; None: made for the call.
-        scale: Factor of q.k.
-        softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap) + weight.
-        decay: What a score keeps per token.
-        scores: False leaves the scores as they are, and those of the call at 0.
+        at: The layer's pages. Written only where one begins.
+        plan: The layer.
+        out: [B, Q, T, D] of q's dtype: where to write; None: a new tensor that lies as q does.
+        phi_q: float32 [B, Q, T, R]; None: the state is left out.
 
     Returns:
-        out [B, Q, T, D] in q's dtype; the slots' new scores [B, K, S]; the scores of the call's
-        tokens [B, K, T]; the state's share of each query's mass [B, Q, T].
+        What ``less.reference.Attended`` says; scores are [B, K, S + T] with S the slots of the
+        head that has most, and 0 for slots that a head has not.
 
     Raises:
-        RuntimeError: A shape, dtype or layout differs from the above.
+        RuntimeError: A shape, dtype or layout differs from the above, or a page is none of the
+            pool's or stands twice.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.less.chunk_attention(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        chunk_k_scale,
-        chunk_v_scale,
+    q = _rows(q)
+    out = torch.empty_like(q) if out is None else out
+    score, share = torch.ops.less.chunk_attention(
+        q,
+        _rows(new.k),
+        _rows(new.v),
+        _scales(new),
         valid if valid is None else valid.contiguous(),
-        slot_k,
-        slot_v,
-        k_scale,
-        v_scale,
-        position,
-        score,
-        weight,
+        out,
+        at.pool,
+        _packed(at),
+        plan.encoded,
         phi_q,
-        H,
-        z,
-        workspace,
-        scale,
-        softcap,
-        decay,
-        scores,
     )
-    return result
+    return Attended(out, score, share)
 
 
 def prompt_scores(
@@ -318,255 +254,98 @@ def prompt_scores(
 
 
 def compact(
-    k: Tensor,
-    v: Tensor,
-    chunk_score: Tensor,
-    slot_score: Tensor,
+    new: Rows,
     valid: Tensor | None,
-    slot_k: Tensor,
-    slot_v: Tensor,
-    position: Tensor,
     score: Tensor,
-    weight: Tensor,
-    seen: Tensor,
+    at: Paged,
+    plan: LayerPlan,
     *,
-    chunk_k_scale: Tensor | None = None,
-    chunk_v_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    H: Tensor | None = None,
-    z: Tensor | None = None,
-    workspace: Tensor | None = None,
-    maps: Mapping[str, Tensor] | None = None,
-    kind: str = "exp",
-    rule: Rule | None = None,
     rank: Tensor | None = None,
 ) -> None:
-    """Let a call's tokens join the slots, fold and forget the rest, in place.
+    """Let a call's tokens join the slots, fold or forget the rest, in place.
 
     ``less.reference.compact`` defines it.
 
     Args:
-        k: [B, K, T, D] in the slots' dtype.
-        v: [B, K, T, D] in the slots' dtype.
-        chunk_score: float32 [B, K, T].
-        slot_score: float32 [B, K, S], the slots' scores after the call.
+        new: The call's tokens in the slots' dtype, [B, K, T, D].
         valid: bool [B, T] or None.
-        slot_k: [B, K, S, D], float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn. Written.
-        slot_v: [B, K, S, D], likewise. Written.
-        position: int32 [B, K, S]. Written.
-        score: float32 [B, K, S]. Written.
-        weight: float32 [B, K, S]. Written.
-        seen: int64 [B]: tokens seen before the call. Written: after it.
-        chunk_k_scale: float32 [B, K, T], of each row of a k of 8 bits, as the three below.
-        chunk_v_scale: float32 [B, K, T].
-        k_scale: float32 [B, K, S], of the slots. Written.
-        v_scale: float32 [B, K, S]. Written.
-        H: float32 [B, K, R, D], with z and maps. Written.
-        z: float32 [B, K, R]. Written.
-        workspace: uint8 [bytes], a GPU's scratch, zero; None: made for the call.
-        maps: The layer's feature maps.
-        kind: Their kind.
-        rule: The policy's native ranking, or
-        rank: its ranks themselves, float32 [B, K, S + T].
+        score: Scores after the call, of slots and tokens, float32 [B, K, S + T], S the slots of
+            the head that has most.
+        at: The layer's pages. Written.
+        plan: The layer.
+        rank: The policy's ranks, float32 [B, K, S + T]; None: by the layer's rule.
 
     Raises:
-        RuntimeError: A shape, dtype or layout differs from the above; nothing is written.
-        ValueError: Neither ``rule`` nor ``rank`` is given, or both are.
+        RuntimeError: A shape, dtype or layout differs from the above, or a page is none of the
+            pool's or stands twice; nothing is written.
+        ValueError: Neither the layer has a rule nor is ``rank`` given.
     """
-    if (rule is None) == (rank is None):
-        raise ValueError("compact: exactly one of rule and rank must be given")
-    weights = maps or {}
-    by = rule or Rule(recent=0, sinks=0, by_score=False, per_age=False)
+    if plan.spec.rule is None and rank is None:
+        raise ValueError("compact: rank must be given where the layer has no rule")
     torch.ops.less.compact(
-        k.contiguous(),
-        v.contiguous(),
-        chunk_k_scale,
-        chunk_v_scale,
-        chunk_score,
-        slot_score,
+        _rows(new.k),
+        _rows(new.v),
+        _scales(new),
         valid if valid is None else valid.contiguous(),
-        rank,
-        slot_k,
-        slot_v,
-        k_scale,
-        v_scale,
-        position,
         score,
-        weight,
-        seen,
-        H,
-        z,
-        workspace,
-        weights.get("k_w1"),
-        weights.get("k_w2"),
-        weights.get("k_w1_scale"),
-        weights.get("k_w2_scale"),
-        weights.get("k_bias"),
-        weights.get("k_mix"),
-        weights.get("k_scale"),
-        weights.get("k_mix_scale"),
-        _kind("compact", kind),
-        by.recent,
-        by.sinks,
-        by.by_score,
-        by.per_age,
+        rank,
+        at.pool,
+        _packed(at),
+        plan.encoded,
+        _memory(plan.maps),
     )
-
-
-_EMPTY: Mapping[str, Tensor] = {}
-_VICTIMS = {"none": 0, "forget": 1, "fold": 2}
 
 
 def decode_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    out: Tensor,
-    slot_k: Tensor,
-    slot_v: Tensor,
-    position: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    seen: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    H: Tensor | None = None,
-    z: Tensor | None = None,
-    share: Tensor | None = None,
-    workspace: Tensor | None = None,
-    maps: Mapping[str, Tensor] | None = None,
-    kind: str = "exp",
-    scale: float,
-    softcap: float = 0.0,
-    decay: float = 1.0,
-    scores: bool = True,
-    rule: Rule,
-    victim: str = "fold",
-    dependent: bool = False,
-) -> None:
+    call: Call, at: Paged, plan: LayerPlan, workspace: Tensor | None = None
+) -> Tensor:
     """Do a layer's whole step for one token of every row, in place, in one fork-join or launch.
 
-    ``less.reference.decode_step`` defines it: ``chunk_attention``, then ``compact``.
+    ``less.reference.step`` defines it. A GPU resets pages that begin by a launch before.
 
     Args:
-        q: [B, Q, 1, D], float32, bfloat16 or float16.
-        k: [B, K, 1, D], likewise; rounded to the slots' dtype on entry.
-        v: [B, K, 1, D], of k's dtype.
-        valid: bool [B, 1], False for a row that has no token, or None.
-        out: [B, Q, 1, D] of q's dtype. Written.
-        slot_k: [B, K, S, D], float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn. Written.
-        slot_v: [B, K, S, D], likewise. Written.
-        position: int32 [B, K, S], -1 where empty. Written.
-        score: float32 [B, K, S]. Written.
-        weight: float32 [B, K, S]. Written.
-        seen: int64 [B]: tokens seen before the step. Written: after it.
-        k_scale: float32 [B, K, S], of slots of 8 bits alone. Written.
-        v_scale: float32 [B, K, S], likewise. Written.
-        H: float32 [B, K, R, D], with z, share and maps. Written.
-        z: float32 [B, K, R]. Written.
-        share: float64 [B, K], to which the state's share of each query's mass is added. Written.
+        call: One token a row. With ``out`` nothing is allocated.
+        at: The layer's pages. Written.
+        plan: The layer, which has a rule.
         workspace: uint8, of ``decode_step_workspace`` bytes, zero before its first use; None: made
             for the call.
-        maps: The layer's feature maps.
-        kind: Their kind.
-        scale: Factor of q.k.
-        softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap) + weight.
-        decay: What a score keeps per token.
-        scores: False leaves the scores as they are.
-        rule: Who stays.
-        victim: What becomes of the token that leaves: ``"fold"`` or ``"forget"``. ``"none"``:
-            nothing joins or leaves, which makes the step attention alone.
-        dependent: The launch may begin before the kernel before it is over, and then waits for it
-            on the device; before sm_90, and on a CPU, it changes nothing.
+
+    Returns:
+        [B, Q, 1, D] of q's dtype; ``call.out`` where it is given.
 
     Raises:
-        RuntimeError: A shape, dtype or layout differs from the above; nothing is written.
-        ValueError: ``kind`` or ``victim`` is unknown.
+        RuntimeError: A shape, dtype or layout is wrong, or a page is none of the pool's or stands
+            twice; nothing is written.
+        ValueError: The layer has no rule.
     """
-    if victim not in _VICTIMS:
-        raise ValueError(f"decode_step: victim must be 'fold', 'forget' or 'none', got {victim!r}")
-    get = (_EMPTY if maps is None else maps).get
+    if plan.spec.rule is None:
+        raise ValueError("decode_step: the layer must have a rule")
+    q = _rows(call.q)
+    out = torch.empty_like(q) if call.out is None else call.out
     torch.ops.less.decode_step(
         q,
-        k,
-        v,
-        valid,
+        _rows(call.k),
+        _rows(call.v),
+        call.valid if call.valid is None else call.valid.contiguous(),
         out,
-        slot_k,
-        slot_v,
-        k_scale,
-        v_scale,
-        position,
-        score,
-        weight,
-        seen,
-        H,
-        z,
-        share,
+        at.pool,
+        _packed(at),
+        plan.encoded,
+        _memory(plan.maps),
         workspace,
-        get("q_w1"),
-        get("q_w2"),
-        get("q_w1_scale"),
-        get("q_w2_scale"),
-        get("q_bias"),
-        get("k_w1"),
-        get("k_w2"),
-        get("k_w1_scale"),
-        get("k_w2_scale"),
-        get("k_bias"),
-        get("k_mix"),
-        get("k_scale"),
-        get("k_mix_scale"),
-        _kind("decode_step", kind),
-        scale,
-        softcap,
-        decay,
-        scores,
-        rule.recent,
-        rule.sinks,
-        rule.by_score,
-        rule.per_age,
-        _VICTIMS[victim],
-        dependent,
     )
+    return out
 
 
-def chunk_attention_workspace(q: Tensor, slot_k: Tensor, padded: bool) -> int:
-    """Bytes of scratch that ``chunk_attention`` wants for a call, on its device; 0 on a CPU.
-
-    Args:
-        q: [B, Q, T, D].
-        slot_k: [B, K, S, D].
-        padded: Whether ``valid`` is given.
-    """
-    return int(torch.ops.less.chunk_attention_workspace(q, slot_k, padded))
-
-
-def compact_workspace(k: Tensor, slot_k: Tensor, maps: Mapping[str, Tensor] | None) -> int:
-    """Bytes of scratch that ``compact`` wants for a call, on its device; 0 on a CPU.
+def decode_step_workspace(pool: Tensor, plan: LayerPlan, B: int) -> int:
+    """Bytes of scratch that ``decode_step`` takes, on the device of its pool; 0 on a CPU.
 
     Args:
-        k: [B, K, T, D].
-        slot_k: [B, K, S, D].
-        maps: The layer's feature maps, or None for eviction alone.
+        pool: The layer's pool.
+        plan: The layer.
+        B: Rows of a call.
     """
-    R = 0 if maps is None else maps["k_w2"].shape[2]
-    return int(torch.ops.less.compact_workspace(k, slot_k, R))
-
-
-def decode_step_workspace(slot_k: Tensor, Q: int, maps: Mapping[str, Tensor] | None) -> int:
-    """Bytes of scratch that ``decode_step`` wants for these slots, on their device; 0 on a CPU.
-
-    Args:
-        slot_k: [B, K, S, D].
-        Q: Query heads.
-        maps: The layer's feature maps, or None for eviction alone.
-    """
-    _, E, R = (0, 0, 0) if maps is None else maps["q_w2"].shape
-    return int(torch.ops.less.decode_step_workspace(slot_k, Q, R, E))
+    return int(torch.ops.less.decode_step_workspace(pool, plan.encoded, B))
 
 
 if _native:
@@ -587,27 +366,26 @@ if _native:
         return torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else torch.int8), scale
 
     @torch.library.register_fake("less::feature_map")
-    def _feature_map_fake(x: Tensor, w1: Tensor, w2: Tensor, *rest: object) -> Tensor:
-        return x.new_empty((*x.shape[:3], w2.shape[2]), dtype=torch.float32)
+    def _feature_map_fake(x: Tensor, maps: Tensor, layer: Tensor, query: bool) -> Tensor:
+        return x.new_empty((*x.shape[:3], layer.shape[0] - 1), dtype=torch.float32)
 
     @torch.library.register_fake("less::chunk_attention")
     def _chunk_attention_fake(
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        chunk_k_scale: Tensor | None,
-        chunk_v_scale: Tensor | None,
+        scales: Tensor | None,
         valid: Tensor | None,
-        slot_k: Tensor,
-        *rest: object,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out: Tensor,
+        pool: Tensor,
+        rows: Tensor | None,
+        layer: Tensor,
+        phi_q: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         B, Q, T, _ = q.shape
-        _, K, S, _ = slot_k.shape
         f32 = torch.float32
         return (
-            torch.empty_like(q),
-            q.new_empty((B, K, S), dtype=f32),
-            q.new_empty((B, K, T), dtype=f32),
+            q.new_empty((B, k.shape[1], layer.shape[1] + T), dtype=f32),
             q.new_empty((B, Q, T), dtype=f32),
         )
 

@@ -2,18 +2,20 @@
 
 from less.layer.layout import PageLayout, PageViews
 from less.layer.maps import Maps, PackedMaps
-from less.layer.pool import PageRows, allocate
+from less.layer.pool import Paged, PageRows, allocate
 from less.layer.rows import Call, Rows, Slots, State
-from less.layer.spec import LayerSpec, encode
+from less.layer.spec import LayerPlan, LayerSpec, encode
 
 __all__ = [
     "Call",
+    "LayerPlan",
     "LayerSpec",
     "Maps",
     "PackedMaps",
     "PageLayout",
     "PageRows",
     "PageViews",
+    "Paged",
     "Rows",
     "Slots",
     "State",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -119,3 +120,28 @@ class PageRows:
         same = PageRows.__new__(PageRows)
         same.packed = self.packed[:1]
         return same
+
+
+@dataclass(frozen=True)
+class Paged:
+    """The memory that a call of a layer works on.
+
+    Attributes:
+        pool: uint8 [N, page], as ``PageLayout.check_pool`` returns it.
+        rows: Which page each row of the call uses. None: row b has page b.
+    """
+
+    pool: Tensor
+    rows: PageRows | None = None
+
+    def index(self, B: int) -> tuple[Tensor, Tensor]:
+        """Page of each of B rows, int64 [B], and whether it has one, bool [B]; 0 where it has none.
+
+        Numbers that the pool has not are no pages. The null page of a spec is the caller's to tell.
+        """
+        if self.rows is None:
+            every = torch.arange(B, device=self.pool.device)
+            return every, torch.ones(B, dtype=torch.bool, device=self.pool.device)
+        pages = self.rows.pages.long()
+        there = (pages >= 0) & (pages < self.pool.shape[0])
+        return torch.where(there, pages, 0), there

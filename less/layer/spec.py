@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,10 +67,12 @@ def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) 
         maps: Its feature maps; None: it has none.
 
     Returns:
-        int64 [24 + K]; csrc/ops/layer.h reads it.
+        int64 [R + 1, S, 24 + K]: the same 24 + K numbers for every R and S, in memory once.
+        csrc/ops/layer.h reads them; the shape is for those who trace through an op, who see
+        shapes alone.
     """
     rule = spec.rule or Rule(recent=0, sinks=0, by_score=False, per_age=False)
-    return torch.tensor(
+    numbers = torch.tensor(
         [
             _VERSION,
             spec.q_heads,
@@ -95,6 +98,38 @@ def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) 
         ],
         dtype=torch.int64,
     )
+    return numbers.expand(layout.rank + 1, layout.slots, -1)
 
 
-__all__ = ["KINDS", "VICTIMS", "LayerSpec", "encode"]
+@dataclass(frozen=True)
+class LayerPlan:
+    """All that is known of a layer before its first call.
+
+    Attributes:
+        spec: Its constants.
+        layout: Its page.
+        maps: Its feature maps; None: it has none.
+    """
+
+    spec: LayerSpec
+    layout: PageLayout
+    maps: PackedMaps | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not belong together."""
+        op = "LayerPlan"
+        Q, K = self.spec.q_heads, self.layout.kv_heads
+        if Q % K:
+            raise ValueError(f"{op}: q_heads must be a multiple of kv_heads, got {Q} and {K}")
+        rank = self.maps.rank if self.maps is not None else 0
+        if rank != self.layout.rank:
+            raise ValueError(
+                f"{op}: the layout's rank must be that of the maps, {rank}, got {self.layout.rank}"
+            )
+        if self.spec.victim == "fold" and self.maps is None:
+            raise ValueError(f"{op}: victim 'fold' needs maps")
+
+    @cached_property
+    def encoded(self) -> Tensor:
+        """What the ops take of it, int64 on the CPU."""
+        return encode(self.spec, self.layout, self.maps)
