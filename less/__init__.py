@@ -6,8 +6,9 @@ integration is ``less.hf``.
 """
 
 from less._version import __version__
-from less.cache import LessKVCache
+from less.cache import LessKVCache, PagedLayer
 from less.config import LessConfig
+from less.layer import PageLayout
 from less.policies import H2O, Candidates, Full, Policy, SinkRecent
 from less.sidekick import Sidekick
 
@@ -17,6 +18,8 @@ __all__ = [
     "Full",
     "LessConfig",
     "LessKVCache",
+    "PageLayout",
+    "PagedLayer",
     "Policy",
     "Sidekick",
     "SinkRecent",

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from less.reference import EIGHT_BITS
+from less.dtypes import EIGHT_BITS
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 BETA = 20.0  # PyramidKV's

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from less.dtypes import MAP_DTYPES
 from less.reference import dequantize, quantize
 
 FORMAT = "less-sidekick"
@@ -66,8 +67,6 @@ TENSORS: dict[str, dict[str, str]] = {
 #: Of int8 matrices: their scales' shapes, one scale per output column.
 SCALES = {"q_w1_scale": "QE", "q_w2_scale": "QR", "k_w1_scale": "KE", "k_w2_scale": "KR"}
 MATRICES = ("q_w1", "q_w2", "k_w1", "k_w2")
-#: What the matrices may be held and saved in.
-MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: What config.json says of the tensors, and Sidekick's attribute of the same name must confirm.
 _SHAPE_FIELDS = ("kind", "layers", "q_heads", "kv_heads", "head_dim", "rank", "hidden")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+
 import torch
 from torch import Tensor
 
@@ -296,9 +297,7 @@ def compact(
     )
 
 
-def decode_step(
-    call: Call, at: Paged, plan: LayerPlan, workspace: Tensor | None = None
-) -> Tensor:
+def decode_step(call: Call, at: Paged, plan: LayerPlan, workspace: Tensor | None = None) -> Tensor:
     """Do a layer's whole step for one token of every row, in place, in one fork-join or launch.
 
     ``less.reference.step`` defines it. A GPU resets pages that begin by a launch before.

@@ -9,69 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from less import _backend
-from less._backend import FLOATS, Layer, Rows, Step
-from less._check import require_int, require_shape, require_tensor, shape_text
-from less.hf.protocol import CacheProtocol, NativeLayer, load_native, native_tensors
-from less.policies import Candidates, Policy
-from less.reference import EIGHT_BITS, chunk_position
+from less import backend as backends
+from less._check import require_int, require_shape, require_tensor
+from less.backend import Backend
+from less.cache import snapshot
+from less.cache.checks import check_call, layer_policies, positive, sliding_layers
+from less.cache.paged import PagedLayer
+from less.cache.protocol import CacheProtocol
+from less.cache.session import Session, sliding_tensors
+from less.layer import Call, Paged, PageLayout, PageViews, allocate
+from less.policies import Policy
 from less.sidekick import Sidekick
-
-_STATE_FORMAT = 2
-
-
-def _layer_policies(
-    op: str, policy: Policy | Sequence[Policy | None], layers: int, native: Sequence[int]
-) -> tuple[Policy | None, ...]:
-    """``policy`` as one per layer, checked; None for native layers."""
-    if isinstance(policy, Policy):
-        listed, name = [policy] * layers, "policy"
-    elif isinstance(policy, (list, tuple)):
-        listed, name = list(policy), "policy[{}]"
-    else:
-        raise ValueError(
-            f"{op}: policy must be a Policy or a list of them, got {type(policy).__name__}"
-        )
-    if len(listed) != layers:
-        raise ValueError(
-            f"{op}: policy must list {layers} policies, one per layer, got {len(listed)}"
-        )
-    for i, one in enumerate(listed):
-        if i not in native:
-            if not isinstance(one, Policy):
-                raise ValueError(
-                    f"{op}: {name.format(i)} must be a Policy, got {type(one).__name__}"
-                )
-            require_int(op, f"{name.format(i)}.capacity", one.capacity, 1)
-    return tuple(None if i in native else one for i, one in enumerate(listed))
-
-
-def _positive(op: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{op}: {name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{op}: {name} must be finite and positive, got {value}")
-    return float(value)
-
-
-def _native_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ...]:
-    """``native``, checked and sorted."""
-    indices = sorted({require_int(op, "native", i, 0) for i in native})
-    if indices and indices[-1] >= layers:
-        raise ValueError(f"{op}: native must be in 0 .. {layers - 1}, got {indices[-1]}")
-    if len(indices) == layers:
-        raise ValueError(
-            f"{op}: native names every one of the {layers} layers, so there is nothing to bound"
-        )
-    return tuple(indices)
 
 
 class LessKVCache(CacheProtocol):
     """A KV cache of fixed size: S slots per kv head, and a low-rank state of what was evicted.
 
-    Memory is allocated here, once; no call ever grows it, but for a GPU's scratch, which is as
-    large as the longest chunk wanted. Use ``attend`` in place of writing to the cache and calling
-    attention, with any number of tokens per call::
+    Memory is allocated here, once; no call ever grows it. Use ``attend`` in place of writing to the
+    cache and calling attention, with any number of tokens per call::
 
         cache = LessKVCache(layers=32, q_heads=32, kv_heads=8, head_dim=128, batch=4,
                             policy=H2O(heavy=128, recent=128), sidekick=sidekick)
@@ -101,6 +56,8 @@ class LessKVCache(CacheProtocol):
             ``less.hf`` finds and makes them.
         softcap: What scale q.k is held within, before the log-weights: softcap * tanh(scale q.k /
             softcap), as in Gemma 2. None: nothing.
+        victim: What becomes of a token that leaves: ``"fold"``, into the low-rank state, which
+            needs a sidekick, or ``"forget"``. None: folded where there is a sidekick.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -123,6 +80,7 @@ class LessKVCache(CacheProtocol):
         backend: str | None = None,
         native: Sequence[int] = (),
         softcap: float | None = None,
+        victim: str | None = None,
     ) -> None:
         """See the class."""
         op = "LessKVCache"
@@ -135,9 +93,9 @@ class LessKVCache(CacheProtocol):
             raise ValueError(
                 f"{op}: q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}"
             )
-        self.native = _native_layers(op, native, self.layers)
-        self.policies = _layer_policies(op, policy, self.layers, self.native)
-        #: Tokens per row, padding included, that can be passed in: None but for ``Full`` layers.
+        self.native = sliding_layers(op, native, self.layers)
+        self.policies = layer_policies(op, policy, self.layers, self.native)
+        #: Tokens per row that can be passed in: None but for ``Full`` layers.
         self.max_columns: int | None = min(
             (p.capacity for p in self.policies if p is not None and not p.evicts), default=None
         )
@@ -145,43 +103,95 @@ class LessKVCache(CacheProtocol):
             self.device = torch.device(device)
         except (RuntimeError, TypeError) as e:
             raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
-        self._backend = _backend.choose(backend, self.device)
-        self.backend = self._backend.name
-        wanted = self._backend.dtypes(self.device)
+        chosen = backends.choose(backend, self.device)
+        self.backend = chosen.name
+        wanted = chosen.dtypes(self.device)
         if dtype not in wanted:
             names = ", ".join(str(d) for d in wanted)
             raise ValueError(
                 f"{op}: dtype must be one of {names} with the {self.backend} backend on "
                 f"{self.device.type}, got {dtype}"
             )
-        if scale is None:
-            scale = 1.0 / math.sqrt(head_dim)
-        self.scale = _positive(op, "scale", scale)
-        self.softcap = None if softcap is None else _positive(op, "softcap", softcap)
+        self.scale = positive(op, "scale", 1.0 / math.sqrt(head_dim) if scale is None else scale)
+        self.softcap = None if softcap is None else positive(op, "softcap", softcap)
         self.dtype = dtype
         self.sidekick = sidekick
-        # Made by less.hf, which knows the windows.
-        self._native: dict[int, NativeLayer | None] = dict.fromkeys(self.native)
-        self._kind = ""
-        self._maps: list[dict[str, Tensor]] | None = None
+        self.victim = self._victim(victim)
         if sidekick is not None:
-            self._take_sidekick(sidekick)
-        self._layers = [self._new_layer(i) for i in range(layers)]
-        self._columns = [0] * layers
+            self._check_sidekick(sidekick)
+        self.session = Session(self.layers, self.batch, self.device, self.native)
+        self._build(chosen)
+        self._pools = self._allocate()
         self._reserve()
 
+    def _victim(self, victim: str | None) -> str:
+        if victim is None:
+            return "forget" if self.sidekick is None else "fold"
+        if victim not in ("fold", "forget"):
+            raise ValueError(f"LessKVCache: victim must be 'fold' or 'forget', got {victim!r}")
+        if (victim == "fold") != (self.sidekick is not None):
+            raise ValueError(
+                f"LessKVCache: victim 'fold' and a sidekick belong together, got victim "
+                f"{victim!r} and sidekick {self.sidekick!r}"
+            )
+        return victim
+
+    def _build(self, backend: Backend) -> None:
+        """The layers that this cache holds; of those that slide, None."""
+        self._paged: list[PagedLayer | None] = []
+        for i, policy in enumerate(self.policies):
+            if policy is None:
+                self._paged.append(None)
+                continue
+            # A full layer keeps every token, hence no state.
+            maps = self.sidekick[i] if self.sidekick is not None and policy.evicts else None
+            layout = PageLayout(
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                capacity=policy.capacity,
+                dtype=self.dtype,
+                rank=0 if maps is None else maps["q_w2"].shape[-1],
+            )
+            self._paged.append(
+                PagedLayer(
+                    policy,
+                    layout,
+                    self.q_heads,
+                    maps=maps,
+                    kind=self.kind or "exp",
+                    scale=self.scale,
+                    softcap=self.softcap,
+                    device=self.device,
+                    backend=backend,
+                )
+            )
+
+    def _allocate(self) -> list[Tensor | None]:
+        """A pool of empty pages for each layer that this cache holds: row b has page b."""
+        pools = iter(allocate([at.layout for at in self._held()], self.batch, self.device))
+        return [None if at is None else next(pools) for at in self._paged]
+
+    def _held(self) -> list[PagedLayer]:
+        return [at for at in self._paged if at is not None]
+
+    def _at(self, layer: int) -> tuple[PagedLayer, Paged]:
+        """A layer that this cache holds, and its pages."""
+        paged, pool = self._paged[layer], self._pools[layer]
+        assert paged is not None  # callers have refused layers that slide
+        assert pool is not None
+        return paged, Paged(pool)
+
+    def _views(self, layer: int) -> PageViews:
+        paged, at = self._at(layer)
+        return paged.layout.views(at.pool)[0]
+
     def _reserve(self) -> None:
-        """Scratch for the steps, where the backend wants any."""
-        self._backend.reserve(
-            [at for i, at in enumerate(self._layers) if i not in self.native],
-            self.q_heads,
-            [self._maps_of(i) for i in range(self.layers) if i not in self.native],
-        )
+        """Scratch for the decode steps, where the backend takes any."""
+        for i, paged in enumerate(self._paged):
+            if paged is not None:
+                paged.backend.reserve(paged.plan, self._at(i)[1], self.batch)
 
-    def _maps_of(self, layer: int) -> dict[str, Tensor] | None:
-        return (self._maps[layer] or None) if self._maps is not None else None
-
-    def _take_sidekick(self, sidekick: Sidekick) -> None:
+    def _check_sidekick(self, sidekick: Sidekick) -> None:
         if not isinstance(sidekick, Sidekick):
             raise ValueError(
                 f"LessKVCache: sidekick must be a Sidekick, got {type(sidekick).__name__}"
@@ -196,41 +206,6 @@ class LessKVCache(CacheProtocol):
                 raise ValueError(
                     f"LessKVCache: sidekick must have {name}={wanted}, got {name}={got}"
                 )
-        self._kind = sidekick.kind
-        self._maps = [
-            {n: t.to(self.device) for n, t in sidekick[i].items()} if self._evicts(i) else {}
-            for i in range(self.layers)
-        ]
-
-    def _evicts(self, layer: int) -> bool:
-        """Whether tokens can leave the layer's slots: not where it is native or full."""
-        policy = self.policies[layer]
-        return policy is not None and policy.evicts
-
-    def _new_layer(self, layer: int) -> Layer:
-        policy = self.policies[layer]
-        B, K, D = self.batch, self.kv_heads, self.head_dim
-        S = 0 if policy is None else policy.capacity  # of a native layer, tokens are only counted
-        state = torch.float64 if self.dtype == torch.float64 else torch.float32
-        at = self.device
-        H = z = None
-        if self._maps is not None and self._maps[layer]:
-            R = self._maps[layer]["q_w2"].shape[-1]
-            H = torch.zeros(B, K, R, D, dtype=state, device=at)
-            z = torch.zeros(B, K, R, dtype=state, device=at)
-        return Layer(
-            slot_k=torch.zeros(B, K, S, D, dtype=self.dtype, device=at),
-            slot_v=torch.zeros(B, K, S, D, dtype=self.dtype, device=at),
-            position=torch.full((B, K, S), -1, dtype=torch.int32, device=at),
-            score=torch.zeros(B, K, S, dtype=state, device=at),
-            weight=torch.zeros(B, K, S, dtype=state, device=at),
-            seen=torch.zeros(B, dtype=torch.int64, device=at),
-            H=H,
-            z=z,
-            share=torch.zeros(B, K, dtype=torch.float64, device=at),
-            k_scale=torch.zeros(B, K, S, device=at) if self.dtype in EIGHT_BITS else None,
-            v_scale=torch.zeros(B, K, S, device=at) if self.dtype in EIGHT_BITS else None,
-        )
 
     def attend(
         self,
@@ -263,63 +238,23 @@ class LessKVCache(CacheProtocol):
         Raises:
             ValueError: An argument is wrong; the cache is as it was.
         """
-        self._check_attend(layer, q, k, v, valid, out)
-        at, policy = self._layers[layer], self.policies[layer]
-        assert policy is not None  # the check has refused native layers
-        maps = self._maps_of(layer)
-        rule = policy.rule
-        if rule is not None and q.shape[2] == 1:
-            out = self._backend.decode_step(
-                at,
-                q,
-                k,
-                v,
-                valid,
-                maps=maps,
-                kind=self._kind,
-                scale=self.scale,
-                softcap=self.softcap or 0.0,
-                decay=policy.decay,
-                scores=policy.needs_scores,
-                rule=rule,
-                out=out,
-            )
-            self._count(layer, 1)
-            return out
-        new = self._backend.rounded(k, v, self.dtype)
-        # Until more tokens came than fit, nothing can have left: no use to look at an empty state.
-        something_left = self._columns[layer] > policy.capacity
-        step = self._backend.attend(
-            at,
-            q,
-            new,
-            valid,
-            maps=maps if something_left else None,
-            kind=self._kind,
-            scale=self.scale,
-            softcap=self.softcap or 0.0,
-            decay=policy.decay,
-            scores=policy.needs_scores,
-        )
-        rank = None if rule is not None else self._rank(policy, at, step, new, valid)
-        self._backend.compact(
-            at, step, new, valid, maps=maps, kind=self._kind, rule=rule, rank=rank
-        )
-        at.add_share(step)
-        self._count(layer, q.shape[2])
-        return step.out if out is None else out.copy_(step.out)
-
-    def _count(self, layer: int, tokens: int) -> None:
+        op = "attend"
+        self._check_layer(op, layer)
+        paged, at = self._at(layer)
+        call = Call(q, k, v, valid, out)
+        check_call(op, call, paged.plan, self.batch, at.pool.device)
+        self._check_room(op, layer, q.shape[2])
+        result = paged.run(call, at)
         # What a CUDA graph captures runs when it is replayed, and is counted then: see advance.
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return
-        self._columns[layer] += tokens
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.session.columns[layer] += q.shape[2]
+        return result
 
     def advance(self, steps: int) -> None:
         """Count decode steps of all layers that ran without Python, as replays of CUDA graphs do.
 
-        What changes in a step lives on the device and is right whoever launched it; how many
-        columns were passed in is known here, and what comes after the replays relies on it.
+        What a layer holds, and how many tokens it saw, lies in its pages and is right whoever
+        launched the step; transformers counts columns by this.
 
         Args:
             steps: Replays, of one token per row each.
@@ -328,71 +263,20 @@ class LessKVCache(CacheProtocol):
             ValueError: It is no whole number >= 0, or more than a ``Full`` layer has room for.
         """
         require_int("advance", "steps", steps, 0)
-        for layer, columns in enumerate(self._columns):
-            self._check_room("advance", layer, columns + steps)
-        self._columns = [columns + steps for columns in self._columns]
+        for layer in range(self.layers):
+            self._check_room("advance", layer, steps)
+        self.session.columns = [columns + steps for columns in self.session.columns]
 
-    def _check_attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        out: Tensor | None,
-    ) -> None:
-        op = "attend"
-        self._check_layer(op, layer)
-        B, Q, K, D = self.batch, self.q_heads, self.kv_heads, self.head_dim
-        q = require_tensor(op, "q", q)
-        require_shape(op, "q", q, [B, Q, "T", D])
-        T = q.shape[2]
-        self._check_room(op, layer, self._columns[layer] + T)
-        for name, x in (("k", k), ("v", v)):
-            x = require_tensor(op, name, x)
-            if x.shape != (B, K, T, D):
-                # k's T is the caller's to choose, so a message about heads says T, not a number.
-                require_shape(op, name, x, [B, K, "T", D])
-                require_shape(op, name, x, [B, K, T, D])
-        wanted = FLOATS + ((torch.float64,) if self.dtype == torch.float64 else ())
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.dtype not in wanted:
-                raise ValueError(
-                    f"{op}: {name} must have dtype {', '.join(map(str, wanted))}, got {x.dtype}"
-                )
-            self._check_device(op, name, x)
-            if x.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    f"{op}: {name} requires grad, but the cache has no backward; "
-                    "call it under torch.no_grad()"
-                )
-        if k.dtype != v.dtype:
-            raise ValueError(f"{op}: v must have k's dtype {k.dtype}, got {v.dtype}")
-        if valid is not None:
-            valid = require_tensor(op, "valid", valid)
-            require_shape(op, "valid", valid, [B, T])
-            if valid.dtype != torch.bool:
-                raise ValueError(f"{op}: valid must have dtype torch.bool, got {valid.dtype}")
-            self._check_device(op, "valid", valid)
-        if out is not None:
-            out = require_tensor(op, "out", out)
-            require_shape(op, "out", out, list(q.shape))
-            if out.dtype != q.dtype or not out.is_contiguous():
-                raise ValueError(f"{op}: out must be contiguous, of q's dtype {q.dtype}")
-            self._check_device(op, "out", out)
-
-    def _check_room(self, op: str, layer: int, columns: int) -> None:
+    def _check_room(self, op: str, layer: int, tokens: int) -> None:
         policy = self.policies[layer]
-        if policy is not None and not policy.evicts and columns > policy.capacity:
+        if policy is None or policy.evicts:
+            return
+        columns = self.session.columns[layer] + tokens
+        if columns > policy.capacity:
             raise ValueError(
                 f"{op}: layer {layer} is full attention with room for {policy.capacity} tokens, "
                 f"padding included, got {columns}; build the cache with a larger max_tokens"
             )
-
-    def _check_device(self, op: str, name: str, x: Tensor) -> None:
-        want = self._layers[0].seen.device
-        if x.device != want:
-            raise ValueError(f"{op}: {name} must be on {want}, got {x.device}")
 
     def _check_layer(self, op: str, layer: object) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int):
@@ -405,31 +289,6 @@ class LessKVCache(CacheProtocol):
                 f"{op}: layer {layer} is native: it bounds itself, and this cache holds none of "
                 f"its tokens; the layers that it holds are {held}"
             )
-
-    def _rank(
-        self, policy: Policy, at: Layer, step: Step, new: Rows, valid: Tensor | None
-    ) -> Tensor:
-        B, K, T, _ = new.k.shape
-        (held_k, held_v), (k, v) = at.rows.floats(), new.floats()
-        position, seen = chunk_position(at.seen, valid, B, T)
-        tokens = Candidates(
-            position=torch.cat([at.position, position[:, None].expand(B, K, T)], 2),
-            score=torch.cat([step.slot_score, step.chunk_score], 2),
-            weight=torch.cat([at.weight, torch.zeros_like(step.chunk_score)], 2),
-            seen=seen,
-            k=torch.cat([held_k, k], 2),
-            v=torch.cat([held_v, v], 2),
-        )
-        name = f"{type(policy).__name__}.rank"
-        rank = require_tensor(name, "its result", policy.rank(tokens))
-        if rank.shape != tokens.score.shape:
-            raise ValueError(
-                f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
-                f"got {shape_text(rank.shape)}"
-            )
-        if not rank.is_floating_point():
-            raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
-        return rank.to(tokens.score.dtype).contiguous()
 
     @property
     def policy(self) -> Policy:
@@ -446,17 +305,17 @@ class LessKVCache(CacheProtocol):
     def positions(self, layer: int) -> Tensor:
         """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty."""
         self._check_layer("positions", layer)
-        return self._layers[layer].position.clone()
+        return self._views(layer).slots.position.clone()
 
     def scores(self, layer: int) -> Tensor:
         """Scores of the kept tokens, float32 [B, K, S]; 0 where the policy uses none."""
         self._check_layer("scores", layer)
-        return self._layers[layer].score.clone()
+        return self._views(layer).slots.score.clone()
 
     def weights(self, layer: int) -> Tensor:
         """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""
         self._check_layer("weights", layer)
-        return self._layers[layer].weight.clone()
+        return self._views(layer).slots.weight.clone()
 
     def state(self, layer: int) -> tuple[Tensor, Tensor]:
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
@@ -465,22 +324,28 @@ class LessKVCache(CacheProtocol):
             ValueError: The cache has no sidekick, or the layer is full, hence no state.
         """
         self._check_layer("state", layer)
-        at = self._layers[layer]
-        if at.H is None or at.z is None:
+        state = self._views(layer).state
+        if state is None:
             if self.sidekick is not None:
                 raise ValueError(f"state: layer {layer} keeps every token, hence no low-rank state")
             raise ValueError("state: this cache has no sidekick, hence no low-rank state")
-        return at.H.clone(), at.z.clone()
+        return state.H.clone(), state.z.clone()
+
+    def _seen_of(self, layer: int) -> Tensor:
+        """Tokens that a layer has seen, int64 [B]."""
+        if layer in self.native:
+            return self.session.sliding_seen[layer]
+        return self._views(layer).seen
 
     @property
     def seen(self) -> Tensor:
         """Tokens seen by each row, padding left out, int64 [B]; of the layer that is furthest."""
-        return self._layers[self._columns.index(max(self._columns))].seen.clone()
+        return torch.stack([self._seen_of(i) for i in range(self.layers)]).amax(0)
 
     @property
-    def columns(self) -> int:
-        """Tokens per row that were passed in, padding included; of the layer that is furthest."""
-        return max(self._columns)
+    def layouts(self) -> tuple[PageLayout | None, ...]:
+        """What a page of each layer holds; None for layers that slide."""
+        return tuple(None if at is None else at.layout for at in self._paged)
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by purpose.
@@ -488,30 +353,31 @@ class LessKVCache(CacheProtocol):
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
             ``maps`` (the sidekick's weights), ``workspace`` (counters, and the scratch of a GPU's
-            kernels), ``native`` (k and v of
-            native layers), ``total`` of these, and ``full``: the k and v that a full cache would
-            hold of the same tokens now, in this cache's dtype, or in 16 bits where that has 8,
-            which full caches are not held in; for native layers, what they hold.
+            kernels), ``native`` (k and v of layers that slide), ``total`` of these, and ``full``:
+            the k and v that a full cache would hold of the same tokens now, in this cache's dtype,
+            or in 16 bits where that has 8, which full caches are not held in; for layers that
+            slide, what they hold. ``slots``, ``state`` and the counters are ``batch`` times
+            ``PageLayout.nbytes`` of every layer.
         """
-        slots = state = 0
-        workspace = self._backend.workspace
-        for at in self._layers:
-            for name, x in at.tensors().items():
-                if name in ("H", "z"):
-                    state += x.nbytes
-                elif name in ("seen", "share"):
-                    workspace += x.nbytes
-                else:
-                    slots += x.nbytes
-        maps = sum(x.nbytes for m in self._maps or [] for x in m.values())
+        state = pages = maps = 0
+        for at in self._held():
+            pages += at.layout.nbytes
+            state += at.layout.bytes_of("H", "z")
+            maps += 0 if at.plan.maps is None else at.plan.maps.memory.nbytes
+        counters = sum(at.layout.header_bytes for at in self._held())
+        pages, state, counters = (self.batch * n for n in (pages, state, counters))
+        scratch = next((at.backend.workspace for at in self._held()), 0)
+        sliding_counters = sum(x.nbytes for x in self.session.sliding_seen.values())
+        workspace = counters + scratch + sliding_counters
+        slots = pages - state - counters
         per_token = 2 * self.kv_heads * self.head_dim * max(2, self.dtype.itemsize)
         tokens = sum(
-            int(at.seen.sum()) for i, at in enumerate(self._layers) if i not in self.native
+            int(self._seen_of(i).sum()) for i in range(self.layers) if i not in self.native
         )
         native = sum(
             x.untyped_storage().nbytes()
-            for _, at in self._made_native()
-            for x in native_tensors(at).values()
+            for _, at in self.session.made()
+            for x in sliding_tensors(at).values()
         )
         return {
             "slots": slots,
@@ -532,16 +398,16 @@ class LessKVCache(CacheProtocol):
             query's attention mass that the low-rank state took. A native layer keeps what its
             own window needs and evicts nothing here: its ``kept`` is its ``seen``.
         """
-        seen = [int(at.seen.sum()) for at in self._layers]
-        held = [int((at.position >= 0).sum()) for at in self._layers]
-        kept = [
-            n if i in self.native else h // self.kv_heads
-            for i, (n, h) in enumerate(zip(seen, held, strict=True))
-        ]
-        share = [
-            float(at.share.sum()) / (n * self.q_heads) if n else 0.0
-            for at, n in zip(self._layers, seen, strict=True)
-        ]
+        seen = [int(self._seen_of(i).sum()) for i in range(self.layers)]
+        kept, share = [], []
+        for i, n in enumerate(seen):
+            if i in self.native:
+                kept.append(n)
+                share.append(0.0)
+                continue
+            at = self._views(i)
+            kept.append(int((at.slots.position >= 0).sum()) // self.kv_heads)
+            share.append(float(at.share.sum()) / (n * self.q_heads) if n else 0.0)
         return {
             "seen": seen,
             "kept": kept,
@@ -551,12 +417,10 @@ class LessKVCache(CacheProtocol):
 
     def reset(self) -> None:
         """Forget everything; keep the memory."""
-        for at in self._layers:
-            for name, x in at.tensors().items():
-                x.fill_(-1 if name == "position" else 0)
-        for _, layer in self._made_native():
-            layer.reset()
-        self._columns = [0] * self.layers
+        for at, pool in zip(self._paged, self._pools, strict=True):
+            if at is not None and pool is not None:
+                at.layout.clear(pool)
+        self.session.reset()
 
     def to(self, device: torch.device | str) -> LessKVCache:
         """Move everything held to another device, in place; decoding goes on there.
@@ -584,9 +448,9 @@ class LessKVCache(CacheProtocol):
             ) from e
         if target.type == "meta":
             raise ValueError("to: device must hold values, got 'meta'")
-        if target == self._layers[0].seen.device:
+        if target == self.seen.device:
             return self
-        if self._bound is not None:
+        if self.session.bound is not None:
             raise RuntimeError(
                 f"to: the cache is attached to a model on {self.device}; leave that block first"
             )
@@ -594,22 +458,20 @@ class LessKVCache(CacheProtocol):
         return self
 
     def _move(self, target: torch.device) -> None:
-        backend = _backend.choose(self.backend, target)
-        moved = [{n: x.to(target) for n, x in at.tensors().items()} for at in self._layers]
-        maps = self._maps and [{n: x.to(target) for n, x in m.items()} for m in self._maps]
-        native = [
-            (at, {n: x.to(target) for n, x in native_tensors(at).items()})
-            for _, at in self._made_native()
-        ]
-        # All of it is there; now nothing can fail on its way.
-        self._fed = self._fed_tokens().to(target)
-        for at, tensors in zip(self._layers, moved, strict=True):
-            vars(at).update(tensors)
-        for layer, tensors in native:
-            vars(layer).update(tensors)
-            if tensors:
-                layer.device = target
-        self._maps, self._backend, self.device = maps, backend, target
+        backend = backends.choose(self.backend, target)
+        before = self.device, self._paged, self._pools
+        try:
+            self.device = target
+            self._build(backend)
+            self._pools = self._allocate()
+            for mine, old in zip(self._pools, before[2], strict=True):
+                if mine is not None and old is not None:
+                    mine.copy_(old)
+            put = self.session.moved(target)
+        except BaseException:
+            self.device, self._paged, self._pools = before
+            raise
+        put()
         self._reserve()
 
     def reorder(self, rows: Tensor) -> None:
@@ -628,59 +490,25 @@ class LessKVCache(CacheProtocol):
         if bool(((rows < 0) | (rows >= self.batch)).any()):
             raise ValueError(f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}")
         rows = rows.to(self.device, torch.int64)
-        for at in self._layers:
-            for x in at.tensors().values():
-                x.copy_(x.index_select(0, rows))
-        for _, layer in self._made_native():
-            layer.reorder_cache(rows)
-        self._reorder_fed(rows)
+        for pool in self._pools:
+            if pool is not None:
+                pool.copy_(pool.index_select(0, rows))
+        self.session.reorder(rows)
 
-    def _made_native(self) -> list[tuple[int, NativeLayer]]:
-        return [(i, at) for i, at in self._native.items() if at is not None]
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "format": _STATE_FORMAT,
-            "layers": self.layers,
-            "q_heads": self.q_heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "part": list(self.part),  # a list, as JSON gives it back
-            "batch": self.batch,
-            "dtype": str(self.dtype),
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "policy": self._policy_text(),
-            "native": {
-                # Names, not numbers: a snapshot may pass through JSON.
-                str(i): None if at is None else at.sliding_window
-                for i, at in self._native.items()
-            },
-            "kind": self._kind,
-            "rank": self.sidekick.rank if self.sidekick is not None else 0,
-        }
+    @property
+    def pools(self) -> dict[int, Tensor]:
+        """The pages of each layer that this cache holds, uint8 [B, page]: not copies."""
+        return {i: pool for i, pool in enumerate(self._pools) if pool is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, of plain values and copies of the tensors; the sidekick is not in it.
 
         Returns:
-            ``tensors`` (``"<layer>.<name>"`` -> copy), ``columns``, ``fed`` (which text a model was
-            fed, as counts and digests) and ``cache``, the settings that a cache must share to load
-            it.
+            ``tensors`` (``"<layer>.page"``: uint8 [B, page]; and the keys and values of layers that
+            slide), ``columns``, ``fed`` (which text a model was fed, as counts and digests) and
+            ``cache``, the settings that a cache must share to load it.
         """
-        return {
-            "cache": self._identity(),
-            "columns": list(self._columns),
-            "fed": self._fed_state(),
-            "tensors": {
-                f"{i}.{name}": x.detach().clone()
-                for i, tensors in [
-                    *((i, at.tensors()) for i, at in enumerate(self._layers)),
-                    *((i, native_tensors(at)) for i, at in self._made_native()),
-                ]
-                for name, x in tensors.items()
-            },
-        }
+        return snapshot.save(self)
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Continue from a snapshot; decoding goes on bit for bit.
@@ -689,58 +517,14 @@ class LessKVCache(CacheProtocol):
             ValueError: The snapshot is of another kind of cache, incomplete or damaged; the
                 message names what differs and the cache is as it was.
         """
-        op = "load_state_dict"
-        if not isinstance(d, dict) or not {"cache", "columns", "fed", "tensors"} <= d.keys():
-            raise ValueError(f"{op}: d must be a result of LessKVCache.state_dict")
-        if None in self._native.values():
-            raise ValueError(
-                f"{op}: the native layers {list(self.native)} are made by less.hf.cache_for, or "
-                "when the cache is attached; load the snapshot after that"
-            )
-        for name, want in self._identity().items():
-            got = d["cache"].get(name)
-            if got != want:
-                raise ValueError(f"{op}: {name} must be {want!r}, got {got!r}")
-        mine = {
-            f"{i}.{name}": x
-            for i, at in enumerate(self._layers)
-            for name, x in at.tensors().items()
-        }
-        columns = d["columns"]
-        if not isinstance(columns, list) or len(columns) != self.layers:
-            raise ValueError(f"{op}: columns must list {self.layers} numbers, got {columns!r}")
-        columns = [int(c) for c in columns]
-        native = {
-            f"{i}.{name}": min(columns[i], at.sliding_window - 1)
-            for i, at in self._made_native()
-            for name in (("keys", "values") if columns[i] else ())
-        }
-        wanted = mine.keys() | native.keys()
-        missing, unknown = wanted - d["tensors"].keys(), d["tensors"].keys() - wanted
-        if missing or unknown:
-            raise ValueError(
-                f"{op}: tensors missing: {sorted(missing)}, unknown: {sorted(unknown)}"
-            )
-        for name, x in mine.items():
-            got = require_tensor(op, name, d["tensors"][name])
-            require_shape(op, name, got, list(x.shape))
-            if got.dtype != x.dtype:
-                raise ValueError(f"{op}: {name} must have dtype {x.dtype}, got {got.dtype}")
-        for name, length in native.items():
-            got = require_tensor(op, name, d["tensors"][name])
-            require_shape(op, name, got, [self.batch, self.kv_heads, length, self.head_dim])
-        fed = require_tensor(op, "fed", d["fed"])
-        require_shape(op, "fed", fed, [self.batch, 2])
-        if fed.dtype != torch.int64:
-            raise ValueError(f"{op}: fed must have dtype torch.int64, got {fed.dtype}")
-        for name, x in mine.items():
-            x.copy_(d["tensors"][name])
-        for i, at in self._made_native():
-            load_native(at, d["tensors"], i, columns[i], self.device)
-        self._columns = columns
-        self._load_fed(fed)
+        snapshot.load(self, d)
 
-    def _policy_text(self) -> str:
+    @property
+    def kind(self) -> str:
+        """The kind of the sidekick's maps; "" without one."""
+        return "" if self.sidekick is None else self.sidekick.kind
+
+    def policy_text(self) -> str:
         """The policy, or the runs of layers that share one: ``0-1 Full(...); 2-29 H2O(...)``."""
         runs: list[tuple[int, int, str]] = []
         for i, policy in enumerate(self.policies):
@@ -762,7 +546,7 @@ class LessKVCache(CacheProtocol):
         """Shape, policy and backend."""
         return (
             f"LessKVCache(layers={self.layers}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, "
-            f"head_dim={self.head_dim}, batch={self.batch}, policy={self._policy_text()}, "
-            f"sidekick={self._kind or None}, dtype={self.dtype}, device={self.device}, "
+            f"head_dim={self.head_dim}, batch={self.batch}, policy={self.policy_text()}, "
+            f"sidekick={self.kind or None}, dtype={self.dtype}, device={self.device}, "
             f"backend={self.backend})"
         )

@@ -33,7 +33,7 @@ def gather() -> dict[str, dict[str, Any]]:
     """All facts, by group."""
     import torch
 
-    from less import ops
+    from less.backend import ops
     from less.evaluate.machine import machine
     from less.sidekick import Sidekick, shipped, shipped_names
 

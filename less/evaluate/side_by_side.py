@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from less.cache import LessKVCache
+from less.cache.session import Session
 
 
 class SideBySide(LessKVCache):
@@ -43,7 +44,7 @@ class SideBySide(LessKVCache):
             )
         # Not LessKVCache.__init__: that would allocate slots of its own.
         self.caches = list(caches)
-        self.native, self._native = (), {}
+        self.native = ()
         self.layers = first.layers
         self.q_heads, self.kv_heads = first.q_heads, first.kv_heads
         self.head_dim, self.scale, self.softcap = first.head_dim, first.scale, first.softcap
@@ -52,7 +53,8 @@ class SideBySide(LessKVCache):
         rooms = [cache.max_columns for cache in caches]
         self.max_columns = min((room for room in rooms if room is not None), default=None)
         self.batch = sum(cache.batch for cache in caches)
-        self._columns = [cache.columns for cache in caches[:1] for _ in range(self.layers)]
+        self.session = Session(self.layers, self.batch, self.device, ())
+        self.session.columns = [first.columns] * self.layers
 
     def attend(
         self,
@@ -71,7 +73,7 @@ class SideBySide(LessKVCache):
             mine = valid[rows] if valid is not None else None
             out[rows] = cache.attend(layer, q[rows], k[rows], v[rows], mine)
             row += cache.batch
-        self._columns[layer] += q.shape[2]
+        self.session.columns[layer] += q.shape[2]
         return out
 
     def advance(self, steps: int) -> None:
@@ -94,7 +96,7 @@ class SideBySide(LessKVCache):
         """Reset every member."""
         for cache in self.caches:
             cache.reset()
-        self._columns = [0] * self.layers
+        self.session.reset()
 
     def _refuse(self, name: str) -> NoReturn:
         raise NotImplementedError(f"SideBySide: {name}: ask the members, `.caches`")

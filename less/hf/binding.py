@@ -108,7 +108,7 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
     check_fits("attach", cache, facts)
     if any(m in interface.bound for m in facts.modules):
         raise RuntimeError("attach: the model has a cache attached; leave that block first")
-    if cache._bound is not None:
+    if cache.session.bound is not None:
         raise RuntimeError("attach: the cache is attached to a model; leave that block first")
     interface.register()
     native = NativeAttention(facts) if facts.windows else None
@@ -116,8 +116,8 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
     with ExitStack() as leave:
         binding = Binding(cache, facts, native)
         switch_attention(model, facts, interface.NAME, leave)
-        leave.callback(setattr, cache, "_bound", None)
-        cache._bound = binding
+        leave.callback(setattr, cache.session, "bound", None)
+        cache.session.bound = binding
         if native is not None:
             interface.native_masks[id(facts.decoder.config)] = native
             leave.callback(interface.native_masks.pop, id(facts.decoder.config), None)
@@ -256,7 +256,7 @@ class Binding:
                 f"{seen}. " + _ANOTHER_PROMPT
             )
         valid = (mask[:, :seen] != 0) if mask is not None else None
-        same = cache._is_prefix(input_ids[:, :seen], valid)
+        same = cache.session.is_prefix(input_ids[:, :seen], valid, cache.seen)
         if same is None:
             raise ValueError(
                 f"generate: the cache has seen {seen} columns, but not all of them through an "
@@ -303,7 +303,7 @@ class Binding:
                 f"{op}: the cache has seen {cache.columns} tokens and has room for "
                 f"{cache.max_columns} in its layers of full attention, got {ids.shape[1]} more"
             )
-        cache._fed_tokens()  # starts a new record after a reset
+        cache.session.fed_tokens()  # starts a new record after a reset
         valid = self._check_mask(op, given.get("attention_mask"), ids.shape[1])
         self._check_length(op, ids.shape[1], valid)
         self._check_positions(op, given.get("position_ids"), valid)
@@ -317,13 +317,13 @@ class Binding:
         if call is None:
             return
         want = call.columns + call.ids.shape[1]
-        missed = [i for i, n in enumerate(self.cache._columns) if n != want]
+        missed = [i for i, n in enumerate(self.cache.session.columns) if n != want]
         if missed:
             raise RuntimeError(
                 f"{type(module).__name__}: layers {missed} did not attend through the cache; "
                 "its content is no longer whole, call cache.reset()"
             )
-        self.cache._feed(call.ids, call.valid)
+        self.cache.session.feed(call.ids, call.valid)
 
     def _check_cache(self, op: str, given: object) -> None:
         if given is self.cache:
@@ -335,7 +335,7 @@ class Binding:
         )
 
     def _check_whole(self) -> None:
-        columns = set(self.cache._columns)
+        columns = set(self.cache.session.columns)
         if len(columns) != 1:
             raise RuntimeError(
                 f"the cache's layers have seen {sorted(columns)} columns: an earlier call failed "
@@ -403,16 +403,16 @@ class Binding:
         """Keys come by on their way from ``update`` to ``attend``."""
         self.handed = (layer_idx, key)
 
-    def update_native(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update_sliding(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A layer that slides: [B, K, T, D] into its own cache; what its queries may see of it."""
         cache, call = self.cache, self.call
-        at = cache._native[layer_idx]
+        at = cache.session.sliding[layer_idx]
         if call is None or at is None:
             raise RuntimeError(f"layer {layer_idx}: called outside of the attached model's forward")
         T = key.shape[2]
         # Counted before it is stored: a call that fails between the two is then found unfinished.
-        cache._columns[layer_idx] += T
-        seen = cache._layers[layer_idx].seen
+        cache.session.columns[layer_idx] += T
+        seen = cache.session.sliding_seen[layer_idx]
         seen += T if call.valid is None else call.valid.sum(1).to(seen.device)
         key, value = at.update(key, value)
         if T > 1:  # what the layer keeps is a view, which would hold the memory of all T tokens

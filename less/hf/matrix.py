@@ -20,6 +20,7 @@ from less.fit import LayerWalk, Recipe, train
 from less.hf.binding import attach, cache_for
 from less.hf.families import FAMILIES, REFUSED, VOCAB, build, build_refused
 from less.hf.models import UnsupportedModelError
+from less.layer import Maps
 from less.policies import H2O, Policy
 from less.sidekick import Sidekick, kv_heads_of
 
@@ -189,8 +190,7 @@ def follow_reference(case: Case, sidekick: Sidekick | None) -> None:
             k,
             v,
             SMALL,
-            None if sidekick is None else sidekick[layer],
-            "exp" if sidekick is None else sidekick.kind,
+            None if sidekick is None else Maps(sidekick.kind, sidekick[layer]),
             prompt=20,
             scale=cache.scale,
             softcap=cache.softcap or 0.0,

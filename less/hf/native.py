@@ -31,9 +31,9 @@ def make_native(cache: LessKVCache, facts: ModelFacts) -> None:
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
     for layer, window in facts.windows.items():
-        at = cache._native[layer]
+        at = cache.session.sliding[layer]
         if at is None:
-            cache._native[layer] = DynamicSlidingWindowLayer(sliding_window=window)
+            cache.session.sliding[layer] = DynamicSlidingWindowLayer(sliding_window=window)
         elif at.sliding_window != window:
             raise ValueError(
                 f"attach: the cache's layer {layer} must slide by {window} tokens for "

@@ -144,11 +144,16 @@ class PageLayout:
         """Slots of the head that has most."""
         return max(self.capacities)
 
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first head: ``seen`` and ``share``."""
+        return field_bytes(_SHARE + 8 * self.kv_heads)
+
     @cached_property
     def heads(self) -> tuple[dict[str, Field], ...]:
         """The fields of each head, by name, in the order in which they lie."""
         numbers = state_dtype(self.dtype)
-        at, heads = field_bytes(_SHARE + 8 * self.kv_heads), []
+        at, heads = self.header_bytes, []
         for S in self.capacities:
             fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "position": ((S,), torch.int32),

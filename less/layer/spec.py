@@ -11,7 +11,7 @@ from torch import Tensor
 
 from less.dtypes import CODES
 from less.layer.layout import PageLayout
-from less.layer.maps import KINDS, PackedMaps
+from less.layer.maps import PackedMaps
 from less.policies import Rule
 
 #: What becomes of a token that leaves, as in ``Victim`` of csrc/params.h. ``"none"``: nothing joins

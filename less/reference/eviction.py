@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from less.layer import LayerSpec, Maps, Rows, Slots, State
-from less.policies import Candidates, rank_by_rule
+from less.policies.base import Candidates, rank_by_rule
 from less.reference.maps import fold, psi
 from less.reference.numbers import floats
 

@@ -1,0 +1,77 @@
+"""What a backend is: who computes the steps of a layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from less.layer import Call, LayerPlan, Paged, Rows
+from less.reference import Attended
+
+
+class Backend(Protocol):
+    """The two halves of a call, and a decode step whole; shapes as in ``less.reference``."""
+
+    name: str
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of scratch held."""
+
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """What slots may be held in."""
+
+    def reserve(self, plan: LayerPlan, at: Paged, B: int) -> None:
+        """Hold enough scratch for decode steps of B rows of this layer; layers share it."""
+
+    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+        """A call's keys and values in the slots' dtype, contiguous or not."""
+
+    def attend(self, call: Call, new: Rows, at: Paged, plan: LayerPlan) -> Attended:
+        """Attend over slots, state and the call's tokens; writes ``call.out`` where it is given.
+
+        Pages that begin are reset.
+
+        Args:
+            call: Whose q, valid and out are used.
+            new: Its keys and values in the slots' dtype.
+            at: The layer's pages.
+            plan: The layer.
+        """
+
+    def compact(
+        self,
+        new: Rows,
+        valid: Tensor | None,
+        step: Attended,
+        at: Paged,
+        plan: LayerPlan,
+        rank: Tensor | None,
+    ) -> None:
+        """Insert the call's tokens, evict and fold: writes the pages.
+
+        Args:
+            new: The call's keys and values in the slots' dtype.
+            valid: bool [B, T] or None.
+            step: What ``attend`` returned.
+            at: The layer's pages; none of them begins.
+            plan: The layer.
+            rank: The policy's ranks [B, K, S + T], where the layer has no rule.
+        """
+
+    def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
+        """Do both for one token, under a policy that has a rule; returns the output."""
+
+
+def add_share(step: Attended, at: Paged, plan: LayerPlan) -> None:
+    """Count in the pages what the low-rank part took of a call's attention."""
+    if plan.maps is None:
+        return
+    K = plan.layout.kv_heads
+    index, there = at.index(step.share.shape[0])
+    added = step.share.unflatten(1, (K, -1)).sum((2, 3), dtype=torch.float64)
+    added = torch.where(there[:, None], added, 0.0)
+    for views in plan.layout.views(at.pool):
+        views.share.index_add_(0, index, added[:, views.heads])

@@ -1,0 +1,216 @@
+"""One layer over pages that somebody else owns: what an engine calls, and the cache itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from less import backend as backends
+from less._check import require_int, require_tensor, shape_text
+from less.backend import Backend
+from less.cache.checks import check_call, positive
+from less.layer import (
+    Call,
+    LayerPlan,
+    LayerSpec,
+    PackedMaps,
+    Paged,
+    PageLayout,
+    PageRows,
+    Rows,
+    Slots,
+    allocate,
+)
+from less.policies import Policy
+from less.reference import Attended, candidates
+
+
+class PagedLayer:
+    """A layer without memory of its own: it attends on a pool of pages that it is given.
+
+    A pool holds one page for each sequence; which page a row of a call uses is the caller's to
+    say, so sequences come and go without a copy::
+
+        layout = PageLayout(kv_heads=8, head_dim=128, capacity=256)
+        layer = PagedLayer(H2O(heavy=128, recent=128), layout, q_heads=32)
+        pool = layer.new_pool(pages=64)
+        out = layer.attend(pool, q, k, v, pages=pages, fresh=fresh)
+
+    Args:
+        policy: Who stays. Its capacity is the layout's where that is the same for every head.
+        layout: What a page holds.
+        q_heads: Query heads Q, a multiple of the kv heads.
+        maps: Feature maps: a layer of a ``Sidekick`` by name, of the layout's rank. None: no state.
+        kind: Their kind, ``"paper"`` or ``"exp"``.
+        victim: ``"fold"`` or ``"forget"``: what becomes of a token that leaves. None: it is folded
+            where there are maps.
+        scale: Factor of q.k; 1/sqrt(D) by default.
+        softcap: What scale q.k is held within, before the log-weights. None: nothing.
+        null_page: The page that stands for none, besides negative numbers.
+        device: Where maps and pools lie.
+        backend: As in ``LessKVCache``.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
+
+    Source: arXiv:2402.09398.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layout: PageLayout,
+        q_heads: int,
+        *,
+        maps: Mapping[str, Tensor] | None = None,
+        kind: str = "exp",
+        victim: str | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        null_page: int = -1,
+        device: torch.device | str = "cpu",
+        backend: str | Backend | None = None,
+    ) -> None:
+        op = "PagedLayer"
+        if not isinstance(policy, Policy):
+            raise ValueError(f"{op}: policy must be a Policy, got {type(policy).__name__}")
+        if not isinstance(layout, PageLayout):
+            raise ValueError(f"{op}: layout must be a PageLayout, got {type(layout).__name__}")
+        require_int(op, "q_heads", q_heads, 1)
+        if isinstance(layout.capacity, int) and layout.capacity != policy.capacity:
+            raise ValueError(
+                f"{op}: layout must have the policy's capacity, {policy.capacity}, got "
+                f"{layout.capacity}"
+            )
+        self.policy, self.layout, self.device = policy, layout, torch.device(device)
+        if backend is None or isinstance(backend, str):
+            backend = backends.choose(backend, self.device)
+        self.backend = backend
+        packed = None if maps is None else PackedMaps.pack(maps, kind, self.device)
+        spec = LayerSpec(
+            q_heads=q_heads,
+            scale=positive(
+                op, "scale", 1.0 / math.sqrt(layout.head_dim) if scale is None else scale
+            ),
+            softcap=0.0 if softcap is None else positive(op, "softcap", softcap),
+            decay=policy.decay,
+            scores=policy.needs_scores,
+            rule=policy.rule,
+            victim=victim or ("forget" if packed is None else "fold"),
+            null_page=null_page,
+        )
+        self.plan = LayerPlan(spec, layout, packed)
+
+    def new_pool(self, pages: int) -> Tensor:
+        """A pool of empty pages, uint8 [pages, page]."""
+        return allocate([self.layout], require_int("new_pool", "pages", pages, 1), self.device)[0]
+
+    def attend(
+        self,
+        pool: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        pages: Tensor | PageRows | None = None,
+        fresh: Tensor | None = None,
+        valid: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attend with T new tokens of every row, which then join the row's page.
+
+        Args:
+            pool: Bytes [N, page], of any shape that ``PageLayout.check_pool`` takes. Written.
+            q: [B, Q, T, D], float32, bfloat16 or float16. Tokens may lie before heads: a view of
+                [tokens, heads, D] costs no copy; so for k, v and out.
+            k: [B, K, T, D].
+            v: [B, K, T, D].
+            pages: int32 [B], the page of each row. The null page, or a negative number: the row
+                reads and writes nothing, and its output is 0. None: row b has page b. A
+                ``PageRows`` made once serves all layers of a step.
+            fresh: bool [B]: True makes the row's page an empty one before it is used, whatever it
+                holds. Belongs to ``pages``.
+            valid: bool [B, T], False for padding. None: all valid.
+            out: [B, Q, T, D] of q's dtype: where to write the result.
+
+        Returns:
+            [B, Q, T, D] in q's dtype; ``out`` where it is given.
+
+        Raises:
+            ValueError: An argument is wrong; nothing was written.
+            RuntimeError: A page is none of the pool's, or stands twice; nothing was written.
+        """
+        op = "attend"
+        pool = self.layout.check_pool(op, pool)
+        rows = pages if isinstance(pages, PageRows) else None
+        if isinstance(pages, PageRows):
+            if fresh is not None:
+                raise ValueError(f"{op}: fresh must be in the PageRows, got both")
+        elif pages is not None:
+            rows = PageRows(pages, fresh, null_page=self.plan.spec.null_page)
+        elif fresh is not None:
+            raise ValueError(f"{op}: fresh must come with pages")
+        B = pool.shape[0] if rows is None else rows.pages.shape[0]
+        if rows is None and q.dim() == 4:
+            B = min(B, q.shape[0])
+        call = Call(q, k, v, valid, out)
+        check_call(op, call, self.plan, B, pool.device)
+        return self.run(call, Paged(pool, rows))
+
+    def run(self, call: Call, at: Paged) -> Tensor:
+        """``attend`` without its checks."""
+        if self.policy.rule is not None and call.q.shape[2] == 1:
+            return self.backend.decode_step(call, at, self.plan)
+        new = self.backend.rounded(call.k, call.v, self.layout.dtype)
+        step = self.backend.attend(call, new, at, self.plan)
+        at = at if at.rows is None else Paged(at.pool, at.rows.used())
+        rank = self._rank(step, new, call.valid, at) if self.policy.rule is None else None
+        self.backend.compact(new, call.valid, step, at, self.plan, rank)
+        return step.out
+
+    def _rank(self, step: Attended, new: Rows, valid: Tensor | None, at: Paged) -> Tensor:
+        slots, seen = self.held(at, new.k.shape[0])
+        tokens = candidates(slots, new, step.score, seen, valid)
+        name = f"{type(self.policy).__name__}.rank"
+        rank = require_tensor(name, "its result", self.policy.rank(tokens))
+        if rank.shape != tokens.score.shape:
+            raise ValueError(
+                f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
+                f"got {shape_text(rank.shape)}"
+            )
+        if not rank.is_floating_point():
+            raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
+        return rank.to(tokens.score.dtype).contiguous()
+
+    def held(self, at: Paged, B: int) -> tuple[Slots, Tensor]:
+        """Copies of what each row's page holds: slots, and the tokens seen.
+
+        Heads with fewer slots than the largest are filled up with empty ones, and a row without a
+        page is one of an empty sequence.
+
+        Args:
+            at: The layer's pages.
+            B: Rows.
+
+        Returns:
+            The slots [B, K, S, ...] and int64 [B].
+        """
+        index, there = at.index(B)
+        S = self.layout.slots
+        views = self.layout.views(at.pool)
+        runs = [v.slots.select(index) for v in views]
+        tensors = {}
+        for name in (n for n, x in vars(runs[0]).items() if x is not None):
+            empty = -1 if name == "position" else 0
+            parts = []
+            for run in runs:
+                x = getattr(run, name)
+                missing = x.new_full((*x.shape[:2], S - x.shape[2], *x.shape[3:]), empty)
+                parts.append(torch.cat([x, missing], 2))
+            tensors[name] = torch.cat(parts, 1)
+        tensors["position"].masked_fill_(~there[:, None, None], -1)
+        seen = torch.where(there, views[0].seen.index_select(0, index), 0)
+        return Slots(**tensors), seen
