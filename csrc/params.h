@@ -59,14 +59,15 @@ struct FoldParams {
   int64_t D;
 };
 
-// eight[n,:] = round(x[n,:] / scale[n]), scale[n] = max|x[n,:]| / 127, of fp8 / 448
+// eight[n,:] = round(x[n,:] / scale[n]), scale[n] = max|x[n,:]| / 127, of fp8 / 448; n: a row
 struct QuantizeParams {
-  const void* x;  // [rows, D]  of x_dtype
-  void* eight;    // [rows, D]  of dtype; written
-  float* scale;   // [rows]     written
-  DType x_dtype;
-  DType dtype;  // i8 or fp8
-  int64_t rows;
+  HeadRows x;    // [B, heads, T, D]
+  void* eight;   // [B, heads, T, D]  of dtype; written
+  float* scale;  // [B, heads, T]     written
+  DType dtype;   // i8 or fp8
+  int64_t B;
+  int64_t heads;
+  int64_t T;
   int64_t D;
 };
 

@@ -17,7 +17,8 @@ namespace less::bench {
 namespace {
 
 void count(const std::string& name, const Shape& shape, const std::function<void(Layer&)>& run) {
-  Layer layer(shape, 0);
+  const Pools pools(shape, 1);
+  Layer layer(shape, 0, pools.of(0));
   run(layer);
   CALLGRIND_ZERO_STATS;
   CALLGRIND_TOGGLE_COLLECT;
@@ -28,20 +29,20 @@ void count(const std::string& name, const Shape& shape, const std::function<void
 
 void decode(Layer& layer) {
   const DecodeStepParams p = layer.decode_step(Victim::fold);
-  cpu::decode_step(p, 0, p.B * p.K);
+  cpu::decode_step(p, 0, p.B * p.spec.K);
   layer.advance();
 }
 
 void chunk(Layer& layer) {
   const ChunkAttentionParams p = layer.chunk_attention();
-  cpu::chunk_attention(p, 0, p.B * p.K * p.strips);
-  cpu::chunk_scores(p, 0, p.B * p.K);
+  cpu::chunk_attention(p, 0, p.B * p.spec.K * p.strips);
+  cpu::chunk_scores(p, 0, p.B * p.spec.K);
 }
 
 void compact(Layer& layer) {
   layer.rewind();
   const CompactParams p = layer.compact();
-  cpu::compact(p, 0, p.B * p.K);
+  cpu::compact(p, 0, p.B * p.spec.K);
 }
 
 void feature_map(Layer& layer) {

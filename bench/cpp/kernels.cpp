@@ -38,16 +38,19 @@ void decode(Layer& layer, Victim victim) {
 
 void chunk(Layer& layer) {
   const ChunkAttentionParams p = layer.chunk_attention();
-  cpu::chunk_attention(p, 0, p.B * p.K * p.strips);
-  cpu::chunk_scores(p, 0, p.B * p.K);
+  cpu::chunk_attention(p, 0, p.B * p.spec.K * p.strips);
+  cpu::chunk_scores(p, 0, p.B * p.spec.K);
 }
 
 void measure(::benchmark::State& state, const Shape& shape, const Run& run, bool slots) {
   static const std::vector<std::byte> buffer(kReadBytes, std::byte{1});
   const int64_t each = step_bytes(shape);
   const int64_t count = std::max(kLeastLayers, (kBeyondCaches + each - 1) / each);
+  const Pools pools(shape, count);
   std::vector<std::unique_ptr<Layer>> layers;
-  for (int64_t i = 0; i < count; ++i) layers.push_back(std::make_unique<Layer>(shape, i));
+  for (int64_t i = 0; i < count; ++i) {
+    layers.push_back(std::make_unique<Layer>(shape, i, pools.of(i)));
+  }
   const ReadRate rate = read_rate(buffer.data(), buffer.size());
   for (const auto& layer : layers) run(*layer);
   const int64_t before = allocations();
@@ -68,6 +71,7 @@ void add(const std::string& what, const Shape& s, Run run, bool slots) {
   std::string text = what + "/" + s.name + "/C" + std::to_string(s.S) + "/" + name(s.slots);
   if (s.R > 0) text += "/maps_" + std::string(name(s.maps));
   if (s.T > 1) text += "/T" + std::to_string(s.T);
+  if (!s.huge_pages) text += "/small_pages";
   ::benchmark::RegisterBenchmark(text.c_str(), [=](::benchmark::State& state) {
     measure(state, s, run, slots);
   })->Unit(::benchmark::kMicrosecond);
@@ -100,6 +104,13 @@ void register_all() {
       s.R = 0;
       add("decode_step", s, kStep, true);
     }
+  }
+  for (int64_t S : {205, 820}) {
+    Shape s = llama2;
+    s.S = S;
+    s.R = 0;
+    s.huge_pages = false;
+    add("decode_step", s, kStep, true);
   }
   for (const Shape& model : {llama3, smollm2}) {
     Shape s = model;

@@ -1,5 +1,7 @@
 #include "layer.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -12,6 +14,12 @@ namespace {
 
 // Pages of the machine's own size, as a caller's tensors have them.
 constexpr size_t kPage = 4096;
+constexpr size_t kHugePage = size_t(2) << 20;
+
+[[noreturn]] void out_of_memory(size_t bytes) {
+  std::fprintf(stderr, "bench: out of memory for %zu bytes\n", bytes);
+  std::exit(1);
+}
 
 void put(void* array, DType dtype, int64_t i, float x) {
   switch (dtype) {
@@ -51,12 +59,8 @@ const char* name(DType dtype) {
   return "unknown";
 }
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : has_scales(dtype) ? 1 : 2; }
-
-bool has_scales(DType dtype) { return dtype == DType::i8 || dtype == DType::fp8; }
-
 int64_t slot_bytes(const Shape& s) {
-  const int64_t scale = has_scales(s.slots) ? 4 : 0;
+  const int64_t scale = has_scale(s.slots) ? 4 : 0;
   return 2 * s.B * s.K * s.S * (s.D * bytes_of(s.slots) + scale);
 }
 
@@ -67,6 +71,20 @@ int64_t step_bytes(const Shape& s) {
   const int64_t maps =
       s.R == 0 ? 0 : (s.Q + s.K) * (bytes_of(s.maps) * (s.D * s.E + s.E * s.R) + 4 * s.R);
   return slot_bytes(s) + beside + state + maps;
+}
+
+Layout layout_of(const Shape& s) {
+  const std::vector<int64_t> slots(s.K, s.S);
+  return make_layout(s.slots, s.K, s.D, s.R, slots.data());
+}
+
+Pools::Pools(const Shape& shape, int64_t layers) : each_(shape.B * layout_of(shape).nbytes) {
+  const size_t bytes = (size_t(layers * each_) + kHugePage - 1) / kHugePage * kHugePage;
+  void* const memory = std::aligned_alloc(kHugePage, bytes);
+  if (memory == nullptr) out_of_memory(bytes);
+  madvise(memory, bytes, shape.huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  std::memset(memory, 0, bytes);
+  memory_.reset(static_cast<std::byte*>(memory));
 }
 
 float Layer::uniform() {  // in [-1, 1), by xorshift
@@ -81,27 +99,32 @@ T* Layer::make(int64_t count) {
   const size_t bytes =
       (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + kPage - 1) / kPage * kPage;
   void* memory = std::aligned_alloc(kPage, bytes);
-  if (memory == nullptr) {
-    std::fprintf(stderr, "bench: out of memory for %zu bytes\n", bytes);
-    std::exit(1);
-  }
+  if (memory == nullptr) out_of_memory(bytes);
   std::memset(memory, 0, bytes);
   held_.emplace_back(static_cast<std::byte*>(memory));
   sizes_.push_back(bytes);
   return static_cast<T*>(memory);
 }
 
+void Layer::fill(void* array, DType dtype, int64_t count, float scale) {
+  // A value of 8 bits is a share of its row's scale.
+  const float factor = has_scale(dtype) ? 1.0f : scale;
+  for (int64_t i = 0; i < count; ++i) put(array, dtype, i, factor * uniform());
+}
+
+void Layer::fill(float* array, int64_t count, float low, float high) {
+  for (int64_t i = 0; i < count; ++i) array[i] = low + (high - low) * (0.5f + 0.5f * uniform());
+}
+
 void* Layer::values(DType dtype, int64_t count, float scale) {
   std::byte* array = make<std::byte>(count * bytes_of(dtype));
-  // A value of 8 bits is a share of its row's scale.
-  const float factor = has_scales(dtype) ? 1.0f : scale;
-  for (int64_t i = 0; i < count; ++i) put(array, dtype, i, factor * uniform());
+  fill(array, dtype, count, scale);
   return array;
 }
 
 float* Layer::floats(int64_t count, float low, float high) {
   float* array = make<float>(count);
-  for (int64_t i = 0; i < count; ++i) array[i] = low + (high - low) * (0.5f + 0.5f * uniform());
+  fill(array, count, low, high);
   return array;
 }
 
@@ -124,27 +147,34 @@ FeatureMaps Layer::maps(int64_t heads, DType dtype) {
   return maps;
 }
 
-Layer::Layer(const Shape& shape, uint64_t seed)
-    : shape_(shape), state_(0x9e3779b97f4a7c15u * (seed + 1)) {
+Layer::Layer(const Shape& shape, uint64_t seed, std::byte* pool)
+    : shape_(shape), layout_(layout_of(shape)), state_(0x9e3779b97f4a7c15u * (seed + 1)) {
   const Shape& s = shape_;
-  const int64_t heads = s.B * s.K, rows = heads * s.S, tokens = heads * s.T;
+  const int64_t heads = s.B * s.K, tokens = heads * s.T;
   q_ = values(s.model, s.B * s.Q * s.T * s.D, 1.7f);
-  // A chunk comes in the slots' dtype, a step's token in the model's.
-  const DType token = s.T == 1 ? s.model : s.slots;
-  k_ = values(token, tokens * s.D, 1.7f);
-  v_ = values(token, tokens * s.D, 1.7f);
+  k_ = values(token(), tokens * s.D, 1.7f);
+  v_ = values(token(), tokens * s.D, 1.7f);
   out_ = values(s.model, s.B * s.Q * s.T * s.D, 1.0f);
-  slots_.k = values(s.slots, rows * s.D, 1.7f);
-  slots_.v = values(s.slots, rows * s.D, 1.7f);
+  pool_ = {.data = reinterpret_cast<unsigned char*>(pool),
+           .stride = layout_.nbytes,
+           .N = s.B,
+           .pages = nullptr,
+           .fresh = nullptr,
+           .null_page = -1};
   const float step = s.slots == DType::i8 ? 0.013f : 1.7f;
-  slots_.k_scale = has_scales(s.slots) ? floats(rows, step, 1.08f * step) : nullptr;
-  slots_.v_scale = has_scales(s.slots) ? floats(rows, step, 1.08f * step) : nullptr;
-  slots_.position = make<int32_t>(rows);
-  slots_.score = floats(rows, 0.0f, 1.0f);
-  slots_.weight = make<float>(rows);
-  slots_.dtype = s.slots;
-  slots_.S = s.S;
-  seen_ = make<int64_t>(s.B);
+  for (int64_t i = 0; i < heads; ++i) {
+    const auto [slots, state] = head(layout_, page(pool_, i / s.K), i % s.K);
+    fill(slots.k, s.slots, s.S * s.D, 1.7f);
+    fill(slots.v, s.slots, s.S * s.D, 1.7f);
+    if (has_scale(s.slots)) {
+      fill(slots.k_scale, s.S, step, 1.08f * step);
+      fill(slots.v_scale, s.S, step, 1.08f * step);
+    }
+    fill(slots.score, s.S, 0.0f, 1.0f);
+    if (s.R == 0) continue;
+    fill(state.H, s.R * s.D, -1.0f, 1.0f);
+    fill(state.z, s.R, 1.0f, 2.0f);
+  }
   position_.resize(s.S);
   // Slots are taken in the order of eviction: positions come in no order.
   for (int64_t i = 0; i < s.S; ++i) position_[i] = int32_t(i);
@@ -152,126 +182,116 @@ Layer::Layer(const Shape& shape, uint64_t seed)
     std::swap(position_[i], position_[int64_t((0.5f + 0.499f * uniform()) * float(i + 1))]);
   }
   rewind();
-  slot_score_ = make<float>(rows);
-  chunk_score_ = floats(tokens, 0.0f, 1.0f);
+  score_ = floats(heads * (s.S + s.T), 0.0f, 1.0f);
   share_q_ = make<float>(s.B * s.Q * s.T);
   received_ = make<float>(heads * (s.S + s.T));
   if (s.R > 0) {
     H_ = floats(heads * s.R * s.D, -1.0f, 1.0f);
     z_ = floats(heads * s.R, 1.0f, 2.0f);
-    share_ = make<double>(heads);
     phi_q_ = floats(s.B * s.Q * s.T * s.R, 0.0f, 1.0f);
     psi_k_ = floats(tokens * s.R, 0.0f, 1.0f);
-    phi_ = maps(s.Q, s.maps);
-    psi_ = maps(s.K, s.maps);
+    maps_ = {.phi = maps(s.Q, s.maps), .psi = maps(s.K, s.maps)};
   }
 }
 
 void Layer::rewind() {
   const Shape& s = shape_;
-  for (int64_t head = 0; head < s.B * s.K; ++head) {
-    std::copy(position_.begin(), position_.end(), slots_.position + head * s.S);
+  for (int64_t i = 0; i < s.B * s.K; ++i) {
+    unsigned char* const own = page(pool_, i / s.K);
+    std::copy(position_.begin(), position_.end(), head(layout_, own, i % s.K).slots.position);
+    *seen(own) = s.S;
   }
-  std::fill(seen_, seen_ + s.B, s.S);
 }
 
 void Layer::advance() {
-  for (int64_t b = 0; b < shape_.B; ++b) seen_[b] += shape_.T;
+  for (int64_t b = 0; b < shape_.B; ++b) *seen(page(pool_, b)) += shape_.T;
+}
+
+// A chunk comes in the slots' dtype, a step's token in the model's.
+DType Layer::token() const { return shape_.T == 1 ? shape_.model : shape_.slots; }
+
+HeadRows Layer::rows(void* data, DType dtype, int64_t heads) const {
+  const int64_t T = shape_.T, D = shape_.D;
+  return {.data = data, .dtype = dtype, .b = heads * T * D, .h = T * D, .t = D};
+}
+
+LayerSpec Layer::spec(Victim victim) const {
+  const Shape& s = shape_;
+  return {.Q = s.Q,
+          .K = s.K,
+          .D = s.D,
+          .scale = 1.0f / std::sqrt(float(s.D)),
+          .softcap = 0.0f,
+          .decay = 0.98f,
+          .scores = victim != Victim::none,
+          .dependent = false,
+          .victim = victim == Victim::fold && s.R == 0 ? Victim::forget : victim,
+          .rule = {.recent = s.S / 2, .sinks = 0, .by_score = true, .per_age = false}};
 }
 
 DecodeStepParams Layer::decode_step(Victim victim) const {
   const Shape& s = shape_;
-  const bool alone = victim == Victim::none;
-  DecodeStepParams p{};
-  p.q = q_;
-  p.k = k_;
-  p.v = v_;
-  p.seen = seen_;
-  p.slots = slots_;
-  if (!alone && s.R > 0) {
-    p.H = H_;
-    p.z = z_;
-    p.share = share_;
-    p.phi = phi_;
-    p.psi = psi_;
-    p.R = s.R;
-  }
-  p.out = out_;
-  p.rule = {.recent = s.S / 2, .sinks = 0, .by_score = true, .per_age = false};
-  p.victim = victim == Victim::fold && s.R == 0 ? Victim::forget : victim;
-  p.q_dtype = s.model;
-  p.kv_dtype = s.model;
-  p.scores = !alone;
-  p.scale = 1.0f / std::sqrt(float(s.D));
-  p.decay = 0.98f;
-  p.B = s.B;
-  p.Q = s.Q;
-  p.K = s.K;
-  p.D = s.D;
-  return p;
+  return {.spec = spec(victim),
+          .layout = layout_,
+          .pool = pool_,
+          .maps = victim == Victim::none ? Maps{} : maps_,
+          .q = rows(q_, s.model, s.Q),
+          .k = rows(k_, token(), s.K),
+          .v = rows(v_, token(), s.K),
+          .out = rows(out_, s.model, s.Q),
+          .valid = nullptr,
+          .workspace = nullptr,
+          .B = s.B};
 }
 
 ChunkAttentionParams Layer::chunk_attention() const {
   const Shape& s = shape_;
-  ChunkAttentionParams p{};
-  p.q = q_;
-  p.k = k_;
-  p.v = v_;
-  p.slots = slots_;
-  p.phi_q = phi_q_;
-  p.H = H_;
-  p.z = z_;
-  p.out = out_;
-  p.slot_score = slot_score_;
-  p.chunk_score = chunk_score_;
-  p.share = share_q_;
-  p.received = received_;
-  p.strips = 1;
-  p.q_dtype = s.model;
-  p.scores = true;
-  p.scale = 1.0f / std::sqrt(float(s.D));
-  p.decay = 0.98f;
-  p.B = s.B;
-  p.Q = s.Q;
-  p.K = s.K;
-  p.T = s.T;
-  p.D = s.D;
-  p.R = s.R;
-  return p;
+  return {.spec = spec(Victim::fold),
+          .layout = layout_,
+          .pool = pool_,
+          .q = rows(q_, s.model, s.Q),
+          .call = call(),
+          .valid = nullptr,
+          .phi_q = phi_q_,
+          .out = rows(out_, s.model, s.Q),
+          .score = score_,
+          .share = share_q_,
+          .received = received_,
+          .workspace = nullptr,
+          .strips = 1,
+          .B = s.B,
+          .T = s.T};
+}
+
+CallRows Layer::call() const {
+  return {.k = rows(k_, token(), shape_.K),
+          .v = rows(v_, token(), shape_.K),
+          .k_scale = nullptr,
+          .v_scale = nullptr};
 }
 
 CompactParams Layer::compact() const {
-  const Shape& s = shape_;
-  CompactParams p{};
-  p.k = k_;
-  p.v = v_;
-  p.chunk_score = chunk_score_;
-  p.slot_score = slots_.score;
-  p.slots = slots_;
-  p.seen = seen_;
-  p.H = H_;
-  p.z = z_;
-  p.psi = psi_;
-  p.rule = {.recent = s.S / 2, .sinks = 0, .by_score = true, .per_age = false};
-  p.B = s.B;
-  p.K = s.K;
-  p.T = s.T;
-  p.D = s.D;
-  p.R = s.R;
-  return p;
+  return {.spec = spec(Victim::fold),
+          .layout = layout_,
+          .pool = pool_,
+          .maps = maps_,
+          .call = call(),
+          .valid = nullptr,
+          .score = score_,
+          .rank = nullptr,
+          .workspace = nullptr,
+          .B = shape_.B,
+          .T = shape_.T};
 }
 
 FeatureMapParams Layer::phi() const {
   const Shape& s = shape_;
-  FeatureMapParams p{};
-  p.maps = phi_;
-  p.x = q_;
-  p.y = phi_q_;
-  p.x_dtype = s.model;
-  p.B = s.B;
-  p.heads = s.Q;
-  p.T = s.T;
-  return p;
+  return {.maps = maps_.phi,
+          .x = rows(q_, s.model, s.Q),
+          .y = phi_q_,
+          .B = s.B,
+          .heads = s.Q,
+          .T = s.T};
 }
 
 FoldParams Layer::fold() const {
@@ -281,7 +301,7 @@ FoldParams Layer::fold() const {
   p.z = z_;
   p.psi_k = psi_k_;
   p.v = v_;
-  p.v_dtype = s.T == 1 ? s.model : s.slots;
+  p.v_dtype = token();
   p.heads = s.B * s.K;
   p.N = s.T;
   p.R = s.R;
@@ -290,7 +310,7 @@ FoldParams Layer::fold() const {
 }
 
 std::vector<Layer::Array> Layer::arrays() const {
-  std::vector<Array> all;
+  std::vector<Array> all = {{pool_.data, size_t(pool_.N * pool_.stride)}};
   for (size_t i = 0; i < held_.size(); ++i) all.push_back({held_[i].get(), sizes_[i]});
   return all;
 }

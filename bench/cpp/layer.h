@@ -24,21 +24,38 @@ struct Shape {
   DType slots = DType::fp16;
   DType maps = DType::f32;
   DType model = DType::fp16;  // of q, k, v and out
+  bool huge_pages = true;     // of memory, where the system gives some
 
   bool operator==(const Shape&) const = default;
 };
 
 const char* name(DType dtype);
-int64_t bytes_of(DType dtype);
-bool has_scales(DType dtype);  // int8, fp8: a scale each row
 // What a decode step must read of k and v: 2 B K S D values, and a scale each row of 8 bits.
 int64_t slot_bytes(const Shape& shape);
 // The above, scores, positions and log-weights, the state read and written, and the maps once.
 int64_t step_bytes(const Shape& shape);
 
+Layout layout_of(const Shape& shape);
+
+// Memory of the pools of so many layers, as less/layer/pool.py allocates it: one piece, zero, at a
+// multiple of 2 MiB, for which huge pages are asked, or refused.
+class Pools {
+ public:
+  Pools(const Shape& shape, int64_t layers);
+  std::byte* of(int64_t layer) const { return memory_.get() + layer * each_; }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  int64_t each_;
+  std::unique_ptr<std::byte, Free> memory_;
+};
+
 class Layer {
  public:
-  Layer(const Shape& shape, uint64_t seed);
+  // `pool`: B pages, zero; what Pools gave, which must outlive this.
+  Layer(const Shape& shape, uint64_t seed, std::byte* pool);
 
   DecodeStepParams decode_step(Victim victim) const;
   ChunkAttentionParams chunk_attention() const;  // in one strip
@@ -68,24 +85,28 @@ class Layer {
   template <typename T>
   T* make(int64_t count);
   void* values(DType dtype, int64_t count, float scale);
+  void fill(void* array, DType dtype, int64_t count, float scale);
+  void fill(float* array, int64_t count, float low, float high);
   float* floats(int64_t count, float low, float high);
   FeatureMaps maps(int64_t heads, DType dtype);
   float uniform();
+  HeadRows rows(void* data, DType dtype, int64_t heads) const;
+  LayerSpec spec(Victim victim) const;
+  CallRows call() const;
+  DType token() const;  // of k and v
 
   Shape shape_;
+  Layout layout_;
+  Pool pool_;
   uint64_t state_;
   std::vector<Bytes> held_;
   std::vector<size_t> sizes_;  // of held_
-  const void *q_, *k_, *v_;
-  void* out_;
-  Slots slots_;
-  std::vector<int32_t> position_;  // of one head, for rewind
-  int64_t* seen_;
-  float *H_ = nullptr, *z_ = nullptr;
-  double* share_ = nullptr;
+  void *q_, *k_, *v_, *out_;
+  std::vector<int32_t> position_;      // of one head, for rewind
+  float *H_ = nullptr, *z_ = nullptr;  // of the op fold, which knows no pages
   float *phi_q_ = nullptr, *psi_k_ = nullptr;
-  float *slot_score_, *chunk_score_, *share_q_, *received_;
-  FeatureMaps phi_{}, psi_{};
+  float *score_, *share_q_, *received_;
+  Maps maps_{};
 };
 
 }  // namespace less::bench

@@ -19,7 +19,7 @@ namespace {
 template <typename T>
 class Online {
  public:
-  Online(const DecodeStepParams& p, float* out) : D_(p.D), out_(out) {
+  Online(const DecodeStepParams& p, float* out) : D_(p.spec.D), out_(out) {
     std::fill(out_, out_ + padded(D_), 0.0f);
   }
 
@@ -56,35 +56,37 @@ class Online {
 
 template <typename T>
 void attend(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  const int64_t G = p.Q / p.K, S = p.slots.S, D = p.D;
+  const int64_t Q = p.spec.Q, G = Q / p.spec.K, D = p.spec.D;
   static thread_local std::vector<float> scratch;
   if (int64_t(scratch.size()) < 4 * padded(D)) scratch.resize(4 * padded(D));
   float *q = scratch.data(), *out = q + padded(D), *wide = out + padded(D);
   T* token = reinterpret_cast<T*>(wide + padded(D));
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / p.Q * p.K + item % p.Q / G;
-    widen(p.q, p.q_dtype, item * D, D, q);
+    const int64_t b = item / Q, query = item % Q, kv = query / G;
+    widen(p.q.data, p.q.dtype, offset(p.q, b, query, 0), D, q);
     Online<T> online(p, out);
-    const T* k = static_cast<const T*>(p.slots.k) + row * S * D;
-    const T* v = static_cast<const T*>(p.slots.v) + row * S * D;
-    const float* weight = p.slots.weight + row * S;
-    for (int64_t s = 0; s < S; ++s) online.add(q, k + s * D, v + s * D, p.scale, weight[s]);
+    const Slots slots = head(p.layout, page(p.pool, b), kv).slots;
+    const T *k = static_cast<const T*>(slots.k), *v = static_cast<const T*>(slots.v);
+    const float scale = p.spec.scale;
+    for (int64_t s = 0; s < slots.S; ++s) {
+      online.add(q, k + s * D, v + s * D, scale, slots.weight[s]);
+    }
     T* new_v = token + D;
-    widen(p.k, p.kv_dtype, row * D, D, wide);
+    widen(p.k.data, p.k.dtype, offset(p.k, b, kv, 0), D, wide);
     narrow(wide, D, token);
-    widen(p.v, p.kv_dtype, row * D, D, wide);
+    widen(p.v.data, p.v.dtype, offset(p.v, b, kv, 0), D, wide);
     narrow(wide, D, new_v);
-    online.add(q, token, new_v, p.scale, 0.0f);
+    online.add(q, token, new_v, scale, 0.0f);
     const Vec inverse(1.0f / online.total());
     for (int64_t d = 0; d < D; d += Vec::kSize) (Vec::load(out + d) * inverse).store(out + d);
-    narrow(out, D, p.q_dtype, item * D, p.out);
+    narrow(out, D, p.out.dtype, offset(p.out, b, query, 0), p.out.data);
   }
 }
 
 }  // namespace
 
 void online_attention(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  switch (p.slots.dtype) {
+  switch (p.layout.dtype) {
     case DType::f32:
       return attend<float>(p, begin, end);
     case DType::bf16:

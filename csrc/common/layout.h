@@ -105,10 +105,22 @@ inline Layout make_layout(DType dtype, int64_t K, int64_t D, int64_t R, const in
 // Tokens that the page's sequence has seen.
 LESS_HD int64_t* seen(unsigned char* page) { return reinterpret_cast<int64_t*>(page); }
 
+// All fields of a head, where one follows the other.
+struct Span {
+  unsigned char* data;
+  int64_t nbytes;
+};
+
+LESS_HD Span head_span(const Layout& layout, unsigned char* page, int64_t h) {
+  const int64_t begin = layout.first[h] * kFieldAlign;
+  const int64_t end = h + 1 < layout.K ? layout.first[h + 1] * kFieldAlign : layout.nbytes;
+  return {page + begin, end - begin};
+}
+
 LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {
   const int64_t S = layout.slots[h];
   const HeadOffsets at = head_offsets(layout.dtype, layout.D, layout.R, S);
-  unsigned char* const base = page + layout.first[h] * kFieldAlign;
+  unsigned char* const base = head_span(layout, page, h).data;
   const bool scaled = has_scale(layout.dtype), state = layout.R > 0;
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   return {

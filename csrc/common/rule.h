@@ -1,5 +1,8 @@
 // Who stays: the ranking that kernels compute themselves. less.policies.base.rank_by_rule is the
 // same in Python.
+//
+// Score and Position are float and int32_t, or a machine's vectors of them, which have the same
+// operators; a comparison of vectors is a mask, and select() takes one.
 #pragma once
 
 #include <cmath>
@@ -18,18 +21,34 @@ struct Rule {
   bool per_age;
 };
 
-// The rank of a token; n: tokens seen, those of the call included. NaN ranks lowest.
-LESS_HD float rank_of(const Rule& rule, int64_t n, int32_t position, float score) {
-  constexpr float kInfinite = __builtin_huge_valf();
-  if (position >= n - rule.recent || position < rule.sinks) return kInfinite;
-  if (!rule.by_score) return -kInfinite;
-  const float rank = rule.per_age ? score / float(n - position) : score;
-  return rank == rank ? rank : -kInfinite;
+template <typename T>
+LESS_HD T select(bool condition, T a, T b) {
+  return condition ? a : b;
 }
 
-// Of two ranks the lower leaves; of equals the older token.
-LESS_HD bool leaves_before(float rank_a, int32_t position_a, float rank_b, int32_t position_b) {
-  return rank_a != rank_b ? rank_a < rank_b : position_a < position_b;
+// The rank of a token; n: tokens seen, those of the call included. NaN ranks lowest.
+template <typename Position, typename Score>
+LESS_HD Score rank_of(const Rule& rule, int64_t n, Position position, Score score) {
+  constexpr float kInfinite = __builtin_huge_valf();
+  const Score lowest(-kInfinite);
+  Score rank = lowest;
+  if (rule.by_score) {
+    rank = rule.per_age ? score / Score(Position(int32_t(n)) - position) : score;
+    rank = select(lowest < rank, rank, lowest);
+  }
+  const int64_t old = n - rule.recent - 1;
+  const Position youngest(int32_t(old > -1 ? old : -1));
+  const Position first_other(int32_t(rule.sinks < INT32_MAX ? rule.sinks : INT32_MAX));
+  return select((position > youngest) | (first_other > position), Score(kInfinite), rank);
+}
+
+// Of two ranks, neither NaN, the lower leaves; of equals the older token.
+template <typename Position, typename Score>
+LESS_HD auto leaves_before(Score rank_a, Position position_a, Score rank_b, Position position_b)
+    -> decltype(rank_a < rank_b) {
+  using Mask = decltype(rank_a < rank_b);
+  const Mask older = select(rank_b < rank_a, Mask(0), Mask(position_b > position_a));
+  return Mask((rank_a < rank_b) | older);
 }
 
 }  // namespace less

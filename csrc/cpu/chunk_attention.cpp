@@ -33,19 +33,24 @@ constexpr int64_t kKeys = 96;  // keys per tile: a multiple of every kGroup
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a kv head of a row sees, in order: its kept slots, then the call's valid tokens.
+// What a kv head of a row sees, in order: its kept slots, then the call's valid tokens. Nothing
+// where the row has no page.
 struct Keys {
   std::vector<int32_t> slot;
   std::vector<int32_t> token;
+  Head head{};
 
   void gather(const ChunkAttentionParams& p, int64_t row) {
     slot.clear();
     token.clear();
-    const int32_t* position = p.slots.position + row * p.slots.S;
-    for (int64_t s = 0; s < p.slots.S; ++s) {
-      if (position[s] >= 0) slot.push_back(int32_t(s));
+    const int64_t b = row / p.spec.K;
+    unsigned char* const own = page(p.pool, b);
+    if (own == nullptr) return;
+    head = less::head(p.layout, own, row % p.spec.K);
+    for (int64_t s = 0; s < head.slots.S; ++s) {
+      if (head.slots.position[s] >= 0) slot.push_back(int32_t(s));
     }
-    const bool* valid = p.valid == nullptr ? nullptr : p.valid + row / p.K * p.T;
+    const bool* valid = p.valid == nullptr ? nullptr : p.valid + b * p.T;
     for (int64_t t = 0; t < p.T; ++t) {
       if (valid == nullptr || valid[t]) token.push_back(int32_t(t));
     }
@@ -63,7 +68,7 @@ struct Cut {
   int64_t slots;
 
   Cut(const ChunkAttentionParams& p, const Keys& keys)
-      : per_block(std::max<int64_t>(1, kAttentionBlock / (p.Q / p.K))),
+      : per_block(std::max<int64_t>(1, kAttentionBlock / (p.spec.Q / p.spec.K))),
         tokens(keys.tokens()),
         slots(keys.slots()) {}
 
@@ -89,15 +94,20 @@ struct Tile {
   const float* weight;  // [count], null: 0
 };
 
-// Rows [n, D] of a kv head, and the scales [n] of int8 ones.
+// Rows [n, D] of a kv head, a stride apart, and the scales [n] of int8 ones.
 template <typename T>
 struct Rows {
   const T* x;
   const float* scale;
+  int64_t stride;
 
-  Rows(const void* all, const float* scales, int64_t first, int64_t D)
-      : x(static_cast<const T*>(all) + first * D),
-        scale(scales == nullptr ? nullptr : scales + first) {}
+  Rows(const void* slots, const float* scales, int64_t D)
+      : x(static_cast<const T*>(slots)), scale(scales), stride(D) {}
+  // Of the call, whose scales are [B, K, T].
+  Rows(const HeadRows& call, const float* scales, int64_t b, int64_t h, int64_t first)
+      : x(static_cast<const T*>(call.data) + offset(call, b, h, 0)),
+        scale(scales == nullptr ? nullptr : scales + first),
+        stride(call.t) {}
 };
 
 // `count` rows as floats: where they lie, or widened into scratch.
@@ -105,11 +115,12 @@ template <typename T>
 const float* tile_rows(const Rows<T>& rows, const int32_t* index, int64_t count, int64_t D,
                        float* scratch) {
   if constexpr (std::is_same_v<T, float>) {
-    if (index[count - 1] - index[0] == count - 1) return rows.x + index[0] * D;
+    const bool dense = index[count - 1] - index[0] == count - 1 && rows.stride == D;
+    if (dense || count == 1) return rows.x + index[0] * rows.stride;
   }
   for (int64_t n = 0; n < count; ++n) {
     const float scale = rows.scale == nullptr ? 1.0f : rows.scale[index[n]];
-    widen_row(rows.x + index[n] * D, scale, D, scratch + n * D);
+    widen_row(rows.x + index[n] * rows.stride, scale, D, scratch + n * D);
   }
   return scratch;
 }
@@ -203,18 +214,19 @@ class Attention {
  public:
   explicit Attention(const ChunkAttentionParams& p)
       : p_(p),
-        G_(p.Q / p.K),
+        G_(p.spec.Q / p.spec.K),
+        D_(p.spec.D),
         rows_(std::max(kAttentionBlock, G_)),
         panels_(ceil_div(rows_, kLanes)),
-        tiles_(p.scores ? ceil_div(p.slots.S, kKeys) + ceil_div(p.T, kKeys) : 1),
-        arena_(Arena::size(kKeys * p.D) * 2 + Arena::size(panels_ * p.D * kLanes) * 2 +
+        tiles_(p.spec.scores ? ceil_div(p.layout.S, kKeys) + ceil_div(p.T, kKeys) : 1),
+        arena_(Arena::size(kKeys * D_) * 2 + Arena::size(panels_ * D_ * kLanes) * 2 +
                Arena::size(tiles_ * panels_ * kKeys * kLanes) +
                Arena::size(tiles_ * panels_ * kLanes) + Arena::size(panels_ * kLanes) * 3 +
-               Arena::size(kKeys) + Arena::size(kLanes) + Arena::size(p.D + Vec::kSize)),
-        k_(arena_.take(kKeys * p.D)),
-        v_(arena_.take(kKeys * p.D)),
-        q_(arena_.take(panels_ * p.D * kLanes)),
-        out_(arena_.take(panels_ * p.D * kLanes)),
+               Arena::size(kKeys) + Arena::size(kLanes) + Arena::size(D_ + Vec::kSize)),
+        k_(arena_.take(kKeys * D_)),
+        v_(arena_.take(kKeys * D_)),
+        q_(arena_.take(panels_ * D_ * kLanes)),
+        out_(arena_.take(panels_ * D_ * kLanes)),
         p_kept_(arena_.take(tiles_ * panels_ * kKeys * kLanes)),
         tile_top_(arena_.take(tiles_ * panels_ * kLanes)),
         top_(arena_.take(panels_ * kLanes)),
@@ -222,20 +234,22 @@ class Attention {
         factor_(arena_.take(panels_ * kLanes)),
         weight_(arena_.take(kKeys)),
         visible_(arena_.take(kLanes)),
-        row_out_(arena_.take(p.D + Vec::kSize)) {
-    std::fill(row_out_, row_out_ + p.D + Vec::kSize, 0.0f);
+        row_out_(arena_.take(D_ + Vec::kSize)) {
+    std::fill(row_out_, row_out_ + D_ + Vec::kSize, 0.0f);
   }
 
   void run(int64_t row, int64_t strip) {
     if (row != row_) keys_.gather(p_, row);
     row_ = row;
+    b_ = row / p_.spec.K;
+    kv_ = row % p_.spec.K;
     if (strip == 0) write_padding();
     const Cut cut(p_, keys_);
     if (strip >= cut.strips()) return;
     const int64_t begin = cut.first_block(strip), end = cut.first_block(strip + 1);
     float* received = nullptr;
-    if (p_.scores) {
-      received = p_.received + (row * p_.strips + strip) * (p_.slots.S + p_.T);
+    if (p_.spec.scores) {
+      received = p_.received + (row * p_.strips + strip) * (p_.layout.S + p_.T);
       std::fill(received, received + cut.seen(end), 0.0f);
     }
     for (int64_t block = begin; block < end; ++block) {
@@ -262,9 +276,10 @@ class Attention {
     load_queries();
     for (int64_t first = 0, t = 0; first < N; ++t) {
       const Tile tile = load_tile(first, N);
-      const int64_t kept = p_.scores ? t : 0;
+      const int64_t kept = p_.spec.scores ? t : 0;
       for (int64_t panel = 0; panel < panels(); ++panel) attend_tile(panel, tile, kept);
-      if (p_.scores) std::copy(top_, top_ + panels() * kLanes, tile_top_ + t * panels_ * kLanes);
+      if (p_.spec.scores)
+        std::copy(top_, top_ + panels() * kLanes, tile_top_ + t * panels_ * kLanes);
       first += tile.count;
     }
     write_outputs();
@@ -272,15 +287,14 @@ class Attention {
   }
 
   void load_queries() {
-    const int64_t head = row_ / p_.K * p_.Q + row_ % p_.K * G_;
-    std::fill(q_, q_ + panels() * p_.D * kLanes, 0.0f);
-    std::fill(out_, out_ + panels() * p_.D * kLanes, 0.0f);
+    std::fill(q_, q_ + panels() * D_ * kLanes, 0.0f);
+    std::fill(out_, out_ + panels() * D_ * kLanes, 0.0f);
     std::fill(top_, top_ + panels() * kLanes, -FLT_MAX);
     std::fill(total_, total_ + panels() * kLanes, 0.0f);
     for (int64_t m = 0; m < lanes(); ++m) {
-      const int64_t at = (head + m % G_) * p_.T + keys_.token[first_ + m / G_];
-      widen(p_.q, p_.q_dtype, at * p_.D, p_.D, row_out_);
-      put_lane(row_out_, p_.D, m % kLanes, q_ + m / kLanes * p_.D * kLanes);
+      const int64_t at = offset(p_.q, b_, kv_ * G_ + m % G_, keys_.token[first_ + m / G_]);
+      widen(p_.q.data, p_.q.dtype, at, D_, row_out_);
+      put_lane(row_out_, D_, m % kLanes, q_ + m / kLanes * D_ * kLanes);
     }
   }
 
@@ -294,20 +308,20 @@ class Attention {
     Tile tile = cut_tile(first, N);
     const int64_t slots = keys_.slots();
     if (first < slots) {
-      const int64_t at = row_ * p_.slots.S;
+      const Slots& kept = keys_.head.slots;
       const int32_t* index = keys_.slot.data() + first;
-      const Rows<T> k(p_.slots.k, p_.slots.k_scale, at, p_.D);
-      const Rows<T> v(p_.slots.v, p_.slots.v_scale, at, p_.D);
-      tile.k = tile_rows(k, index, tile.count, p_.D, k_);
-      tile.v = tile_rows(v, index, tile.count, p_.D, v_);
-      for (int64_t n = 0; n < tile.count; ++n) weight_[n] = p_.slots.weight[at + index[n]];
+      const Rows<T> k(kept.k, kept.k_scale, D_), v(kept.v, kept.v_scale, D_);
+      tile.k = tile_rows(k, index, tile.count, D_, k_);
+      tile.v = tile_rows(v, index, tile.count, D_, v_);
+      for (int64_t n = 0; n < tile.count; ++n) weight_[n] = kept.weight[index[n]];
       tile.weight = weight_;
     } else {
       const int64_t at = row_ * p_.T;
       const int32_t* index = keys_.token.data() + (first - slots);
-      const Rows<T> k(p_.k, p_.k_scale, at, p_.D), v(p_.v, p_.v_scale, at, p_.D);
-      tile.k = tile_rows(k, index, tile.count, p_.D, k_);
-      tile.v = tile_rows(v, index, tile.count, p_.D, v_);
+      const Rows<T> k(p_.call.k, p_.call.k_scale, b_, kv_, at);
+      const Rows<T> v(p_.call.v, p_.call.v_scale, b_, kv_, at);
+      tile.k = tile_rows(k, index, tile.count, D_, k_);
+      tile.v = tile_rows(v, index, tile.count, D_, v_);
     }
     return tile;
   }
@@ -322,41 +336,41 @@ class Attention {
       }
     }
     const PanelStep step{
-        .q = q_ + panel * p_.D * kLanes,
+        .q = q_ + panel * D_ * kLanes,
         .visible = masked ? visible_ : nullptr,
         .tile = tile,
         .keys = keys,
-        .D = p_.D,
-        .scale = p_.scale,
-        .softcap = p_.softcap,
+        .D = D_,
+        .scale = p_.spec.scale,
+        .softcap = p_.spec.softcap,
         .p = p_kept_ + (kept * panels_ + panel) * kKeys * kLanes,
         .top = top_ + panel * kLanes,
         .total = total_ + panel * kLanes,
-        .out = out_ + panel * p_.D * kLanes,
+        .out = out_ + panel * D_ * kLanes,
     };
-    if (p_.softcap != 0.0f) return attend_panel<true>(vecs(panel), step);
+    if (p_.spec.softcap != 0.0f) return attend_panel<true>(vecs(panel), step);
     attend_panel<false>(vecs(panel), step);
   }
 
   // out and share of the block's queries; and factor: what a query's weight counts in a score.
   void write_outputs() {
-    const int64_t head = row_ / p_.K * p_.Q + row_ % p_.K * G_;
-    const float* H = p_.H == nullptr ? nullptr : p_.H + row_ * p_.R * p_.D;
-    const float* z = p_.z == nullptr ? nullptr : p_.z + row_ * p_.R;
+    const State& state = keys_.head.state;
+    const int64_t R = p_.layout.R;
     std::fill(factor_, factor_ + panels() * kLanes, 0.0f);
     float fade = 1.0f;
     for (int64_t m = 0; m < lanes(); ++m) {
       const int64_t i = first_ + m / G_;
-      if (m % G_ == 0) fade = power(p_.decay, keys_.tokens() - 1 - i);
-      const int64_t at = (head + m % G_) * p_.T + keys_.token[i];
+      if (m % G_ == 0) fade = power(p_.spec.decay, keys_.tokens() - 1 - i);
+      const int64_t query = kv_ * G_ + m % G_, token = keys_.token[i];
+      const int64_t at = (b_ * p_.spec.Q + query) * p_.T + token;
       const float inverse = 1.0f / total_[m];
       factor_[m] = fade * inverse;
-      take_lane(out_ + m / kLanes * p_.D * kLanes, p_.D, m % kLanes, row_out_);
-      for_each(row_out_, p_.D, [inverse](Vec x, int64_t, int) { return x * Vec(inverse); });
+      take_lane(out_ + m / kLanes * D_ * kLanes, D_, m % kLanes, row_out_);
+      for_each(row_out_, D_, [inverse](Vec x, int64_t, int) { return x * Vec(inverse); });
       p_.share[at] = p_.phi_q == nullptr ? 0.0f
-                                         : merge_state(p_.phi_q + at * p_.R, H, z, p_.R, p_.D,
+                                         : merge_state(p_.phi_q + at * R, state.H, state.z, R, D_,
                                                        top_[m], total_[m], row_out_);
-      narrow(row_out_, p_.D, p_.q_dtype, at * p_.D, p_.out);
+      narrow(row_out_, D_, p_.out.dtype, offset(p_.out, b_, query, token), p_.out.data);
     }
   }
 
@@ -387,21 +401,25 @@ class Attention {
     }
   }
 
+  // 0 for the tokens that the head does not see.
   void write_padding() {
-    if (p_.valid == nullptr) return;
-    const int64_t b = row_ / p_.K, bytes = p_.D * (p_.q_dtype == DType::f32 ? 4 : 2);
+    if (keys_.tokens() == p_.T) return;
+    auto seen = keys_.token.begin();
     for (int64_t t = 0; t < p_.T; ++t) {
-      if (p_.valid[b * p_.T + t]) continue;
-      for (int64_t g = 0; g < G_; ++g) {
-        const int64_t at = (b * p_.Q + row_ % p_.K * G_ + g) * p_.T + t;
-        std::memset(static_cast<char*>(p_.out) + at * bytes, 0, bytes);
-        p_.share[at] = 0.0f;
+      if (seen != keys_.token.end() && *seen == t) {
+        ++seen;
+        continue;
+      }
+      for (int64_t query = kv_ * G_; query < (kv_ + 1) * G_; ++query) {
+        clear_row(p_.out, b_, query, t, D_);
+        p_.share[(b_ * p_.spec.Q + query) * p_.T + t] = 0.0f;
       }
     }
   }
 
   const ChunkAttentionParams& p_;
   const int64_t G_;
+  const int64_t D_;
   const int64_t rows_;    // of a block, at most
   const int64_t panels_;  // of a block, at most
   const int64_t tiles_;   // whose e^(l - top) are kept
@@ -419,7 +437,9 @@ class Attention {
   float* const visible_;   // [kLanes]
   float* const row_out_;   // [D], padded to whole vectors
   Keys keys_;
-  int64_t row_ = -1;    // b * K + kv head
+  int64_t row_ = -1;  // b * K + kv head
+  int64_t b_ = 0;
+  int64_t kv_ = 0;
   int64_t first_ = 0;   // of the block's tokens
   int64_t tokens_ = 0;  // of the block
 };
@@ -433,7 +453,7 @@ void attend(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  switch (p.slots.dtype) {
+  switch (p.layout.dtype) {
     case DType::f32:
       return attend<float>(p, begin, end);
     case DType::bf16:
@@ -448,25 +468,24 @@ void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) 
 }
 
 void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  const int64_t S = p.slots.S;
+  const int64_t S = p.layout.S;
   Keys keys;
   for (int64_t row = begin; row < end; ++row) {
-    const float* score = p.slots.score + row * S;
-    float* slot_score = p.slot_score + row * S;
-    float* chunk_score = p.chunk_score + row * p.T;
+    float* slot_score = p.score + row * (S + p.T);
+    float* call_score = slot_score + S;
     keys.gather(p, row);
-    std::fill(slot_score, slot_score + S, 0.0f);
-    std::fill(chunk_score, chunk_score + p.T, 0.0f);
-    const float kept = p.scores ? power(p.decay, keys.tokens()) : 1.0f;
+    std::fill(slot_score, call_score + p.T, 0.0f);
+    const float* score = keys.head.slots.score;
+    const float kept = p.spec.scores ? power(p.spec.decay, keys.tokens()) : 1.0f;
     for (int32_t s : keys.slot) slot_score[s] = score[s] * kept;
-    if (!p.scores) continue;
+    if (!p.spec.scores) continue;
     const Cut cut(p, keys);
     for (int64_t strip = 0; strip < cut.strips(); ++strip) {
       const float* received = p.received + (row * p.strips + strip) * (S + p.T);
       const int64_t N = cut.seen(cut.first_block(strip + 1));
       for (int64_t n = 0; n < keys.slots(); ++n) slot_score[keys.slot[n]] += received[n];
       for (int64_t n = keys.slots(); n < N; ++n) {
-        chunk_score[keys.token[n - keys.slots()]] += received[n];
+        call_score[keys.token[n - keys.slots()]] += received[n];
       }
     }
   }

@@ -15,7 +15,8 @@ void feature_map(const FeatureMapParams& p, int64_t begin, int64_t end) {
   float* x = scratch.data() + features_scratch(m);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t head = row / p.T % p.heads;
-    widen(p.x, p.x_dtype, row * m.D, m.D, x);
+    const int64_t from = offset(p.x, row / (p.T * p.heads), head, row % p.T);
+    widen(p.x.data, p.x.dtype, from, m.D, x);
     features(m, head, x, scratch.data(), p.y + row * m.R);
   }
 }

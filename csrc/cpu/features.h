@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/simd.h"
@@ -181,6 +182,12 @@ inline void narrow(const float* x, int64_t n, DType dtype, int64_t offset, void*
     case DType::fp8:
       return;  // no op lets them in
   }
+}
+
+// A row of heads becomes 0.
+inline void clear_row(const HeadRows& rows, int64_t b, int64_t h, int64_t t, int64_t D) {
+  const int64_t bytes = bytes_of(rows.dtype);
+  std::memset(static_cast<char*>(rows.data) + offset(rows, b, h, t) * bytes, 0, D * bytes);
 }
 
 }  // namespace less::cpu::LESS_ISA

@@ -132,7 +132,7 @@ class Blocks {
       for (int64_t n = 0; n < count; ++n) key(kv * p_.T + token_[tile + n], rows_ + n * p_.D);
       multiply(count);
       for (int j = 0; j < kPanelVecs; ++j) {
-        const Vec lane = to_vec(iota() + Int(j * Vec::kSize));
+        const Vec lane(iota() + Int(j * Vec::kSize));
         Vec largest = top[j];
         for (int64_t n = 0; n < count; ++n) {
           float* l = logits_ + n * kLanes + j * Vec::kSize;
@@ -167,7 +167,7 @@ class Blocks {
         const int64_t i = (tile + n) / G_;
         const Vec lse(p_.lse[at(tile + n)]), fade(power(p_.decay, tokens() - 1 - i));
         for (int j = 0; j < kPanelVecs; ++j) {
-          const Vec lane = to_vec(iota() + Int(j * Vec::kSize));
+          const Vec lane(iota() + Int(j * Vec::kSize));
           const Vec e = exp(Vec::load(logits_ + n * kLanes + j * Vec::kSize) - lse);
           const Int seen = lane < Vec(float(i - first + 1));
           sum[j] = fma(select(seen, e, Vec(0.0f)), fade, sum[j]);

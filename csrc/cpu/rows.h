@@ -4,6 +4,9 @@
 // taken up to three at a time (four where there are 32 registers): as many accumulators as fit.
 #pragma once
 
+#include <algorithm>
+
+#include "common/layout.h"
 #include "cpu/softmax.h"
 
 namespace less::cpu::LESS_ISA {
@@ -15,36 +18,37 @@ LESS_INLINE int heads_at_once(int64_t left) {
   return int((left + passes - 1) / passes);
 }
 
-// Asks for the cache lines of [p, p + bytes).
-LESS_INLINE void prefetch(const void* p, int64_t bytes) {
-  const char* line = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-}
-
-// What is asked for while rows are read: kBytes further on, and, past the last row, from where the
-// reading goes on. A core's own prefetchers start anew at each head's keys and values, and idle
-// while it computes exponentials.
-template <typename T>
-class Ahead {
+// Asks for cache lines kAhead bytes before they are read: those of one head after the other, each
+// line once, in the order in which they lie. A core's own prefetchers start anew at each field, and
+// idle while it computes exponentials.
+class Stream {
  public:
-  static constexpr int64_t kBytes = 6144;
+  static constexpr int64_t kAhead = 6144;
 
-  Ahead(const T* rows, int64_t N, int64_t D, const T* next)
-      : rows_(rows), N_(N), D_(D), distance_(kBytes / (D * int64_t(sizeof(T))) + 1) {
-    next_ = next == nullptr ? rows : next;
+  // Reading begins with `now` and goes on with `next`; data is null where nothing follows.
+  LESS_INLINE void enter(Span now, Span next) {
+    asked_ = now.data == next_.data ? std::max<int64_t>(0, asked_ - now_.nbytes) : 0;
+    now_ = now;
+    next_ = next.data == nullptr ? Span{} : next;
+    read(now.data);
   }
 
-  // Asks for what lies ahead of rows n .. n + count.
-  LESS_INLINE void ask(int64_t n, int64_t count) const {
-    const int64_t at = n + distance_;
-    const T* row = at < N_ ? rows_ + at * D_ : next_ + (at - N_) * D_;
-    prefetch(row, count * D_ * int64_t(sizeof(T)));
+  // Reading has come to p, in what was entered last.
+  LESS_INLINE void read(const void* p) {
+    const int64_t to = static_cast<const unsigned char*>(p) - now_.data + kAhead;
+    ask(now_.data, 0, std::min(to, now_.nbytes));
+    if (to > now_.nbytes) ask(next_.data, now_.nbytes, std::min(to, now_.nbytes + next_.nbytes));
   }
 
  private:
-  const T* rows_;
-  const T* next_;
-  int64_t N_, D_, distance_;
+  static constexpr int64_t kLine = 64;
+
+  LESS_INLINE void ask(const unsigned char* data, int64_t first, int64_t to) {
+    for (; asked_ < to; asked_ += kLine) __builtin_prefetch(data + (asked_ - first));
+  }
+
+  Span now_{}, next_{};
+  int64_t asked_ = 0;  // bytes of now_, and past its end of next_
 };
 
 // logit[h * stride + n] = q[h] . k[n] for kHeads heads and kRows rows, kRows a multiple of four.
@@ -98,12 +102,12 @@ LESS_INLINE void dot_last_rows(const float* q, int64_t width, const T* k, int64_
 
 template <typename T, int kHeads>
 LESS_INLINE void dot_all_rows(const float* q, int64_t width, const T* k, int64_t N, int64_t D,
-                              float* logit, int64_t stride, const Ahead<T>& ahead, int64_t first) {
+                              float* logit, int64_t stride, Stream* stream) {
   // Enough accumulators to hide the latency of fma, no more than there are registers.
   constexpr int kRows = kHeads == 1 ? 8 : 4;
   int64_t n = 0;
   for (; n + kRows <= N; n += kRows) {
-    if (first >= 0) ahead.ask(first + n, kRows);
+    if (stream != nullptr) stream->read(k + n * D);
     dot_rows<T, kHeads, kRows>(q, width, k + n * D, D, logit + n, stride);
   }
   if constexpr (kRows == 8) {
@@ -165,11 +169,10 @@ LESS_INLINE void add_all_rows(const float* p, int64_t stride, const T* v, int64_
 }
 
 // logit[h * stride + n] = q[h] . k[n], h < heads, n < N. q [heads, width] is padded with zeros;
-// k is [N, D].
+// k is [N, D], of what the stream has entered; null: none.
 template <typename T>
 LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, const T* k, int64_t N,
-                              int64_t D, float* logit, int64_t stride, const T* next) {
-  const Ahead<T> ahead(k, N, D, next);
+                              int64_t D, float* logit, int64_t stride, Stream* stream) {
   // Where the heads take several passes, so many rows stay in the first-level cache over them.
   const int64_t tile = heads_at_once(heads) == heads ? N : 16;
   for (int64_t n0 = 0; n0 < N; n0 += tile) {
@@ -177,14 +180,14 @@ LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, cons
     for (int64_t h = 0; h < heads;) {
       const int now = heads_at_once(heads - h);
       const float* query = q + h * width;
-      const int64_t first = h == 0 ? n0 : -1;  // the first pass alone asks
+      Stream* const asks = h == 0 ? stream : nullptr;  // the first pass alone
       float* l = logit + h * stride + n0;
       const T* rows = k + n0 * D;
-      if (now == 1) dot_all_rows<T, 1>(query, width, rows, count, D, l, stride, ahead, first);
-      if (now == 2) dot_all_rows<T, 2>(query, width, rows, count, D, l, stride, ahead, first);
-      if (now == 3) dot_all_rows<T, 3>(query, width, rows, count, D, l, stride, ahead, first);
+      if (now == 1) dot_all_rows<T, 1>(query, width, rows, count, D, l, stride, asks);
+      if (now == 2) dot_all_rows<T, 2>(query, width, rows, count, D, l, stride, asks);
+      if (now == 3) dot_all_rows<T, 3>(query, width, rows, count, D, l, stride, asks);
       if constexpr (Vec::kSize == 16) {
-        if (now == 4) dot_all_rows<T, 4>(query, width, rows, count, D, l, stride, ahead, first);
+        if (now == 4) dot_all_rows<T, 4>(query, width, rows, count, D, l, stride, asks);
       }
       h += now;
     }
@@ -194,12 +197,12 @@ LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, cons
 // out[h * width + d] += sum_n p[h * stride + n] v[n][d], h < heads, n < N, in ascending order.
 template <typename T>
 LESS_INLINE void add_weighted_rows(const float* p, int64_t heads, int64_t stride, const T* v,
-                                   int64_t N, int64_t D, float* out, int64_t width, const T* next) {
+                                   int64_t N, int64_t D, float* out, int64_t width,
+                                   Stream* stream) {
   constexpr int64_t kTile = 16;
-  const Ahead<T> ahead(v, N, D, next);
   for (int64_t n0 = 0; n0 < N; n0 += kTile) {
     const int64_t count = N - n0 < kTile ? N - n0 : kTile;
-    ahead.ask(n0, count);
+    if (stream != nullptr) stream->read(v + n0 * D);
     for (int64_t h = 0; h < heads;) {
       const int now = heads_at_once(heads - h);
       const float* weight = p + h * stride + n0;

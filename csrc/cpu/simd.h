@@ -263,6 +263,9 @@ struct Vec {
   LESS_INLINE Vec(float all) {
     LESS_EACH_PART(part[i] = all - Floats{});  // keeps the sign of -0
   }
+  LESS_INLINE explicit Vec(Int a) {
+    LESS_EACH_PART(part[i] = __builtin_convertvector(a.part[i], Floats));
+  }
 
   static LESS_INLINE Vec load(const float* p);
   static LESS_INLINE Vec load(const bf16* p);
@@ -323,11 +326,6 @@ LESS_INLINE Vec as_vec(Int a) {
   LESS_EACH_PART(x.part[i] = (Floats)a.part[i]);
   return x;
 }
-LESS_INLINE Vec to_vec(Int a) {
-  Vec x;
-  LESS_EACH_PART(x.part[i] = __builtin_convertvector(a.part[i], Floats));
-  return x;
-}
 LESS_INLINE Vec select(Int mask, Vec a, Vec b) {
   LESS_EACH_PART(a.part[i] = mask.part[i] ? a.part[i] : b.part[i]);
   return a;
@@ -353,7 +351,7 @@ LESS_INLINE Vec Vec::load(const fp16* p) {
 LESS_INLINE Vec Vec::load(const int8_t* p) {
   Int x;
   LESS_EACH_PART(x.part[i] = signed_ints(load_bytes(p + i * kNative)));
-  return to_vec(x);
+  return Vec(x);
 }
 
 LESS_INLINE void Vec::store(float* p) const {

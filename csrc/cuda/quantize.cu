@@ -12,6 +12,8 @@ namespace less::cuda {
 
 constexpr int kQuantizeThreads = 256;
 
+LESS_HD int64_t rows_of(const QuantizeParams& p) { return p.B * p.heads * p.T; }
+
 template <typename T, int kN>
 LESS_DEVICE void load_piece(const T* x, float (&piece)[kN]) {
   if constexpr (kN == 1) {
@@ -42,8 +44,10 @@ LESS_DEVICE void store_piece(Eight* out, const float (&piece)[kN], float scale, 
 template <typename T, typename Eight, int kN>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(QuantizeParams p, int lanes) {
   const int64_t row = (int64_t(blockIdx.x) * kQuantizeThreads + threadIdx.x) / lanes;
-  const int64_t lane = threadIdx.x % lanes, pieces = row < p.rows ? p.D / kN : 0;
-  const T* const x = static_cast<const T*>(p.x) + row * p.D;
+  const int64_t lane = threadIdx.x % lanes, pieces = row < rows_of(p) ? p.D / kN : 0;
+  const int64_t head = row / p.T;
+  const T* const x =
+      static_cast<const T*>(p.x.data) + offset(p.x, head / p.heads, head % p.heads, row % p.T);
   Eight* const out = static_cast<Eight*>(p.eight) + row * p.D;
   // As integers, the bits of |x| are in order, with NaN above infinity: nothing is lost.
   float piece[kN] = {};
@@ -68,14 +72,14 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(QuantizePara
     if (pieces > lanes) load_piece<T, kN>(x + i * kN, piece);
     store_piece<Eight, kN>(out + i * kN, piece, scale, finite);
   }
-  if (lane == 0 && row < p.rows) store(p.scale + row, scale);
+  if (lane == 0 && row < rows_of(p)) store(p.scale + row, scale);
 }
 
 template <typename T, typename Eight, int kN>
 cudaError_t quantize_pieces(const QuantizeParams& p, cudaStream_t stream) {
   const int64_t pieces = p.D / kN;
   const int lanes = pieces <= 8 ? 8 : pieces <= 16 ? 16 : 32;
-  const int64_t blocks = (p.rows * lanes + kQuantizeThreads - 1) / kQuantizeThreads;
+  const int64_t blocks = (rows_of(p) * lanes + kQuantizeThreads - 1) / kQuantizeThreads;
   return launch(quantize_kernel<T, Eight, kN>,
                 {dim3(unsigned(blocks)), dim3(kQuantizeThreads), 0, stream}, p, lanes);
 }
@@ -83,14 +87,15 @@ cudaError_t quantize_pieces(const QuantizeParams& p, cudaStream_t stream) {
 template <typename T, typename Eight>
 cudaError_t quantize_values(const QuantizeParams& p, cudaStream_t stream) {
   constexpr int kPiece = 16 / int(sizeof(T));
-  const bool pieces = p.D % kPiece == 0 && aligned16(p.x) && aligned16(p.eight);
+  const bool pieces =
+      (p.D | p.x.b | p.x.h | p.x.t) % kPiece == 0 && aligned16(p.x.data) && aligned16(p.eight);
   return pieces ? quantize_pieces<T, Eight, kPiece>(p, stream)
                 : quantize_pieces<T, Eight, 1>(p, stream);
 }
 
 template <typename Eight>
 cudaError_t quantize_to(const QuantizeParams& p, cudaStream_t stream) {
-  switch (p.x_dtype) {
+  switch (p.x.dtype) {
     case DType::f32:
       return quantize_values<float, Eight>(p, stream);
     case DType::bf16:
@@ -103,7 +108,7 @@ cudaError_t quantize_to(const QuantizeParams& p, cudaStream_t stream) {
 }
 
 cudaError_t quantize(const QuantizeParams& params, cudaStream_t stream) {
-  if (params.rows == 0) return cudaSuccess;
+  if (rows_of(params) == 0) return cudaSuccess;
   switch (params.dtype) {
     case DType::i8:
       return quantize_to<int8_t>(params, stream);

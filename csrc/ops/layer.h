@@ -208,9 +208,11 @@ inline Pool read_pool(const Arguments& arguments, const LayerArguments& layer, c
   return pages;
 }
 
-// Rows of heads [B, heads, T, D] of a caller's tensor; tokens may lie before heads.
+// Rows of heads [B, heads, T, D] of a caller's tensor; tokens may lie before heads. `aligned`: a
+// GPU's kernel reads them in pieces of 16 bytes.
 inline HeadRows head_rows(const Arguments& arguments, const char* name, const Tensor& x,
-                          DType dtype, std::initializer_list<int64_t> shape) {
+                          DType dtype, std::initializer_list<int64_t> shape,
+                          [[maybe_unused]] bool aligned = true) {
   const char* op = arguments.op;
   arguments.check_shape(name, x, shape);
   arguments.check_device(name, x);
@@ -227,7 +229,7 @@ inline HeadRows head_rows(const Arguments& arguments, const char* name, const Te
     }
     span += (x.size(i) - 1) * stride[i];
 #ifdef LESS_LAUNCHES
-    if (stride[i] * bytes_of(dtype) % 16 != 0) {
+    if (aligned && stride[i] * bytes_of(dtype) % 16 != 0) {
       fail(op, ": ", name, "'s rows must begin at multiples of 16 bytes on a GPU, got strides ",
            shape_text(x.strides()));
     }

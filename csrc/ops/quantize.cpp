@@ -1,6 +1,7 @@
 // less::quantize: schema and checks; see ops/library.h.
 #include <tuple>
 
+#include "ops/layer.h"
 #include "ops/library.h"
 
 namespace less::ops {
@@ -13,7 +14,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, bool fp8) {
   const int64_t B = x.size(0), K = x.size(1), T = x.size(2), D = x.size(3);
   const DType x_dtype = slot_dtype(kOp, "x", x);
   const Arguments arguments{kOp, "x", x};
-  arguments.check("x", x, x.scalar_type(), {B, K, T, D});
+  const HeadRows rows = head_rows(arguments, "x", x, x_dtype, {B, K, T, D}, false);
 #ifndef LESS_LAUNCHES
   if (fp8) fail(kOp, ": dtype must be int8 on a CPU, got float8_e4m3fn");
 #endif
@@ -21,18 +22,19 @@ std::tuple<Tensor, Tensor> quantize(Tensor x, bool fp8) {
   Tensor eight = arguments.output("eight", type, {B, K, T, D});
   Tensor scale = arguments.output("scale", ScalarType::Float, {B, K, T});
   const QuantizeParams params{
-      .x = x.const_data_ptr(),
+      .x = rows,
       .eight = eight.mutable_data_ptr(),
       .scale = scale.mutable_data_ptr<float>(),
-      .x_dtype = x_dtype,
       .dtype = fp8 ? DType::fp8 : DType::i8,
-      .rows = B * K * T,
+      .B = B,
+      .heads = K,
+      .T = T,
       .D = D,
   };
 #ifdef LESS_LAUNCHES
   launch(arguments, cuda::quantize, params, {{"x", x}});
 #else
-  torch::stable::parallel_for(0, params.rows, grain(2 * D), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, B * K * T, grain(2 * D), [&](int64_t begin, int64_t end) {
     cpu::quantize(params, begin, end);
   });
 #endif
