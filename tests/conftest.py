@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from less import ops as less_ops
+from less.backend import ops as less_ops
 from tests import emulated
 
 

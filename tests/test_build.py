@@ -94,7 +94,7 @@ def test_unset_less_simd_takes_the_best_level() -> None:
 
 
 def test_unknown_less_simd_is_refused_by_name_and_never_swallowed() -> None:
-    for code in (IMPORT, "import less.ops"):
+    for code in (IMPORT, "import less.backend.ops"):
         done = call(sys.executable, "-c", code, LESS_SIMD="sse9")
         assert done.returncode != 0
         wanted = "ImportError: LESS_SIMD must be one of portable, avx2, avx512, neon, got 'sse9'"
@@ -220,7 +220,8 @@ def environment(folder: Path) -> Path:
 
 SMOKE = """
 import sys, torch, less
-from less import _C, ops
+from less import _C
+from less.backend import ops
 H, z = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2)
 ops.fold(H, z, torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 8))
 assert H.eq(3).all() and z.eq(3).all()

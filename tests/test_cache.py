@@ -31,11 +31,20 @@ def feed(cache, T, seed=0, valid=None):
 def test_memory_is_what_the_tensors_take_and_never_grows():
     cache = build(dtype=torch.float16)
     at_first = cache.memory()
-    per_slot = 2 * 8 * 2 + 4 + 4 + 4  # k and v in fp16; position, score, log-weight
-    assert at_first["slots"] == 2 * 2 * 2 * 8 * per_slot
-    assert at_first["state"] == 2 * 2 * 2 * (3 * 8 + 3) * 4
-    maps = 4 * (8 * 6 + 6 * 3 + 3) + 2 * (8 * 6 + 6 * 3 + 3)
-    assert at_first["maps"] == 2 * maps * 4
+
+
+    def field(*sizes: int) -> int:
+        """Bytes of fields, each of which begins at a multiple of 128."""
+        return sum(-(-n // 128) * 128 for n in sizes)
+
+    rows, numbers = 8 * 8 * 2, 8 * 4  # of a head: k or v in fp16; position, score or log-weight
+    assert at_first["slots"] == 2 * 2 * 2 * field(rows, rows, numbers, numbers, numbers)
+    assert at_first["state"] == 2 * 2 * 2 * field(3 * 8 * 4, 3 * 4)
+    assert at_first["workspace"] == 2 * 2 * field(16 + 2 * 8)  # seen, share
+    sides = [[n * 8 * 6 * 4, n * 6 * 3 * 4, n * 3 * 4] for n in (4, 2)]
+    assert at_first["maps"] == 2 * sum(field(*side) for side in sides)
+    pages = sum(layout.nbytes for layout in cache.layouts)
+    assert sum(at_first[n] for n in ("slots", "state", "workspace")) == 2 * pages
     assert at_first["full"] == 0
     feed(cache, 100)
     feed(cache, 1)
@@ -136,7 +145,7 @@ def test_a_cache_without_sidekick_is_eviction_alone():
 
 
 def test_a_missing_kernel_is_said_aloud(monkeypatch):
-    from less import ops
+    from less.backend import ops
 
     monkeypatch.setattr(ops, "missing", lambda device: "the native kernels were not built")
     with pytest.warns(RuntimeWarning, match="the native kernels were not built; using the plain"):

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from less import H2O, LessKVCache, Policy, Sidekick, SinkRecent, reference
+from less import H2O, LessKVCache, Policy, Sidekick, SinkRecent
 from less.budget import slot_bytes
 from tests.helpers import assert_close, random_maps, random_qkv
+from tests.ops import flat_reference as reference
 
 POLICIES = [
     H2O(heavy=9, recent=12),

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from less import H2O, LessKVCache, Sidekick, SinkRecent, reference
+from less import H2O, LessKVCache, Sidekick, SinkRecent
 from less.cli import main
 from less.fit import (
     LayerWalk,
@@ -21,6 +21,7 @@ from less.fit import (
 )
 from less.fit.start import START, Trainable
 from tests.helpers import random_qkv
+from tests.ops import flat_reference as reference
 from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_model
 
 QUICK = Recipe(steps=4, rows=8, held_rows=16, rank=4, hidden=8)

@@ -9,13 +9,15 @@ import torch
 pytest.importorskip("transformers")
 
 import less.hf
-from less import H2O, LessKVCache, Sidekick, SinkRecent, ops, reference
+from less import H2O, LessKVCache, Sidekick, SinkRecent
+from less.backend import ops
 from less.cli import main
 from less.fit import LayerWalk, Recipe, fit_layer, objective, schedule, train
 from less.hf import families, matrix, models
 from less.hf.families import REFUSED, build_refused
 from less.hf.matrix import SMALL, Case, follow_reference, prompt
 from tests.helpers import assert_close, random_maps, random_qkv
+from tests.ops import flat_reference as reference
 from tests.test_hf import footprint
 from tests.tiny_model import TEXT, byte_tokenizer
 

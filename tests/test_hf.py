@@ -13,16 +13,17 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from less.cache.session import extend_digest
 from transformers import DynamicCache, TextIteratorStreamer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import less.hf
-from less import LessKVCache, Sidekick, SinkRecent, ops
+from less import LessKVCache, Sidekick, SinkRecent
+from less.backend import ops
 from less.hf import interface
 from less.hf.families import LAYERS, VOCAB, D, K, Q, build
 from less.hf.matrix import SMALL, WIDE, Spy, feed, generate, left_padded, prompt, sidekick_for
-from less.hf.protocol import extend_digest
 from tests.helpers import assert_close
 
 BACKENDS = ["reference"] + (["native"] if ops.missing(torch.device("cpu")) is None else [])

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from less import H2O, SinkRecent, reference
+from less import H2O, SinkRecent
 from tests.helpers import random_maps, random_qkv
+from tests.ops import flat_reference as reference
 
 POLICIES = [
     H2O(heavy=3, recent=4),

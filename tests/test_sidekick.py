@@ -7,8 +7,9 @@ import struct
 import pytest
 import torch
 
-from less import Sidekick, reference
+from less import Sidekick
 from less.sidekick import MATRICES, TENSORS, model_identity, shipped, shipped_names
+from tests.ops import flat_reference as reference
 from tests.tiny_model import tiny_model
 
 SIZES = {"Q": 4, "K": 2, "D": 8, "E": 6, "R": 3}

@@ -2,8 +2,8 @@
 
 import torch
 
-from less import reference
 from tests.helpers import random_maps, random_qkv
+from tests.ops import flat_reference as reference
 
 
 def layer(B=2, Q=6, K=2, T=5, S=9, D=16, R=4, E=10, kind="exp", dtype=torch.float32, seed=0):

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from less import ops, reference
 from less.policies import Rule
 from tests.emulated import Emulator
 from tests.helpers import random_maps, random_qkv
+from tests.ops import flat as ops
+from tests.ops import flat_reference as reference
 from tests.ops.common import SCALES, in_int8, layer
 from tests.ops.test_decode_step_launched import RULES, WRITTEN, make, next_token, run
 

@@ -4,12 +4,12 @@ import sys
 import pytest
 import torch
 
-from less import reference
 from tests.helpers import assert_close
+from tests.ops import flat_reference as reference
 from tests.ops.common import SCALES, assert_rounded, in_fp8, in_int8, layer
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 INPUTS = ("q", "k", "v", "valid", "slot_k", "slot_v", "position", "score", "weight")
 STATE = ("phi_q", "H", "z")
@@ -253,7 +253,7 @@ def test_a_weight_of_minus_infinity_silences_a_slot(simd):
 
 MEASURED = """
 import resource, torch
-from less import ops
+from tests.ops import flat as ops
 torch.set_num_threads(1)
 T, S = {T}, 64
 def call(T):

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from less import Sidekick, reference
+from less import Sidekick
 from less.policies import Rule
 from tests.helpers import assert_close
+from tests.ops import flat_reference as reference
 from tests.ops.common import SCALES, in_int8, layer
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 RULES = [
     Rule(recent=4, sinks=0, by_score=True, per_age=False),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from less import reference
 from less.policies import Rule
+from tests.ops import flat_reference as reference
 from tests.ops.common import layer
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 RULES = [
     Rule(recent=4, sinks=0, by_score=True, per_age=False),

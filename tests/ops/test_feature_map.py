@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from less import reference
 from less.sidekick import MATRICES
 from tests.helpers import assert_close, random_maps
+from tests.ops import flat_reference as reference
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 3, 5, 16, 12, 8), (1, 2, 3, 13, 7, 5), (1, 4, 2, 128, 512, 16)]
 # Of a GPU: every head dim, more rows than a block takes, ranks up to the highest, widths that no 16

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 # Relative to the largest sum of magnitudes; v is exact in float64 whatever its dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}

@@ -15,7 +15,7 @@ from tests.helpers import random_maps, random_qkv
 from tests.ops.common import SCALES, in_int8, layer
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 B, Q, K, D, R, E = 1, 8, 2, 64, 8, 128
 WIDTH = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}

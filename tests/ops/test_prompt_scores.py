@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from less import reference
 from tests.helpers import assert_close, random_qkv
+from tests.ops import flat_reference as reference
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

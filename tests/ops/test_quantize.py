@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from less import reference
+from tests.ops import flat_reference as reference
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 16), (1, 2, 7, 13), (2, 1, 33, 100), (1, 8, 64, 128)]
 SHAPES += [(1, 2, 3, D) for D in (64, 80, 96, 256)]
