@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from less import Sidekick, reference
-from less.sidekick import MATRICES, TENSORS, model_identity, shipped, shipped_names
+from less.identity import model_identity
+from less.sidekick import MATRICES, TENSORS, shipped, shipped_names
 from tests.tiny_model import tiny_model
 
 SIZES = {"Q": 4, "K": 2, "D": 8, "E": 6, "R": 3}

@@ -31,8 +31,9 @@ from less.fit.capture import Captured, LayerWalk
 from less.fit.schedule import schedule
 from less.fit.start import Trainable
 from less.fit.text import identity, sample_chunks
+from less.identity import model_identity
 from less.policies import Policy
-from less.sidekick import TENSORS, Sidekick, model_identity
+from less.sidekick import TENSORS, Sidekick
 
 _RUN = "run.json"
 _RECIPE_VERSION = 2  # raise it when the same settings would train something else

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from less.hf import falcon
 from less.hf.parallel import part_of
-from less.sidekick import kv_heads_of
+from less.identity import kv_heads_of
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
