@@ -16,13 +16,15 @@ each output column has a scale, matrix = scale * int8 (``less.reference.quantize
     int8           q_w1_scale [Q,E]  q_w2_scale [Q,R]  k_w1_scale [K,E]  k_w2_scale [K,R]
 
 A saved sidekick is a folder: ``model.safetensors`` (tensors named ``layers.<i>.<name>``) and
-``config.json`` (shapes, the model it belongs to, the policies and the text it was trained with).
+``config.json`` (shapes, the model it belongs to, a few of that model's weights, the policies and
+the text it was trained with, and the other file's sha256, which loading compares).
 
 Source: arXiv:2402.09398, section 3.2 (the paper's maps); docs/training.md (the exp maps).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -42,6 +44,7 @@ FORMAT_VERSION = 1  # int8 files are of version 2, which a library that knows 1 
 _INT8_VERSION = 2
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+_DIGEST = "tensors_sha256"  # field of config.json; files without it are older, and not compared
 
 #: Tensor name -> shape in letters, per kind. The order is the order of the files.
 TENSORS: dict[str, dict[str, str]] = {
@@ -93,7 +96,8 @@ class Sidekick:
             device they came on.
         kind: "paper" or "exp".
         config: What is known beside the tensors, saved with them: "model" (identity of the model,
-            see `model_identity`), "policies", "budgets", "training". Anything JSON can hold.
+            see ``less.identity``), "model_weights" (a few of its weights, see
+            ``less.hf.weights``), "policies", "budgets", "training". Anything JSON can hold.
         dtype: What the matrices are held in: float32, bfloat16, float16 or int8.
 
     Raises:
@@ -135,6 +139,7 @@ class Sidekick:
             )
         self.device = self._layers[0]["q_w1"].device
         self._part = (0, 1)
+        self._name = ""
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -174,6 +179,37 @@ class Sidekick:
         """Bytes of all tensors as held."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in layer.values())
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its folder's name, else that of the model it was trained for."""
+        model = self.config.get("model")
+        return self._name or str(model.get("name") if isinstance(model, dict) else "") or "unnamed"
+
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of the chunks that the maps were trained on; None where the config does not say.
+
+        How the state does on longer texts was not seen in training.
+        """
+        training = self.config.get("training")
+        text = training.get("text") if isinstance(training, dict) else None
+        length = text.get("chunk_tokens") if isinstance(text, dict) else None
+        return length if isinstance(length, int) else None
+
+    @property
+    def trained_capacities(self) -> tuple[int, ...]:
+        """Tokens kept per head in training, ascending; empty where the config does not say."""
+        budgets = self.config.get("budgets")
+        return tuple(sorted(budgets)) if isinstance(budgets, list) else ()
+
+    def _like(
+        self, layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, part: tuple[int, int]
+    ) -> Sidekick:
+        """Other tensors of the same origin."""
+        other = Sidekick(layers, kind=self.kind, config=self.config, dtype=dtype)
+        other._part, other._name = part, self._name
+        return other
+
     def to(
         self,
         target: torch.device | str | torch.dtype | None = None,
@@ -197,9 +233,7 @@ class Sidekick:
         _check_dtype("Sidekick.to", dtype)
         device = self.device if target is None else target
         moved = [{n: t.to(device) for n, t in layer.items()} for layer in self._layers]
-        other = Sidekick(moved, kind=self.kind, config=self.config, dtype=dtype)
-        other._part = self._part
-        return other
+        return self._like(moved, dtype, self._part)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -225,9 +259,7 @@ class Sidekick:
             raise ValueError(f"{op}: this is part {self._part} already; shard the whole sidekick")
         check_part(op, rank, world, self.q_heads, self.kv_heads)
         cut = [{n: t[part_slice(t.shape[0], rank, world)] for n, t in m.items()} for m in self]
-        part = Sidekick(cut, kind=self.kind, config=self.config, dtype=self.dtype)
-        part._part = (rank, world)
-        return part
+        return self._like(cut, self.dtype, (rank, world))
 
     # -- building ----------------------------------------------------------------------------
 
@@ -327,12 +359,12 @@ class Sidekick:
         Args:
             path: The folder; or a name in `shipped_names()`, such as "smollm2-135m-instruct".
             dtype: Of the matrices, see `to`; the file's own by default.
-            shard: Rank and world: read one part of the heads alone, as `shard` would cut it.
+            shard: Rank and world: load one part of the heads alone, as `shard` would cut it.
 
         Raises:
             FileNotFoundError: neither a folder nor a shipped name, or a file is missing in it.
-            ValueError: a file is truncated, foreign, of another format version, the two files do
-                not belong together (the message names the file), or there is no such part.
+            ValueError: a file is truncated, damaged, foreign, of another format version, the two
+                files do not belong together (the message names the file), or there is no such part.
         """
         if dtype is not None:
             _check_dtype("Sidekick.from_pretrained", dtype)
@@ -353,7 +385,7 @@ class Sidekick:
         try:
             held = _dtype_of(layers)
             sidekick = cls(layers, kind=header["kind"], config=_extra(header), dtype=held)
-            sidekick._part = (rank, world)
+            sidekick._part, sidekick._name = (rank, world), root.resolve().name
         except ValueError as error:
             raise ValueError(f"Sidekick.from_pretrained: {root / TENSORS_FILE}: {error}") from None
         for field in _SHAPE_FIELDS:
@@ -364,6 +396,7 @@ class Sidekick:
                     f"{CONFIG_FILE} says {field} = {header.get(field)!r}, {TENSORS_FILE} holds "
                     f"{held_field!r}"
                 )
+        _check_digest(root / TENSORS_FILE, header.get(_DIGEST))
         return sidekick if dtype in (None, held) else sidekick.to(dtype)
 
     def save_pretrained(
@@ -403,11 +436,13 @@ class Sidekick:
         root.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, "format_version": version}
         header |= {field: getattr(self, field) for field in _SHAPE_FIELDS}
-        header |= {"dtype": str(dtype).removeprefix("torch."), **self.config}
+        # Not save_file: it makes files that only their owner may read, whatever the umask.
+        content = save(tensors, {"format": FORMAT, "version": str(version)})
+        header |= {"dtype": str(dtype).removeprefix("torch.")}
+        header |= {_DIGEST: hashlib.sha256(content).hexdigest(), **self.config}
         text = json.dumps(header, indent=2, allow_nan=False) + "\n"
         part = root / f".{TENSORS_FILE}.{os.getpid()}"
-        # Not save_file: it makes files that only their owner may read, whatever the umask.
-        part.write_bytes(save(tensors, {"format": FORMAT, "version": str(version)}))
+        part.write_bytes(content)
         os.replace(part, root / TENSORS_FILE)
         part = root / f".{CONFIG_FILE}.{os.getpid()}"
         part.write_text(text, encoding="utf-8")
@@ -641,8 +676,23 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _extra(header: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that the tensors do not say themselves."""
-    derived = ("format", "format_version", "dtype", *_SHAPE_FIELDS)
+    derived = ("format", "format_version", "dtype", _DIGEST, *_SHAPE_FIELDS)
     return {k: v for k, v in header.items() if k not in derived}
+
+
+def _check_digest(path: Path, wanted: object) -> None:
+    """Refuse tensors of other bytes than config.json was written for."""
+    if wanted is None:
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != wanted:
+        raise ValueError(
+            f"Sidekick.from_pretrained: {path}: damaged, or of another {CONFIG_FILE}: its sha256 "
+            f"must be {wanted}, got {digest.hexdigest()}"
+        )
 
 
 def _read_tensors(path: Path, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
