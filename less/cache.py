@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,9 @@ class LessKVCache(CacheProtocol):
         policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own; or a list of one
             per layer, which may keep more tokens in one layer than in another (``Full`` keeps all;
             what is listed for native layers is not used).
-        sidekick: Feature maps of the low-rank state; None is eviction alone.
+        sidekick: Feature maps of the low-rank state; None is eviction alone. A capacity outside
+            of those that it was trained for, and a text that grows beyond the length that it was
+            trained at, warn once by name, where its config says what they were.
         dtype: Of the slots: float32, bfloat16 or float16; or 8 bits whose rows have a float32
             scale each, int8 or, on a GPU and with the reference backend, float8_e4m3fn (float64
             with the reference backend). k and v are rounded to it on entry. State, scores and
@@ -107,6 +110,9 @@ class LessKVCache(CacheProtocol):
 
     Source: arXiv:2402.09398.
     """
+
+    # Columns beyond which the sidekick's state was not seen in training, until that is said.
+    _trained_columns: int | None = None
 
     def __init__(
         self,
@@ -168,6 +174,7 @@ class LessKVCache(CacheProtocol):
             self._take_sidekick(sidekick)
         self._layers = [self._new_layer(i) for i in range(layers)]
         self._columns = [0] * layers
+        self._heed_training()
         self._reserve()
 
     def _reserve(self) -> None:
@@ -201,6 +208,39 @@ class LessKVCache(CacheProtocol):
             {n: t.to(self.device) for n, t in sidekick[i].items()} if self._evicts(i) else {}
             for i in range(self.layers)
         ]
+
+    def _heed_training(self) -> None:
+        """Warn of capacities that the sidekick was not trained for, and note its longest text."""
+        if self.sidekick is None:
+            return
+        kept = {p.capacity for p in self.policies if p is not None and p.evicts}
+        trained = self.sidekick.trained_capacities
+        other = sorted(c for c in kept if trained and not trained[0] <= c <= trained[-1])
+        if other:
+            warnings.warn(
+                f"LessKVCache: the sidekick {self.sidekick.name!r} was trained for "
+                f"{', '.join(map(str, trained))} tokens per head, and not for "
+                f"{', '.join(map(str, other))}: its memory may do harm there; compare it with "
+                "sidekick=None, or train one for this budget",
+                stacklevel=3,
+            )
+        length = self.sidekick.trained_length
+        if length is not None and kept:
+            self._trained_columns = max(length, min(kept))  # before, nothing has left
+
+    def _heed_length(self, columns: int) -> None:
+        """Warn, once, of a text that is longer than the sidekick's training saw."""
+        if self._trained_columns is None or columns <= self._trained_columns:
+            return
+        assert self.sidekick is not None
+        self._trained_columns = None
+        warnings.warn(
+            f"LessKVCache: the sidekick {self.sidekick.name!r} was trained on texts of "
+            f"{self.sidekick.trained_length} tokens, and this text has come to {columns}: "
+            "beyond its length its memory may do harm; compare it with sidekick=None, or train "
+            "one on longer chunks",
+            stacklevel=4,
+        )
 
     def _evicts(self, layer: int) -> bool:
         """Whether tokens can leave the layer's slots: not where it is native or full."""
@@ -314,6 +354,7 @@ class LessKVCache(CacheProtocol):
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         self._columns[layer] += tokens
+        self._heed_length(self._columns[layer])
 
     def advance(self, steps: int) -> None:
         """Count decode steps of all layers that ran without Python, as replays of CUDA graphs do.
@@ -331,6 +372,7 @@ class LessKVCache(CacheProtocol):
         for layer, columns in enumerate(self._columns):
             self._check_room("advance", layer, columns + steps)
         self._columns = [columns + steps for columns in self._columns]
+        self._heed_length(self.columns)
 
     def _check_attend(
         self,
@@ -738,6 +780,7 @@ class LessKVCache(CacheProtocol):
         for i, at in self._made_native():
             load_native(at, d["tensors"], i, columns[i], self.device)
         self._columns = columns
+        self._heed_length(self.columns)
         self._load_fed(fed)
 
     def _policy_text(self) -> str:
