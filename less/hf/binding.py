@@ -15,6 +15,7 @@ from less.hf import interface
 from less.hf.models import ModelFacts, check_fits, check_ready, describe
 from less.hf.native import NativeAttention, make_native
 from less.hf.switch import shadow, switch_attention
+from less.hf.weights import warn_of_other_weights
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
@@ -37,7 +38,8 @@ def cache_for(
         policy: Who stays; or a list of one policy per layer. ``LessConfig.cache`` makes it from a
             budget in tokens, bytes or a share of the prompt.
         sidekick: Feature maps of the low-rank state; None is eviction alone. Of a model whose heads
-            are dealt out to several processes, a whole sidekick is cut to this one's.
+            are dealt out to several processes, a whole sidekick is cut to this one's. One that was
+            trained on other weights warns, where its config has some (``less.hf.weights``).
         batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
         dtype: Of the slots; the model's by default.
         backend: As in ``LessKVCache``.
@@ -71,6 +73,7 @@ def cache_for(
     )
     cache.part = facts.part
     check_fits("cache_for", cache, facts)
+    warn_of_other_weights(cache, facts)
     make_native(cache, facts)
     return cache
 
@@ -110,6 +113,7 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
         raise RuntimeError("attach: the model has a cache attached; leave that block first")
     if cache._bound is not None:
         raise RuntimeError("attach: the cache is attached to a model; leave that block first")
+    warn_of_other_weights(cache, facts)
     interface.register()
     native = NativeAttention(facts) if facts.windows else None
     make_native(cache, facts)

@@ -120,6 +120,8 @@ class CacheProtocol:
     #: Rank and world: which part of a sharded model's heads these are; ``cache_for`` knows.
     part: tuple[int, int] = (0, 1)
     _bound: Bound | None = None
+    # What was last said of a model whose weights are not the sidekick's: see less.hf.weights.
+    _other_weights: str = ""
     # What was fed through a model, per row: tokens and their digest, int64 [B, 2]. Unlike the ids
     # it does not grow; it is what tells a continuation from a second prompt.
     _fed: Tensor | None = None
