@@ -20,8 +20,9 @@ def sidekick(budgets=(8, 16), length=LENGTH):
     return made
 
 
-def build(policy=H2O(4, 4), maps=None, **more):
-    return LessKVCache(2, 4, 2, 8, 1, policy, sidekick() if maps is None else maps, **more)
+def build(policy=None, maps=None, **more):
+    policy = policy or H2O(4, 4)
+    return LessKVCache(2, 4, 2, 8, 1, policy, maps or sidekick(), **more)
 
 
 def feed(cache, tokens):
