@@ -530,10 +530,10 @@ class LessKVCache(CacheProtocol):
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
             ``maps`` (the sidekick's weights), ``workspace`` (counters, and the scratch of a GPU's
-            kernels), ``native`` (k and v of
-            native layers), ``total`` of these, and ``full``: the k and v that a full cache would
-            hold of the same tokens now, in this cache's dtype, or in 16 bits where that has 8,
-            which full caches are not held in; for native layers, what they hold.
+            kernels), ``native`` (k and v of native layers, which grow until their windows are
+            full), ``total`` of these, and ``full``: the k and v that a full cache would hold of the
+            same tokens now, in this cache's dtype, or in 16 bits where that has 8, which full
+            caches are not held in; for native layers, what they hold.
         """
         slots = state = 0
         workspace = self._backend.workspace

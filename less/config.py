@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from less.budget import BETA, deal, parse_bytes, pyramid, slot_bytes, state_bytes
+from less.budget import (
+    BETA,
+    deal,
+    parse_bytes,
+    pyramid,
+    slot_bytes,
+    state_bytes,
+    window_bytes,
+)
 from less.policies import H2O, Full, Policy, policy_from_dict
 from less.sidekick import Sidekick, shipped, shipped_names
 
@@ -40,15 +48,16 @@ class LessConfig:
     Attributes:
         tokens: Tokens per kv head, the mean over layers; or a list of one number per layer.
         share: Tokens per kv head as a share of the prompt's, the mean over layers, in (0, 1].
-        bytes: What slots and low-rank state hold at most, all layers and rows together: a number
-            or a text as "64MiB". (Of a sharded model: in this process.) The sidekick's maps are
-            weights, held once beside it; counters, a few bytes per row and layer, are not counted.
+        bytes: What slots, low-rank state and the windows of layers that slide hold at most, all
+            layers and rows together: a number or a text as "64MiB". (Of a sharded model: in this
+            process.) The sidekick's maps are weights, held once beside it; counters, a few bytes
+            per row and layer, are not counted.
         shape: "uniform", "pyramid" (``less.budget.pyramid``), or a list of one weight per layer, in
             proportion to which the budget is dealt out.
         beta: Of the pyramid: the last layer gets 1 / beta of the mean.
-        full_layers: So many first layers keep every token (``Full``). Their weights in ``shape``
-            are not used. A budget in bytes includes them; in tokens or as a share it is that of the
-            others.
+        full_layers: So many first layers keep every token (``Full``), of those that do not slide:
+            layers that slide bound themselves. Their weights in ``shape`` are not used. A budget
+            in bytes includes them; in tokens or as a share it is that of the others.
         max_tokens: Tokens that full layers have room for, prompt, new tokens and padding.
         policy: Who stays; its own capacity is replaced, its proportions are kept. None: the policy
             that the sidekick was trained with, or H2O, half of it recent.
@@ -178,19 +187,23 @@ class LessConfig:
             sidekick = self.load_sidekick()
         dtype = facts.dtype if self.dtype is None else getattr(torch, self.dtype)
         rank = sidekick.rank if sidekick is not None else 0
+        native = tuple(sorted(facts.windows))
+        windows = (window_bytes(facts.head_dim, w, facts.dtype) for w in facts.windows.values())
         capacities = self.capacities(
             facts.layers,
             token_bytes=batch * facts.kv_heads * slot_bytes(facts.head_dim, dtype),
             layer_bytes=batch * facts.kv_heads * state_bytes(facts.head_dim, rank),
-            native=tuple(facts.windows),
+            native=native,
+            native_bytes=batch * facts.kv_heads * sum(windows),
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
+        full, _ = self._full_and_bounded(facts.layers, native)
         policies = [
             None
             if capacity is None
             else Full(capacity)
-            if layer < self.full_layers
+            if layer in full
             else self.policy_at(capacity, sidekick)
             for layer, capacity in enumerate(capacities)
         ]
@@ -204,6 +217,7 @@ class LessConfig:
         native: Sequence[int] = (),
         prompt_tokens: int | None = None,
         max_tokens: int | None = None,
+        native_bytes: int = 0,
     ) -> list[int | None]:
         """Tokens that each layer keeps per kv head; None for native layers, which bound themselves.
 
@@ -214,16 +228,16 @@ class LessConfig:
             native: Indices of native layers.
             prompt_tokens: For ``share``.
             max_tokens: In place of the config's.
+            native_bytes: What the native layers hold together once their windows are full.
 
         Raises:
             ValueError: As in ``cache``.
         """
-        bounded = [i for i in range(self.full_layers, layers) if i not in native]
-        full = [i for i in range(min(self.full_layers, layers)) if i not in native]
+        full, bounded = self._full_and_bounded(layers, native)
         if not bounded:
             raise ValueError(
-                f"LessConfig: full_layers={self.full_layers} leaves none of {layers} layers "
-                "to be bounded"
+                f"LessConfig: full_layers={self.full_layers} leaves none of {len(full)} layers "
+                "to be bounded" + (f" ({len(native)} others slide)" if native else "")
             )
         room = self.max_tokens if max_tokens is None else max_tokens
         if full and not room:
@@ -239,8 +253,12 @@ class LessConfig:
             for i in bounded:
                 out[i] = self.tokens[i]
             return out
-        spent = len(full) * (room or 0) * token_bytes + len(bounded) * layer_bytes
-        total = self._total(len(bounded), token_bytes, spent, prompt_tokens)
+        held = {
+            "the windows of layers that slide": native_bytes,
+            "full layers": len(full) * (room or 0) * token_bytes,
+            "low-rank state": len(bounded) * layer_bytes,
+        }
+        total = self._total(len(bounded), token_bytes, held, prompt_tokens)
         weights = self._weights(layers)
         dealt = deal(total, [weights[i] for i in bounded])
         for i, tokens in zip(bounded, dealt, strict=True):
@@ -253,18 +271,26 @@ class LessConfig:
             out[i] = tokens
         return out
 
-    def _total(self, bounded: int, token_bytes: int, spent: int, prompt_tokens: int | None) -> int:
-        """Tokens of all bounded layers together."""
+    def _full_and_bounded(self, layers: int, native: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The layers that keep every token, and those that evict; native ones are neither."""
+        others = [i for i in range(layers) if i not in native]
+        return others[: self.full_layers], others[self.full_layers :]
+
+    def _total(
+        self, bounded: int, token_bytes: int, held: dict[str, int], prompt_tokens: int | None
+    ) -> int:
+        """Tokens of all bounded layers together; ``held`` is what the budget pays for besides."""
         if self.bytes is not None:
             budget = parse_bytes("LessConfig", self.bytes)
             if token_bytes < 1:
                 raise ValueError("LessConfig: a budget in bytes needs token_bytes")
+            spent = sum(held.values())
             least = spent + bounded * token_bytes
             if budget < least:
+                beside = " and ".join(f"{n:,} bytes of {what}" for what, n in held.items() if n)
                 raise ValueError(
                     f"LessConfig: bytes={budget:,} cannot hold one token per head in each of "
-                    f"{bounded} layers beside {spent:,} bytes of low-rank state and full layers: "
-                    f"that takes {least:,}"
+                    f"{bounded} layers{' beside ' if beside else ''}{beside}: that takes {least:,}"
                 )
             return (budget - spent) // token_bytes
         if self.share is not None:

@@ -130,6 +130,7 @@ def test_weights_deal_out_the_same_total():
 def test_native_layers_get_nothing_and_the_others_share_the_total():
     config = LessConfig(tokens=10, shape=[1, 9, 1, 3], full_layers=1, max_tokens=50)
     assert config.capacities(4, native=[1]) == [50, None, 5, 15]
+    assert config.capacities(4, native=[0]) == [None, 50, 5, 15]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,13 @@ def test_native_layers_get_nothing_and_the_others_share_the_total():
         ),
         (
             LessConfig(bytes=100), {"token_bytes": 30, "layer_bytes": 20},
-            "beside 60 bytes of low-rank state and full layers: that takes 150",
+            "beside 60 bytes of low-rank state: that takes 150",
+        ),
+        (
+            LessConfig(bytes=100, full_layers=1, max_tokens=3),
+            {"token_bytes": 30, "layer_bytes": 20, "native": [0], "native_bytes": 7},
+            "beside 7 bytes of the windows of layers that slide and 90 bytes of full layers and 20 "
+            "bytes of low-rank state: that takes 147",
         ),
     ],
 )  # fmt: skip
@@ -242,8 +249,50 @@ def test_layers_that_slide_keep_their_windows_and_the_others_share_the_budget():
     assert cache.stats()["kept"] == [
         2 * 37 if i in slides else 2 * n for i, n in enumerate(config.tokens)
     ]
-    by_bytes = LessConfig(bytes=20_000, shape=[1, 2, 1, 2]).cache(model, batch=2)
-    assert 19_000 < by_bytes.memory()["slots"] <= 20_000
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [None, "float16", "int8"])
+def test_a_budget_in_bytes_pays_for_the_windows_of_layers_that_slide(batch, dtype):
+    from less.hf.families import VOCAB, build
+
+    model = build("gemma3_text")
+    config = LessConfig(bytes=20_000, shape=[1, 2, 1, 2], dtype=dtype)
+    cache = config.cache(model, batch=batch)
+    ids = torch.randint(2, VOCAB, (batch, 30), generator=torch.Generator().manual_seed(2))
+    most = 0
+    with attach(model, cache), torch.no_grad():
+        for part in (ids[:, :4], ids[:, 4:28], ids[:, 28:29], ids[:, 29:]):
+            model(part, past_key_values=cache)
+            memory = cache.memory()
+            most = max(most, memory["slots"] + memory["state"] + memory["native"])
+    assert memory["native"] > 0
+    assert 19_000 < most <= 20_000
+
+
+def test_windows_that_take_the_whole_budget_are_refused_with_their_bytes():
+    from less.hf.families import WINDOW, D, K, build
+
+    model = build("gemma3_text")
+    windows = 2 * WINDOW * 2 * K * D * 4 * 3  # of two layers, k and v, float32, three rows
+    with pytest.raises(
+        ValueError,
+        match=f"bytes={windows:,} cannot hold one token per head in each of 2 layers beside "
+        f"{windows:,} bytes of the windows of layers that slide: that takes ",
+    ):
+        LessConfig(bytes=windows).cache(model, batch=3)
+
+
+def test_full_layers_are_the_first_of_those_that_do_not_slide():
+    from less.hf.families import build
+
+    model = build("gemma3_text")  # layers 0 and 2 slide
+    cache = LessConfig(tokens=9, full_layers=1, max_tokens=50).cache(model)
+    assert cache.policies == (None, Full(50), None, H2O(heavy=5, recent=4))
+    with pytest.raises(
+        ValueError, match=r"full_layers=2 leaves none of 2 layers to be bounded \(2 others slide\)"
+    ):
+        LessConfig(tokens=9, full_layers=2, max_tokens=50).cache(model)
 
 
 def test_beams_reorder_layers_of_different_budgets(model):
