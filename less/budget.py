@@ -29,11 +29,6 @@ def state_bytes(head_dim: int, rank: int) -> int:
     return 4 * rank * (head_dim + 1)
 
 
-def window_bytes(head_dim: int, window: int, dtype: torch.dtype) -> int:
-    """Bytes of k and v of one kv head in a layer that slides, once its window is full."""
-    return 2 * head_dim * dtype.itemsize * window
-
-
 def parse_bytes(op: str, value: int | str) -> int:
     """A number of bytes, or a text as "64MiB", "1.5GB" or "800 kB".
 

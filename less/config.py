@@ -6,22 +6,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from less.budget import (
-    BETA,
-    deal,
-    parse_bytes,
-    pyramid,
-    slot_bytes,
-    state_bytes,
-    window_bytes,
-)
+from less.budget import BETA, deal, parse_bytes, pyramid, slot_bytes, state_bytes
 from less.policies import H2O, Full, Policy, policy_from_dict
 from less.sidekick import Sidekick, shipped, shipped_names
 
@@ -187,23 +179,20 @@ class LessConfig:
             sidekick = self.load_sidekick()
         dtype = facts.dtype if self.dtype is None else getattr(torch, self.dtype)
         rank = sidekick.rank if sidekick is not None else 0
-        native = tuple(sorted(facts.windows))
-        windows = (window_bytes(facts.head_dim, w, facts.dtype) for w in facts.windows.values())
         capacities = self.capacities(
             facts.layers,
             token_bytes=batch * facts.kv_heads * slot_bytes(facts.head_dim, dtype),
             layer_bytes=batch * facts.kv_heads * state_bytes(facts.head_dim, rank),
-            native=native,
-            native_bytes=batch * facts.kv_heads * sum(windows),
+            native=tuple(facts.windows),
+            native_bytes=batch * facts.kv_heads * facts.window_bytes,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
-        full, _ = self._full_and_bounded(facts.layers, native)
         policies = [
             None
             if capacity is None
             else Full(capacity)
-            if layer in full
+            if layer in self._full(facts.layers, facts.windows)
             else self.policy_at(capacity, sidekick)
             for layer, capacity in enumerate(capacities)
         ]
@@ -233,7 +222,8 @@ class LessConfig:
         Raises:
             ValueError: As in ``cache``.
         """
-        full, bounded = self._full_and_bounded(layers, native)
+        full = self._full(layers, native)
+        bounded = [i for i in range(layers) if i not in native and i not in full]
         if not bounded:
             raise ValueError(
                 f"LessConfig: full_layers={self.full_layers} leaves none of {len(full)} layers "
@@ -271,10 +261,9 @@ class LessConfig:
             out[i] = tokens
         return out
 
-    def _full_and_bounded(self, layers: int, native: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The layers that keep every token, and those that evict; native ones are neither."""
-        others = [i for i in range(layers) if i not in native]
-        return others[: self.full_layers], others[self.full_layers :]
+    def _full(self, layers: int, native: Collection[int]) -> list[int]:
+        """The layers that keep every token: the first of those that do not slide."""
+        return [i for i in range(layers) if i not in native][: self.full_layers]
 
     def _total(
         self, bounded: int, token_bytes: int, held: dict[str, int], prompt_tokens: int | None

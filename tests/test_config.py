@@ -287,12 +287,13 @@ def test_full_layers_are_the_first_of_those_that_do_not_slide():
     from less.hf.families import build
 
     model = build("gemma3_text")  # layers 0 and 2 slide
-    cache = LessConfig(tokens=9, full_layers=1, max_tokens=50).cache(model)
-    assert cache.policies == (None, Full(50), None, H2O(heavy=5, recent=4))
+    config = LessConfig(tokens=8, full_layers=1, max_tokens=50, policy=H2O(1, 1))
+    cache = config.cache(model)
+    assert cache.policies == (None, Full(50), None, H2O(heavy=4, recent=4))
     with pytest.raises(
         ValueError, match=r"full_layers=2 leaves none of 2 layers to be bounded \(2 others slide\)"
     ):
-        LessConfig(tokens=9, full_layers=2, max_tokens=50).cache(model)
+        replace(config, full_layers=2).cache(model)
 
 
 def test_beams_reorder_layers_of_different_budgets(model):

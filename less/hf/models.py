@@ -155,6 +155,11 @@ class ModelFacts:
         """Number of attention layers."""
         return len(self.modules)
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of k and v of one kv head and row in all sliding layers, once they are full."""
+        return 2 * self.head_dim * self.dtype.itemsize * sum(self.windows.values())
+
 
 def describe(model: nn.Module, op: str) -> ModelFacts:
     """Read a transformers model's shape and refuse what cannot work.
