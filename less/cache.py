@@ -285,7 +285,8 @@ class LessKVCache(CacheProtocol):
 
         The queries attend to the kept slots, to the low-rank state and, causally, to the call's
         own tokens. A first call is a prompt (exact causal attention), T = 1 a decode step,
-        anything else a chunk. Keys and queries come after the rotary embedding.
+        anything else a chunk. Keys and queries come after the rotary embedding. Nothing looks for
+        NaN: it spoils its own row, as in full attention, and no other.
 
         Args:
             layer: Index of the layer.

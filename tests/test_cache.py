@@ -116,6 +116,24 @@ def test_queries_keys_and_values_may_be_views():
     assert torch.equal(cache.attend(0, *views), other.attend(0, q, k, v))
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_in_a_row_stays_in_that_row(name):
+    clean, spoiled = build(), build()
+    for cache in (clean, spoiled):
+        feed(cache, 20)
+    rows = dict(zip("qkv", random_qkv(2, 4, 2, 1, 8, seed=3), strict=True))
+    want = clean.attend(0, **rows)
+    rows[name][1] = float("nan")
+    got = spoiled.attend(0, **rows)
+    assert got[1].isnan().all()
+    assert torch.equal(got[0], want[0])
+    for T in (1, 3, 1):
+        got, want = feed(spoiled, T, seed=T)[0], feed(clean, T, seed=T)[0]
+        assert torch.equal(got[0], want[0])
+        if name == "v":
+            assert got[1].isnan().any()
+
+
 def test_half_slots_under_a_float_model_round_keys_and_values_once():
     half = build(layers=1, dtype=torch.float16)
     q, k, v = random_qkv(2, 4, 2, 40, 8)
