@@ -8,25 +8,47 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
 
-from less.dtypes import EIGHT_BITS
+from less.layer import PageLayout
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 BETA = 20.0  # PyramidKV's
 
 
-def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one token of one kv head: key, value, position, score, log-weight, scales."""
-    return 2 * head_dim * dtype.itemsize + 12 + (8 if dtype in EIGHT_BITS else 0)
+def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, tokens: int, rank: int = 0) -> int:
+    """Bytes of one layer of one sequence: slots of so many tokens a head, state, counters.
+
+    Args:
+        kv_heads: Kv heads K.
+        head_dim: Head dim D.
+        dtype: Of the slots' rows.
+        tokens: Slots of each head, at least 1.
+        rank: Rank of the low-rank state; 0: there is none.
+    """
+    return PageLayout(kv_heads, head_dim, tokens, dtype, rank).nbytes
 
 
-def state_bytes(head_dim: int, rank: int) -> int:
-    """Bytes of the low-rank state of one kv head: H and z, float32."""
-    return 4 * rank * (head_dim + 1)
+def most_within(budget: int, cost: Callable[[int], int]) -> int:
+    """The largest number >= 0 whose cost is within a budget.
+
+    Args:
+        budget: What it may cost.
+        cost: Of a number; it grows with it.
+    """
+    if cost(1) > budget:
+        return 0
+    high = 2
+    while cost(high) <= budget:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return low
 
 
 def parse_bytes(op: str, value: int | str) -> int:

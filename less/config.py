@@ -6,14 +6,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from less.budget import BETA, deal, parse_bytes, pyramid, slot_bytes, state_bytes
+from less.budget import BETA, deal, most_within, page_bytes, parse_bytes, pyramid
 from less.policies import H2O, Full, Policy, policy_from_dict
 from less.sidekick import Sidekick, shipped, shipped_names
 
@@ -40,15 +40,15 @@ class LessConfig:
     Attributes:
         tokens: Tokens per kv head, the mean over layers; or a list of one number per layer.
         share: Tokens per kv head as a share of the prompt's, the mean over layers, in (0, 1].
-        bytes: What slots and low-rank state hold at most, all layers and rows together: a number
-            or a text as "64MiB". (Of a sharded model: in this process.) The sidekick's maps are
-            weights, held once beside it; counters, a few bytes per row and layer, are not counted.
+        bytes: What slots, low-rank state and the windows of layers that slide hold at most, all
+            layers and rows together: a number or a text as "64MiB". (Of a sharded model: in this
+            process.) The sidekick's maps are weights, held once beside it.
         shape: "uniform", "pyramid" (``less.budget.pyramid``), or a list of one weight per layer, in
             proportion to which the budget is dealt out.
         beta: Of the pyramid: the last layer gets 1 / beta of the mean.
-        full_layers: So many first layers keep every token (``Full``). Their weights in ``shape``
-            are not used. A budget in bytes includes them; in tokens or as a share it is that of the
-            others.
+        full_layers: So many first layers keep every token (``Full``), of those that do not slide:
+            layers that slide bound themselves. Their weights in ``shape`` are not used. A budget
+            in bytes includes them; in tokens or as a share it is that of the others.
         max_tokens: Tokens that full layers have room for, prompt, new tokens and padding.
         policy: Who stays; its own capacity is replaced, its proportions are kept. None: the policy
             that the sidekick was trained with, or H2O, half of it recent.
@@ -180,9 +180,12 @@ class LessConfig:
         rank = sidekick.rank if sidekick is not None else 0
         capacities = self.capacities(
             facts.layers,
-            token_bytes=batch * facts.kv_heads * slot_bytes(facts.head_dim, dtype),
-            layer_bytes=batch * facts.kv_heads * state_bytes(facts.head_dim, rank),
+            lambda tokens, evicts: (
+                batch
+                * page_bytes(facts.kv_heads, facts.head_dim, dtype, tokens, rank if evicts else 0)
+            ),
             native=tuple(facts.windows),
+            native_bytes=batch * facts.kv_heads * facts.window_bytes,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
@@ -190,7 +193,7 @@ class LessConfig:
             None
             if capacity is None
             else Full(capacity)
-            if layer < self.full_layers
+            if layer in self._full(facts.layers, facts.windows)
             else self.policy_at(capacity, sidekick)
             for layer, capacity in enumerate(capacities)
         ]
@@ -199,31 +202,32 @@ class LessConfig:
     def capacities(
         self,
         layers: int,
-        token_bytes: int = 0,
-        layer_bytes: int = 0,
+        layer_bytes: Callable[[int, bool], int] | None = None,
         native: Sequence[int] = (),
         prompt_tokens: int | None = None,
         max_tokens: int | None = None,
+        native_bytes: int = 0,
     ) -> list[int | None]:
         """Tokens that each layer keeps per kv head; None for native layers, which bound themselves.
 
         Args:
             layers: Number of layers.
-            token_bytes: What one token takes in one layer, all heads and rows: for ``bytes``.
-            layer_bytes: What the low-rank state takes in one layer that evicts.
+            layer_bytes: For ``bytes``: what one layer takes that keeps so many tokens a head, all
+                rows together, given the tokens and whether the layer evicts, hence has a state.
             native: Indices of native layers.
             prompt_tokens: For ``share``.
             max_tokens: In place of the config's.
+            native_bytes: What the native layers hold together once their windows are full.
 
         Raises:
             ValueError: As in ``cache``.
         """
-        bounded = [i for i in range(self.full_layers, layers) if i not in native]
-        full = [i for i in range(min(self.full_layers, layers)) if i not in native]
+        full = self._full(layers, native)
+        bounded = [i for i in range(layers) if i not in native and i not in full]
         if not bounded:
             raise ValueError(
-                f"LessConfig: full_layers={self.full_layers} leaves none of {layers} layers "
-                "to be bounded"
+                f"LessConfig: full_layers={self.full_layers} leaves none of {len(full)} layers "
+                "to be bounded" + (f" ({len(native)} others slide)" if native else "")
             )
         room = self.max_tokens if max_tokens is None else max_tokens
         if full and not room:
@@ -239,11 +243,18 @@ class LessConfig:
             for i in bounded:
                 out[i] = self.tokens[i]
             return out
-        spent = len(full) * (room or 0) * token_bytes + len(bounded) * layer_bytes
-        total = self._total(len(bounded), token_bytes, spent, prompt_tokens)
-        weights = self._weights(layers)
-        dealt = deal(total, [weights[i] for i in bounded])
-        for i, tokens in zip(bounded, dealt, strict=True):
+        weights = [self._weights(layers)[i] for i in bounded]
+        if self.bytes is not None:
+            if layer_bytes is None:
+                raise ValueError("LessConfig: a budget in bytes needs layer_bytes")
+            held = {
+                "the windows of layers that slide": native_bytes,
+                "full layers": len(full) * layer_bytes(room, False) if full and room else 0,
+            }
+            total = self._total_in_bytes(weights, layer_bytes, held)
+        else:
+            total = self._total_in_tokens(len(bounded), prompt_tokens)
+        for i, tokens in zip(bounded, deal(total, weights), strict=True):
             if tokens < 1:
                 raise ValueError(
                     f"LessConfig: layer {i} would keep {tokens} tokens: {total} for "
@@ -253,20 +264,34 @@ class LessConfig:
             out[i] = tokens
         return out
 
-    def _total(self, bounded: int, token_bytes: int, spent: int, prompt_tokens: int | None) -> int:
+    def _full(self, layers: int, native: Collection[int]) -> list[int]:
+        """The layers that keep every token: the first of those that do not slide."""
+        return [i for i in range(layers) if i not in native][: self.full_layers]
+
+    def _total_in_bytes(
+        self,
+        weights: Sequence[float],
+        layer_bytes: Callable[[int, bool], int],
+        held: dict[str, int],
+    ) -> int:
+        """Tokens of all bounded layers together; ``held`` is what the budget pays for besides."""
+        assert self.bytes is not None
+        budget, spent = parse_bytes("LessConfig", self.bytes), sum(held.values())
+        least = spent + len(weights) * layer_bytes(1, True)
+        if budget < least:
+            beside = " and ".join(f"{n:,} bytes of {what}" for what, n in held.items() if n)
+            raise ValueError(
+                f"LessConfig: bytes={budget:,} cannot hold one token per head in each of "
+                f"{len(weights)} layers{' beside ' if beside else ''}{beside}: that takes {least:,}"
+            )
+
+        def cost(total: int) -> int:
+            return sum(layer_bytes(max(tokens, 1), True) for tokens in deal(total, weights))
+
+        return most_within(budget - spent, cost)
+
+    def _total_in_tokens(self, bounded: int, prompt_tokens: int | None) -> int:
         """Tokens of all bounded layers together."""
-        if self.bytes is not None:
-            budget = parse_bytes("LessConfig", self.bytes)
-            if token_bytes < 1:
-                raise ValueError("LessConfig: a budget in bytes needs token_bytes")
-            least = spent + bounded * token_bytes
-            if budget < least:
-                raise ValueError(
-                    f"LessConfig: bytes={budget:,} cannot hold one token per head in each of "
-                    f"{bounded} layers beside {spent:,} bytes of low-rank state and full layers: "
-                    f"that takes {least:,}"
-                )
-            return (budget - spent) // token_bytes
         if self.share is not None:
             if prompt_tokens is None:
                 raise ValueError("LessConfig: share needs prompt_tokens, the prompt's length")

@@ -16,7 +16,8 @@ each output column has a scale, matrix = scale * int8 (``less.reference.quantize
     int8           q_w1_scale [Q,E]  q_w2_scale [Q,R]  k_w1_scale [K,E]  k_w2_scale [K,R]
 
 A saved sidekick is a folder: ``model.safetensors`` (tensors named ``layers.<i>.<name>``) and
-``config.json`` (shapes, the model it belongs to, the policies and the text it was trained with).
+``config.json`` (shapes, the model it belongs to, a few of that model's weights, the policies and
+the text it was trained with, and the other file's sha256, which loading compares).
 
 Source: arXiv:2402.09398, section 3.2 (the paper's maps); docs/training.md (the exp maps).
 """
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from less.dtypes import MAP_DTYPES
+from less.identity import model_identity
 from less.reference import dequantize, quantize
 
 FORMAT = "less-sidekick"
@@ -43,6 +45,7 @@ FORMAT_VERSION = 1  # int8 files are of version 2, which a library that knows 1 
 _INT8_VERSION = 2
 TENSORS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+_DIGEST = "tensors_sha256"  # field of config.json; files without it are older, and not compared
 
 #: Tensor name -> shape in letters, per kind. The order is the order of the files.
 TENSORS: dict[str, dict[str, str]] = {
@@ -92,7 +95,8 @@ class Sidekick:
             device they came on.
         kind: "paper" or "exp".
         config: What is known beside the tensors, saved with them: "model" (identity of the model,
-            see `model_identity`), "policies", "budgets", "training". Anything JSON can hold.
+            see ``less.identity``), "model_weights" (a few of its weights, see
+            ``less.hf.weights``), "policies", "budgets", "training". Anything JSON can hold.
         dtype: What the matrices are held in: float32, bfloat16, float16 or int8.
 
     Raises:
@@ -134,6 +138,7 @@ class Sidekick:
             )
         self.device = self._layers[0]["q_w1"].device
         self._part = (0, 1)
+        self._name = ""
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -173,6 +178,37 @@ class Sidekick:
         """Bytes of all tensors as held."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in layer.values())
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its folder's name, else that of the model it was trained for."""
+        model = self.config.get("model")
+        return self._name or str(model.get("name") if isinstance(model, dict) else "") or "unnamed"
+
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of the chunks that the maps were trained on; None where the config does not say.
+
+        How the state does on longer texts was not seen in training.
+        """
+        training = self.config.get("training")
+        text = training.get("text") if isinstance(training, dict) else None
+        length = text.get("chunk_tokens") if isinstance(text, dict) else None
+        return length if isinstance(length, int) else None
+
+    @property
+    def trained_capacities(self) -> tuple[int, ...]:
+        """Tokens kept per head in training, ascending; empty where the config does not say."""
+        budgets = self.config.get("budgets")
+        return tuple(sorted(budgets)) if isinstance(budgets, list) else ()
+
+    def _like(
+        self, layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, part: tuple[int, int]
+    ) -> Sidekick:
+        """Other tensors of the same origin."""
+        other = Sidekick(layers, kind=self.kind, config=self.config, dtype=dtype)
+        other._part, other._name = part, self._name
+        return other
+
     def to(
         self,
         target: torch.device | str | torch.dtype | None = None,
@@ -196,9 +232,7 @@ class Sidekick:
         _check_dtype("Sidekick.to", dtype)
         device = self.device if target is None else target
         moved = [{n: t.to(device) for n, t in layer.items()} for layer in self._layers]
-        other = Sidekick(moved, kind=self.kind, config=self.config, dtype=dtype)
-        other._part = self._part
-        return other
+        return self._like(moved, dtype, self._part)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -224,9 +258,7 @@ class Sidekick:
             raise ValueError(f"{op}: this is part {self._part} already; shard the whole sidekick")
         check_part(op, rank, world, self.q_heads, self.kv_heads)
         cut = [{n: t[part_slice(t.shape[0], rank, world)] for n, t in m.items()} for m in self]
-        part = Sidekick(cut, kind=self.kind, config=self.config, dtype=self.dtype)
-        part._part = (rank, world)
-        return part
+        return self._like(cut, self.dtype, (rank, world))
 
     # -- building ----------------------------------------------------------------------------
 
@@ -326,12 +358,12 @@ class Sidekick:
         Args:
             path: The folder; or a name in `shipped_names()`, such as "smollm2-135m-instruct".
             dtype: Of the matrices, see `to`; the file's own by default.
-            shard: Rank and world: read one part of the heads alone, as `shard` would cut it.
+            shard: Rank and world: load one part of the heads alone, as `shard` would cut it.
 
         Raises:
             FileNotFoundError: neither a folder nor a shipped name, or a file is missing in it.
-            ValueError: a file is truncated, foreign, of another format version, the two files do
-                not belong together (the message names the file), or there is no such part.
+            ValueError: a file is truncated, damaged, foreign, of another format version, the two
+                files do not belong together (the message names the file), or there is no such part.
         """
         if dtype is not None:
             _check_dtype("Sidekick.from_pretrained", dtype)
@@ -352,7 +384,7 @@ class Sidekick:
         try:
             held = _dtype_of(layers)
             sidekick = cls(layers, kind=header["kind"], config=_extra(header), dtype=held)
-            sidekick._part = (rank, world)
+            sidekick._part, sidekick._name = (rank, world), root.resolve().name
         except ValueError as error:
             raise ValueError(f"Sidekick.from_pretrained: {root / TENSORS_FILE}: {error}") from None
         for field in _SHAPE_FIELDS:
@@ -363,6 +395,7 @@ class Sidekick:
                     f"{CONFIG_FILE} says {field} = {header.get(field)!r}, {TENSORS_FILE} holds "
                     f"{held_field!r}"
                 )
+        _check_digest(root / TENSORS_FILE, header.get(_DIGEST))
         return sidekick if dtype in (None, held) else sidekick.to(dtype)
 
     def save_pretrained(
@@ -402,11 +435,13 @@ class Sidekick:
         root.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, "format_version": version}
         header |= {field: getattr(self, field) for field in _SHAPE_FIELDS}
-        header |= {"dtype": str(dtype).removeprefix("torch."), **self.config}
+        # Not save_file: it makes files that only their owner may read, whatever the umask.
+        content = save(tensors, {"format": FORMAT, "version": str(version)})
+        header |= {"dtype": str(dtype).removeprefix("torch.")}
+        header |= {_DIGEST: hashlib.sha256(content).hexdigest(), **self.config}
         text = json.dumps(header, indent=2, allow_nan=False) + "\n"
         part = root / f".{TENSORS_FILE}.{os.getpid()}"
-        # Not save_file: it makes files that only their owner may read, whatever the umask.
-        part.write_bytes(save(tensors, {"format": FORMAT, "version": str(version)}))
+        part.write_bytes(content)
         os.replace(part, root / TENSORS_FILE)
         part = root / f".{CONFIG_FILE}.{os.getpid()}"
         part.write_text(text, encoding="utf-8")
@@ -461,61 +496,6 @@ class Sidekick:
         )
 
 
-def model_identity(model: Any) -> dict[str, Any]:
-    """What makes a sidekick belong to a model: the fields that shape its q and k.
-
-    Args:
-        model: A transformers model or its config (for a composed model the text config counts).
-
-    Returns:
-        name, model_type, layers, q_heads, kv_heads, head_dim, hidden_size, vocab_size, rope (its
-        parameters), and fingerprint, a sha256 over all of them but the name.
-
-    Raises:
-        ValueError: a needed field is missing: this is no decoder's config.
-    """
-    config = getattr(model, "config", model)
-    name = str(getattr(config, "_name_or_path", "") or "")
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    found: dict[str, int] = {}
-    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        value = getattr(config, field, None)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"model_identity: {_type(config)}.{field} must be a positive int, got {value!r}"
-            )
-        found[field] = value
-    q_heads = found["num_attention_heads"]
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:  # transformers before 5 keeps the two apart
-        rope = dict(getattr(config, "rope_scaling", None) or {})
-        if getattr(config, "rope_theta", None) is not None:
-            rope["rope_theta"] = config.rope_theta
-    identity: dict[str, Any] = {
-        "model_type": str(getattr(config, "model_type", "")),
-        "layers": found["num_hidden_layers"],
-        "q_heads": q_heads,
-        "kv_heads": kv_heads_of(config),
-        "head_dim": getattr(config, "head_dim", None) or found["hidden_size"] // q_heads,
-        "hidden_size": found["hidden_size"],
-        "vocab_size": getattr(config, "vocab_size", None),
-        "rope": _plain({"rope_type": "default", **rope}),
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return {"name": Path(name).name or name, **identity, "fingerprint": digest}
-
-
-def kv_heads_of(config: Any) -> int:
-    """Kv heads K of a transformers decoder's config; some say it in fields of their own."""
-    heads = int(config.num_attention_heads)
-    if getattr(config, "new_decoder_architecture", False):
-        return int(config.num_kv_heads)
-    if getattr(config, "multi_query", False):
-        return 1
-    return int(getattr(config, "num_key_value_heads", None) or heads)
-
-
 def shipped_names() -> list[str]:
     """Names of the sidekicks that come with the package."""
     root = Path(__file__).parent / "sidekicks"
@@ -567,15 +547,6 @@ def part_slice(heads: int, rank: int, world: int) -> slice:
 
 def _type(x: object) -> str:
     return type(x).__name__
-
-
-def _plain(x: Any) -> Any:
-    """Config values as JSON gives them back: numbers as they are, None dropped, keys sorted."""
-    if isinstance(x, Mapping):
-        return {str(k): _plain(v) for k, v in sorted(x.items()) if v is not None}
-    if isinstance(x, (list, tuple)):
-        return [_plain(v) for v in x]
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else x
 
 
 def _checked_layer(
@@ -704,8 +675,23 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _extra(header: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that the tensors do not say themselves."""
-    derived = ("format", "format_version", "dtype", *_SHAPE_FIELDS)
+    derived = ("format", "format_version", "dtype", _DIGEST, *_SHAPE_FIELDS)
     return {k: v for k, v in header.items() if k not in derived}
+
+
+def _check_digest(path: Path, wanted: object) -> None:
+    """Refuse tensors of other bytes than config.json was written for."""
+    if wanted is None:
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != wanted:
+        raise ValueError(
+            f"Sidekick.from_pretrained: {path}: damaged, or of another {CONFIG_FILE}: its sha256 "
+            f"must be {wanted}, got {digest.hexdigest()}"
+        )
 
 
 def _read_tensors(path: Path, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:

@@ -32,7 +32,6 @@ def test_memory_is_what_the_tensors_take_and_never_grows():
     cache = build(dtype=torch.float16)
     at_first = cache.memory()
 
-
     def field(*sizes: int) -> int:
         """Bytes of fields, each of which begins at a multiple of 128."""
         return sum(-(-n // 128) * 128 for n in sizes)
@@ -123,6 +122,24 @@ def test_queries_keys_and_values_may_be_views():
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     assert not views[0].is_contiguous()
     assert torch.equal(cache.attend(0, *views), other.attend(0, q, k, v))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_in_a_row_stays_in_that_row(name):
+    clean, spoiled = build(), build()
+    for cache in (clean, spoiled):
+        feed(cache, 20)
+    rows = dict(zip("qkv", random_qkv(2, 4, 2, 1, 8, seed=3), strict=True))
+    want = clean.attend(0, **rows)
+    rows[name][1] = float("nan")
+    got = spoiled.attend(0, **rows)
+    assert got[1].isnan().all()
+    assert torch.equal(got[0], want[0])
+    for T in (1, 3, 1):
+        got, want = feed(spoiled, T, seed=T)[0], feed(clean, T, seed=T)[0]
+        assert torch.equal(got[0], want[0])
+        if name == "v":
+            assert got[1].isnan().any()
 
 
 def test_half_slots_under_a_float_model_round_keys_and_values_once():

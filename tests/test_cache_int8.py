@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from less import H2O, LessKVCache, Policy, Sidekick, SinkRecent
-from less.budget import slot_bytes
+from less.layer import PageLayout
 from tests.helpers import assert_close, random_maps, random_qkv
 from tests.ops import flat_reference as reference
 
@@ -111,8 +111,14 @@ def test_rows_of_an_int8_batch_equal_themselves_alone(backend, policy):
 def test_memory_of_int8_slots_counts_their_scales(backend):
     cache = build(backend=backend, D=64, kind="")
     at_first = cache.memory()
-    assert at_first["slots"] == 2 * 2 * 21 * (2 * 64 + 2 * 4 + 12)
-    assert at_first["slots"] == 2 * 2 * 21 * slot_bytes(64, torch.int8)
+
+    def field(nbytes):
+        return -(-nbytes // 128) * 128
+
+    # k and v, then position, score, log-weight and two scales.
+    assert at_first["slots"] == 2 * 2 * (2 * field(21 * 64) + 5 * field(21 * 4))
+    layout = PageLayout(2, 64, 21, torch.int8)
+    assert at_first["slots"] == 2 * (layout.nbytes - layout.header_bytes)
     half = build(backend=backend, D=64, kind="", dtype=torch.float16)
     q, k, v = random_qkv(2, 6, 2, 50, 64)
     for c in (cache, half):

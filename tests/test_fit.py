@@ -361,6 +361,12 @@ def test_a_run_makes_a_sidekick_with_its_record(model, tmp_path):
     sidekick.check_model(model)
     config = json.loads(json.dumps(sidekick.config))
     assert config["model"]["name"] == "tiny"
+    assert sidekick.trained_length == 48
+    assert sidekick.trained_capacities == (8, 12)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    noted = config["model_weights"]["0.q_proj.weight"]
+    assert noted["shape"] == list(weight.shape)
+    assert all(float((weight - x).abs().min()) < 1e-5 for x in noted["values"])
     assert config["budgets"] == [8, 12]
     assert config["policies"] == [POLICY.to_dict(), SinkRecent(4, 8).to_dict()]
     training = config["training"]
@@ -500,8 +506,8 @@ def folder(tmp_path):
 def test_the_command_trains_saves_and_logs_each_layer(folder, capsys):
     assert main(command(folder)) == 0
     log = capsys.readouterr().out.replace("\n", " ")
-    assert "layer 1/2: loss of eviction alone -> with sidekick:" in log
-    assert "layer 2/2:" in log
+    assert "layer 0 of 0..1: loss of eviction alone -> with sidekick:" in log
+    assert "layer 1 of 0..1:" in log
     sidekick = Sidekick.from_pretrained(folder / "out")
     assert sidekick.config["budgets"] == [8, 16]
     assert sidekick.config["training"]["text"]["source"] == "text.txt"

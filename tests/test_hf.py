@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from less.cache.session import extend_digest
 from transformers import DynamicCache, TextIteratorStreamer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import less.hf
 from less import LessKVCache, Sidekick, SinkRecent
 from less.backend import ops
+from less.cache.session import extend_digest
 from less.hf import interface
 from less.hf.families import LAYERS, VOCAB, D, K, Q, build
 from less.hf.matrix import SMALL, WIDE, Spy, feed, generate, left_padded, prompt, sidekick_for
@@ -378,8 +378,11 @@ def test_a_model_that_shares_the_config_object_is_not_confused(model):
 
 
 WRONG_CALLS = {
-    "no cache": ({}, "past_key_values=cache; got none"),
-    "a full cache": ({"past_key_values": DynamicCache()}, "another cache .DynamicCache"),
+    "no cache": ({}, r"past_key_values is missing: .* call the model as .* model\(ids, past_key"),
+    "a full cache": (
+        {"past_key_values": DynamicCache()},
+        r"past_key_values must be that cache, got another cache \(DynamicCache\)",
+    ),
     "use_cache=False": ({"use_cache": False}, "use_cache=False"),
     "output_attentions": ({"output_attentions": True}, "output_attentions"),
     "a mask too short": ({"attention_mask": torch.ones(1, 4)}, r"must have shape \[1, 5\]"),
@@ -407,7 +410,21 @@ def test_a_wrong_forward_is_refused_and_changes_nothing(model, case):
 
 
 WRONG_GENERATES = {
-    "no cache": ({"past_key_values": None}, ValueError, "pass past_key_values=cache"),
+    "no cache": (
+        {"past_key_values": None},
+        ValueError,
+        r"^generate: past_key_values is missing: .* model\.generate\(..., past_key_values=cache\)",
+    ),
+    "a full cache": (
+        {"past_key_values": DynamicCache()},
+        ValueError,
+        r"past_key_values must be that cache, got another cache \(DynamicCache\)",
+    ),
+    "a row of padding alone": (
+        {"attention_mask": torch.zeros(1, 5, dtype=torch.int64)},
+        ValueError,
+        r"attention_mask marks no token of rows \[0\] as text",
+    ),
     "use_cache=False": ({"use_cache": False}, ValueError, "use_cache=False"),
     "beams": ({"num_beams": 2}, ValueError, r"batch=1, got 2 rows.*num_beams.*batch=2"),
     "sequences": ({"num_return_sequences": 2, "do_sample": True}, ValueError, "batch=2"),
@@ -434,6 +451,75 @@ def test_a_wrong_generate_is_refused_and_changes_nothing(model, case):
         model.generate(prompt(5), **{"past_key_values": cache, "max_new_tokens": 3, **changes})
     assert cache.columns == 0
     generate(model, cache, prompt(5))
+
+
+def test_generate_without_the_cache_says_how_to_pass_it(model):
+    cache = new_cache(model)
+    with (
+        pytest.raises(ValueError, match="past_key_values is missing"),
+        less.hf.attach(model, cache),
+    ):
+        model.generate(prompt(5), max_new_tokens=3)
+    assert cache.columns == 0
+
+
+def test_of_a_batch_the_row_without_a_token_is_named(model):
+    cache = new_cache(model, batch=3)
+    inputs = {"input_ids": prompt(6, rows=3), "attention_mask": torch.ones(3, 6, dtype=torch.int64)}
+    inputs["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"no token of rows \[1\] as text.*Leave such rows out"):
+        generate(model, cache, inputs)
+    assert cache.columns == 0
+
+
+def test_a_row_whose_text_comes_in_a_later_chunk_may_begin_with_padding_alone(model):
+    ids = prompt(12, rows=2)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :8] = 0
+    cache, alone = new_cache(model, batch=2), new_cache(model)
+    with less.hf.attach(model, cache), torch.no_grad():
+        model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        assert cache.seen.tolist() == [6, 0]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, 6:]
+        got = model(
+            ids[:, 6:], attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits[1, -1]
+    want = feed(model, alone, ids[1:, 8:])
+    assert_close(got, want[0, -1], torch.float32)
+
+
+def test_a_model_whose_numbers_become_nan_is_refused_and_its_rows_are_named():
+    model = build("llama")
+    cache = new_cache(model, batch=3)
+    ids = prompt(6, rows=3).clamp(max=9)
+    ids[1, 2] = 11
+    with torch.no_grad():
+        model.model.embed_tokens.weight[11] = float("nan")
+    with less.hf.attach(model, cache):
+        with pytest.raises(RuntimeError, match=r"NaN or infinite in rows \[1\].*cache.reset\(\)"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        with pytest.raises(RuntimeError, match=r"in rows \[1\]"), torch.no_grad():
+            model(ids[:, :1], past_key_values=cache)  # it attends to NaN from now on
+        cache.reset()
+        with torch.no_grad():
+            model(ids[:, :2], past_key_values=cache)
+
+
+def test_nan_under_padding_is_nobodys(model):
+    cache = new_cache(model, batch=2)
+    ids, mask = prompt(6, rows=2), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :3] = 0
+
+    def spoil(module, args, hidden):
+        hidden[1, :3] = float("nan")
+
+    hook = model.model.layers[-1].register_forward_hook(spoil)
+    try:
+        with less.hf.attach(model, cache), torch.no_grad():
+            logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    finally:
+        hook.remove()
+    assert logits.isnan().all(2).tolist() == (mask == 0).tolist()
 
 
 def test_assisted_decoding_is_refused_with_the_reason(model):
@@ -505,6 +591,10 @@ def test_a_sidekick_of_another_model_is_refused(model):
 def test_what_is_no_model_or_no_cache_is_refused(model):
     with pytest.raises(TypeError, match="must be a LessKVCache, got DynamicCache"):
         less.hf.attach(model, DynamicCache()).__enter__()
+    with pytest.raises(
+        TypeError, match=r"cache_for: policy must be given.*H2O\(heavy=32, recent=32"
+    ):
+        less.hf.cache_for(model)
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         less.hf.cache_for(torch.nn.Linear(2, 2), SMALL)
     with pytest.raises(TypeError, match=r"torch\.compile"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from less import Sidekick
-from less.sidekick import MATRICES, TENSORS, model_identity, shipped, shipped_names
+from less.identity import model_identity
+from less.sidekick import MATRICES, TENSORS, shipped, shipped_names
 from tests.ops import flat_reference as reference
 from tests.tiny_model import tiny_model
 
@@ -287,7 +288,26 @@ def marked_safetensors(folder, tensors):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "less-sidekick"})
 
 
+def flip_two_bytes(path):
+    content = bytearray(path.read_bytes())
+    for i in (-5, -300):
+        content[i] ^= 1
+    path.write_bytes(content)
+
+
 BROKEN = {
+    "two flipped bytes": (
+        lambda f: flip_two_bytes(f / "model.safetensors"),
+        r"model\.safetensors: damaged, or of another config\.json: its sha256 must be",
+    ),
+    "tensors of another sidekick": (
+        lambda f: os.replace(
+            Sidekick([layer(), layer(seed=2)], kind="exp").save_pretrained(f / "other")
+            / "model.safetensors",
+            f / "model.safetensors",
+        ),
+        r"model\.safetensors: damaged",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "no tensors": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "truncated config": (lambda f: truncate(f / "config.json"), "config.json: truncated"),
@@ -334,6 +354,34 @@ def test_broken_and_foreign_files_are_refused_by_name(tmp_path, case):
         Sidekick.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_flipped_bytes_are_found_in_a_part_too_and_older_files_have_no_digest(tmp_path, shard):
+    folder = saved(tmp_path / "sidekick")
+    flip_two_bytes(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="damaged"):
+        Sidekick.from_pretrained(folder, shard=shard)
+    config = json.loads((folder / "config.json").read_text())
+    del config["tensors_sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "tensors_sha256" not in Sidekick.from_pretrained(folder, shard=shard).config
+
+
+def test_a_sidekick_is_called_by_its_folder_or_its_model(tmp_path):
+    assert Sidekick([layer()], kind="exp").name == "unnamed"
+    trained = Sidekick([layer()], kind="exp", config={"model": {"name": "tiny"}})
+    assert trained.name == "tiny"
+    loaded = Sidekick.from_pretrained(trained.save_pretrained(tmp_path / "my-sidekick"))
+    assert loaded.name == loaded.to(torch.float16).name == loaded.shard(0, 2).name == "my-sidekick"
+
+
+def test_what_a_sidekick_was_trained_for_is_in_its_config():
+    plain = Sidekick([layer()], kind="exp")
+    assert (plain.trained_length, plain.trained_capacities) == (None, ())
+    record = {"budgets": [64, 32], "training": {"text": {"chunk_tokens": 1024}}}
+    trained = Sidekick([layer()], kind="exp", config=record)
+    assert (trained.trained_length, trained.trained_capacities) == (1024, (32, 64))
+
+
 def test_a_folder_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="no folder '/nowhere/at/all'"):
         Sidekick.from_pretrained("/nowhere/at/all")
@@ -342,6 +390,10 @@ def test_a_folder_that_is_not_there_is_named():
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_sidekicks_load_by_name_and_are_small(name):
     sidekick = Sidekick.from_pretrained(name)
+    header = json.loads((shipped(name) / "config.json").read_text())
+    assert sidekick.name == name
+    assert header["tensors_sha256"]
+    assert (sidekick.trained_length, sidekick.trained_capacities) == (1024, (32, 64, 128))
     assert sidekick.config["model"]["fingerprint"]
     assert sidekick.config["policies"]
     assert len(sidekick.config["training"]["layers"]) == sidekick.layers

@@ -14,6 +14,7 @@ from less._check import require_int, require_shape, require_tensor
 from less.backend import Backend
 from less.cache import snapshot
 from less.cache.checks import check_call, layer_policies, positive, sliding_layers
+from less.cache.limits import TrainingLimits
 from less.cache.paged import PagedLayer
 from less.cache.protocol import CacheProtocol
 from less.cache.session import Session, sliding_tensors
@@ -41,7 +42,9 @@ class LessKVCache(CacheProtocol):
         policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own; or a list of one
             per layer, which may keep more tokens in one layer than in another (``Full`` keeps all;
             what is listed for native layers is not used).
-        sidekick: Feature maps of the low-rank state; None is eviction alone.
+        sidekick: Feature maps of the low-rank state; None is eviction alone. A capacity outside
+            of those that it was trained for, and a text that grows beyond the length that it was
+            trained at, warn once by name, where its config says what they were.
         dtype: Of the slots: float32, bfloat16 or float16; or 8 bits whose rows have a float32
             scale each, int8 or, on a GPU and with the reference backend, float8_e4m3fn (float64
             with the reference backend). k and v are rounded to it on entry. State, scores and
@@ -122,6 +125,8 @@ class LessKVCache(CacheProtocol):
         self.session = Session(self.layers, self.batch, self.device, self.native)
         self._build(chosen)
         self._pools = self._allocate()
+        kept = [p.capacity for p in self.policies if p is not None and p.evicts]
+        self._limits = TrainingLimits(sidekick, kept)
         self._reserve()
 
     def _victim(self, victim: str | None) -> str:
@@ -220,7 +225,8 @@ class LessKVCache(CacheProtocol):
 
         The queries attend to the kept slots, to the low-rank state and, causally, to the call's
         own tokens. A first call is a prompt (exact causal attention), T = 1 a decode step,
-        anything else a chunk. Keys and queries come after the rotary embedding.
+        anything else a chunk. Keys and queries come after the rotary embedding. Nothing looks for
+        NaN: it spoils its own row, as in full attention, and no other.
 
         Args:
             layer: Index of the layer.
@@ -248,6 +254,7 @@ class LessKVCache(CacheProtocol):
         # What a CUDA graph captures runs when it is replayed, and is counted then: see advance.
         if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self.session.columns[layer] += q.shape[2]
+            self._limits.heed(self.session.columns[layer])
         return result
 
     def advance(self, steps: int) -> None:
@@ -266,6 +273,7 @@ class LessKVCache(CacheProtocol):
         for layer in range(self.layers):
             self._check_room("advance", layer, steps)
         self.session.columns = [columns + steps for columns in self.session.columns]
+        self._limits.heed(self.columns)
 
     def _check_room(self, op: str, layer: int, tokens: int) -> None:
         policy = self.policies[layer]
@@ -353,7 +361,8 @@ class LessKVCache(CacheProtocol):
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
             ``maps`` (the sidekick's weights), ``workspace`` (counters, and the scratch of a GPU's
-            kernels), ``native`` (k and v of layers that slide), ``total`` of these, and ``full``:
+            kernels), ``native`` (k and v of layers that slide, which grow until their windows are
+            full), ``total`` of these, and ``full``:
             the k and v that a full cache would hold of the same tokens now, in this cache's dtype,
             or in 16 bits where that has 8, which full caches are not held in; for layers that
             slide, what they hold. ``slots``, ``state`` and the counters are ``batch`` times
@@ -518,6 +527,7 @@ class LessKVCache(CacheProtocol):
                 message names what differs and the cache is as it was.
         """
         snapshot.load(self, d)
+        self._limits.heed(self.columns)
 
     @property
     def kind(self) -> str:

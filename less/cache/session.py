@@ -117,6 +117,8 @@ class Session:
         sliding: The cache layers of transformers that serve the layers that slide; None until
             ``less.hf``, which knows the windows, makes them.
         sliding_seen: Tokens that each of those has seen, int64 [B].
+        other_weights: What was last said of a model whose weights are not the sidekick's; see
+            ``less.hf.weights``.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Session:
     ) -> None:
         self.columns = [0] * layers
         self.bound: Bound | None = None
+        self.other_weights = ""
         self.sliding: dict[int, SlidingLayer | None] = dict.fromkeys(sliding)
         self.sliding_seen = {
             i: torch.zeros(batch, dtype=torch.int64, device=device) for i in sliding

@@ -178,8 +178,8 @@ def layer_line(record: LayerRecord, layers: int) -> str:
         f"{e:.3g} -> {s:.3g}" for e, s in zip(record.eviction, record.sidekick, strict=True)
     )
     return (
-        f"layer {record.layer + 1}/{layers}: loss of eviction alone -> with sidekick: {pairs} "
-        f"({100 * (1 - record.ratio):.0f} % less), {record.seconds:.0f} s"
+        f"layer {record.layer} of 0..{layers - 1}: loss of eviction alone -> with sidekick: "
+        f"{pairs} ({100 * (1 - record.ratio):.0f} % less), {record.seconds:.0f} s"
     )
 
 
@@ -218,7 +218,7 @@ class _Shown:
         left = ""
         if done > self.skipped and done < 1:
             left = f"about {_minutes(spent * (1 - done) / (done - self.skipped))} left"
-        label = f"layer {progress.layer + 1}/{progress.layers} {progress.phase}"
+        label = f"layer {progress.layer} of 0..{progress.layers - 1} {progress.phase}"
         self.bar.update(self.task, completed=done, description=label, left=left)
         if progress.record is not None:
             note = ", from the earlier run" if progress.resumed else ""

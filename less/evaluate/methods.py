@@ -6,12 +6,13 @@ the tokens that the low-rank state's bytes would have bought, rounded up in evic
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from less import H2O, Policy, Sidekick, SinkRecent
-from less.budget import slot_bytes, state_bytes
+from less.budget import most_within, page_bytes
 
 SINKS = 4  # a window without the first tokens measures the lost sink, not lost context
 
@@ -37,9 +38,26 @@ FULL = Method("full cache", None)
 BASELINE = "H2O"  # the row whose loss to full attention the others recover
 
 
-def tokens_bought(bytes_per_head: float, head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens per kv head that so many bytes buy, rounded up."""
-    return -int(-bytes_per_head // slot_bytes(head_dim, dtype))
+def tokens_bought(nbytes: float, budget: int, sidekick: Sidekick, dtype: torch.dtype) -> int:
+    """Tokens per head beyond a budget that so many bytes of a layer buy, rounded up.
+
+    Args:
+        nbytes: Bytes of one layer of one sequence.
+        budget: Tokens per head that there are already.
+        sidekick: Which says how many heads of what size.
+        dtype: Of the slots.
+    """
+
+    def cost(extra: int) -> int:
+        return page_bytes(sidekick.kv_heads, sidekick.head_dim, dtype, budget + extra)
+
+    return most_within(cost(0) + math.ceil(nbytes) - 1, cost) + 1
+
+
+def state_bytes(budget: int, sidekick: Sidekick, dtype: torch.dtype) -> int:
+    """Bytes of the low-rank state in one layer of one sequence."""
+    K, D = sidekick.kv_heads, sidekick.head_dim
+    return page_bytes(K, D, dtype, budget, sidekick.rank) - page_bytes(K, D, dtype, budget)
 
 
 def standard_methods(
@@ -69,7 +87,7 @@ def standard_methods(
     if sidekick is None:
         return methods
     rule = (sidekick_policy or plain).at_capacity(budget)
-    extra = tokens_bought(state_bytes(head_dim, sidekick.rank), head_dim, dtype)
+    extra = tokens_bought(state_bytes(budget, sidekick, dtype), budget, sidekick, dtype)
     methods.append(Method("H2O, equal bytes", plain.at_capacity(budget + extra), extra=extra))
     if rule != plain:
         name = f"{rule_name(rule)}, equal bytes"
@@ -93,9 +111,10 @@ def equal_bytes_with_maps(
         dtype: Of the slots.
         batch: Rows that share the maps.
     """
-    maps = sidekick.nbytes / (sidekick.layers * sidekick.kv_heads * batch)
-    state = state_bytes(sidekick.head_dim, sidekick.rank)
-    extra = tokens_bought(maps + state, sidekick.head_dim, dtype)
+    budget = policy.capacity
+    maps = sidekick.nbytes / (sidekick.layers * batch)
+    state = state_bytes(budget, sidekick, dtype)
+    extra = tokens_bought(maps + state, budget, sidekick, dtype)
     name = f"{rule_name(policy)}, equal bytes + maps"
     return Method(name, policy.at_capacity(policy.capacity + extra), extra=extra)
 

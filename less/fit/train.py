@@ -31,8 +31,10 @@ from less.fit.capture import Captured, LayerWalk
 from less.fit.schedule import schedule
 from less.fit.start import Trainable
 from less.fit.text import identity, sample_chunks
+from less.hf.weights import FIELD, note_weights
+from less.identity import model_identity
 from less.policies import Policy
-from less.sidekick import TENSORS, Sidekick, model_identity
+from less.sidekick import TENSORS, Sidekick
 
 _RUN = "run.json"
 _RECIPE_VERSION = 2  # raise it when the same settings would train something else
@@ -304,7 +306,8 @@ def train(
         show: Called as the work proceeds.
 
     Returns:
-        The sidekick. Its `config` holds the model's identity, the policies and the training record.
+        The sidekick. Its `config` holds the model's identity and a few of its weights, the policies
+        and the training record.
 
     Raises:
         TypeError: the model is none of transformers.
@@ -345,6 +348,7 @@ def train(
         layers, records = _train_layers(walk, policies, recipe, held, folder, show)
         config = {
             "model": model_record,
+            FIELD: note_weights(walk.facts),
             "policies": run["policies"],
             "budgets": [p.capacity for p in policies],
             "training": {

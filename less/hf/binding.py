@@ -15,6 +15,7 @@ from less.hf import interface
 from less.hf.models import ModelFacts, check_fits, check_ready, describe
 from less.hf.native import NativeAttention, make_native
 from less.hf.switch import shadow, switch_attention
+from less.hf.weights import warn_of_other_weights
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def cache_for(
     model: nn.Module,
-    policy: Policy | Sequence[Policy | None],
+    policy: Policy | Sequence[Policy | None] | None = None,
     sidekick: Sidekick | None = None,
     batch: int = 1,
     dtype: torch.dtype | None = None,
@@ -34,21 +35,28 @@ def cache_for(
 
     Args:
         model: A supported transformers model.
-        policy: Who stays; or a list of one policy per layer. ``LessConfig.cache`` makes it from a
-            budget in tokens, bytes or a share of the prompt.
+        policy: Who stays, which must be said; or a list of one policy per layer.
+            ``LessConfig.cache`` makes it from a budget in tokens, bytes or a share of the prompt.
         sidekick: Feature maps of the low-rank state; None is eviction alone. Of a model whose heads
-            are dealt out to several processes, a whole sidekick is cut to this one's.
+            are dealt out to several processes, a whole sidekick is cut to this one's. One that was
+            trained on other weights warns, where its config has some (``less.hf.weights``).
         batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
         dtype: Of the slots; the model's by default.
         backend: As in ``LessKVCache``.
 
     Raises:
+        TypeError: ``policy`` is not given, or the model is none of transformers.
         UnsupportedModelError: The model cannot run on a bounded cache.
         ValueError: The sidekick is of another model, or an argument is wrong.
     """
     from less.cache import LessKVCache
     from less.sidekick import Sidekick
 
+    if policy is None:
+        raise TypeError(
+            "cache_for: policy must be given, who stays in the cache: cache_for(model, "
+            "H2O(heavy=32, recent=32)); or from a budget, LessConfig(tokens=64).cache(model)"
+        )
     facts = describe(model, "cache_for")
     check_ready("cache_for", facts)
     if isinstance(sidekick, Sidekick) and sidekick.part == (0, 1) != facts.part:
@@ -71,6 +79,7 @@ def cache_for(
     )
     cache.part = facts.part
     check_fits("cache_for", cache, facts)
+    warn_of_other_weights(cache, facts)
     make_native(cache, facts)
     return cache
 
@@ -110,6 +119,7 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
         raise RuntimeError("attach: the model has a cache attached; leave that block first")
     if cache.session.bound is not None:
         raise RuntimeError("attach: the cache is attached to a model; leave that block first")
+    warn_of_other_weights(cache, facts)
     interface.register()
     native = NativeAttention(facts) if facts.windows else None
     make_native(cache, facts)
@@ -179,6 +189,8 @@ def _watch_generate(model: Any, binding: Binding, leave: ExitStack) -> None:
                 "used cache would go unnoticed. Feed the model yourself: model(ids, "
                 "past_key_values=cache)"
             )
+        if kwargs.get("past_key_values") is None:  # generate would make a full cache
+            raise ValueError(_NO_CACHE.format(op="generate"))
         return original(*args, **kwargs)
 
     shadow(model, "_prefill", prefill, leave)
@@ -237,11 +249,18 @@ class Binding:
                 f"cache has room for {room} in its layers of full attention; build it with a "
                 "larger max_tokens"
             )
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            empty = (mask == 0).all(1).nonzero()[:, 0].tolist()
+            if empty:
+                raise ValueError(
+                    f"generate: attention_mask marks no token of rows {empty} as text: there is "
+                    "nothing to go on from. Leave such rows out"
+                )
         seen = cache.columns
         if seen == 0:
             return
         self._check_whole()
-        mask = model_kwargs.get("attention_mask")
         # generate drops a mask of ones, and notes its length.
         dropped = getattr(generation_config, "_mask_length", -1)
         width = dropped if mask is None else mask.shape[1]
@@ -324,14 +343,35 @@ class Binding:
                 "its content is no longer whole, call cache.reset()"
             )
         self.cache.session.feed(call.ids, call.valid)
+        self._check_finite(type(module).__name__, call, output)
+
+    def _check_finite(self, op: str, call: _Call, output: Any) -> None:
+        """Refuse to go on where the model's own numbers have become NaN or infinite.
+
+        Asking a GPU costs a wait, so there a call of one token is not looked at.
+        """
+        hidden = output[0]  # [B, T, width], of a tuple as of transformers' ModelOutput
+        if torch.compiler.is_compiling() or (hidden.shape[1] == 1 and hidden.device.type != "cpu"):
+            return
+        bad = ~torch.isfinite(hidden).all(2)
+        if call.valid is not None:
+            bad &= call.valid.to(bad.device)
+        if bool(bad.any()):
+            raise RuntimeError(
+                f"{op}: the model's hidden states are NaN or infinite in rows "
+                f"{bad.any(1).nonzero()[:, 0].tolist()}, and so are keys and values that the cache "
+                f"now holds. Does the model overflow in {hidden.dtype}? Call cache.reset(), or "
+                "load_state_dict a snapshot"
+            )
 
     def _check_cache(self, op: str, given: object) -> None:
         if given is self.cache:
             return
-        got = "none" if given is None else f"another cache ({type(given).__name__})"
+        if given is None:
+            raise ValueError(_NO_CACHE.format(op=op))
         raise ValueError(
-            f"{op}: inside less.hf.attach(model, cache), pass past_key_values=cache; got {got}, "
-            "which would grow with the text"
+            f"{op}: inside less.hf.attach(model, cache), past_key_values must be that cache, got "
+            f"another cache ({type(given).__name__})"
         )
 
     def _check_whole(self) -> None:
@@ -473,6 +513,11 @@ class Binding:
 
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")  # of generate
+_NO_CACHE = (
+    "{op}: past_key_values is missing: inside less.hf.attach(model, cache), call the model as "
+    "model.generate(..., past_key_values=cache) or model(ids, past_key_values=cache); without it a "
+    "full cache would grow with the text"
+)
 _NO_EMBEDS = (
     "{op}: inside less.hf.attach, pass input_ids, not inputs_embeds: by its tokens a prompt is "
     "told from the one before"

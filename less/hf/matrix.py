@@ -20,9 +20,10 @@ from less.fit import LayerWalk, Recipe, train
 from less.hf.binding import attach, cache_for
 from less.hf.families import FAMILIES, REFUSED, VOCAB, build, build_refused
 from less.hf.models import UnsupportedModelError
+from less.identity import kv_heads_of
 from less.layer import Maps
 from less.policies import H2O, Policy
-from less.sidekick import Sidekick, kv_heads_of
+from less.sidekick import Sidekick
 
 SMALL = H2O(heavy=4, recent=4)
 WIDE = H2O(heavy=64, recent=64)  # no text here is longer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from less.hf import falcon
 from less.hf.parallel import part_of
-from less.sidekick import kv_heads_of
+from less.identity import kv_heads_of
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache
@@ -154,6 +154,11 @@ class ModelFacts:
     def layers(self) -> int:
         """Number of attention layers."""
         return len(self.modules)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of k and v of one kv head and row in all sliding layers, once they are full."""
+        return 2 * self.head_dim * self.dtype.itemsize * sum(self.windows.values())
 
 
 def describe(model: nn.Module, op: str) -> ModelFacts:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from less.policies.base import Candidates, Policy, Rule, check_count, rank_by_rule
+
+_NEEDED: Any = None  # has no default; without this one, H2O(64) would be Python's bare TypeError
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,27 @@ class H2O(Policy):
         per_age: Rank by score per token of age, instead of by score.
 
     Raises:
+        TypeError: ``heavy`` or ``recent`` is not given.
         ValueError: A setting is out of range; the message names it.
 
     Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
     Language Models", NeurIPS 2023, arXiv:2306.14048.
     """
 
-    heavy: int
-    recent: int
+    heavy: int = _NEEDED
+    recent: int = _NEEDED
     sinks: int = 0
     decay: float = 1.0
     per_age: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that keep nothing or contradict each other."""
+        if self.heavy is None or self.recent is None:
+            missing = [n for n in ("heavy", "recent") if getattr(self, n) is None]
+            raise TypeError(
+                f"H2O: {' and '.join(missing)} must be given: H2O(heavy=32, recent=32) keeps the "
+                "32 highest scores and the last 32 tokens of each head"
+            )
         for name in ("heavy", "recent", "sinks"):
             check_count("H2O", name, getattr(self, name))
         if self.heavy + self.recent == 0:
