@@ -33,7 +33,7 @@ def no_model(monkeypatch):
         raise ModelLoadedError
 
     monkeypatch.setattr(assets.FoundModel, "load", load)
-    monkeypatch.setattr(assets, "_convert_gguf", load)
+    monkeypatch.setattr(assets, "convert_gguf", load)
 
 
 @pytest.fixture(scope="module")

