@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
+DECAY = 0.98  # of the default policy's scores, per token
 _VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
@@ -51,7 +52,7 @@ class LessConfig:
             in bytes includes them; in tokens or as a share it is that of the others.
         max_tokens: Tokens that full layers have room for, prompt, new tokens and padding.
         policy: Who stays; its own capacity is replaced, its proportions are kept. None: the policy
-            that the sidekick was trained with, or H2O, half of it recent.
+            that the sidekick was trained with, or ``default_policy``.
         dtype: Of the slots, by name; None is the model's.
         sidekick: Folder or shipped name of the feature maps; None is eviction alone.
 
@@ -171,11 +172,29 @@ class LessConfig:
                 it needs is not given; the message says what.
         """
         from less.hf import cache_for
-        from less.hf.models import describe
 
-        facts = describe(model, "LessConfig.cache")
         if sidekick is None:
             sidekick = self.load_sidekick()
+        policies = self.policies(model, batch, prompt_tokens, sidekick, max_tokens)
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return cache_for(model, policies, sidekick, batch=batch, dtype=dtype, backend=backend)
+
+    def policies(
+        self,
+        model: nn.Module,
+        batch: int = 1,
+        prompt_tokens: int | None = None,
+        sidekick: Sidekick | None = None,
+        max_tokens: int | None = None,
+    ) -> list[Policy | None]:
+        """One policy per layer, as ``cache`` gives them to the cache; nothing is allocated.
+
+        Args and errors are those of ``cache``; the model's weights are not read, so it may be on
+        the device ``meta``. Native layers have None.
+        """
+        from less.hf.models import describe
+
+        facts = describe(model, "LessConfig")
         dtype = facts.dtype if self.dtype is None else getattr(torch, self.dtype)
         rank = sidekick.rank if sidekick is not None else 0
         capacities = self.capacities(
@@ -189,7 +208,7 @@ class LessConfig:
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
         )
-        policies = [
+        return [
             None
             if capacity is None
             else Full(capacity)
@@ -197,7 +216,6 @@ class LessConfig:
             else self.policy_at(capacity, sidekick)
             for layer, capacity in enumerate(capacities)
         ]
-        return cache_for(model, policies, sidekick, batch=batch, dtype=dtype, backend=backend)
 
     def capacities(
         self,
@@ -319,7 +337,7 @@ class LessConfig:
         if policy is None and sidekick is not None:
             policy = trained_policy(sidekick, capacity)
         if policy is None:
-            policy = H2O(heavy=capacity - capacity // 2, recent=capacity // 2)
+            return default_policy(capacity)
         return policy.at_capacity(capacity)
 
     def load_sidekick(self) -> Sidekick | None:
@@ -398,6 +416,14 @@ class LessConfig:
         if isinstance(name, str) and name not in shipped_names():
             values["sidekick"] = str(Path(folder) / name)  # a whole path stays what it is
         return cls.from_dict(values)
+
+
+def default_policy(capacity: int) -> H2O:
+    """H2O with decaying scores, half of it recent: the best rule that needs no training.
+
+    docs/policies.md has the measurement.
+    """
+    return H2O(heavy=capacity - capacity // 2, recent=capacity // 2, decay=DECAY)
 
 
 def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:

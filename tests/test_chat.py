@@ -13,7 +13,7 @@ from less import H2O, LessConfig
 from less.cli import main
 from less.hf import attach, cache_for
 from less.integrations.chat import Chat, Interrupted, Sampling
-from tests.tiny_model import TEXT, byte_tokenizer, tiny_model, tiny_sidekick
+from tests.tiny_model import BOS, TEXT, byte_tokenizer, tiny_model, tiny_sidekick
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -40,6 +40,24 @@ def tokenizer(template=TEMPLATE):
 def build(model, tokens=200, template=TEMPLATE, **kw):
     cache = LessConfig(tokens=tokens).cache(model, sidekick=tiny_sidekick())
     return Chat(model, tokenizer(template), cache, **kw)
+
+
+def test_a_bos_is_the_templates_and_comes_once(model, monkeypatch):
+    it = byte_tokenizer(bos=True)
+    it.chat_template = "{{ bos_token }}" + TEMPLATE
+    fed = []
+    step = Chat._step
+
+    def watched(self, ids):
+        fed.extend(ids)
+        return step(self, ids)
+
+    monkeypatch.setattr(Chat, "_step", watched)
+    chat = Chat(model, it, LessConfig(tokens=200).cache(model))
+    say(chat, "Hello")
+    say(chat, "And?")
+    assert fed[0] == BOS
+    assert fed.count(BOS) == 1
 
 
 SHORT = Sampling(max_new_tokens=6)

@@ -1,16 +1,18 @@
 """The command: what it says, what it refuses, and a whole demo on a random model."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 from less.cli import COMMANDS, main
 from less.evaluate import report
-from tests.tiny_model import TEXT, save_tiny, tiny_sidekick
+from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_sidekick
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_info_imports_no_transformers():
     [
         (["--budget", 96], "--length 96 must exceed --budget 96"),
         (["--probes", 3], "--probes must be in 0 .. 2"),
-        (["--text", "/nowhere.txt"], "cannot read"),
+        (["--text", "/nowhere.txt"], "/nowhere.txt does not exist"),
         (["--model", "/nowhere/model"], "neither 'smollm2'"),
         (["--length", 4096], "beyond the model's context of 512"),
         (["--length", 400, "--chunks", 90], "ask for fewer or shorter chunks"),
@@ -120,7 +122,7 @@ def test_demo_without_a_sidekick_says_how_to_train_one(folder, text, tmp_path, c
     assert "less-kv train --model" in shown
     assert "eviction alone" in shown
     _, rows = report.read_json_lines((tmp_path / "out" / "results.jsonl").read_text())
-    assert [r.method for r in rows] == ["full cache", "sinks + recent", "H2O"]
+    assert [r.method for r in rows] == ["full cache", "sinks + recent", "H2O", "decayed H2O"]
 
 
 def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
@@ -175,6 +177,51 @@ def test_evaluate_measures_every_budget(folder, text, tmp_path, capsys):
     assert len(rows) == 14
     written = (tmp_path / "out" / "report.md").read_text()
     assert "### 8 tokens kept per head" in written
+
+
+@pytest.mark.parametrize(("command", "budget"), [("demo", "--budget"), ("evaluate", "--budgets")])
+def test_the_report_names_the_models_dtype_and_what_opens_a_chunk(
+    text, tmp_path, capsys, command, budget
+):
+    save_tiny(tmp_path / "model", bos=True)
+    out = tmp_path / "out"
+    arguments = tiny(tmp_path / "model", text, out, budget, "16", "--model-dtype", "bfloat16")
+    arguments += ["--no-speed"] if command == "evaluate" else ["--new-tokens", "4"]
+    assert main([command, *arguments]) == 0
+    assert "model in bfloat16, every chunk opened by <bos>" in (out / "report.md").read_text()
+    facts, rows = report.read_json_lines((out / "results.jsonl").read_text())
+    assert (facts["model_dtype"], facts["opened"]) == ("bfloat16", [BOS])
+    assert all(row.perplexity > 1 for row in rows)
+
+
+def test_the_dtype_of_the_model_is_what_it_runs_in(folder, text, tmp_path, monkeypatch):
+    from less.evaluate import assets
+
+    loaded = []
+    load = assets.FoundModel.load
+
+    def watched(self, dtype):
+        loaded.append(load(self, dtype))
+        return loaded[-1]
+
+    monkeypatch.setattr(assets.FoundModel, "load", watched)
+    common = ("--no-speed", "--budgets", "16", "--model-dtype", "bfloat16")
+    assert main(["evaluate", *tiny(folder, text, tmp_path, *common)]) == 0
+    assert {p.dtype for model in loaded for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_heads_are_those_that_the_cache_will_have(text, tmp_path, capsys):
+    from less.cli import measuring
+    from less.hf.families import build
+
+    build("falcon (7B)", vocab_size=260).save_pretrained(tmp_path / "falcon")
+    byte_tokenizer().save_pretrained(tmp_path / "falcon")
+    parser = argparse.ArgumentParser()
+    measuring.add_common(parser, out="out", chunks=1)
+    args = parser.parse_args(tiny(tmp_path / "falcon", text, tmp_path / "out")[:-2])
+    subject = measuring.prepare(args, measuring.console_for())
+    assert (subject.facts.q_heads, subject.facts.kv_heads) == (4, 1)
+    assert "4 query heads, 1 kv head\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -70,7 +70,7 @@ def test_other_bytes_are_refused(text):
 def test_tokens_are_those_of_every_layer(model):
     cache = LessConfig(tokens=24).cache(model, batch=3)
     assert kept(cache) == [24, 24]
-    assert cache.policy == H2O(heavy=12, recent=12)
+    assert cache.policy == H2O(heavy=12, recent=12, decay=0.98)
     assert cache.batch == 3
 
 

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
+from less.evaluate.assets import AssetError, convert_gguf
 from tests.tiny_model import byte_tokenizer, save_tiny, tiny_model, tiny_sidekick
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -50,6 +52,77 @@ def test_your_model(names, capsys):
     assert cache.sidekick is not None
     assert cache.memory()["slots"] + cache.memory()["state"] <= 2**20
     assert "LessKVCache(layers=2" in capsys.readouterr().out
+
+
+def test_gguf(names, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    write_gguf(names["model"], names["tokenizer"], tmp_path / "model.gguf")
+    done = run("gguf.md", names)
+    ids = done["tokenizer"]("In 1984, 12 cats", return_tensors="pt")["input_ids"]
+    want = tiny_model()(ids).logits
+    torch.testing.assert_close(done["model"](ids).logits, want, rtol=1e-3, atol=1e-3)
+    assert "In 1984, 12 cats" in capsys.readouterr().out
+    with pytest.raises(AssetError, match="exists and is no empty folder"):
+        convert_gguf("model.gguf", "converted")
+    with pytest.raises(AssetError, match=r"nowhere\.gguf does not exist"):
+        convert_gguf("nowhere.gguf", "other")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(AssetError, match=r"broken\.gguf"):
+        convert_gguf("broken.gguf", "other")
+
+
+def write_gguf(model, tokenizer, file):
+    """A Llama and its byte-level tokenizer as llama.cpp's converter writes them."""
+    from gguf import GGUFWriter
+
+    config, weights = model.config, model.state_dict()
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = [tokenizer.convert_ids_to_tokens(i) or f"<{i}>" for i in range(config.vocab_size)]
+    names[-1] = "zq"  # the reader wants a merge, and no text here has this one
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(names)
+    writer.add_token_types([1] * 256 + [3] * (config.vocab_size - 256))
+    writer.add_token_merges(["z q"])
+    writer.add_eos_token_id(256)
+    writer.add_pad_token_id(257)
+
+    def add(name, weight, heads=0):
+        if heads:  # rotary halves are stored interleaved
+            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape_as(weight)
+        writer.add_tensor(name, weight.numpy())
+
+    add("token_embd.weight", weights["model.embed_tokens.weight"])
+    add("output_norm.weight", weights["model.norm.weight"])
+    add("output.weight", weights["lm_head.weight"])
+    for i in range(config.num_hidden_layers):
+        here, there = f"blk.{i}.", f"model.layers.{i}."
+        add(here + "attn_q.weight", weights[there + "self_attn.q_proj.weight"], 4)
+        add(here + "attn_k.weight", weights[there + "self_attn.k_proj.weight"], 2)
+        for name, of_model in (
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        ):
+            add(f"{here}{name}.weight", weights[f"{there}{of_model}.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_budgets(names):

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from less import H2O, SinkRecent
+from less import H2O, LessConfig, SinkRecent
 from less.budget import slot_bytes, state_bytes
-from less.config import trained_policy
+from less.config import default_policy, trained_policy
 from less.evaluate import assets, methods, report
 from less.evaluate.compare import Result, compare, measure_full, with_probes, with_speeds
 from less.evaluate.machine import in_words
@@ -29,8 +29,9 @@ from less.evaluate.perplexity import (
 from less.evaluate.side_by_side import SideBySide
 from less.evaluate.speed import speed
 from less.evaluate.wikitext import clean
+from less.fit.text import opening
 from less.hf import attach, cache_for
-from tests.tiny_model import byte_tokenizer, tiny_model, tiny_sidekick
+from tests.tiny_model import BOS, TEXT, byte_tokenizer, tiny_model, tiny_sidekick
 
 LENGTH = 64
 
@@ -157,6 +158,14 @@ def test_copy_probe_ends_as_it_began(chunks):
     assert torch.equal(probes[:, :-16], chunks[:, :-16])
 
 
+def test_copy_probe_does_not_copy_what_opens_a_chunk(chunks):
+    probes = copy_probes(chunks, opened=1)
+    assert torch.equal(probes[:, -16:], chunks[:, 1:17])
+    assert torch.equal(probes[:, :-16], chunks[:, :-16])
+    with pytest.raises(ValueError, match="room for two copies behind the 33"):
+        copy_probes(chunks, opened=33)
+
+
 def test_copy_perplexity_counts_the_second_copy_alone():
     values = torch.zeros(2, 64, dtype=torch.float64)
     values[:, 48:] = math.log(3)
@@ -178,6 +187,12 @@ def test_recovered_is_the_share_of_the_baselines_loss():
 
 
 # -- equal bytes ---------------------------------------------------------------------------------
+
+
+def test_without_a_sidekick_the_default_policy_has_a_row_of_the_same_budget():
+    listed = methods.standard_methods(16, 16, torch.float16)
+    assert [m.name for m in listed] == ["full cache", "sinks + recent", "H2O", "decayed H2O"]
+    assert listed[-1].policy == default_policy(16) == LessConfig(tokens=16).policy_at(16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -398,6 +413,38 @@ def test_few_chunks_come_from_many_texts():
     assert max(first) > "m" or len({ord(x) - 97 for x in first} & {0, 1, 2, 3}) < 3
 
 
+def test_a_chunk_opens_as_the_tokenizer_opens_a_text():
+    texts = [TEXT * 4, TEXT.upper() * 2, "short"]
+    plain = assets.chunks(byte_tokenizer(), texts, 63, 5)
+    opened = assets.chunks(byte_tokenizer(bos=True), texts, 64, 5)
+    assert torch.equal(opened[:, 0], torch.full((5,), BOS))
+    assert torch.equal(opened[:, 1:], plain)
+    with pytest.raises(ValueError, match="longer than the 1 tokens"):
+        assets.chunks(byte_tokenizer(bos=True), texts, 1, 1)
+
+
+def test_without_a_bos_a_chunk_is_the_text_from_its_start():
+    ids = byte_tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
+    assert assets.chunks(byte_tokenizer(), [TEXT], 50, 2).flatten().tolist() == ids[:100]
+
+
+def test_what_opens_a_chunk_is_not_scored(model):
+    chunks = assets.chunks(byte_tokenizer(bos=True), [TEXT * 2], 64, 3)
+    full = full_attention(model, chunks).values
+    bounded = through_caches(model, chunks, [cache_for(model, H2O(8, 8), batch=3)])[0].values
+    for values in (full, bounded):
+        assert values[:, 0].isnan().all()
+        assert not values[:, 1:].isnan().any()
+
+
+def test_a_tokenizer_that_changes_the_text_beside_its_bos_is_refused():
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [1, 2, 3] if add_special_tokens else [4, 5]}
+
+    with pytest.raises(ValueError, match="cannot be told"):
+        opening(tokenizer)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -405,7 +452,6 @@ def test_few_chunks_come_from_many_texts():
         (lambda: assets.chunks(byte_tokenizer(), [], 2, 3), "the texts have 0 tokens"),
         (lambda: assets.chunks(byte_tokenizer(), ["abc"], 0, 3), "must be positive"),
         (lambda: assets.wikipedia_articles("test"), "'train' or 'eval'"),
-        (lambda: assets.read_texts("/nowhere.txt"), "cannot read"),
         (lambda: assets.load_model("/nowhere/at/all"), "neither 'smollm2'"),
     ],
 )

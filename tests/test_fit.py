@@ -20,9 +20,10 @@ from less.fit import (
     train,
 )
 from less.fit.start import START, Trainable
+from less.fit.text import read_text, text_files
 from tests.helpers import random_qkv
 from tests.ops import flat_reference as reference
-from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_model
+from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_model
 
 QUICK = Recipe(steps=4, rows=8, held_rows=16, rank=4, hidden=8)
 POLICY = H2O(heavy=4, recent=4, decay=0.98)
@@ -296,6 +297,40 @@ def test_too_little_text_says_how_much_there_is():
 def test_short_texts_are_joined():
     ids, _ = sample_chunks(byte_tokenizer(), ["abc"] * 50, 10, 15)
     assert ids.shape == (15, 10)
+
+
+def test_a_sampled_chunk_opens_as_the_tokenizer_opens_a_text():
+    texts = [TEXT * 20, "short", TEXT.upper() * 20]
+    plain, record = sample_chunks(byte_tokenizer(), texts, 63, 8, seed=1)
+    opened, same = sample_chunks(byte_tokenizer(bos=True), texts, 64, 8, seed=1)
+    assert torch.equal(opened[:, 0], torch.full((8,), BOS))
+    assert torch.equal(opened[:, 1:], plain)
+    assert same["tokens_seen"] == record["tokens_seen"]
+
+
+def test_a_pool_is_trained_on_as_the_texts_that_it_was_sampled_from():
+    model, recipe = tiny_model(), Recipe(steps=2, hidden=4, rank=2)
+    settings = {"recipe": recipe, "held": 1}
+    pool = sample_chunks(byte_tokenizer(), [TEXT * 20], 32, 3, recipe.seed)
+    ours = train(model, pool, H2O(4, 4), **settings)
+    theirs = train(
+        model, TEXT * 20, H2O(4, 4), tokenizer=byte_tokenizer(), chunks=3, chunk_tokens=32,
+        **settings,
+    )  # fmt: skip
+    assert ours.config["training"]["text"] == theirs.config["training"]["text"]
+    assert all(
+        torch.equal(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) for name in a
+    )
+
+
+def test_a_text_that_cannot_be_read_says_why(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, not a text file"):
+        read_text(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is a folder without"):
+        text_files(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"caf\xc3\xa9 \xff")
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8: byte 6 is 0xff"):
+        read_text(tmp_path / "a.txt")
 
 
 def test_files_and_folders_are_read_in_order(tmp_path):

@@ -20,7 +20,7 @@ from less.cli import main
 from less.evaluate.perplexity import through_caches
 from less.hf import cache_for
 from less.integrations.lm_eval import LessLM
-from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_model, tiny_sidekick
+from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_model, tiny_sidekick
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "docs" / "lm-eval"
@@ -102,7 +102,8 @@ def test_rolling_likelihood_goes_through_the_cache_too(model):
     got = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
     for (text,), value in zip(texts, got, strict=True):
         ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(text)]])
-        nats = through_caches(model, ids, [cache_for(model, H2O(8, 8))])[0].values[0, 1:]
+        cache = cache_for(model, H2O(8, 8, decay=0.98))
+        nats = through_caches(model, ids, [cache])[0].values[0, 1:]
         assert value == pytest.approx(-nats.sum().item(), abs=1e-3)
 
 
@@ -118,6 +119,12 @@ def test_generation_runs_on_the_cache_and_resets_between_documents(model):
     assert alone[0] == alone[2]
     full = write(HFLM(model, tokenizer=byte_tokenizer(), batch_size=2))
     assert write(build(model, LessConfig(tokens=128), batch=2)) == full
+
+
+def test_a_text_is_opened_by_the_tokenizers_bos_once(model):
+    lm = LessLM(model, config=LessConfig(tokens=16), tokenizer=byte_tokenizer(bos=True))
+    assert lm.tok_encode("ab") == [BOS, *byte_tokenizer()("ab")["input_ids"]]
+    assert lm.tok_encode("<bos>ab") == lm.tok_encode("ab")
 
 
 def test_a_share_is_of_each_batchs_longest_request(model):

@@ -29,22 +29,34 @@ def tiny_model(seed=0, head_dim=16):
     return LlamaForCausalLM(config).eval()
 
 
-def byte_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+BOS = 258
+
+
+def byte_tokenizer(bos=False):
+    """A token per byte; with `bos`, texts are opened by ``BOS``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"<end>": 256, "<pad>": 257}
+    names = {"eos_token": "<end>", "pad_token": "<pad>"}
+    if bos:
+        vocabulary["<bos>"] = BOS
+        names["bos_token"] = "<bos>"
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def save_tiny(folder):
+def save_tiny(folder, bos=False):
     """The model and its tokenizer as a folder that ``--model`` takes."""
     tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(bos).save_pretrained(folder)
     return folder
 
 

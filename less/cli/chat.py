@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import measuring
+from less.cli import checks, measuring
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     needed = {"transformers": "transformers", "rich": "rich"}
-    measuring.check_packages("less-kv chat", needed)
+    checks.check_packages("less-kv chat", needed)
     from less.integrations.chat import Sampling
 
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens)
@@ -87,22 +87,32 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
     import torch
 
     from less import LessConfig
-    from less.evaluate.assets import load_model
+    from less.evaluate import assets
     from less.evaluate.report import size
-    from less.integrations.chat import Chat
+    from less.integrations.chat import Chat, check_template
 
-    measuring.set_threads(args)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model)
+    sidekick = None
     if args.config is not None:
         if args.sidekick is not None:
             raise ValueError("--sidekick: the config of --config names one, or none")
-        config, sidekick = LessConfig.from_pretrained(args.config), None
+        config = LessConfig.from_pretrained(args.config)
+        sidekick = config.load_sidekick()
     else:
+        checks.check_sidekick(args.sidekick)
         budget = {"tokens": args.budget} if args.bytes is None else {"bytes": args.bytes}
         config = LessConfig(**budget, dtype=args.dtype)
-        sidekick, _ = measuring.sidekicks_for(args.sidekick, model)
+    assets.check_model_name(args.model)
+    measuring.set_threads(args)
+    found = assets.find_model(args.model)
+    check_template(found.tokenizer, args.system)
+    if args.config is None:
+        sidekick, _ = measuring.sidekicks_for(args.sidekick, found.config)
+    elif sidekick is not None:
+        sidekick.check_model(found.config)
+    config.policies(found.skeleton(), sidekick=sidekick)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    model = found.load(getattr(torch, args.model_dtype))
     cache = config.cache(model, sidekick=sidekick)
     memory = cache.memory()
     maps = f", maps {size(memory['maps'])}" if memory["maps"] else "; no sidekick: eviction alone"
@@ -111,7 +121,7 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
         f"token to the last{maps}. /help for commands, Ctrl-D to leave.",
         style="dim", markup=False, soft_wrap=True,
     )  # fmt: skip
-    return Chat(model, tokenizer, cache, args.system, args.prefill, interrupts.seen)
+    return Chat(model, found.tokenizer, cache, args.system, args.prefill, interrupts.seen)
 
 
 class _Interrupts:
@@ -170,10 +180,12 @@ def _ask(console: Console) -> str | None:
 
 
 def _file(name: str, console: Console) -> str:
+    from less.fit.text import read_text
+
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        console.print(f"cannot read {name}: {error}", style="red", markup=False)
+        return read_text(Path(name).expanduser())
+    except (OSError, ValueError) as error:
+        console.print(str(error), style="red", markup=False)
         return ""
 
 

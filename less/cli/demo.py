@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from less.cli import measuring
+from less.cli import checks, measuring
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
-    measuring.check_packages("less-kv demo")
+    checks.check_packages("less-kv demo")
     start = time.monotonic()
     console = measuring.console_for()
     if not 0 <= args.probes <= args.chunks:
@@ -56,12 +56,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--length {args.length} must exceed --budget {args.budget}: nothing would be evicted"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
 
     console.rule(f"1/3  model and text, {args.budget} tokens kept per head", align="left")
-    subject = measuring.load(args, console)
+    subject = measuring.prepare(args, console)
     chunks = measuring.cut(subject, args.length, args.chunks)
     methods = measuring.methods_for(subject, args.budget)
+    args.out.mkdir(parents=True, exist_ok=True)
+    subject.load()
 
     console.rule(f"2/3  the model continues {args.length:,} tokens of text", align="left")
     written = _continue(subject, chunks[:1], methods, args.new_tokens, console)
@@ -129,7 +130,7 @@ def _measure(
     model = subject.model
     start = args.length // 4
     with progress(console, "full cache, chunks") as step:
-        full = measure_full(model, chunks, args.probes, step)
+        full = measure_full(model, chunks, args.probes, step, len(subject.opened))
     with progress(console, "bounded caches, tokens") as step:
         results = compare(
             model, chunks, methods, full, args.budget, subject.dtype, start=start, progress=step
@@ -156,6 +157,8 @@ def _report(
     facts = {
         "command": "less-kv demo",
         "model": subject.name,
+        "model_dtype": args.model_dtype,
+        "opened": subject.opened,
         "text": subject.source,
         "budget": args.budget,
         "resident_bytes": resident,
@@ -164,7 +167,7 @@ def _report(
     plot: Path = args.out / "plot.png"
     report.plot(results, plot)
     (args.out / "results.jsonl").write_text(report.json_lines(results, facts), encoding="utf-8")
-    caption = f"{subject.name}, {args.budget} tokens kept per head; {in_words(facts)}."
+    caption = f"{subject.in_words}, {args.budget} tokens kept per head; {in_words(facts)}."
     body = [report.markdown(results), caption, "", *report.legend(results)]
     text = "\n".join(body) + "\n"
     pieces = ["\n## Continuations\n"]

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from less.cli import measuring
+from less.cli import checks, measuring
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,32 +50,35 @@ def run(args: argparse.Namespace) -> int:
     from less.evaluate.machine import in_words, machine
     from less.evaluate.progress import progress
 
-    measuring.check_packages("less-kv evaluate")
+    checks.check_packages("less-kv evaluate")
     begin = time.monotonic()
     console = measuring.console_for()
     if args.length <= max(args.budgets):
         raise ValueError(
             f"--length {args.length} must exceed the largest budget {max(args.budgets)}"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    subject = measuring.load(args, console)
-    if not args.no_speed:
-        for context in args.contexts:
-            measuring.check_length("--contexts", context, subject.model)
+    if not 0 <= args.probes <= args.chunks:
+        raise ValueError(f"--probes must be in 0 .. {args.chunks}, the chunks, got {args.probes}")
+    subject = measuring.prepare(args, console, () if args.no_speed else args.contexts)
     chunks = measuring.cut(subject, args.length, args.chunks)
+    methods_at = {budget: measuring.methods_for(subject, budget) for budget in args.budgets}
+    args.out.mkdir(parents=True, exist_ok=True)
+    subject.load()
     facts = {
         "command": "less-kv evaluate",
         "model": subject.name,
+        "model_dtype": args.model_dtype,
+        "opened": subject.opened,
         "text": subject.source,
         "budgets": args.budgets,
         **machine(),
     }
     with progress(console, "full cache, chunks") as step:
-        full = measure_full(subject.model, chunks, args.probes, step)
+        full = measure_full(subject.model, chunks, args.probes, step, len(subject.opened))
     everything: list[Result] = []
     sections: list[str] = []
     for budget in args.budgets:
-        methods = measuring.methods_for(subject, budget)
+        methods = methods_at[budget]
         with progress(console, f"{budget} tokens per head, tokens") as step:
             results = compare(
                 subject.model, chunks, methods, full, budget, subject.dtype,
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(line, style="dim", markup=False)
     report.plot(everything, args.out / "plot.png")
     caption = (
-        f"{subject.name}; {subject.source}; {in_words(facts)}. "
+        f"{subject.in_words}; {subject.source}; {in_words(facts)}. "
         f"Command: `less-kv evaluate --chunks {args.chunks} --length {args.length} "
         f"--budgets {','.join(map(str, args.budgets))}`."
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import measuring
+from less.cli import checks, measuring
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
     from less.evaluate.methods import Method
 
 
@@ -47,42 +50,100 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print the table."""
     needed = {"lm_eval": "lm_eval==0.4.13", "rich": "rich"}
-    measuring.check_packages("less-kv lm-eval", needed, "eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    checks.check_packages("less-kv lm-eval", needed, "eval")
+    import torch
 
-    from less.evaluate.assets import load_model
+    from less.evaluate import assets
+    from less.hf.models import describe
+
+    if args.out is not None:
+        checks.check_file("--out", args.out)
+    checks.check_sidekick(args.sidekick)
+    assets.check_model_name(args.model)
+    names = args.tasks.split(",")
+    tasks = _tasks(names, args.include_path)
+    from lm_eval import simple_evaluate
 
     console = measuring.console_for()
     measuring.set_threads(args)
-    model, tokenizer = load_model(args.model)
-    methods = _methods(args, model)
-    tasks = TaskManager(
-        include_path=None if args.include_path is None else str(args.include_path),
-        include_defaults=args.include_path is None,
-    )
+    found = assets.find_model(args.model)
+    describe(found.skeleton(), f"--model {args.model}")
+    methods = _methods(args, found.config)
+    model, tokenizer = found.load(getattr(torch, args.model_dtype)), found.tokenizer
     results = {}
     for method in methods:
         start = time.monotonic()
         done = simple_evaluate(
             _language_model(method, args, model, tokenizer),
-            tasks=args.tasks.split(","),
+            tasks=names,
             task_manager=tasks,
             limit=args.limit,
             log_samples=False,
         )
         results[method.name] = done["results"]
         console.print(f"  {method.name}: done in {time.monotonic() - start:.0f} s")
-    console.print(_table(results, f"{args.budget} tokens kept per head"))
+    title = f"{args.budget} tokens kept per head, model in {args.model_dtype}"
+    console.print(_table(results, title))
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     return 0
 
 
+def _tasks(names: list[str], include_path: Path | None) -> TaskManager:
+    """The harness's tasks, among which are all of `names`.
+
+    Raises:
+        ValueError: One is not; or the folder of task files is none.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"--include-path {include_path} is not a folder")
+    folder = include_path
+    if folder is None:
+        spec = importlib.util.find_spec("lm_eval")
+        assert spec is not None
+        assert spec.origin is not None
+        folder = Path(spec.origin).parent / "tasks"
+    where = "in its tasks" if include_path is None else f"in {include_path}"
+    _refuse(_not_named(names, folder), where)  # in a second; the harness's index takes ten
+
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(
+        include_path=None if include_path is None else str(include_path),
+        include_defaults=include_path is None,
+    )
+    _refuse([name for name in names if not _is_path(name) and not tasks.match_tasks([name])], where)
+    return tasks
+
+
+def _refuse(unknown: list[str], where: str) -> None:
+    if unknown:
+        raise ValueError(f"--tasks: the harness knows no {', '.join(map(repr, unknown))} {where}")
+
+
+def _not_named(names: list[str], folder: Path) -> list[str]:
+    """The names of tasks that no file of a folder holds, patterns and paths aside."""
+    wanted = {name for name in names if not (_is_path(name) or set(name) & set("*?["))}
+    for file in folder.rglob("*"):
+        if not wanted:
+            break
+        if file.suffix in (".yaml", ".py"):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            wanted = {name for name in wanted if name not in text}
+    return sorted(wanted)
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".yaml") or "/" in name
+
+
 def _methods(args: argparse.Namespace, model: Any) -> list[Method]:
-    """Full cache, H2O and, where a sidekick fits, its policy without it and with it."""
+    """Full cache, H2O and, where a sidekick fits, its policy without it and with it.
+
+    Where none does, the default policy.
+    """
     from less import H2O
-    from less.config import trained_policy
+    from less.config import default_policy, trained_policy
     from less.evaluate.methods import BASELINE, FULL, Method, rule_name
 
     recent = args.budget // 2
@@ -90,7 +151,8 @@ def _methods(args: argparse.Namespace, model: Any) -> list[Method]:
     methods = [FULL, Method(BASELINE, plain)]
     sidekick, _ = measuring.sidekicks_for(args.sidekick, model)
     if sidekick is None:
-        return methods
+        free = default_policy(args.budget)
+        return [*methods, Method(rule_name(free), free)]
     rule = trained_policy(sidekick, args.budget) or plain
     if rule != plain:
         methods.append(Method(rule_name(rule), rule))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from less.cli import checks
+
 if TYPE_CHECKING:
     from less.hf.matrix import Row
 
@@ -29,9 +31,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the cells and print the table; 1 where one fails."""
-    import torch
-
-    from less.hf import matrix
     from less.hf.families import FAMILIES, REFUSED
 
     known = [*FAMILIES, *REFUSED]
@@ -40,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--only must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}"
         )
+    checks.check_packages("less-kv matrix", {"transformers": "transformers"}, "hf")
+    import torch
+
+    from less.hf import matrix
+
     names = args.only or known
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small for more

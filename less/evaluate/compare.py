@@ -92,29 +92,46 @@ class Result:
 
 @dataclass(frozen=True)
 class Full:
-    """What full attention costs on the chunks and on their copy probes; shared by all budgets."""
+    """What full attention costs on the chunks and on their copy probes; shared by all budgets.
+
+    Attributes:
+        chunks: Of the chunks.
+        probes: Of the probes, None without.
+        opened: Tokens that open every chunk and are not text (BOS).
+    """
 
     chunks: Nats
     probes: Nats | None
+    opened: int = 0
 
 
-def measure_full(model: Any, chunks: Tensor, probes: int, progress: Progress | None = None) -> Full:
-    """Full attention over the chunks and the copy probes made of the first `probes` of them."""
-    rows = with_probes(chunks, probes)
+def measure_full(
+    model: Any, chunks: Tensor, probes: int, progress: Progress | None = None, opened: int = 0
+) -> Full:
+    """Full attention over the chunks and the copy probes made of the first `probes` of them.
+
+    `opened` tokens open every chunk and are not text (BOS).
+    """
+    rows = with_probes(chunks, probes, opened)
     nats = full_attention(model, rows, progress=progress)
     count = len(chunks)
-    return Full(nats.rows(0, count), nats.rows(count) if probes else None)
+    return Full(nats.rows(0, count), nats.rows(count) if probes else None, opened)
 
 
-def with_probes(chunks: Tensor, probes: int) -> Tensor:
+def with_probes(chunks: Tensor, probes: int, opened: int = 0) -> Tensor:
     """The chunks, and below them copy probes made of the first `probes` of them.
+
+    Args:
+        chunks: int64 [chunks, length].
+        probes: How many.
+        opened: As in ``copy_probes``.
 
     Raises:
         ValueError: more probes than chunks.
     """
     if not 0 <= probes <= len(chunks):
         raise ValueError(f"probes must be in 0 .. {len(chunks)}, the chunks, got {probes}")
-    return torch.cat([chunks, copy_probes(chunks[:probes])]) if probes else chunks
+    return torch.cat([chunks, copy_probes(chunks[:probes], opened)]) if probes else chunks
 
 
 def compare(
@@ -145,7 +162,7 @@ def compare(
     from less.hf import cache_for
 
     probes = len(full.probes.values) if full.probes is not None else 0
-    rows = with_probes(chunks, probes)
+    rows = with_probes(chunks, probes, full.opened)
     bounded = [method for method in methods if method.policy is not None]
     caches: list[LessKVCache] = [
         cache_for(model, method.policy, method.sidekick, batch=len(rows), dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 
 from less import H2O, Policy, Sidekick, SinkRecent
 from less.budget import most_within, page_bytes
+from less.config import default_policy
 
 SINKS = 4  # a window without the first tokens measures the lost sink, not lost context
 
@@ -74,7 +75,8 @@ def standard_methods(
         budget: Tokens per head, C.
         head_dim: D.
         dtype: Of the slots.
-        sidekick: The one under test; None leaves out LESS and the rows at its bytes.
+        sidekick: The one under test; None leaves out LESS and the rows at its bytes, and has the
+            default policy in their place.
         sidekick_policy: The score rule that it was trained with; it is brought to `budget`.
             Plain H2O if None.
         paper: Sidekick of the paper's own recipe, shown under plain H2O.
@@ -85,7 +87,8 @@ def standard_methods(
         methods.append(Method("sinks + recent", SinkRecent(sinks=SINKS, recent=budget - SINKS)))
     methods.append(Method(BASELINE, plain))
     if sidekick is None:
-        return methods
+        free = default_policy(budget)
+        return [*methods, Method(rule_name(free), free)]
     rule = (sidekick_policy or plain).at_capacity(budget)
     extra = tokens_bought(state_bytes(budget, sidekick, dtype), budget, sidekick, dtype)
     methods.append(Method("H2O, equal bytes", plain.at_capacity(budget + extra), extra=extra))

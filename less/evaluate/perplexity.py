@@ -143,7 +143,7 @@ def perplexity(
     return through_caches(model, chunks, [cache])[0].perplexity(start)
 
 
-def copy_probes(chunks: Tensor) -> Tensor:
+def copy_probes(chunks: Tensor, opened: int = 0) -> Tensor:
     """Chunks whose last quarter is their first quarter again.
 
     With 1,024 tokens: 256 tokens, 512 others, the same 256 again. A model that still sees the
@@ -151,15 +151,20 @@ def copy_probes(chunks: Tensor) -> Tensor:
 
     Args:
         chunks: int64 [chunks, length].
+        opened: Tokens that open a chunk and are not text (BOS): they are not copied.
 
     Returns:
         int64 [chunks, length]; only the first three quarters of the chunks are used.
     """
     _check_chunks("copy_probes", chunks)
-    quarter = chunks.shape[1] // 4
-    if quarter == 0:
-        raise ValueError(f"copy_probes: chunks must have at least 4 tokens, got {chunks.shape[1]}")
-    return torch.cat([chunks[:, : chunks.shape[1] - quarter], chunks[:, :quarter]], 1)
+    length = chunks.shape[1]
+    quarter = length // 4
+    if quarter == 0 or opened > length - 2 * quarter:
+        raise ValueError(
+            f"copy_probes: chunks must have at least 4 tokens and room for two copies behind the "
+            f"{opened} that open them, got {length}"
+        )
+    return torch.cat([chunks[:, : length - quarter], chunks[:, opened : opened + quarter]], 1)
 
 
 def copy_perplexity(probes: Nats) -> float:

@@ -30,7 +30,7 @@ from less.fit import objective
 from less.fit.capture import Captured, LayerWalk
 from less.fit.schedule import schedule
 from less.fit.start import Trainable
-from less.fit.text import identity, sample_chunks
+from less.fit.text import Pool, identity, sample_chunks
 from less.hf.weights import FIELD, note_weights
 from less.identity import model_identity
 from less.policies import Policy
@@ -264,7 +264,7 @@ def fit_layer(
 
 def train(
     model: Any,
-    text: Tensor | str | Iterable[str],
+    text: Tensor | Pool | str | Iterable[str],
     policies: Policy | Sequence[Policy],
     *,
     tokenizer: Any = None,
@@ -289,8 +289,9 @@ def train(
     Args:
         model: A transformers causal language model that a bounded cache can serve
             (``less.hf.SUPPORTED``), on any device.
-        text: Token ids, int64 [chunks, tokens], used as they are; or a text, or texts in any
-            iterable (consumed once, never held together), of which `chunks` chunks are sampled.
+        text: Token ids, int64 [chunks, tokens], used as they are, or the ``Pool`` of them that
+            ``sample_chunks`` made; or a text, or texts in any iterable (consumed once, never held
+            together), of which `chunks` chunks are sampled.
         policies: What the cache will evict by. Several of the same rule at different budgets make
             one sidekick that serves all of them, and budgets between.
         tokenizer: The model's, where `text` is text.
@@ -319,15 +320,7 @@ def train(
     if not policies or not all(isinstance(p, Policy) for p in policies):
         raise ValueError(f"train: policies must be one Policy or several, got {policies!r}")
     ids, record = _pool(text, tokenizer, chunks, chunk_tokens, recipe.seed)
-    held = max(1, len(ids) // 8) if held is None else held
-    if not 1 <= held < len(ids):
-        raise ValueError(f"train: held must be in 1..{len(ids) - 1} (chunks - 1), got {held}")
-    most = max(p.capacity for p in policies)
-    if ids.shape[1] <= most:
-        raise ValueError(
-            f"train: chunks must be longer than the largest budget {most}, else nothing is "
-            f"evicted; got {ids.shape[1]} tokens"
-        )
+    held = held_chunks(policies, ids.shape[0], ids.shape[1], held)
     folder = Path(tempfile.mkdtemp(prefix="less-train-")) if work is None else Path(work)
     begun = time.perf_counter()
     try:
@@ -371,6 +364,24 @@ def train(
     if not any(folder.iterdir()):
         folder.rmdir()
     return sidekick
+
+
+def held_chunks(policies: Sequence[Policy], chunks: int, tokens: int, held: int | None) -> int:
+    """How many chunks are held back: `held`, an eighth for None.
+
+    Raises:
+        ValueError: that leaves none to train on, or nothing is evicted in chunks of `tokens`.
+    """
+    held = max(1, chunks // 8) if held is None else held
+    if not 1 <= held < chunks:
+        raise ValueError(f"train: held must be in 1..{chunks - 1} (chunks - 1), got {held}")
+    most = max(p.capacity for p in policies)
+    if tokens <= most:
+        raise ValueError(
+            f"train: chunks must be longer than the largest budget {most}, else nothing is "
+            f"evicted; got {tokens} tokens"
+        )
+    return held
 
 
 def _train_layers(
@@ -436,15 +447,17 @@ def _train_layer(
 
 
 def _pool(
-    text: Tensor | str | Iterable[str], tokenizer: Any, chunks: int, length: int, seed: int
-) -> tuple[Tensor, dict[str, Any]]:
+    text: Tensor | Pool | str | Iterable[str], tokenizer: Any, chunks: int, length: int, seed: int
+) -> Pool:
+    if isinstance(text, Pool):
+        return text
     if isinstance(text, Tensor):
         if text.dim() != 2 or text.dtype != torch.int64 or 0 in text.shape:
             raise ValueError(
                 "train: token ids must be int64 [chunks, tokens], got "
                 f"{text.dtype} {list(text.shape)}"
             )
-        return text, identity(text)
+        return Pool(text, identity(text))
     if tokenizer is None:
         raise ValueError("train: text needs tokenizer=, the model's; or give token ids")
     texts = [text] if isinstance(text, str) else text

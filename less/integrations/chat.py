@@ -48,6 +48,22 @@ class Sampling:
         return int(order[mass.multinomial(1)])
 
 
+def check_template(tokenizer: Any, system: str | None = None) -> None:
+    """Refuse a tokenizer without a chat template, or one that cannot render a first message.
+
+    Raises:
+        ValueError: The message says what the template says.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("Chat: the tokenizer has no chat template; an instruct model has one")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": "text"})
+    try:
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # of jinja2, by whatever the template does
+        raise ValueError(f"Chat: the tokenizer's chat template fails: {error}") from error
+
+
 class Chat:
     """Messages in the form of OpenAI's API, and the cache that has read them.
 
@@ -76,8 +92,7 @@ class Chat:
         prefill: int = 512,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError("Chat: the tokenizer has no chat template; an instruct model has one")
+        check_template(tokenizer, system)
         if cache.batch != 1 or cache.columns:
             raise ValueError(
                 f"Chat: cache must be fresh, with batch 1, got batch {cache.batch} and "

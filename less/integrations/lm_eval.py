@@ -43,7 +43,7 @@ class LessLM(HFLM):  # type: ignore[misc]
         config: Folder with a ``less_config.json``, or a ``LessConfig``; or leave it out, and give
             the settings below.
         sidekick: A ``Sidekick``, or in place of the config's: a folder or a shipped name.
-        policy: "h2o", "sinks" or "trained" (the sidekick's own, else H2O).
+        policy: "h2o", "sinks" or "trained" (the sidekick's own, else the default policy).
         slots: Dtype of the slots, "float16" say.
         chunk: Tokens per step once something may be evicted.
         **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers`` and

@@ -1,0 +1,84 @@
+"""What every command looks at before a model is loaded: files, folders, packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_DEMO = {"transformers": "transformers", "rich": "rich", "matplotlib": "matplotlib"}
+
+
+def check_packages(command: str, needed: Mapping[str, str] = _DEMO, extra: str = "demo") -> None:
+    """Refuse to start without the packages that would be missed minutes later.
+
+    Args:
+        command: For the message.
+        needed: Module name -> what pip installs.
+        extra: The extra of this package that has them all.
+
+    Raises:
+        RuntimeError: naming them and the pip command.
+    """
+    missing = [pip for module, pip in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RuntimeError(
+            f"{command} needs {', '.join(missing)}: pip install 'less-kv[{extra}]' (or: "
+            f"pip install {' '.join(missing)})"
+        )
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to; makes nothing.
+
+    Raises:
+        ValueError: naming the option and what is in the way.
+    """
+    there = folder.expanduser().absolute()
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{option} {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK) or _is_read_only(there):
+        raise ValueError(f"{option} {folder}: {there} is not writable")
+
+
+def check_file(option: str, file: Path) -> None:
+    """Refuse a file that cannot be written; writes nothing.
+
+    Raises:
+        ValueError: naming the option and what is in the way.
+    """
+    if file.is_dir():
+        raise ValueError(f"{option} {file} is a folder, not a file")
+    if not file.parent.is_dir():
+        raise ValueError(f"{option} {file}: {file.parent} is not a folder")
+    check_folder(option, file.parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ValueError(f"{option} {file} is not writable")
+
+
+def check_sidekick(wanted: str | None) -> None:
+    """Refuse a sidekick of which nothing is there; its content is looked at when it is read.
+
+    Raises:
+        ValueError: naming the shipped ones.
+    """
+    from less.sidekick import shipped_names
+
+    if wanted is None or wanted in ("none", *shipped_names()):
+        return
+    if not Path(wanted).is_dir():
+        shipped = ", ".join(shipped_names()) or "none"
+        raise ValueError(
+            f"--sidekick {wanted} is neither a folder, nor 'none', nor shipped (shipped: {shipped})"
+        )
+
+
+def _is_read_only(folder: Path) -> bool:
+    """Whether the file system takes no new file, whoever asks: as /proc, or mounted read-only."""
+    if not hasattr(os, "statvfs"):
+        return False
+    facts = os.statvfs(folder)
+    return bool(facts.f_flag & os.ST_RDONLY) or facts.f_blocks == 0

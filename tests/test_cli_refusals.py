@@ -1,0 +1,215 @@
+"""What a command refuses, it refuses before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from less import Sidekick
+from less.cli import main
+from less.evaluate import assets
+from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_sidekick
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+
+
+class ModelLoadedError(Exception):
+    """A model was loaded."""
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whoever loads a model, or converts one, is found out."""
+
+    def load(*args, **kwargs):
+        raise ModelLoadedError
+
+    monkeypatch.setattr(assets.FoundModel, "load", load)
+    monkeypatch.setattr(assets, "convert_gguf", load)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with what is right and what is wrong."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny(root / "model")
+    for name, template in (("chatty", TEMPLATE), ("strict", STRICT)):
+        shutil.copytree(root / "model", root / name)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(root / name)
+    (root / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(40)))
+    (root / "latin.txt").write_bytes(b"caf\xe9")
+    (root / "empty").mkdir()
+    (root / "page.md").write_text("no lines to put a table between")
+    (root / "model.gguf").write_bytes(b"GGUF")
+    (root / "ggufs").mkdir()
+    shutil.copy(root / "model.gguf", root / "ggufs")
+    shutil.copytree(root / "model", root / "weightless")
+    (root / "weightless" / "model.safetensors").unlink()
+    shutil.copytree(root / "model", root / "foreign")
+    (root / "foreign" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    tiny_sidekick().save_pretrained(root / "sidekick")
+    Sidekick.random(3, 4, 2, 16, 4, 8, "exp").save_pretrained(root / "other")
+    shutil.copytree(root / "sidekick", root / "damaged")
+    (root / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    return root
+
+
+MEASURED = "--model model --text text.txt --out out --length 96 --chunks 2 --probes 1"
+RIGHT = {
+    "demo": f"{MEASURED} --budget 16",
+    "evaluate": f"{MEASURED} --budgets 16 --contexts 128",
+    "train": "--model model --text text.txt --out out --length 96 --chunks 2 --budget 16",
+    "chat": "--model chatty",
+    "lm-eval": "--model model --tasks recall --include-path tasks --budget 16",
+}
+MEASURING = ("demo", "evaluate")
+ALL = tuple(RIGHT)
+# (commands, what is wrong, part of the message)
+WRONG = [
+    (MEASURING, "--text nowhere.txt", "nowhere.txt does not exist"),
+    (MEASURING, "--text empty", "empty is a folder without .txt or .md files"),
+    (MEASURING, "--text latin.txt", "latin.txt is not UTF-8: byte 3 is 0xe9"),
+    (("train",), "--text text.txt nowhere.txt", "nowhere.txt does not exist"),
+    (("train",), "--text empty", "empty is a folder without .txt or .md files"),
+    (("train",), "--text latin.txt", "latin.txt is not UTF-8: byte 3 is 0xe9"),
+    (ALL, "--model ./nowhere", "neither 'smollm2', nor a folder here, nor a name on the hub"),
+    (ALL, "--model empty", "has no config.json"),
+    (ALL, "--model weightless", "has no weights"),
+    (ALL, "--model model.gguf", "is a file: a GGUF file has to be converted"),
+    (ALL, "--model ggufs", "a GGUF file has to be converted"),
+    (("demo", "evaluate", "train", "lm-eval"), "--model foreign", "--model foreign: MambaFor"),
+    (ALL, "--model-dtype float8", "invalid choice: 'float8'"),
+    (ALL, "--dtype float64", "invalid choice: 'float64'"),
+    (MEASURING, "--maps-dtype float64", "invalid choice: 'float64'"),
+    (("demo", "evaluate", "chat", "lm-eval"), "--sidekick nobody", "neither a folder, nor 'none'"),
+    (("demo", "evaluate", "chat", "lm-eval"), "--sidekick other", "layers"),
+    (("demo", "evaluate", "chat", "lm-eval"), "--sidekick damaged", "model.safetensors"),
+    (("demo", "evaluate", "train"), "--out text.txt/out", "text.txt is not a folder"),
+    (("demo", "evaluate", "train"), "--out /proc/less", "/proc is not writable"),
+    (("train",), "--work text.txt", "text.txt is not a folder"),
+    (("lm-eval",), "--out empty", "empty is a folder, not a file"),
+    (("lm-eval",), "--out nowhere/out.json", "nowhere is not a folder"),
+    (MEASURING, "--update nowhere.md", "nowhere.md does not exist"),
+    (MEASURING, "--update page.md", "has no lines <!-- begin table -->"),
+    (MEASURING, "--length 4096", "beyond the model's context of 512"),
+    (("train",), "--length 4096", "beyond the model's context of 512"),
+    (("evaluate",), "--contexts 4096", "--contexts 4096 is beyond the model's context"),
+    (MEASURING, "--length 400 --chunks 90", "ask for fewer or shorter chunks"),
+    (("train",), "--length 400 --chunks 90", "ask for fewer or shorter chunks"),
+    (MEASURING, "--probes 3", "--probes must be in 0 .. 2"),
+    (("demo",), "--budget 96", "--length 96 must exceed --budget 96"),
+    (("evaluate",), "--budgets 8,96", "--length 96 must exceed the largest budget 96"),
+    (("evaluate",), "--budgets 0", "must be 1 or more"),
+    (("train",), "--budget 8,96", "longer than the largest budget 96"),
+    (("train",), "--policy sinks --budget 4", "leaves no recent token"),
+    (("train",), "--policy lru", "invalid choice: 'lru'"),
+    (("train",), "--decay 2", "decay"),
+    (("train",), "--held 2", "held must be in 1..1"),
+    (("train",), "--rank 0", "rank must be a whole number >= 1"),
+    (("train",), "--device nowhere", "--device nowhere"),
+    (("chat",), "--model model", "has no chat template"),
+    (("chat",), "--model strict --system Brief.", "chat template fails: no system role"),
+    (("chat",), "--bytes many", "bytes"),
+    (("chat",), "--bytes 100", "cannot hold one token per head"),
+    (("chat",), "--config nowhere", "cannot read nowhere/less_config.json"),
+    (("chat",), "--temperature -1", "temperature must be 0 or more"),
+    (("lm-eval",), "--tasks recall,recal", "'recal'"),
+    (("lm-eval",), "--tasks rexall*", "'rexall*'"),
+    (("lm-eval",), "--include-path nowhere", "nowhere is not a folder"),
+    (("matrix",), "--only llamma", "--only must be one of"),
+    (("matrix",), "--backend cpu", "invalid choice: 'cpu'"),
+]
+CASES = [(command, more, message) for commands, more, message in WRONG for command in commands]
+
+
+def status(command, more, world, monkeypatch):
+    """Exit status of a right call with `more` behind it, in the world's folder."""
+    if command == "lm-eval":
+        pytest.importorskip("lm_eval")
+        if not (world / "tasks").exists():
+            shutil.copytree("docs/lm-eval", world / "tasks")
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(world.rglob("*"))
+    try:
+        return main([command, *RIGHT.get(command, "").split(), *more.split()])
+    except SystemExit as left:  # argparse
+        return left.code
+    finally:
+        assert more == "" or sorted(world.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.parametrize(("command", "more", "message"), CASES)
+def test_what_is_wrong_is_refused_before_a_model_is_loaded(
+    no_model, world, monkeypatch, capsys, command, more, message
+):
+    assert status(command, more, world, monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_right_call_does_load_the_model(no_model, world, monkeypatch, command):
+    with pytest.raises(ModelLoadedError):
+        status(command, "", world, monkeypatch)
+
+
+def test_a_file_that_must_not_be_read_is_named(no_model, world, monkeypatch, capsys):
+    from pathlib import Path
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert status("evaluate", "--text text.txt", world, monkeypatch) == 2
+    assert "text.txt cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_given_up_at_once(no_model, world, monkeypatch, capsys):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def model_info(self, name, timeout=None):
+        asked.append((name, timeout))
+        raise ConnectionError("the hub is away")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    assert status("evaluate", "--model nobody/nothing", world, monkeypatch) == 2
+    assert "the hub does not give it: the hub is away" in capsys.readouterr().err
+    assert asked == [("nobody/nothing", 2)]
+
+
+@pytest.mark.slow
+def test_with_a_real_model_what_is_wrong_is_refused_before_it_is_loaded(tmp_path, capfd):
+    pytest.importorskip("gguf")
+    assets.smollm2()
+    calls = [
+        ["evaluate", "--text", tmp_path / "nowhere.txt"],
+        ["evaluate", "--sidekick", "nobody"],
+        ["evaluate", "--out", "/proc/less"],
+        ["evaluate", "--dtype", "float64"],
+        ["train", "--out", tmp_path / "out", "--text", tmp_path / "nowhere.txt"],
+        ["chat", "--bytes", 100],
+        ["lm-eval", "--tasks", "recal"],
+    ]
+    script = (
+        "import sys; from less.cli import main; from less.evaluate import assets\n"
+        "assets.FoundModel.load = lambda *_: sys.exit(77)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for call in calls:
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script, *map(str, call)], capture_output=True)
+        seconds = time.monotonic() - begun
+        assert done.returncode == 2, done.stderr.decode()
+        with capfd.disabled():
+            print(f"  {seconds:.1f} s: {' '.join(map(str, call))}")
