@@ -11,10 +11,11 @@ from torch import Tensor
 
 from less import _backend
 from less._backend import FLOATS, Layer, Rows, Step
-from less._check import require_int, require_shape, require_tensor, shape_text
+from less._check import require_int, require_shape, require_tensor
 from less.hf.protocol import CacheProtocol, NativeLayer, load_native, native_tensors
-from less.policies import Candidates, Policy
-from less.reference import EIGHT_BITS, chunk_position
+from less.policies import Policy
+from less.policies.base import checked_rank
+from less.reference import EIGHT_BITS, candidates
 from less.sidekick import Sidekick
 
 _STATE_FORMAT = 2
@@ -409,27 +410,17 @@ class LessKVCache(CacheProtocol):
     def _rank(
         self, policy: Policy, at: Layer, step: Step, new: Rows, valid: Tensor | None
     ) -> Tensor:
-        B, K, T, _ = new.k.shape
-        (held_k, held_v), (k, v) = at.rows.floats(), new.floats()
-        position, seen = chunk_position(at.seen, valid, B, T)
-        tokens = Candidates(
-            position=torch.cat([at.position, position[:, None].expand(B, K, T)], 2),
-            score=torch.cat([step.slot_score, step.chunk_score], 2),
-            weight=torch.cat([at.weight, torch.zeros_like(step.chunk_score)], 2),
-            seen=seen,
-            k=torch.cat([held_k, k], 2),
-            v=torch.cat([held_v, v], 2),
+        tokens = candidates(
+            at.position,
+            step.slot_score,
+            at.weight,
+            at.seen,
+            at.rows.floats(),
+            new.floats(),
+            step.chunk_score,
+            valid,
         )
-        name = f"{type(policy).__name__}.rank"
-        rank = require_tensor(name, "its result", policy.rank(tokens))
-        if rank.shape != tokens.score.shape:
-            raise ValueError(
-                f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
-                f"got {shape_text(rank.shape)}"
-            )
-        if not rank.is_floating_point():
-            raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
-        return rank.to(tokens.score.dtype).contiguous()
+        return checked_rank(policy, tokens)
 
     @property
     def policy(self) -> Policy:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from less.policies.base import Candidates, Policy, Rule, rank_by_rule
+from less.policies.base import Candidates, Policy, Rule, checked_rank, rank_by_rule
 
 Maps = Mapping[str, Tensor]
 
@@ -417,6 +417,40 @@ def chunk_position(seen: Tensor, valid: Tensor | None, B: int, T: int) -> tuple[
     return position.to(torch.int32), seen + valid.sum(1)
 
 
+def candidates(
+    position: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    held: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    chunk_score: Tensor,
+    valid: Tensor | None = None,
+) -> Candidates:
+    """What a policy ranks: the slots, then the tokens of a call that was attended to.
+
+    Args:
+        position: int32 [B, K, S], -1 where the slot is empty.
+        score: The slots' scores after the call [B, K, S].
+        weight: Log-weights [B, K, S].
+        seen: int64 [B], tokens seen before the call.
+        held: Keys and values of the slots as numbers, [B, K, S, D] each.
+        new: Keys and values of the call's tokens as the slots would hold them, [B, K, T, D] each.
+        chunk_score: The scores of the call's tokens [B, K, T].
+        valid: bool [B, T], False for padding, or None.
+    """
+    B, K, T = chunk_score.shape
+    chunk_pos, seen_after = chunk_position(seen, valid, B, T)
+    return Candidates(
+        position=torch.cat([position, chunk_pos[:, None].expand(B, K, T)], 2),
+        score=torch.cat([score, chunk_score], 2),
+        weight=torch.cat([weight, torch.zeros_like(chunk_score)], 2),
+        seen=seen_after,
+        k=torch.cat([held[0], new[0]], 2),
+        v=torch.cat([held[1], new[1]], 2),
+    )
+
+
 @dataclass(frozen=True)
 class Compacted:
     """The slots and the state of a layer after an eviction; shapes as in ``compact``."""
@@ -673,7 +707,9 @@ def run(
             softcap=softcap,
             decay=policy.decay,
         )
-        rank = _policy_rank(policy, step, kc, vc, slot_k, slot_v, position, weight, seen)
+        tokens = candidates(
+            position, step.slot_score, weight, seen, (slot_k, slot_v), (kc, vc), step.chunk_score
+        )
         after = compact(
             kc,
             vc,
@@ -685,7 +721,7 @@ def run(
             step.slot_score,
             weight,
             seen,
-            rank=rank,
+            rank=checked_rank(policy, tokens),
             H=H,
             z=z,
             maps=maps,
@@ -704,49 +740,24 @@ def run(
     return Trajectory(torch.cat(outs, 2), positions, scores, H, z, left)
 
 
-def _policy_rank(
-    policy: Policy,
-    step: Attended,
-    k: Tensor,
-    v: Tensor,
-    slot_k: Tensor,
-    slot_v: Tensor,
-    position: Tensor,
-    weight: Tensor,
-    seen: Tensor,
-) -> Tensor:
-    B, K, T, _ = k.shape
-    chunk_pos, seen_after = chunk_position(seen, None, B, T)
-    return policy.rank(
-        Candidates(
-            position=torch.cat([position, chunk_pos[:, None].expand(B, K, T)], 2),
-            score=torch.cat([step.slot_score, step.chunk_score], 2),
-            weight=torch.cat([weight, torch.zeros_like(step.chunk_score)], 2),
-            seen=seen_after,
-            k=torch.cat([slot_k, k], 2),
-            v=torch.cat([slot_v, v], 2),
-        )
-    )
-
-
 def evict_schedule(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     policy: Policy,
     *,
     prompt: int = 1,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The steps at which a policy lets go of each token, without values or state.
+    """The steps at which a policy lets go of each token, without a low-rank state.
 
-    Valid because scores never depend on the low-rank part.
+    Valid because a policy sees nothing of the state, and scores never depend on it.
 
     Returns:
         ``Trajectory.left``, int64 [B, K, T].
     """
-    zeros = torch.zeros_like(k)
-    return run(q, k, zeros, policy, prompt=prompt, scale=scale, softcap=softcap).left
+    return run(q, k, v, policy, prompt=prompt, scale=scale, softcap=softcap).left
 
 
 def parallel(
