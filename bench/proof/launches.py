@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.native import ROOT
+
 from .toolchain import BUILD, ProofError, compile_to, cuda_toolkit, jobs, run, sources
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +58,8 @@ def all_launches(clusters: bool) -> list[Launch]:
     """
     folder = BUILD / "launches"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [*sources(), HERE / "launches.cpp"]
+    asked = ROOT / "csrc" / "emulator" / "host.cpp"  # what launchers ask of the device
+    files = [*sources(), asked, HERE / "launches.cpp"]
     with ThreadPoolExecutor(jobs()) as pool:
         objects = list(pool.map(lambda file: _compile(file, folder), files))
     program = folder / "launches"

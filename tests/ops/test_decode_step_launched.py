@@ -318,6 +318,23 @@ def test_a_dependent_launch_changes_no_bit(launched, state):
     assert all(torch.equal(a[n], b[n]) for n in WRITTEN if n in a)
 
 
+@pytest.mark.parametrize("code", ["80", "90", "100"])
+def test_a_newer_gpu_that_older_code_serves_is_asked_for_what_the_code_has(
+    emulator, monkeypatch, code
+):
+    """As a build of PTX for sm_80 serves compute capability 10.0: without clusters."""
+    if emulator.tier == "ptx_80" and code != "80":
+        pytest.skip("this tier's code is for sm_80")
+    a = make(Q=4, K=2, D=64, S=70)
+    monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", code)
+    wanted = ops.decode_step_workspace(a["slot_k"], 4, a["maps"])
+    monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "100")
+    monkeypatch.setenv("LESS_EMULATOR_CODE", code)
+    assert ops.decode_step_workspace(a["slot_k"], 4, a["maps"]) == wanted
+    run(on("cpu", a), RULES[0], dependent=True)
+    check_steps(a, RULES[0], steps=2)
+
+
 def test_one_workspace_serves_step_after_step(launched, monkeypatch):
     monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
     a = make(Q=4, K=2, D=64, S=70, device=launched)
