@@ -170,6 +170,19 @@ def test_parallel_form_has_the_gradient_of_finite_differences(kind):
     assert torch.autograd.gradcheck(f, inputs)
 
 
+@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("prompt", [1, 12])
+def test_a_key_of_nan_shows_in_every_output_from_its_token_on(kind, prompt):
+    q, k, v = random_qkv(1, 4, 2, 22, 4, dtype=torch.float64)
+    maps = random_maps(4, 2, 4, E=3, R=2, kind=kind, dtype=torch.float64)
+    k[0, 1, 3, 2] = torch.nan
+    got = reference.run(q, k, v, SinkRecent(1, 4), maps, kind, prompt=prompt)
+    assert got.left[0, 1, 3] < 22
+    nan = torch.zeros(1, 4, 22, 4, dtype=torch.bool)
+    nan[:, 2:, 3:] = True
+    assert torch.equal(got.out.isnan(), nan)
+
+
 def test_nothing_overflows_at_extreme_logits():
     q, k, v = random_qkv(1, 2, 1, 30, 4, seed=2)
     maps = random_maps(2, 1, 4, E=3, R=2, kind="exp")
