@@ -254,6 +254,9 @@ constexpr int kSharedGuard =
     128;
 #endif
 
+// Whether a device runs the same code as long as the process lives: here a test may change it.
+constexpr bool kCodeStays = false;
+
 // What faults on the device.
 inline void check_aligned(const void* p, size_t bytes, emulator::Where at) {
   if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;

@@ -251,6 +251,8 @@ const char* wrong_with(const LaunchConfig& config, int64_t threads) {
   }
   if (config.cluster < 1 || config.cluster > kMaxCluster) return "a cluster of that many blocks";
   if (grid.x % unsigned(config.cluster) != 0) return "a grid that clusters do not divide along x";
+  if (config.cluster > 1 && code_architecture() < 90) return "a cluster, of code for sm_80";
+  if (config.dependent && code_architecture() < 90) return "a dependent launch, of code for sm_80";
   return nullptr;
 }
 

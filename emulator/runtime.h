@@ -54,11 +54,18 @@ LESS_EMULATOR_UNTRACKED inline dim3 block_size() { return block_dim; }
 LESS_EMULATOR_UNTRACKED inline dim3 grid_size() { return grid_dim; }
 
 // -- the device ----------------------------------------------------------------------------------
-// The environment's LESS_EMULATOR_ARCHITECTURE says whose limits: 80, 90 (the default), 120.
+// The environment's LESS_EMULATOR_ARCHITECTURE says whose limits: 80, 90 (the default), 100, 120.
 
 inline int architecture() {
   const char* const name = std::getenv("LESS_EMULATOR_ARCHITECTURE");
   return name == nullptr ? 90 : std::atoi(name);
+}
+
+// What its kernels were compiled for, as LESS_EMULATOR_CODE says: the same, unless PTX of an older
+// architecture serves it.
+inline int code_architecture() {
+  const char* const name = std::getenv("LESS_EMULATOR_CODE");
+  return name == nullptr ? architecture() : std::atoi(name);
 }
 
 // Bytes of shared memory, at most.

@@ -1,6 +1,10 @@
 """Random inputs and the one table of tolerances."""
 
+from dataclasses import dataclass
+
 import torch
+
+from less import Candidates, Policy
 
 # Relative to the largest entry, by the dtype of slots and output.
 TOLERANCE = {
@@ -9,6 +13,20 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
+
+
+@dataclass(frozen=True)
+class HeavyValues(Policy):
+    """Ranks by what a token gave to the output so far: its score times the norm of its value."""
+
+    budget: int
+
+    @property
+    def capacity(self):
+        return self.budget
+
+    def rank(self, tokens: Candidates):
+        return tokens.score * tokens.v.float().norm(dim=-1)
 
 
 def random_qkv(B, Q, K, T, D, seed=0, dtype=torch.float32):
@@ -40,6 +58,11 @@ def random_maps(Q, K, D, E, R, kind, seed=0, dtype=torch.float32):
         "k_scale": normal(K, R),
         "k_mix_scale": normal(K, R),
     }
+
+
+def misplaced(x):
+    """The same numbers, one element off where memory was allocated."""
+    return x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
 
 
 def assert_close(got, want, dtype, factor=1.0):

@@ -21,7 +21,7 @@ from less.fit import (
 )
 from less.fit.start import START, Trainable
 from less.fit.text import read_text, text_files
-from tests.helpers import random_qkv
+from tests.helpers import HeavyValues, random_qkv
 from tests.ops import flat_reference as reference
 from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_model
 
@@ -164,29 +164,47 @@ POLICIES = [
     SinkRecent(0, 6),
     SinkRecent(3, 0),
     SinkRecent(6, 60),
+    HeavyValues(7),
 ]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_the_schedule_is_the_reference_s(policy):
-    q, k, _ = random_qkv(2, 4, 2, 50, 8)
-    wanted = reference.evict_schedule(q, k, policy)
-    assert torch.equal(schedule(q, k, policy), wanted)
+    q, k, v = random_qkv(2, 4, 2, 50, 8)
+    wanted = reference.evict_schedule(q, k, v, policy)
+    assert torch.equal(schedule(q, k, v, policy), wanted)
 
 
-@pytest.mark.parametrize("policy", [H2O(6, 6, decay=0.98), SinkRecent(4, 6)], ids=str)
-def test_the_schedule_is_the_cache_s_own_run(policy):
+@pytest.mark.parametrize("prompt", [1, 25])
+@pytest.mark.parametrize(
+    "policy", [H2O(6, 6, decay=0.98), SinkRecent(4, 6), HeavyValues(7)], ids=str
+)
+def test_the_schedule_is_the_cache_s_own_run(policy, prompt):
     q, k, v = random_qkv(2, 4, 2, 40, 16)
-    left = schedule(q, k, policy)
+    left = reference.evict_schedule(q, k, v, policy, prompt=prompt)
+    if prompt == 1:
+        assert torch.equal(schedule(q, k, v, policy), left)
     cache = LessKVCache(1, 4, 2, 16, 2, policy)
-    for t in range(40):
-        cache.attend(0, q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, 40))]:
+        cache.attend(0, *(x[:, :, start:stop] for x in (q, k, v)))
         positions = cache.positions(0)
         for b in range(2):
             for head in range(2):
                 held = sorted(p for p in positions[b, head].tolist() if p >= 0)
-                kept = (left[b, head, : t + 1] > t + 1).nonzero()[:, 0].tolist()
+                kept = (left[b, head, :stop] > stop).nonzero()[:, 0].tolist()
                 assert held == kept
+
+
+def test_the_schedule_refuses_a_rank_of_another_shape_by_name():
+    class OneHead(HeavyValues):
+        def rank(self, tokens):
+            return super().rank(tokens)[:, :1]
+
+    q, k, v = random_qkv(2, 4, 2, 20, 8)
+    message = r"OneHead.rank: its result must have shape \[2, 2, 8\], got \[2, 1, 8\]"
+    for run in (schedule, reference.evict_schedule):
+        with pytest.raises(ValueError, match=message):
+            run(q, k, v, OneHead(7))
 
 
 # -- objective ---------------------------------------------------------------------------------
@@ -200,7 +218,7 @@ def rows_of(q, k, v, left, rows, gone_mass=False):
 @pytest.mark.parametrize("kind", ["exp", "paper"])
 def test_the_objective_s_output_equals_the_reference_s_parallel_form(kind):
     q, k, v = random_qkv(2, 4, 2, 40, 8)
-    left = schedule(q, k, H2O(4, 4))
+    left = schedule(q, k, v, H2O(4, 4))
     maps = Sidekick.random(1, 4, 2, 8, 3, 6, kind, 0)[0]
     rows = torch.tensor([[0, 5, 9, 20, 39], [7, 8, 21, 30, 31]])
     prepared = rows_of(q, k, v, left, rows)
@@ -214,7 +232,7 @@ def test_the_objective_s_output_equals_the_reference_s_parallel_form(kind):
 @pytest.mark.parametrize("kind", ["exp", "paper"])
 def test_the_objective_s_gradient_equals_the_reference_s(kind):
     q, k, v = random_qkv(1, 4, 2, 30, 8)
-    left = schedule(q, k, H2O(4, 4))
+    left = schedule(q, k, v, H2O(4, 4))
     rows = torch.arange(30)[None]
     grads = []
     for form in ("objective", "reference"):
@@ -234,7 +252,7 @@ def test_the_objective_s_gradient_equals_the_reference_s(kind):
 def test_huge_and_tiny_logits_neither_overflow_nor_vanish(size):
     q, k, v = random_qkv(1, 4, 2, 30, 8)
     q, k = q * size, k * size
-    left = schedule(q, k, H2O(4, 4))
+    left = schedule(q, k, v, H2O(4, 4))
     maps = Sidekick.random(1, 4, 2, 8, 3, 6, "exp", 0)[0]
     maps = {n: (t.clone() * 20).requires_grad_() for n, t in maps.items()}  # into the clamp
     out = objective.attend(rows_of(q, k, v, left, torch.arange(30)[None]), maps, "exp")
@@ -256,7 +274,7 @@ def test_the_losses_are_of_the_error_after_the_output_projection():
 @pytest.mark.parametrize("kind", ["exp", "paper"])
 def test_the_start_has_its_part_of_the_evicted_mass_of_every_query_head_or_group(kind):
     q, k, v = random_qkv(3, 4, 2, 60, 8)
-    left = schedule(q, k, H2O(4, 4))
+    left = schedule(q, k, v, H2O(4, 4))
     batch = rows_of(q, k, v, left, torch.arange(20, 60).expand(3, 40), gone_mass=True)
     trainable = Trainable(kind, q * 1, k * 1, 4, 8, torch.Generator().manual_seed(0))
     trainable.match_mass([batch])

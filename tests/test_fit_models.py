@@ -114,10 +114,10 @@ CAP = 1.5
 @pytest.mark.parametrize("policy", [H2O(6, 6, decay=0.98), SinkRecent(4, 6)], ids=str)
 def test_the_schedule_under_a_soft_cap_is_the_reference_s_and_the_cache_s(policy):
     q, k, v = random_qkv(2, 4, 2, 40, 16)
-    left = schedule(q, k, policy, softcap=CAP)
-    assert torch.equal(left, reference.evict_schedule(q, k, policy, softcap=CAP))
+    left = schedule(q, k, v, policy, softcap=CAP)
+    assert torch.equal(left, reference.evict_schedule(q, k, v, policy, softcap=CAP))
     if policy.needs_scores:
-        assert not torch.equal(left, schedule(q, k, policy))
+        assert not torch.equal(left, schedule(q, k, v, policy))
     cache = LessKVCache(1, 4, 2, 16, 2, policy, softcap=CAP, backend=NATIVE)
     for t in range(40):
         cache.attend(0, q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
@@ -152,7 +152,7 @@ def test_the_loss_under_a_soft_cap_is_the_formula_s_in_float64(kind, loss):
     q, k, v = random_qkv(2, 4, 2, 26, 8, dtype=torch.float64)
     maps = random_maps(4, 2, 8, 6, 3, kind, dtype=torch.float64)
     weight = torch.randn(5, 32, dtype=torch.float64)
-    left = reference.evict_schedule(q, k, H2O(4, 4), softcap=CAP)
+    left = reference.evict_schedule(q, k, v, H2O(4, 4), softcap=CAP)
     at = [9, 17, 25]
     stay = torch.full_like(left, 27)  # full attention: nobody leaves
     target = torch.stack([formula(q, k, v, stay, maps, kind, t) for t in at], 2)
@@ -176,7 +176,7 @@ def test_the_loss_under_a_soft_cap_is_the_formula_s_in_float64(kind, loss):
 @pytest.mark.parametrize("kind", ["exp", "paper"])
 def test_the_gradient_under_a_soft_cap_is_the_reference_s(kind):
     q, k, v = random_qkv(1, 4, 2, 30, 8)
-    left = schedule(q, k, H2O(4, 4), softcap=CAP)
+    left = schedule(q, k, v, H2O(4, 4), softcap=CAP)
     full = reference.parallel(q, k, v, torch.full_like(left, 31), softcap=CAP)
     rows = objective.prepare(q, k, v, full, left, torch.arange(30)[None], 8**-0.5, CAP)
     grads = []

@@ -132,7 +132,7 @@ def test_parallel_form_equals_recurrent_form(policy, kind, prompt):
     q, k, v = random_qkv(2, 4, 2, 40, 8, seed=5, dtype=torch.float64)
     maps = random_maps(4, 2, 8, E=6, R=3, kind=kind, dtype=torch.float64)
     recurrent = reference.run(q, k, v, policy, maps, kind, prompt=prompt)
-    left = reference.evict_schedule(q, k, policy, prompt=prompt)
+    left = reference.evict_schedule(q, k, v, policy, prompt=prompt)
     assert torch.equal(left, recurrent.left)
     whole = reference.parallel(q, k, v, left, maps, kind)
     torch.testing.assert_close(whole, recurrent.out, rtol=1e-9, atol=1e-12)
@@ -150,7 +150,7 @@ def test_parallel_form_equals_recurrent_form_under_a_soft_cap():
     maps = random_maps(4, 2, 8, E=6, R=3, kind="exp", dtype=torch.float64)
     options = {"prompt": 7, "scale": 1.0, "softcap": 1.5}
     recurrent = reference.run(q, k, v, POLICIES[0], maps, **options)
-    left = reference.evict_schedule(q, k, POLICIES[0], **options)
+    left = reference.evict_schedule(q, k, v, POLICIES[0], **options)
     assert torch.equal(left, recurrent.left)
     del options["prompt"]
     whole = reference.parallel(q, k, v, left, maps, **options)
@@ -161,7 +161,7 @@ def test_parallel_form_equals_recurrent_form_under_a_soft_cap():
 def test_parallel_form_has_the_gradient_of_finite_differences(kind):
     q, k, v = random_qkv(1, 2, 1, 9, 4, seed=1, dtype=torch.float64)
     maps = random_maps(2, 1, 4, E=3, R=2, kind=kind, dtype=torch.float64)
-    left = reference.evict_schedule(q, k, H2O(heavy=2, recent=2))
+    left = reference.evict_schedule(q, k, v, H2O(heavy=2, recent=2))
     names = sorted(maps)
 
     def f(*tensors):
@@ -169,6 +169,19 @@ def test_parallel_form_has_the_gradient_of_finite_differences(kind):
 
     inputs = [maps[n].clone().requires_grad_() for n in names]
     assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("prompt", [1, 12])
+def test_a_key_of_nan_shows_in_every_output_from_its_token_on(kind, prompt):
+    q, k, v = random_qkv(1, 4, 2, 22, 4, dtype=torch.float64)
+    maps = random_maps(4, 2, 4, E=3, R=2, kind=kind, dtype=torch.float64)
+    k[0, 1, 3, 2] = torch.nan
+    got = reference.run(q, k, v, SinkRecent(1, 4), maps, kind, prompt=prompt)
+    assert got.left[0, 1, 3] < 22
+    nan = torch.zeros(1, 4, 22, 4, dtype=torch.bool)
+    nan[:, 2:, 3:] = True
+    assert torch.equal(got.out.isnan(), nan)
 
 
 def test_nothing_overflows_at_extreme_logits():

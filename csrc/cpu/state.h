@@ -12,20 +12,24 @@ namespace less::cpu::LESS_ISA {
 // z.
 //
 // out [D], padded to whole vectors, holds sum e^(l - top) v / total of the kept tokens and becomes
-// the attention over both; every exponent is <= 0. A state without mass is left out. Returns the
-// state's share of the mass.
+// the attention over both; every exponent is <= 0. A state without mass counts nothing; NaN
+// in its mass, or in its H, is NaN in out. Returns the state's share of the mass.
 LESS_INLINE float merge_state(const float* phi, const float* H, const float* z, int64_t R,
                               int64_t D, float top, float total, float* out) {
   float low = 0.0f;
   for (int64_t r = 0; r < R; ++r) low += phi[r] * z[r];
-  if (!(low > 0.0f)) return 0.0f;
-  const float log_low = std::log(low);
-  const float both = std::max(top, log_low);
-  const float kept_mass = std::exp(top - both) * total;
-  const float low_mass = std::exp(log_low - both);
-  const float inverse = 1.0f / (kept_mass + low_mass);
-  const Vec kept_part(kept_mass * inverse);  // out is already divided by total
-  const Vec low_part(low_mass * inverse / low);
+  float kept = 1.0f, share = 0.0f, factor = 0.0f;
+  if (!(low <= 0.0f)) {
+    const float log_low = std::log(low);
+    const float both = std::max(top, log_low);
+    const float kept_mass = std::exp(top - both) * total;
+    const float low_mass = std::exp(log_low - both);
+    const float inverse = 1.0f / (kept_mass + low_mass);
+    kept = kept_mass * inverse;  // out is already divided by total
+    share = low_mass * inverse;
+    factor = share / low;
+  }
+  const Vec kept_part(kept), low_part(factor);
   constexpr int kVecs = 4;
   int64_t d = 0;
   for (; d + kVecs * Vec::kSize <= D; d += kVecs * Vec::kSize) {
@@ -51,7 +55,7 @@ LESS_INLINE float merge_state(const float* phi, const float* H, const float* z, 
     }
     fma(a, low_part, Vec::load(out + d) * kept_part).store(out + d);
   }
-  return low_mass * inverse;
+  return share;
 }
 
 // H [R, D] += psi v^T, z [R] += psi.

@@ -248,7 +248,7 @@ int64_t chunk_attention_workspace(const ChunkAttentionParams& p) { return Worksp
 
 cudaError_t chunk_attention(const ChunkAttentionParams& p, cudaStream_t stream) {
   if (p.B * p.K * (p.T + p.slots.S) == 0) return cudaSuccess;
-  if (!aligned16({p.q, p.k, p.v, p.slots.k, p.slots.v, p.H, p.out})) {
+  if (!aligned16({p.q, p.k, p.v, p.slots.k, p.slots.v, p.H, p.out, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
   const Workspace workspace(p);

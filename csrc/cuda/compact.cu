@@ -128,7 +128,9 @@ cudaError_t compact(const CompactParams& p, cudaStream_t stream) {
   if (heads == 0 || S == 0) return cudaSuccess;
   const int64_t row_bytes = p.D * size_of(p.slots.dtype);
   if (row_bytes % 16 != 0) return cudaErrorInvalidValue;
-  if (!aligned16({p.k, p.v, p.slots.k, p.slots.v, p.H})) return cudaErrorMisalignedAddress;
+  if (!aligned16({p.k, p.v, p.slots.k, p.slots.v, p.H, p.workspace})) {
+    return cudaErrorMisalignedAddress;
+  }
   const CompactWorkspace w(p);
   const dim3 per_head{unsigned(heads)};
   cudaError_t error =

@@ -144,7 +144,7 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
 cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   if (p.B == 0 || p.Q == 0) return cudaSuccess;
   if (!supported(p)) return cudaErrorInvalidValue;
-  if (!aligned16({p.q, p.k, p.v, p.out, p.slots.k, p.slots.v, p.H})) {
+  if (!aligned16({p.q, p.k, p.v, p.out, p.slots.k, p.slots.v, p.H, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
   return with_slots_dtype(p.slots.dtype, [&](auto type) {

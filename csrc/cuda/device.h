@@ -11,6 +11,7 @@
 //   - kernels are not in anonymous namespaces: their names find their PTX.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
@@ -40,6 +41,9 @@
 namespace less::cuda {
 
 constexpr int kSharedGuard = 0;
+
+// Whether a device runs the same code as long as the process lives.
+constexpr bool kCodeStays = true;
 
 // -- global memory --------------------------------------------------------------------------------
 
@@ -464,35 +468,38 @@ struct DeviceLimits {
   int shared;     // bytes of shared memory that a block can have
 };
 
-#ifndef LESS_EMULATOR
-// Whether what runs on such a device, 900 for 9.0, was compiled for sm_90 or later: a library for
-// sm_80 with PTX runs there too, as if on sm_80.
-constexpr bool compiled_for_sm90(int device) {
-  for (int arch : {__CUDA_ARCH_LIST__}) {
-    if (arch >= 900 && arch <= device) return true;
-  }
-  return false;
+// Does nothing. All kernels were compiled for the same architectures: what the driver runs of this
+// one on a device tells what it runs of the others.
+template <int = 0>
+__global__ void architecture_kernel() {}
+
+// For which architecture the code was compiled that the current device runs, 90 for sm_90: less
+// than the device's own where that is served by PTX. The answer is kept, for each step asks.
+inline cudaError_t code_architecture(int device, int& architecture) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: nobody has asked
+  const bool kept = kCodeStays && device < kDevices;
+  architecture = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (architecture != 0) return cudaSuccess;
+  cudaFuncAttributes attributes{};
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&architecture_kernel<>));
+  if (error != cudaSuccess) return error;
+  architecture = attributes.ptxVersion;
+  if (kept) known[device].store(architecture, std::memory_order_relaxed);
+  return cudaSuccess;
 }
 
 inline cudaError_t device_limits(DeviceLimits& limits) {
-  int device = 0, major = 0, minor = 0;
+  int device = 0, architecture = 0;
   cudaError_t error = cudaGetDevice(&device);
-  for (auto [value, attribute] :
-       {std::pair(&major, cudaDevAttrComputeCapabilityMajor),
-        std::pair(&minor, cudaDevAttrComputeCapabilityMinor),
-        std::pair(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin)}) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  if (error == cudaSuccess) error = code_architecture(device, architecture);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  limits.clusters = compiled_for_sm90(100 * major + 10 * minor);
+  limits.clusters = architecture >= 90;
   return error;
 }
-#else
-inline cudaError_t device_limits(DeviceLimits& limits) {
-  limits.clusters = emulator::architecture() >= 90;
-  limits.shared = emulator::shared_of_a_block();
-  return cudaSuccess;
-}
-#endif
 
 #ifndef LESS_EMULATOR
 template <typename... Params, typename... Args>

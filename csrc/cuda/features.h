@@ -41,12 +41,17 @@ LESS_DEVICE float exp_clamped(float x) {
   return fmaf(y, rest * kLn2, y);
 }
 
+// x within +-kExpClamp. NaN stays NaN, which fminf and fmaxf would replace.
+LESS_DEVICE float clamped(float x) {
+  return x < -kExpClamp ? -kExpClamp : x > kExpClamp ? kExpClamp : x;
+}
+
 // Feature r of a head before the mix: all of it, but for the paper's psi, where it is h_r.
 LESS_DEVICE float feature(const FeatureMaps& m, int64_t head, int r, float y) {
   if (m.w2_scale != nullptr) y *= m.w2_scale[head * m.R + r];
   if (m.kind == MapKind::exp) {
     if (m.bias != nullptr) y += m.bias[head * m.R + r];
-    return exp_clamped(fminf(fmaxf(y, -kExpClamp), kExpClamp));
+    return exp_clamped(clamped(y));
   }
   y = gelu(y);
   return m.mix == nullptr ? fabsf(y) : fabsf(m.scale[head * m.R + r]) * y;

@@ -2,7 +2,8 @@
 //
 // A launcher enqueues on the stream and returns at once; it neither throws nor prints nor allocates
 // nor synchronises, so a CUDA graph can capture it. What it cannot run (a head dim, a dtype) is
-// cudaErrorInvalidValue; an empty problem is cudaSuccess. All output is written.
+// cudaErrorInvalidValue, rows or a workspace that do not begin at a multiple of 16 bytes are
+// cudaErrorMisalignedAddress; an empty problem is cudaSuccess. All output is written.
 //
 // Workspaces: device memory of as many bytes as <op>_workspace says, zero when it is allocated; a
 // kernel leaves zero what it counted in, so that the next launch on the same stream can use it as

@@ -259,7 +259,7 @@ int64_t prompt_scores_workspace(const PromptScoresParams& p) { return Workspace(
 
 cudaError_t prompt_scores(const PromptScoresParams& p, cudaStream_t stream) {
   if (p.B * p.Q * p.T == 0) return cudaSuccess;
-  if (!aligned16({p.q, p.k})) return cudaErrorMisalignedAddress;
+  if (!aligned16({p.q, p.k, p.workspace})) return cudaErrorMisalignedAddress;
   const Workspace workspace(p);
   const ChunkAttentionParams chunk = as_chunk(p);
   cudaError_t error = list_keys(chunk, workspace.lists, stream);

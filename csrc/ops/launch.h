@@ -59,7 +59,10 @@ inline cudaStream_t current_stream(const char* op, int32_t device) {
 }
 
 inline std::string reason(cudaError_t error) {
-  if (error != cudaErrorNoKernelImageForDevice) return cudaGetErrorString(error);
+  // The latter is what asking for a kernel's attributes may say of the same.
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
+    return cudaGetErrorString(error);
+  }
   return std::string("no kernels for this GPU's architecture: less was built for ") +
          LESS_CUDA_ARCHS + " (LESS_CUDA_ARCHS)";
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from less import backend as backends
-from less._check import require_int, require_tensor, shape_text
+from less._check import require_int
 from less.backend import Backend
 from less.cache.checks import check_call, positive
 from less.layer import (
@@ -25,6 +25,7 @@ from less.layer import (
     allocate,
 )
 from less.policies import Policy
+from less.policies.base import checked_rank
 from less.reference import Attended, candidates
 
 
@@ -174,16 +175,7 @@ class PagedLayer:
     def _rank(self, step: Attended, new: Rows, valid: Tensor | None, at: Paged) -> Tensor:
         slots, seen = self.held(at, new.k.shape[0])
         tokens = candidates(slots, new, step.score, seen, valid)
-        name = f"{type(self.policy).__name__}.rank"
-        rank = require_tensor(name, "its result", self.policy.rank(tokens))
-        if rank.shape != tokens.score.shape:
-            raise ValueError(
-                f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
-                f"got {shape_text(rank.shape)}"
-            )
-        if not rank.is_floating_point():
-            raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
-        return rank.to(tokens.score.dtype).contiguous()
+        return checked_rank(self.policy, tokens)
 
     def held(self, at: Paged, B: int) -> tuple[Slots, Tensor]:
         """Copies of what each row's page holds: slots, and the tokens seen.

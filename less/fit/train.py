@@ -226,7 +226,7 @@ def fit_layer(
     begun = time.perf_counter()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + layer)
     c = captured
-    left = [schedule(c.q, c.k, p, c.scale, c.softcap) for p in policies]
+    left = [schedule(c.q, c.k, c.v, p, c.scale, c.softcap) for p in policies]
     data = _Data(captured, policies, left, held, generator)
     weight = captured.o_weight.float()
     error = objective.LOSSES[recipe.loss]

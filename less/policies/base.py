@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from less._check import require_tensor, shape_text
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -100,6 +102,25 @@ class Policy(ABC):
         if not dataclasses.is_dataclass(self):
             raise TypeError(f"{type(self).__name__} must be a dataclass to be written down")
         return {"name": type(self).__name__, **dataclasses.asdict(self)}
+
+
+def checked_rank(policy: Policy, tokens: Candidates) -> Tensor:
+    """``policy.rank(tokens)`` in the scores' dtype, contiguous.
+
+    Raises:
+        TypeError: It is no tensor.
+        ValueError: It is not floating point, or not one number per candidate.
+    """
+    name = f"{type(policy).__name__}.rank"
+    rank = require_tensor(name, "its result", policy.rank(tokens))
+    if rank.shape != tokens.score.shape:
+        raise ValueError(
+            f"{name}: its result must have shape {shape_text(tokens.score.shape)}, "
+            f"got {shape_text(rank.shape)}"
+        )
+    if not rank.is_floating_point():
+        raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
+    return rank.to(tokens.score.dtype).contiguous()
 
 
 def check_count(policy: str, name: str, value: object) -> None:

@@ -45,9 +45,10 @@ def chunk_attention(
 
     out = (phi H + sum e^l v) / (phi z + sum e^l), l = scale q.k + weight, as a merge of two
     softmax parts: the low-rank part has log-mass log(phi z) and value phi H / phi z. A part with
-    no mass is skipped. Scores take the softmax over slots and call alone, summed over the group.
-    With a soft-cap, l = softcap tanh(scale q.k / softcap) + weight. Rows of 8 bits are attended
-    to as the numbers that they stand for.
+    no mass counts nothing. NaN in the features, in z or in H is NaN in the output. Scores take the
+    softmax over slots and call alone, summed over the group. With a soft-cap,
+    l = softcap tanh(scale q.k / softcap) + weight. Rows of 8 bits are attended to as the numbers
+    that they stand for.
 
     Args:
         q: [B, Q, T, D].
@@ -95,15 +96,15 @@ def chunk_attention(
         features = phi_q.to(dtype).view(B, K, G, T, -1)
         low = torch.einsum("bkgtr,bkr->bkgt", features, state.z.to(dtype))[..., None]
         low_value = torch.einsum("bkgtr,bkrd->bkgtd", features, state.H.to(dtype))
-        has_mass = low > 0
+        has_mass = ~(low <= 0)  # NaN too
         log_low = torch.where(has_mass, low.clamp(min=torch.finfo(dtype).tiny).log(), -torch.inf)
         both = torch.maximum(top, log_low)
         a = (top - both).exp()
         b = torch.where(has_mass, (log_low - both).exp(), 0.0)
         denominator = a * total + b
         merged = a * kept + b * low_value / low.masked_fill(~has_mass, 1.0)
-        out = torch.where(has_mass, merged / denominator.masked_fill(~has_mass, 1.0), out)
-        share = torch.where(has_mass, b / denominator.masked_fill(~has_mass, 1.0), 0.0)[..., 0]
+        denominator = denominator.masked_fill(denominator == 0, 1.0)
+        out, share = merged / denominator, (b / denominator)[..., 0]
     rows = valid[:, None, None, :]
     out = torch.where(rows[..., None], out, 0.0)
     share = torch.where(rows, share, 0.0)

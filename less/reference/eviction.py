@@ -42,7 +42,7 @@ def chunk_position(seen: Tensor, valid: Tensor | None, B: int, T: int) -> tuple[
 
 
 def candidates(
-    slots: Slots, new: Rows, score: Tensor, seen: Tensor, valid: Tensor | None
+    slots: Slots, new: Rows, score: Tensor, seen: Tensor, valid: Tensor | None = None
 ) -> Candidates:
     """The tokens that compete for the slots: those in them, then the call's.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from less.layer import LayerSpec, Maps, Rows, Slots, State
 from less.policies import Policy
+from less.policies.base import checked_rank
 from less.reference.attention import Attended, capped, chunk_attention
 from less.reference.eviction import Compacted, candidates, compact
 from less.reference.maps import phi, psi
@@ -53,7 +54,7 @@ def step(
     )
     rank = None
     if policy is not None:
-        rank = policy.rank(candidates(slots, new, attended.score, seen, valid))
+        rank = checked_rank(policy, candidates(slots, new, attended.score, seen, valid))
     after = compact(
         new, valid, attended.score, slots, seen, spec, rank=rank, state=state, maps=maps
     )
@@ -169,21 +170,21 @@ def run(
 def evict_schedule(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     policy: Policy,
     *,
     prompt: int = 1,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The steps at which a policy lets go of each token, without values or state.
+    """The steps at which a policy lets go of each token, without a low-rank state.
 
-    Valid because scores never depend on the low-rank part.
+    Valid because a policy sees nothing of the state, and scores never depend on it.
 
     Returns:
         ``Trajectory.left``, int64 [B, K, T].
     """
-    zeros = torch.zeros_like(k)
-    return run(q, k, zeros, policy, prompt=prompt, scale=scale, softcap=softcap).left
+    return run(q, k, v, policy, prompt=prompt, scale=scale, softcap=softcap).left
 
 
 def parallel(

@@ -149,6 +149,14 @@ def test_a_planted_error_is_found_by_name(case: str, tier: str, wanted: str) -> 
     assert "planted_" in messages[0] or wanted in WITHOUT_A_PLACE
 
 
+@pytest.mark.parametrize("case", ["cluster_no_sync", "dependent"])
+def test_code_for_sm_80_has_neither_clusters_nor_dependent_launches(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setenv("LESS_EMULATOR_CODE", "80")
+    assert "launch" in {error["kind"] for error in run("fast", case).told["errors"]}
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("case", ["fragments_fp16", "fragments_bf16", "halves"])
 def test_values_of_fragments_and_halves_are_exact(case: str, tier: str) -> None:

@@ -35,6 +35,9 @@ def layer(B=2, Q=6, K=2, T=5, S=9, D=16, R=4, E=10, kind="exp", dtype=torch.floa
     }
 
 
+# What a launcher says that refuses rows which do not begin at a multiple of 16 bytes.
+MISALIGNED = "the launch failed: .*(misaligned|error 716)"
+
 SCALES = ("chunk_k_scale", "chunk_v_scale", "k_scale", "v_scale")
 
 

@@ -4,9 +4,9 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import assert_close
+from tests.helpers import assert_close, misplaced
 from tests.ops import flat_reference as reference
-from tests.ops.common import SCALES, assert_rounded, in_fp8, in_int8, layer
+from tests.ops.common import MISALIGNED, SCALES, assert_rounded, in_fp8, in_int8, layer
 
 pytest.importorskip("less._C")
 from tests.ops import flat as ops
@@ -426,12 +426,14 @@ def test_a_launch_without_slots_or_tokens(launched):
             assert_rounded(out, reference.chunk_attention(**widened(args)).out)
 
 
-@pytest.mark.parametrize("name", ["q", "v", "slot_k", "H"])
+@pytest.mark.parametrize("name", ["q", "v", "slot_k", "H", "workspace"])
 def test_a_launch_refuses_rows_that_do_not_begin_at_16_bytes(launched, name):
     args = on(launched, arguments(layer(D=64, dtype=torch.float16)))
-    x = args[name]
-    args[name] = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    with pytest.raises(RuntimeError, match="the launch failed: .*(misaligned|error 716)"):
+    size = ops.chunk_attention_workspace(args["q"], args["slot_k"], padded=True)
+    args["workspace"] = torch.zeros(size, dtype=torch.uint8, device=launched)
+    ops.chunk_attention(**args)
+    args[name] = misplaced(args[name])
+    with pytest.raises(RuntimeError, match=MISALIGNED):
         ops.chunk_attention(**args)
 
 

@@ -3,9 +3,9 @@ import torch
 
 from less import Sidekick
 from less.policies import Rule
-from tests.helpers import assert_close
+from tests.helpers import assert_close, misplaced
 from tests.ops import flat_reference as reference
-from tests.ops.common import SCALES, in_int8, layer
+from tests.ops.common import MISALIGNED, SCALES, in_int8, layer
 
 pytest.importorskip("less._C")
 from tests.ops import flat as ops
@@ -248,6 +248,22 @@ def test_compact_refuses_bad_input_and_writes_nothing(name, change, message):
     assert all(torch.equal(a[n], before[n]) for n in LAYER)
     with pytest.raises(ValueError, match="compact: exactly one of rule and rank"):
         ops.compact(a["k"], a["v"], a["score"], a["score"], None, *(a[n] for n in LAYER[:6]))
+
+
+@pytest.mark.parametrize("name", ["k", "v", "slot_k", "slot_v", "H", "workspace"])
+def test_a_launch_refuses_rows_that_do_not_begin_at_16_bytes(launched, name):
+    a = moved(layer(D=64), launched)
+    size = ops.compact_workspace(a["k"], a["slot_k"], a["maps"])
+    a["workspace"] = torch.zeros(size, dtype=torch.uint8, device=launched)
+    a[name] = misplaced(a[name])
+    before = {n: a[n].clone() for n in LAYER}
+    score = chunk_score_of(layer(D=64)).to(launched)
+    with pytest.raises(RuntimeError, match=MISALIGNED):
+        ops.compact(
+            a["k"], a["v"], score, a["score"].clone(), None, *(a[n] for n in LAYER[:6]),
+            H=a["H"], z=a["z"], maps=a["maps"], rule=RULES[0], workspace=a["workspace"],
+        )  # fmt: skip
+    assert all(torch.equal(a[n], before[n]) for n in LAYER)
 
 
 @pytest.mark.parametrize("kind", ["paper", "exp"])

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from tests.helpers import assert_close, random_qkv
+from tests.helpers import assert_close, misplaced, random_qkv
 from tests.ops import flat_reference as reference
+from tests.ops.common import MISALIGNED
 
 pytest.importorskip("less._C")
 from tests.ops import flat as ops
@@ -152,6 +153,17 @@ def test_a_launch_refuses_other_head_dims_by_name(launched):
         RuntimeError, match=r"prompt_scores: q must have a head dim of .*64.*got 72"
     ):
         ops.prompt_scores(q.to(launched), k.to(launched), valid.to(launched), scale=0.1)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "workspace"])
+def test_a_launch_refuses_rows_that_do_not_begin_at_16_bytes(launched, name):
+    q, k, valid = prompt(T=5)
+    args = {"q": q, "k": k, "valid": valid, "workspace": torch.zeros(4096, dtype=torch.uint8)}
+    args = {n: x.to(launched) for n, x in args.items()}
+    ops.prompt_scores(**args, scale=0.1)
+    args[name] = misplaced(args[name])
+    with pytest.raises(RuntimeError, match=MISALIGNED):
+        ops.prompt_scores(**args, scale=0.1)
 
 
 def test_prompt_scores_passes_opcheck():

@@ -148,7 +148,7 @@ class Finish {
       const float share = merge(top, total, mass[i], factor[i], low[i]);
       if (lane_ % 4 != 0 || column_ != 0) continue;
       masses[number_at(row_ + 8 * i)] = counts_[i] ? top + logf(total) : 0.0f;
-      shares[number_at(row_ + 8 * i)] = share;
+      shares[number_at(row_ + 8 * i)] = counts_[i] ? share : 0.0f;
     }
     __syncthreads();
     if (lse != nullptr) write_numbers(masses, lse);
@@ -157,22 +157,26 @@ class Finish {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float& out = sums.out[n][j];
-        out = counts_[j / 2] ? out * factor[j / 2] : 0.0f;
-      }
+      for (int j = 0; j < 4; ++j) sums.out[n][j] *= factor[j / 2];
     }
     if (p_.phi_q != nullptr) add_state(low, H, phi, sums.out);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (!counts_[j / 2]) sums.out[n][j] = 0.0f;
+      }
+    }
     write(sums.out, shared.q);
   }
 
  private:
   // The state as one more part of a row's softmax: factor of the kept tokens' sum, low of phi H.
-  // Returns the state's share of the mass.
+  // Returns the state's share of the mass. NaN in the mass is NaN in all three.
   LESS_DEVICE float merge(float top, float total, float mass, float& factor, float& low) const {
     factor = total == 0.0f ? 0.0f : 1.0f / total;
     low = 0.0f;
-    if (!(mass > 0.0f)) return 0.0f;
+    if (mass <= 0.0f) return 0.0f;
     const float log_mass = logf(mass), both = fmaxf(top, log_mass);
     const float kept = exp2_approx((top - both) * kLog2E);
     const float taken = exp2_approx((log_mass - both) * kLog2E);

@@ -98,7 +98,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     const float inverse = 1.0f / total;
     float kept = inverse;
     s.low()[g] = s.share()[g] = 0.0f;
-    if (low > 0.0f) {
+    if (!(low <= 0.0f)) {  // NaN too: out shows it
       const float log_low = logf(low), both = fmaxf(top, log_low);
       const float kept_mass = expf(top - both) * total, low_mass = expf(log_low - both);
       const float whole = 1.0f / (kept_mass + low_mass);
