@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import measuring
+from less.cli import measuring, threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +91,7 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
     from less.evaluate.report import size
     from less.integrations.chat import Chat
 
-    measuring.set_threads(args)
+    threads.set_threads(args, console)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import measuring
+from less.cli import measuring, threads
 
 if TYPE_CHECKING:
     from less.evaluate.methods import Method
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from less.evaluate.assets import load_model
 
     console = measuring.console_for()
-    measuring.set_threads(args)
+    threads.set_threads(args, console)
     model, tokenizer = load_model(args.model)
     methods = _methods(args, model)
     tasks = TaskManager(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from less.cli import threads
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -62,7 +64,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="float16", help="of the slots (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=positive, help="default: torch's choice")
+    parser.add_argument("--threads", type=positive, help=threads.DEFAULT)
 
 
 def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
@@ -115,14 +117,6 @@ def check_packages(command: str, needed: Mapping[str, str] = _NEEDED, extra: str
         )
 
 
-def set_threads(args: argparse.Namespace) -> None:
-    """Follow ``--threads``."""
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-
-
 def load(args: argparse.Namespace, console: Console) -> Subject:
     """Load what the arguments name; says on the console what it found.
 
@@ -134,7 +128,7 @@ def load(args: argparse.Namespace, console: Console) -> Subject:
 
     from less.evaluate import assets
 
-    set_threads(args)
+    threads.set_threads(args, console)
     if args.model == assets.SMOLLM2 and not assets.is_converted():
         console.print("  converting SmolLM2's GGUF once, about half a minute")
     model, tokenizer = assets.load_model(args.model)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from less.cli import measuring, threads
+
 if TYPE_CHECKING:
     from less.fit import LayerRecord, Progress
     from less.policies import Policy
@@ -74,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
         help="of the saved matrices (default: %(default)s)",
     )  # fmt: skip
     add("--device", default="cpu", help="default: %(default)s")
-    add("--threads", type=int, help="default: torch's choice")
+    add("--threads", type=measuring.positive, help=threads.DEFAULT)
 
 
 def _budgets(text: str) -> list[int]:
@@ -129,9 +131,8 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed,
     )
-    if args.threads:
-        torch.set_num_threads(args.threads)
     console = Console(highlight=False)
+    threads.set_threads(args, console)
     texts, source = _texts(args.text)
     model, tokenizer = assets.load_model(args.model)
     model.to(args.device)
