@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -139,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.wrong, args.left_out = 0, []
 
-    facts = {**machine(), "simd": _C.build_facts()["simd"]}
+    waiting = os.environ.get("OMP_WAIT_POLICY", "spinning")
+    facts = {**machine(), "simd": _C.build_facts()["simd"], "waiting": waiting}
     print("# " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.fresh:

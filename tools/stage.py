@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 
 EVERY = 10.0  # seconds between two lines
-COUNTED = re.compile(r"^\[(\d+)/(\d+)\] ")
+COUNTED = re.compile(r"^\[(\d+)/(\d+)\] (?!Re-checking)")
 OURS = "-- less: "
 # What a line tells of a command that counts nothing.
 DOING = (
@@ -87,11 +87,11 @@ def seconds_left(part: float, passed: float, usual: float) -> float:
         passed: Seconds since its begin.
         usual: Seconds that it usually takes.
     """
-    guess = max(usual - passed, 0.0)
-    if part == 0.0:
-        return guess
-    # The first steps tell little.
-    return (1 - part) * guess + part * passed * (1 - part) / part
+    whole = max(usual, passed)
+    if part > 0.0:
+        trust = min(1.0, part / 0.3)  # the first steps tell little
+        whole = trust * passed / part + (1 - trust) * whole
+    return whole - passed
 
 
 def in_words(seconds: float) -> str:
