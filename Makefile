@@ -138,6 +138,8 @@ clean:
 # Runs a long stage: a line now and then with the time left, and the output where it fails. The
 # number is the seconds that the stage usually takes on two idle cores.
 STAGE := $(BIN)/python tools/stage.py
+# Under a name of its own, so that `make -n` does not run it.
+LANE := $(MAKE) --no-print-directory
 
 # What the package runs on, the package, the demo's model and text.
 ready:
@@ -147,7 +149,7 @@ ready:
 # From a bare clone: pip and the model's conversion keep one core busy, the compiler all.
 bare: $(VENV)/build.stamp
 	@$(STAGE) "2/3 packages, model and CPU kernels" 100 \
-	  "$(MAKE) --no-print-directory $(VENV)/requirements.stamp $(VENV)/assets.stamp converted" \
+	  "$(LANE) $(VENV)/requirements.stamp $(VENV)/assets.stamp converted" \
 	  "$(BIN)/python setup.py -q build_ext --inplace --kernels"
 
 converted:
@@ -155,7 +157,7 @@ converted:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is wanted, got %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	@echo "1/3 build tools: a few seconds"
+	@echo "1/3 build tools: a few seconds; then about two minutes for what is installed and compiled"
 	@$(PYTHON) -m venv $(VENV)
 
 # Not compiled to bytecode: that takes longer than all else, and most of it is never imported.

@@ -37,7 +37,7 @@ class Command:
     """A shell command at work; a thread of its own reads what it says."""
 
     def __init__(self, line: str) -> None:
-        """Start it. Make's own flags stay behind: its job slots are not ours."""
+        """Start it, without make's flags: its job slots are not ours; variables are exported."""
         env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
         self.line, self.doing, self.part = line, "", 0.0
         self.said: list[str] = []
@@ -145,7 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("seconds", type=float, help="that it usually takes on two idle cores")
     parser.add_argument("commands", nargs="+", help="shell commands, run at the same time")
     args = parser.parse_args(argv)
-    return run(args.title, args.seconds, args.commands)
+    try:
+        return run(args.title, args.seconds, args.commands)
+    except KeyboardInterrupt:
+        print(f"\n{args.title}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

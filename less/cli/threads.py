@@ -79,7 +79,7 @@ def choose(
     """
     tried = counts(most)
     if tried == [1]:
-        return Choice(1, "no more are allowed here")
+        return Choice(1, "torch may use no more here")
     if seconds_with is None:
         seconds_with = Probe()
     turns: dict[int, list[float]] = {threads: [] for threads in tried}
