@@ -36,14 +36,17 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less tests $(wildcard bench)
 
-.PHONY: demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
+.PHONY: ready bare converted demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
+# Two pips at once break an environment.
+.NOTPARALLEL:
 
-demo: $(VENV)/package.stamp $(VENV)/assets.stamp
+demo: ready
 	$(BIN)/less-kv demo $(ARGS)
 
-test: $(VENV)/package.stamp $(VENV)/assets.stamp $(VENV)/dev.stamp $(VENV)/cuda.stamp
+# At the end pytest names what was skipped and why, as what a GPU or a built less._cuda would run.
+test: ready $(VENV)/dev.stamp $(VENV)/toolkit.stamp
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Each builds in a folder of its own, without torch and Python.
@@ -106,7 +109,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format $(PY)
 	$(BIN)/gersemi -i $(CMAKE)
 
-bench: $(VENV)/package.stamp $(VENV)/assets.stamp
+bench: ready
 	$(BIN)/python -m bench $(ARGS)
 
 bench-cpp: $(VENV)/requirements.stamp
@@ -132,27 +135,61 @@ clean:
 
 # -- the environment, in layers: each stamp is remade when its list changes ------------------------
 
+# Runs a long stage: a line now and then with the time left, and the output where it fails. The
+# number is the seconds that the stage usually takes on two idle cores.
+STAGE := $(BIN)/python tools/stage.py
+# Under a name of its own, so that `make -n` does not run it.
+LANE := $(MAKE) --no-print-directory
+
+# What the package runs on, the package, the demo's model and text.
+ready:
+	@test -e $(VENV)/package.stamp || $(MAKE) --no-print-directory bare
+	@$(MAKE) --no-print-directory $(VENV)/package.stamp $(VENV)/assets.stamp
+
+# From a bare clone: pip and the model's conversion keep one core busy, the compiler all.
+bare: $(VENV)/build.stamp
+	@$(STAGE) "2/3 packages, model and CPU kernels" 100 \
+	  "$(LANE) $(VENV)/requirements.stamp $(VENV)/assets.stamp converted" \
+	  "$(BIN)/python setup.py -q build_ext --inplace --kernels"
+
+converted:
+	@$(BIN)/python -c "from less.evaluate import assets; assets.smollm2()"
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is wanted, got %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	@echo "1/3 build tools: a few seconds; then about two minutes for what is installed and compiled"
+	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/requirements.stamp: requirements.txt | $(BIN)/python
-	$(PIP) install -r requirements.txt
+# Not compiled to bytecode: that takes longer than all else, and most of it is never imported.
+INSTALL := $(PIP) install --no-compile
+
+$(VENV)/build.stamp: requirements-build.txt | $(BIN)/python
+	@$(INSTALL) -q -r requirements-build.txt
+	@touch $@
+
+$(VENV)/requirements.stamp: requirements.txt $(VENV)/build.stamp
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
 $(VENV)/assets.stamp: requirements-assets.txt | $(BIN)/python
-	$(PIP) install --no-deps -r requirements-assets.txt
+	$(INSTALL) --no-deps -r requirements-assets.txt
 	@touch $@
 
-# A toolkit for machines that have none; tools/cuda_toolkit.py prefers one that is installed.
+# A whole toolkit, with what reads machine code; tools/cuda_toolkit.py prefers an installed nvcc.
 $(VENV)/cuda.stamp: requirements-cuda.txt | $(BIN)/python
-	$(PIP) install --no-deps -r requirements-cuda.txt
+	$(INSTALL) --no-deps -r requirements-cuda.txt
+	@touch $@
+
+# What tests compile kernels with: an installed toolkit, or the wheels where there is none.
+$(VENV)/toolkit.stamp: requirements-cuda.txt tools/cuda_toolkit.py | $(BIN)/python
+	@$(BIN)/python tools/cuda_toolkit.py facts || $(MAKE) --no-print-directory $(VENV)/cuda.stamp
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/requirements.stamp
-	$(PIP) install -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/package.stamp: pyproject.toml less/_version.py $(NATIVE) $(VENV)/requirements.stamp
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	@$(STAGE) "3/3 the package" 25 \
+	  "$(PIP) install -v --no-build-isolation --no-deps --editable ."
 	@touch $@

@@ -2,10 +2,11 @@
 
 Environment:
     LESS_NATIVE      on (default) | off: off installs the pure-torch reference alone
-    LESS_CUDA        auto (default) | on | off: decided by nvcc's presence, never by a GPU's; auto
-                     takes an installed toolkit, on those of PyPI's wheels too
-    LESS_CUDA_ARCHS  e.g. "80 90a", or "all": "80 90a 100 120+PTX"; default: where nvidia-smi shows
-                     GPUs, theirs alone, else all
+    LESS_CUDA        auto (default) | on | off: auto builds CUDA kernels where a GPU is seen or
+                     LESS_CUDA_ARCHS is set, and an nvcc is installed; on builds them anywhere, with
+                     the nvcc of PyPI's wheels too
+    LESS_CUDA_ARCHS  e.g. "80 90a", or "all": "80 90a 100 120+PTX"; default: where GPUs are seen,
+                     theirs alone, else all
     LESS_CUDA_HEAD_DIMS  e.g. "64 128" (default "64 80 96 128 256"): what CUDA kernels are compiled
                      for; fewer build faster and load smaller
     LESS_WERROR      1: compiler warnings are errors
@@ -13,6 +14,8 @@ Environment:
     MAX_JOBS         parallel compile jobs, default all cores
 
 `python setup.py build_ext --inplace` builds into less/ incrementally; it is what `make dev` runs.
+With `--kernels` it compiles the CPU kernels alone, which need no torch: `make` does so while pip
+installs torch.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -37,10 +41,23 @@ import native  # noqa: E402
 class CMakeBuild(build_ext):
     """Builds less/_C.*.so, and less/_cuda.*.so where CUDA is on, through CMake."""
 
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("kernels", None, "compile the CPU kernels alone, which need no torch, into build/"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "kernels"]
+
+    def initialize_options(self) -> None:
+        """Set the defaults."""
+        super().initialize_options()
+        self.kernels = False
+
     def run(self) -> None:
         """Configure, build, install into the package folder."""
+        if not native.native_wanted():
+            return
         native.require_compiler()
-        torch_root = native.require_torch()
+        torch_root = "" if self.kernels else native.require_torch()
         cmake = native.require_cmake()
         # An editable build keeps its folder, so that the next one compiles only what changed; a
         # wheel's starts afresh, because isolation gives every build other tools.
@@ -51,6 +68,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "Python_EXECUTABLE": sys.executable,
+            "LESS_PYTHON": "OFF" if self.kernels else "ON",
             "LESS_TORCH_ROOT": torch_root,
             "LESS_VERSION": self.distribution.get_version(),
             "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
@@ -68,6 +86,8 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self._call(configure)
         self._call([cmake, "--build", tree, "--parallel", jobs])
+        if self.kernels:
+            return
         package = self._package_folder()
         self._call([cmake, "--install", tree, "--prefix", package])
         # An earlier build into the same folder may have left a library that this one has not.
@@ -84,7 +104,7 @@ class CMakeBuild(build_ext):
         own = cuda_toolkit.gpu_archs() if not named and mode.lower() != "off" else []
         options = {
             "LESS_CUDA": mode,
-            "LESS_CUDA_ARCHS": named or " ".join(own) or "all",
+            "LESS_CUDA_ARCHS": named or " ".join(own),
             "LESS_CUDA_ARCHS_WHY": "; this machine's GPUs alone, LESS_CUDA_ARCHS=all for all"
             if own
             else "",

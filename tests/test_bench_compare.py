@@ -103,3 +103,23 @@ def test_bars_say_met_missed_or_not_measured() -> None:
     assert next(b for b in rows if b.number == 7).met is None
     assert {b.number for b in rows} == set(range(1, 12))
     assert len(by) == len(rows)
+
+
+def test_a_library_that_is_not_installed_is_named_with_its_package(tmp_path: Path) -> None:
+    absent = ["-DCMAKE_DISABLE_FIND_PACKAGE_benchmark=ON"]
+    with pytest.raises(native.MissingError, match="apt-get install libbenchmark-dev"):
+        native.build("less_kernels", tmp_path, absent)
+
+
+def test_a_bench_goes_on_without_a_part_and_names_it_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(target: str) -> Path:
+        raise native.MissingError(f"bench: {target} needs a library")
+
+    monkeypatch.setattr(native, "build", lacking)
+    words = ["--parts", "kernels", "overhead", "--json", str(tmp_path / "rows.jsonl")]
+    assert command.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "empty problem: " in shown
+    assert shown.endswith("\nLEFT OUT: kernels (bench: less_kernels needs a library)\n")

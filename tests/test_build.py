@@ -20,6 +20,11 @@ import less
 _C = pytest.importorskip("less._C")
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+try:
+    import cuda_toolkit
+finally:
+    sys.path.pop(0)
 SITE = Path(sysconfig.get_path("purelib"))
 
 
@@ -62,7 +67,10 @@ def test_cuda_library_is_not_loaded_without_a_gpu() -> None:
 
 def test_cuda_library_loads_where_it_is_asked_to() -> None:
     if not _C.build_facts()["cuda"]:
-        pytest.skip("NO NVCC: the CUDA half was not built")
+        assert os.environ.get("LESS_CUDA", "auto").lower() != "on", (
+            "LESS_CUDA=on built no less._cuda"
+        )
+        pytest.skip("NOT BUILT: less._cuda, which LESS_CUDA=on builds and this test loads")
     code = "import torch; from less import _cuda; print(_cuda.build_facts()['cuda_archs'])"
     done = call(sys.executable, "-c", code)
     assert done.returncode == 0, done.stdout
@@ -127,7 +135,7 @@ def test_each_level_uses_its_own_registers_and_no_wider_ones() -> None:
 # -- settings and loud failures --------------------------------------------------------------------
 
 
-def configure(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def configure(folder: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run CMake's configuration alone."""
     cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
     options = {
@@ -138,7 +146,7 @@ def configure(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
         "LESS_CUDA_HEAD_DIMS": env.pop("LESS_CUDA_HEAD_DIMS", ""),
     }
     settings = [f"-D{key}={value}" for key, value in options.items()]
-    return call(cmake, "-S", ROOT, "-B", folder, *settings, **env)
+    return call(cmake, "-S", ROOT, "-B", folder, *settings, *more, **env)
 
 
 def test_cuda_on_without_nvcc_fails_loudly(tmp_path: Path) -> None:
@@ -147,10 +155,37 @@ def test_cuda_on_without_nvcc_fails_loudly(tmp_path: Path) -> None:
     assert "LESS_CUDA=on, but no working nvcc was found" in done.stdout
 
 
-def test_cuda_auto_says_in_one_line_what_it_chose(tmp_path: Path) -> None:
-    done = configure(tmp_path, LESS_CUDA="auto", CUDACXX="/nonexistent/nvcc")
+@pytest.mark.parametrize(
+    ("archs", "why"),
+    [
+        ("", "no GPU was seen that its kernels run on; LESS_CUDA=on builds them for all"),
+        ("90a", "no nvcc was found; LESS_CUDA=on says where it was looked for"),
+    ],
+)
+def test_cuda_auto_says_in_one_line_why_it_is_left_out(
+    tmp_path: Path, archs: str, why: str
+) -> None:
+    env = {"CUDACXX": "/nonexistent/nvcc"} if archs else {}
+    done = configure(tmp_path, LESS_CUDA="auto", LESS_CUDA_ARCHS=archs, **env)
     assert done.returncode == 0, done.stdout
-    assert "-- less: CUDA off (no nvcc found)\n" in done.stdout
+    assert f"-- less: CUDA off ({why})\n" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "archs", "built"),
+    [("auto", "90a", "90a"), ("on", "90a", "90a"), ("on", "", "80,90a,100,120+PTX")],
+)
+def test_cuda_is_built_for_the_architectures_that_are_named(
+    tmp_path: Path, mode: str, archs: str, built: str
+) -> None:
+    kit = cuda_toolkit.find()
+    if kit is None:
+        pytest.skip("NO NVCC: CMake cannot be asked what it would compile")
+    options = [f"-D{key}={value}" for key, value in kit.cmake_options.items()]
+    done = configure(tmp_path, *options, LESS_CUDA=mode, LESS_CUDA_ARCHS=archs)
+    assert done.returncode == 0, done.stdout
+    assert f"; architectures {built})\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -164,11 +199,32 @@ def test_cuda_auto_says_in_one_line_what_it_chose(tmp_path: Path) -> None:
 def test_unknown_settings_are_refused_by_name(
     tmp_path: Path, setting: str, value: str, message: str
 ) -> None:
-    if setting == "LESS_CUDA_ARCHS" and not _C.build_facts()["cuda"]:
-        pytest.skip("NO NVCC: architectures are not read")
     done = configure(tmp_path, **{"LESS_CUDA": "auto", setting: value})
     assert done.returncode != 0
     assert message in done.stdout
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_torch_and_the_package_takes_them(tmp_path: Path) -> None:
+    for name in ("csrc", "tools", "bench/cpp"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "less").mkdir()
+    shutil.copy(ROOT / "less" / "_version.py", tmp_path / "less")
+    for kept in (tmp_path / "csrc" / "cpu").glob("*.cpp"):  # small ones stand for all
+        if kept.stem not in ("dispatch", "quantize"):
+            kept.write_text("")
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    env = {"LESS_CUDA": "off"}
+    done = call(*build, "--kernels", cwd=tmp_path, LESS_TORCH_ROOT="/nonexistent", **env)
+    assert done.returncode == 0, done.stdout
+    compiled = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("quantize.cpp.o")}
+    assert len(compiled) == len(_C.build_facts()["simd_levels"])
+    done = call(*build, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stdout
+    assert {p: p.stat().st_mtime_ns for p in compiled} == compiled
+    assert list((tmp_path / "less").glob("_C.*.so"))
 
 
 def test_without_a_compiler_the_message_names_the_way_out(tmp_path: Path) -> None:

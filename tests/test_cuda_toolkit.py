@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,7 @@ class Machine:
         self.folder, self.set = folder, monkeypatch
         for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the driver, if there is one
         self.path = folder / "path"
         self.path.mkdir()
         monkeypatch.setenv("PATH", f"{self.path}:/usr/bin:/bin")
@@ -159,7 +162,9 @@ def test_a_tool_of_the_wheels_is_preferred_to_an_installed_one(machine: Machine)
         (r"9.0\n9.0", ["90a"]),
         (r"12.0\n8.9", ["80", "120"]),
         ("7.5", []),
-        (r"9.0\n11.0", []),  # all, of which one has PTX
+        (r"9.0\n11.0", ["90a"]),  # nothing of ours runs on an 11.0
+        ("13.1", ["120+PTX"]),
+        (r"8.0\n12.0\n13.0", ["80", "120+PTX"]),
         ("", []),
     ],
 )
@@ -170,9 +175,40 @@ def test_a_build_is_for_the_gpus_that_are_there(
     assert cuda_toolkit.gpu_archs() == archs
 
 
-def test_without_a_driver_a_build_is_for_no_gpu_in_particular(machine: Machine) -> None:
+def test_without_a_driver_a_build_is_for_no_gpu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_toolkit, "DRIVER", "libnothing.so.1")
     assert cuda_toolkit.gpu_archs() == []
     script(machine.path / "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert cuda_toolkit.gpu_archs() == []
+
+
+class Driver:
+    """A driver's library that shows these GPUs."""
+
+    def __init__(self, *capabilities: tuple[int, int], status: int = 0) -> None:
+        self.capabilities, self.status = capabilities, status
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.status
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = len(self.capabilities)
+        return 0
+
+    def cuDeviceGetAttribute(self, number: Any, attribute: int, device: int) -> int:  # noqa: N802
+        number._obj.value = self.capabilities[device][{75: 0, 76: 1}[attribute]]
+        return 0
+
+
+def test_without_nvidia_smi_the_driver_is_asked(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver((9, 0), (8, 6)))
+    assert cuda_toolkit.gpu_capabilities() == [(9, 0), (8, 6)]
+    assert cuda_toolkit.gpu_archs() == ["80", "90a"]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver((9, 0), status=100))
     assert cuda_toolkit.gpu_archs() == []
 
 
@@ -191,7 +227,7 @@ def configured(machine: Machine, **env: str) -> str:
 
 def test_setup_builds_for_this_machines_gpu_alone_unless_told_otherwise(machine: Machine) -> None:
     unset = {"LESS_CUDA": "auto", "LESS_CUDA_ARCHS": ""}
-    assert "-DLESS_CUDA_ARCHS=all\n" in configured(machine, **unset)
+    assert "-DLESS_CUDA_ARCHS=\n" in configured(machine, **unset)  # CMake leaves CUDA out
     script(machine.path / "nvidia-smi", "echo 9.0")
     told = configured(machine, **unset)
     assert "-DLESS_CUDA_ARCHS=90a\n" in told

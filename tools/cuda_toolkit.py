@@ -9,6 +9,7 @@ command: ``python tools/cuda_toolkit.py nvcc``) and the tests.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ MINIMUM_NVCC = (13, 0)
 USUAL = Path("/usr/local/cuda")
 ARCHS = ("80", "90a", "100", "120")  # what kernels are written and proved for
 WHEELS = "requirements-cuda.txt"
+DRIVER = "libcuda.so.1"
+CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 class ToolkitError(SystemExit):
@@ -100,22 +103,52 @@ def require() -> Toolkit:
 
 
 def gpu_archs() -> list[str]:
-    """The architectures of the GPUs that this machine shows; none where one is not among ours.
+    """The architectures to build for the GPUs that this machine shows; none: no GPU to build for.
 
     Code for a capability runs on later ones of the same major version: an 8.6 takes that of 8.0.
+    A GPU that is newer than all of ours takes the newest one's PTX; one that is older, or of a
+    major version between ours, takes nothing.
     """
+    of_major = {int(arch.rstrip("a")[:-1]): arch for arch in ARCHS}
+    newest = max(of_major)
+    majors = {major for major, _ in gpu_capabilities()}
+    archs = [arch for major, arch in of_major.items() if major in majors]
+    if any(major > newest for major in majors):
+        archs = [arch for arch in archs if arch != of_major[newest]] + [f"{of_major[newest]}+PTX"]
+    return archs
+
+
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs, (9, 0) for 9.0: nvidia-smi's, else the driver's own."""
     program = shutil.which("nvidia-smi")
-    if program is None:
+    if program is not None:
+        command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = re.findall(r"^\s*(\d+)\.(\d+)\s*$", done.stdout, flags=re.M)
+        if done.returncode == 0 and found:
+            return [(int(major), int(minor)) for major, minor in found]
+    return _driver_capabilities()
+
+
+def _driver_capabilities() -> list[tuple[int, int]]:
+    """What the driver's library says; a container often has it without nvidia-smi."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
         return []
-    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return []
-    majors = {line.strip().partition(".")[0] for line in done.stdout.splitlines() if line.strip()}
-    of_major = {arch.rstrip("a")[:-1]: arch for arch in ARCHS}
-    if not majors <= set(of_major):
-        return []
-    return [arch for major, arch in of_major.items() if major in majors]
+    capabilities = []
+    for device in range(count.value):
+        numbers = []
+        for attribute in CAPABILITY_ATTRIBUTES:
+            number = ctypes.c_int()
+            if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+                return []
+            numbers.append(number.value)
+        capabilities.append((numbers[0], numbers[1]))
+    return capabilities
 
 
 def require_tool(name: str) -> Path:

@@ -41,7 +41,10 @@ def missing(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no GPU (torch.cuda.is_available() is false)"
     if not _cuda_built:
-        return "less was built without CUDA (LESS_CUDA=off, or no nvcc); build it with LESS_CUDA=on"
+        return (
+            "less was built without CUDA (LESS_CUDA=off, or no GPU or no nvcc was seen); build it "
+            "with LESS_CUDA=on"
+        )
     return _unserved(_C.build_facts()["cuda_archs"], torch.cuda.get_device_capability(device))
 
 

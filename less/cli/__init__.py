@@ -23,6 +23,19 @@ COMMANDS = {
 }
 
 
+# Commands whose work is worth a start of the program anew, to set how threads wait.
+_COMPUTE = ("demo", "train", "evaluate", "lm-eval", "chat")
+
+
+def command() -> int:
+    """The program ``less-kv``: ``main`` with threads that sleep while they wait."""
+    from less.cli.threads import wait_passively
+
+    if any(word in _COMPUTE for word in sys.argv[1:2]):
+        wait_passively()
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``less-kv``; returns the exit status: 0, 2 for a bad call, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -2,6 +2,6 @@
 
 import sys
 
-from less.cli import main
+from less.cli import command
 
-sys.exit(main())
+sys.exit(command())

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring
+from less.cli import checks, measuring, threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +91,7 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
     from less.evaluate.report import size
     from less.integrations.chat import Chat, check_template
 
+    threads.set_threads(args, console)
     sidekick = None
     if args.config is not None:
         if args.sidekick is not None:
@@ -102,7 +103,6 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
         budget = {"tokens": args.budget} if args.bytes is None else {"bytes": args.bytes}
         config = LessConfig(**budget, dtype=args.dtype)
     assets.check_model_name(args.model)
-    measuring.set_threads(args)
     found = assets.find_model(args.model)
     check_template(found.tokenizer, args.system)
     if args.config is None:

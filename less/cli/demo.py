@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="a real model under a bounded cache: text, one table, one plot",
         description="Let a model continue a long text, and measure it, under a full cache, under "
-        "eviction alone and under LESS. About five minutes on two cores.",
+        "eviction alone and under LESS. About six minutes on two cores.",
     )
     measuring.add_common(parser, out=_NAME, chunks=4)
     parser.add_argument(
@@ -105,10 +105,13 @@ def _continue(
         if method.policy is not None:
             slots = str(subject.dtype).removeprefix("torch.")
             kept = f"{method.policy.capacity} tokens per head, {slots}"
-        console.print(
-            f"  {size(answer.cache_bytes)} of cache ({kept}), {answer.seconds:.0f} s\n", style="dim"
-        )
         written.append((method, answer))
+        more = len(shown) - len(written)
+        left = f"; {more} more, about {more * answer.seconds:.0f} s left" if more else ""
+        console.print(
+            f"  {size(answer.cache_bytes)} of cache ({kept}), {answer.seconds:.0f} s{left}\n",
+            style="dim",
+        )
     return written
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring
+from less.cli import checks, measuring, threads
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval import simple_evaluate
 
     console = measuring.console_for()
-    measuring.set_threads(args)
+    threads.set_threads(args, console)
     found = assets.find_model(args.model)
     describe(found.skeleton(), f"--model {args.model}")
     methods = _methods(args, found.config)

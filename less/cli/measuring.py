@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks
+from less.cli import checks, threads
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=_DTYPES, default="float16", help="of the slots (default: %(default)s)"
     )
     add_model_dtype(parser)
-    parser.add_argument("--threads", type=positive, help="default: torch's choice")
+    parser.add_argument("--threads", type=positive, help=threads.DEFAULT)
 
 
 def add_model_dtype(parser: argparse.ArgumentParser) -> None:
@@ -135,14 +135,6 @@ def positive(text: str) -> int:
     return value
 
 
-def set_threads(args: argparse.Namespace) -> None:
-    """Follow ``--threads``."""
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-
-
 def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] = ()) -> Subject:
     """Find what the arguments name, check all of it, and say on the console what was found.
 
@@ -176,7 +168,7 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
         texts, source = assets.read_texts(args.text), Path(args.text).name
     else:
         assets.check_wikipedia()
-    set_threads(args)
+    threads.set_threads(args, console)
     if args.model == assets.SMOLLM2 and not assets.is_converted():
         console.print("  converting SmolLM2's GGUF once, about half a minute")
     found = assets.find_model(args.model)

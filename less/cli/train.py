@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring
+from less.cli import checks, measuring, threads
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     measuring.add_model_dtype(parser)
     add("--device", default="cpu", help="default: %(default)s")
-    add("--threads", type=int, help="default: torch's choice")
+    add("--threads", type=measuring.positive, help=threads.DEFAULT)
 
 
 def _budgets(text: str) -> list[int]:
@@ -143,8 +143,8 @@ def run(args: argparse.Namespace) -> int:
     checks.check_folder("--work", work)
     assets.check_model_name(args.model)
     texts, source = _texts(args.text)
-    measuring.set_threads(args)
     console = Console(highlight=False)
+    threads.set_threads(args, console)
     found = assets.find_model(args.model)
     describe(found.skeleton(), f"--model {args.model}")
     measuring.check_length("--length", args.length, found.config)

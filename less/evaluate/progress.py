@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LINE_EVERY = 15.0  # seconds, in a log
+_FIRST_LINE = 5.0  # seconds from the start
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def progress(console: Console, label: str) -> Iterator[Callable[[int, int], None
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
-        last = start
+        last = start + _FIRST_LINE - _LINE_EVERY
 
         def line(done: int, total: int) -> None:
             nonlocal last
