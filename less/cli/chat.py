@@ -91,7 +91,6 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
     from less.evaluate.report import size
     from less.integrations.chat import Chat, check_template
 
-    threads.set_threads(args, console)
     sidekick = None
     if args.config is not None:
         if args.sidekick is not None:
@@ -110,6 +109,7 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
     elif sidekick is not None:
         sidekick.check_model(found.config)
     config.policies(found.skeleton(), sidekick=sidekick)
+    threads.set_threads(args, console)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = found.load(getattr(torch, args.model_dtype))
