@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from less import H2O, LessConfig, SinkRecent
-from less.budget import slot_bytes, state_bytes
+from less.budget import page_bytes
 from less.config import default_policy, trained_policy
 from less.evaluate import assets, methods, report
 from less.evaluate.compare import Result, compare, measure_full, with_probes, with_speeds
@@ -217,19 +217,20 @@ def test_equal_bytes_with_maps_cover_the_maps_too(model):
     wanted = less["slots"] + less["state"] + less["maps"]
     bought = methods.equal_bytes_with_maps(policy, sidekick, torch.float16)
     slots = cache_for(model, bought.policy, dtype=torch.float16).memory()["slots"]
-    one_token = 2 * 2 * slot_bytes(16, torch.float16)
-    assert wanted <= slots < wanted + one_token
+    fewer = bought.policy.at_capacity(bought.policy.capacity - 1)
+    assert cache_for(model, fewer, dtype=torch.float16).memory()["slots"] < wanted <= slots
     shared = methods.equal_bytes_with_maps(policy, sidekick, torch.float16, batch=100)
     assert shared.extra < bought.extra
 
 
 def test_byte_formulas_are_the_caches_own(model):
     sidekick = tiny_sidekick()
-    cache = cache_for(model, H2O(8, 8), sidekick, dtype=torch.float16)
-    heads = 2 * 2  # layers x kv heads
-    assert cache.memory()["slots"] == heads * 16 * slot_bytes(16, torch.float16)
-    assert cache.memory()["state"] == heads * state_bytes(16, sidekick.rank)
-    assert cache.memory()["maps"] == sidekick.nbytes
+    memory = cache_for(model, H2O(8, 8), sidekick, dtype=torch.float16).memory()
+    page = page_bytes(2, 16, torch.float16, 16, sidekick.rank)
+    assert memory["slots"] + memory["state"] + memory["workspace"] == 2 * page
+    state = methods.state_bytes(16, sidekick, torch.float16)
+    assert memory["state"] == 2 * state
+    assert sidekick.nbytes <= memory["maps"] < 1.5 * sidekick.nbytes  # each tensor up to 128 bytes
 
 
 @pytest.mark.parametrize("capacity", [2, 15, 72])
