@@ -47,12 +47,13 @@ def allocate(
     """
     device = torch.device(device)
     sizes = [layout.nbytes * pages for layout in layouts]
-    ahead = _HUGE if device.type == "cpu" and sum(sizes) >= _HUGE else FIELD_ALIGN
-    memory = torch.empty(sum(sizes) + ahead, dtype=torch.uint8, device=device)
-    at = -memory.data_ptr() % ahead if device.type != "meta" else 0
-    memory = memory[at : at + sum(sizes)]
     if device.type == "cpu":
+        begin = _HUGE if sum(sizes) >= _HUGE else FIELD_ALIGN
+        memory = torch.empty(sum(sizes) + begin, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % begin :]
         _huge_pages(memory)
+    else:
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     pools = []
     for layout, size in zip(layouts, sizes, strict=True):
         pool, memory = memory[:size].view(pages, layout.nbytes), memory[size:]
