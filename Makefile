@@ -144,7 +144,7 @@ LANE := $(MAKE) --no-print-directory
 # What the package runs on, the package, the demo's model and text.
 ready:
 	@test -e $(VENV)/package.stamp || $(MAKE) --no-print-directory bare
-	@$(MAKE) --no-print-directory $(VENV)/package.stamp $(VENV)/assets.stamp
+	@$(MAKE) --silent --no-print-directory $(VENV)/package.stamp $(VENV)/assets.stamp
 
 # From a bare clone: pip and the model's conversion keep one core busy, the compiler all.
 bare: $(VENV)/build.stamp

@@ -206,7 +206,7 @@ def test_unknown_settings_are_refused_by_name(
 
 @pytest.mark.slow
 def test_kernels_compile_without_torch_and_the_package_takes_them(tmp_path: Path) -> None:
-    for name in ("csrc", "tools", "bench/cpp"):
+    for name in ("csrc", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

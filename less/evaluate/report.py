@@ -65,9 +65,10 @@ def legend(results: Sequence[Result]) -> list[str]:
     if first.probes:
         quarter = first.length // 4
         others = first.length - 2 * quarter
+        texts = "1 text" if first.probes == 1 else f"{first.probes} texts"
         lines.append(
             f"copy: perplexity of the second copy in {quarter} tokens, {others} others, "
-            f"the same {quarter} again ({first.probes} texts)."
+            f"the same {quarter} again ({texts})."
         )
     if not math.isnan(first.tokens_per_second):
         lines.append(
