@@ -4,8 +4,10 @@
 // emulated, or on a level whose instructions are. Shapes are odd on purpose: every tail is met.
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 
@@ -139,6 +141,52 @@ void test_simd() {
   }
 }
 
+// -- rows of heads
+// ---------------------------------------------------------------------------------
+
+HeadRows contiguous(const void* data, DType dtype, int64_t heads, int64_t T, int64_t D) {
+  return {const_cast<void*>(data), dtype, heads * T * D, T * D, D};
+}
+
+// A copy of rows [B, heads, T, D]; tokens before heads, or after.
+struct Arranged {
+  std::vector<char> bytes;
+  HeadRows rows;
+  int64_t B, heads, T, D;
+
+  Arranged(DType dtype, int64_t B_, int64_t heads_, int64_t T_, int64_t D_, bool token_major)
+      : bytes(B_ * heads_ * T_ * D_ * bytes_of(dtype), char(0xff)),
+        rows(contiguous(bytes.data(), dtype, heads_, T_, D_)),
+        B(B_),
+        heads(heads_),
+        T(T_),
+        D(D_) {
+    if (token_major) rows = {bytes.data(), dtype, T * heads * D, D, heads * D};
+  }
+  Arranged(const std::vector<char>& from, DType dtype, int64_t B_, int64_t heads_, int64_t T_,
+           int64_t D_, bool token_major)
+      : Arranged(dtype, B_, heads_, T_, D_, token_major) {
+    each([&](char* row, int64_t i, int64_t n) { std::memcpy(row, from.data() + i * n, n); });
+  }
+  Arranged(const Arranged&) = delete;
+
+  // Contiguous, tokens after heads.
+  std::vector<char> read() {
+    std::vector<char> to(bytes.size());
+    each([&](char* row, int64_t i, int64_t n) { std::memcpy(to.data() + i * n, row, n); });
+    return to;
+  }
+
+ private:
+  template <typename F>
+  void each(F f) {
+    const int64_t size = bytes_of(rows.dtype);
+    for (int64_t i = 0; i < B * heads * T; ++i) {
+      f(bytes.data() + offset(rows, i / T / heads, i / T % heads, i % T) * size, i, D * size);
+    }
+  }
+};
+
 // -- building blocks ------------------------------------------------------------------------------
 
 void test_fold(DType dtype) {
@@ -172,18 +220,19 @@ void test_quantize(DType dtype) {
   std::fill(exact.begin(), exact.begin() + (dtype == DType::f32 ? D : 0), 0.0f);
   const Rows input(exact, dtype, D), wanted(exact, DType::i8, D);
   std::vector<int8_t> eight(rows * D, 99);
-  cpu::quantize({input.bytes.data(), eight.data(), scale.data(), dtype, DType::i8, rows, D}, 0,
-                rows);
+  cpu::quantize({contiguous(input.bytes.data(), dtype, 1, rows, D), eight.data(), scale.data(),
+                 DType::i8, 1, 1, rows, D},
+                0, rows);
   expect(scale == wanted.scale, "scales differ");
   expect(std::memcmp(eight.data(), wanted.bytes.data(), eight.size()) == 0, "rows differ");
 }
 
 // Random weights of `heads` maps, and the struct that points at them.
-struct Maps {
+struct RandomMaps {
   std::vector<float> w1, w2, bias, mix, scale, mix_scale;
   FeatureMaps maps{};
 
-  Maps(Random& random, MapKind kind, bool psi, int64_t heads, int64_t D, int64_t E, int64_t R)
+  RandomMaps(Random& random, MapKind kind, bool psi, int64_t heads, int64_t D, int64_t E, int64_t R)
       : w1(random.normal(heads * D * E, 0.15f)),
         w2(random.normal(heads * E * R, 0.2f)),
         bias(random.normal(heads * R)),
@@ -210,10 +259,14 @@ struct Maps {
 void test_feature_map(MapKind kind, bool psi, DType dtype) {
   const int64_t B = 2, heads = 3, T = 3, D = 43, E = 37, R = 5;
   Random random(4);
-  const Maps m(random, kind, psi, heads, D, E, R);
+  const RandomMaps m(random, kind, psi, heads, D, E, R);
   const Rows x(random.normal(B * heads * T * D), dtype, D);
-  std::vector<float> y(B * heads * T * R, NAN);
-  cpu::feature_map({m.maps, x.bytes.data(), y.data(), dtype, B, heads, T}, 0, B * heads * T);
+  std::vector<float> y(B * heads * T * R, NAN), same(B * heads * T * R, NAN);
+  const Arranged by_head(x.bytes, dtype, B, heads, T, D, false);
+  cpu::feature_map({m.maps, by_head.rows, y.data(), B, heads, T}, 0, B * heads * T);
+  const Arranged by_token(x.bytes, dtype, B, heads, T, D, true);
+  cpu::feature_map({m.maps, by_token.rows, same.data(), B, heads, T}, 0, B * heads * T);
+  expect(y == same, "features of token-major rows differ");
   for (int64_t row = 0; row < B * heads * T; ++row) {
     const auto wanted = naive::features(m.maps, row / T % heads, x.row(row));
     for (int64_t r = 0; r < R; ++r) expect_close(y[row * R + r], wanted[r], 3e-6, "y", row * R + r);
@@ -238,8 +291,8 @@ struct Layer {
   std::vector<float> score, weight, H, z, phi;
   std::vector<double> share;
   std::vector<int64_t> seen;
-  Maps phi_maps{random, MapKind::exp, false, Q, D, E, R};
-  Maps psi_maps{random, MapKind::exp, true, K, D, E, R};
+  RandomMaps phi_maps{random, MapKind::exp, false, Q, D, E, R};
+  RandomMaps psi_maps{random, MapKind::exp, true, K, D, E, R};
   Rule rule{6, 2, true, false};
   float scale = 0.2f, decay = 0.97f;
   float softcap;
@@ -267,12 +320,6 @@ struct Layer {
       const auto y = naive::features(phi_maps.maps, row / T % Q, q.row(row));
       phi.insert(phi.end(), y.begin(), y.end());
     }
-  }
-
-  Slots slots() {
-    return {slot_k.bytes.data(), slot_v.bytes.data(), slot_k.scales(),
-            slot_v.scales(),     position.data(),     score.data(),
-            weight.data(),       slot_k.dtype,        S};
   }
 
   naive::Head head(int64_t row) const {
@@ -338,76 +385,270 @@ struct Layer {
   }
 };
 
-void test_call(DType dtype, int64_t T, int64_t held, float softcap) {
-  const Layer before(dtype, T, held, softcap);
-  Layer after = before;
-  constexpr int64_t B = Layer::B, K = Layer::K, Q = Layer::Q, G = Layer::G, D = Layer::D,
-                    R = Layer::R, S = Layer::S;
+// What a call is made of a layer: some of its rows and heads, and how the caller's rows lie.
+struct Part {
+  int64_t b = 0, B = Layer::B, h = 0, K = Layer::K;
+  bool token_major = false;
+
+  int64_t Q() const { return K * Layer::G; }
+
+  // Of x [B, heads, n], heads being all query or all kv heads.
+  template <typename T>
+  std::vector<T> of(const std::vector<T>& x, int64_t n) const {
+    const int64_t heads = int64_t(x.size()) / Layer::B / n, per = heads / Layer::K;
+    std::vector<T> cut;
+    for (int64_t i = b; i < b + B; ++i) {
+      const auto first = x.begin() + (i * heads + h * per) * n;
+      cut.insert(cut.end(), first, first + K * per * n);
+    }
+    return cut;
+  }
+
+  FeatureMaps of(const FeatureMaps& m, int64_t per) const {
+    const int64_t first = h * per;
+    FeatureMaps cut = m;
+    cut.w1 = static_cast<const float*>(m.w1) + first * m.D * m.E;
+    cut.w2 = static_cast<const float*>(m.w2) + first * m.E * m.R;
+    if (m.bias != nullptr) cut.bias = m.bias + first * m.R;
+    return cut;
+  }
+};
+
+// Pages of a part of a layer, with a gap behind each. Whatever is no field is full of 0xff, NaN.
+class Pages {
+ public:
+  static constexpr int64_t kGap = 2 * kFieldAlign;
+
+  // slots: of each head, at most Layer::S: its first ones. numbers: the page of each row.
+  Pages(const Layer& layer, const Part& part, const std::vector<int64_t>& slots,
+        const std::vector<int32_t>& numbers)
+      : layout(make_layout(layer.slot_k.dtype, part.K, Layer::D, Layer::R, slots.data())),
+        part_(part),
+        numbers_(numbers),
+        memory_((layout.nbytes + kGap) * kPages + kFieldAlign, 0xff) {
+    auto* const data = memory_.data();
+    pool = {.data = data + (-reinterpret_cast<uintptr_t>(data)) % kFieldAlign,
+            .stride = layout.nbytes + kGap,
+            .N = kPages,
+            .pages = numbers_.data(),
+            .fresh = nullptr,
+            .null_page = kNull};
+    fields(layer, [](unsigned char* field, const void* from, int64_t bytes) {
+      std::memcpy(field, from, bytes);
+    });
+  }
+  Pages(const Pages&) = delete;
+
+  // The arrays of the layer become what the pages hold.
+  void read(Layer& layer) const {
+    fields(layer, [](unsigned char* field, const void* to, int64_t bytes) {
+      std::memcpy(const_cast<void*>(to), field, bytes);
+    });
+  }
+
+  // Nothing but fields of the rows' own pages was written.
+  void expect_rest_untouched(const Layer& layer) const {
+    std::vector<unsigned char> rest = memory_;
+    fields(layer, [&](unsigned char* field, const void*, int64_t bytes) {
+      std::memset(rest.data() + (field - memory_.data()), 0xff, bytes);
+    });
+    expect(std::count(rest.begin(), rest.end(), 0xff) == int64_t(rest.size()),
+           "bytes outside the fields were written");
+  }
+
+  // The page of the b-th row, onto the first page of others.
+  void copy_page(int64_t b, Pages& others) const {
+    std::memcpy(page(others.pool, 0), page(pool, b), layout.nbytes);
+  }
+
+  // The fields of a head of the b-th row.
+  std::vector<unsigned char> head_bytes(int64_t b, int64_t h) const {
+    const Span span = head_span(layout, page(pool, b), h);
+    return {span.data, span.data + span.nbytes};
+  }
+
+  static constexpr int32_t kNull = 5, kPages = 7;
+  const Layout layout;
+  Pool pool;
+
+ private:
+  // f(field, where the layer has it, bytes) for every field of every page.
+  template <typename F>
+  void fields(const Layer& layer, F f) const {
+    constexpr int64_t K = Layer::K, S = Layer::S, D = Layer::D, R = Layer::R;
+    for (int64_t b = 0; b < part_.B; ++b) {
+      unsigned char* const own = page(pool, b);
+      if (own == nullptr) continue;
+      f(own, &layer.seen[part_.b + b], 8);
+      for (int64_t h = 0; h < part_.K; ++h) {
+        const int64_t row = (part_.b + b) * K + part_.h + h, s = row * S;
+        const auto [slots, state] = head(layout, own, h);
+        const auto bytes = [](auto* field) { return reinterpret_cast<unsigned char*>(field); };
+        const auto rows = [&](void* field, float* scale, const Rows& from) {
+          const int64_t n = from.row_bytes();
+          f(bytes(field), &from.bytes[s * n], slots.S * n);
+          if (scale != nullptr) f(bytes(scale), &from.scale[s], slots.S * 4);
+        };
+        rows(slots.k, slots.k_scale, layer.slot_k);
+        rows(slots.v, slots.v_scale, layer.slot_v);
+        f(bytes(slots.position), &layer.position[s], slots.S * 4);
+        f(bytes(slots.weight), &layer.weight[s], slots.S * 4);
+        f(bytes(slots.score), &layer.score[s], slots.S * 4);
+        f(bytes(state.H), &layer.H[row * R * D], R * D * 4);
+        f(bytes(state.z), &layer.z[row * R], R * 4);
+        f(bytes(state.share), &layer.share[row], 8);
+      }
+    }
+  }
+
+  const Part part_;
+  const std::vector<int32_t> numbers_;
+  std::vector<unsigned char> memory_;
+};
+
+// What a call wrote beside the pages.
+struct Outcome {
+  std::vector<float> out;    // [B, Q, T, D]
+  std::vector<float> score;  // [B, K, S + T]
+  std::vector<float> share;  // [B, Q, T]
+};
+
+std::vector<float> floats(const std::vector<char>& bytes) {
+  std::vector<float> x(bytes.size() / sizeof(float));
+  std::memcpy(x.data(), bytes.data(), bytes.size());
+  return x;
+}
+
+// NaN where it is one, which == does not know.
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+LayerSpec spec_of(const Layer& layer, const Part& part, Victim victim) {
+  return {.Q = part.Q(),
+          .K = part.K,
+          .D = Layer::D,
+          .scale = layer.scale,
+          .softcap = layer.softcap,
+          .decay = layer.decay,
+          .scores = true,
+          .dependent = false,
+          .victim = victim,
+          .rule = layer.rule};
+}
+
+Maps maps_of(const Layer& layer, const Part& part) {
+  return {.phi = part.of(layer.phi_maps.maps, Layer::G), .psi = part.of(layer.psi_maps.maps, 1)};
+}
+
+// chunk_attention, chunk_scores and compact.
+Outcome call(const Layer& layer, const Part& part, Pages& pages, const bool* valid = nullptr) {
+  constexpr int64_t G = Layer::G, D = Layer::D, R = Layer::R;
+  const int64_t B = part.B, K = part.K, Q = part.Q(), T = layer.T, S = pages.layout.S;
   const int64_t per_block = std::max<int64_t>(1, kAttentionBlock / G);
   const int64_t strips = std::min(kScoreStrips, (T + per_block - 1) / per_block);
-  std::vector<float> out(B * Q * T * D, NAN), slot_score(B * K * S, NAN);
-  std::vector<float> chunk_score(B * K * T, NAN), share(B * Q * T, NAN);
+  const DType dtype = layer.k.dtype;
+  const bool major = part.token_major;
+  const Arranged q(part.of(layer.q.bytes, T * D * 4), DType::f32, B, Q, T, D, major);
+  const Arranged k(part.of(layer.k.bytes, T * D * bytes_of(dtype)), dtype, B, K, T, D, major);
+  const Arranged v(part.of(layer.v.bytes, T * D * bytes_of(dtype)), dtype, B, K, T, D, major);
+  Arranged out(DType::f32, B, Q, T, D, major);
+  std::vector<float> k_scale, v_scale;
+  if (has_scale(dtype)) {
+    k_scale = part.of(layer.k.scale, T);
+    v_scale = part.of(layer.v.scale, T);
+  }
+  const std::vector<float> phi = part.of(layer.phi, T * R);
   std::vector<float> received(B * K * strips * (S + T), NAN);
-  const ChunkAttentionParams attention{.q = after.q.bytes.data(),
-                                       .k = after.k.bytes.data(),
-                                       .v = after.v.bytes.data(),
-                                       .k_scale = after.k.scales(),
-                                       .v_scale = after.v.scales(),
-                                       .valid = nullptr,
-                                       .slots = after.slots(),
-                                       .phi_q = after.phi.data(),
-                                       .H = after.H.data(),
-                                       .z = after.z.data(),
-                                       .out = out.data(),
-                                       .slot_score = slot_score.data(),
-                                       .chunk_score = chunk_score.data(),
-                                       .share = share.data(),
+  Outcome outcome{.out = {},
+                  .score = std::vector<float>(B * K * (S + T), NAN),
+                  .share = std::vector<float>(B * Q * T, NAN)};
+  const CallRows rows{.k = k.rows,
+                      .v = v.rows,
+                      .k_scale = k_scale.empty() ? nullptr : k_scale.data(),
+                      .v_scale = v_scale.empty() ? nullptr : v_scale.data()};
+  const ChunkAttentionParams attention{.spec = spec_of(layer, part, Victim::fold),
+                                       .layout = pages.layout,
+                                       .pool = pages.pool,
+                                       .q = q.rows,
+                                       .call = rows,
+                                       .valid = valid,
+                                       .phi_q = phi.data(),
+                                       .out = out.rows,
+                                       .score = outcome.score.data(),
+                                       .share = outcome.share.data(),
                                        .received = received.data(),
                                        .workspace = nullptr,
-                                       .q_dtype = DType::f32,
-                                       .scores = true,
-                                       .scale = after.scale,
-                                       .softcap = after.softcap,
-                                       .decay = after.decay,
                                        .strips = strips,
                                        .B = B,
-                                       .Q = Q,
-                                       .K = K,
-                                       .T = T,
-                                       .D = D,
-                                       .R = R};
+                                       .T = T};
   cpu::chunk_attention(attention, 0, B * K * strips);
   cpu::chunk_scores(attention, 0, B * K);
-  const CompactParams compact{.k = after.k.bytes.data(),
-                              .v = after.v.bytes.data(),
-                              .k_scale = after.k.scales(),
-                              .v_scale = after.v.scales(),
-                              .chunk_score = chunk_score.data(),
-                              .slot_score = slot_score.data(),
-                              .valid = nullptr,
+  const CompactParams compact{.spec = attention.spec,
+                              .layout = pages.layout,
+                              .pool = pages.pool,
+                              .maps = maps_of(layer, part),
+                              .call = rows,
+                              .valid = valid,
+                              .score = outcome.score.data(),
                               .rank = nullptr,
-                              .slots = after.slots(),
-                              .seen = after.seen.data(),
-                              .H = after.H.data(),
-                              .z = after.z.data(),
                               .workspace = nullptr,
-                              .psi = after.psi_maps.maps,
-                              .rule = after.rule,
                               .B = B,
-                              .K = K,
-                              .T = T,
-                              .D = D,
-                              .R = R};
+                              .T = T};
   cpu::compact(compact, 0, B * K);
-  for (int64_t row = 0; row < B * K; ++row) {
+  outcome.out = floats(out.read());
+  return outcome;
+}
+
+Outcome step(const Layer& layer, const Part& part, Pages& pages, Victim victim,
+             const bool* valid = nullptr) {
+  constexpr int64_t D = Layer::D;
+  const int64_t B = part.B, K = part.K, Q = part.Q();
+  const bool major = part.token_major;
+  // The step rounds the token to the slots' dtype by itself: int8 rows go in as they came out.
+  const auto wide = [&](const Rows& rows) {
+    const std::vector<float> x(rows.wide.begin(), rows.wide.end());
+    return part.of(Rows(x, DType::f32, D).bytes, D * 4);
+  };
+  const Arranged q(part.of(layer.q.bytes, D * 4), DType::f32, B, Q, 1, D, major);
+  const Arranged k(wide(layer.k), DType::f32, B, K, 1, D, major);
+  const Arranged v(wide(layer.v), DType::f32, B, K, 1, D, major);
+  Arranged out(DType::f32, B, Q, 1, D, major);
+  const DecodeStepParams params{.spec = spec_of(layer, part, victim),
+                                .layout = pages.layout,
+                                .pool = pages.pool,
+                                .maps = maps_of(layer, part),
+                                .q = q.rows,
+                                .k = k.rows,
+                                .v = v.rows,
+                                .out = out.rows,
+                                .valid = valid,
+                                .workspace = nullptr,
+                                .B = B};
+  cpu::decode_step(params, 0, B * K);
+  return {.out = floats(out.read()), .score = {}, .share = {}};
+}
+
+const std::vector<int64_t> kEqual(Layer::K, Layer::S);
+const std::vector<int32_t> kShuffled = {4, 1};
+
+void test_call(DType dtype, int64_t T, int64_t held, float softcap) {
+  const Layer before(dtype, T, held, softcap);
+  constexpr int64_t K = Layer::K, S = Layer::S, G = Layer::G;
+  Pages pages(before, {}, kEqual, kShuffled);
+  const Outcome got = call(before, {}, pages);
+  Layer after = before;
+  pages.read(after);
+  pages.expect_rest_untouched(after);
+  for (int64_t row = 0; row < Layer::B * K; ++row) {
     naive::Head wanted = before.head(row);
     wanted.attend(T, G, before.scale, before.softcap, before.decay);
     wanted.compact(S, before.seen[row / K] + T, before.rule, [&](const double* key) {
       return naive::features(before.psi_maps.maps, row % K, key);
     });
-    before.expect_out(row, wanted, out);
+    before.expect_out(row, wanted, got.out);
     for (int64_t m = 0; m < T * G; ++m) {
-      expect_close(share[before.query(row, m)], wanted.share[m], 2e-6, "share", m);
+      expect_close(got.share[before.query(row, m)], wanted.share[m], 2e-6, "share", m);
     }
     after.expect_as(before, row, wanted);
   }
@@ -417,47 +658,16 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
                       float softcap = 0.0f) {
   Layer before(dtype, 1, held, softcap);
   before.rule = rule;
+  constexpr int64_t K = Layer::K, S = Layer::S, G = Layer::G;
+  Pages pages(before, {}, kEqual, kShuffled);
+  const Outcome got = step(before, {}, pages, victim);
   Layer after = before;
-  constexpr int64_t B = Layer::B, K = Layer::K, Q = Layer::Q, G = Layer::G, D = Layer::D,
-                    R = Layer::R, S = Layer::S;
-  std::vector<float> out(B * Q * D, NAN), k(B * K * D), v(B * K * D);
-  // The step rounds the token to the slots' dtype by itself: int8 rows go in as they came out.
-  for (int64_t i = 0; i < B * K * D; ++i) {
-    k[i] = float(before.k.wide[i]);
-    v[i] = float(before.v.wide[i]);
-  }
-  const DecodeStepParams step{.q = after.q.bytes.data(),
-                              .k = k.data(),
-                              .v = v.data(),
-                              .valid = nullptr,
-                              .seen = after.seen.data(),
-                              .slots = after.slots(),
-                              .H = after.H.data(),
-                              .z = after.z.data(),
-                              .share = after.share.data(),
-                              .workspace = nullptr,
-                              .phi = after.phi_maps.maps,
-                              .psi = after.psi_maps.maps,
-                              .out = out.data(),
-                              .rule = rule,
-                              .victim = victim,
-                              .q_dtype = DType::f32,
-                              .kv_dtype = DType::f32,
-                              .scores = true,
-                              .dependent = false,
-                              .scale = after.scale,
-                              .softcap = after.softcap,
-                              .decay = after.decay,
-                              .B = B,
-                              .Q = Q,
-                              .K = K,
-                              .D = D,
-                              .R = R};
-  cpu::decode_step(step, 0, B * K);
-  for (int64_t row = 0; row < B * K; ++row) {
+  pages.read(after);
+  pages.expect_rest_untouched(after);
+  for (int64_t row = 0; row < Layer::B * K; ++row) {
     naive::Head wanted = before.head(row);
     wanted.attend(1, G, before.scale, before.softcap, before.decay);
-    before.expect_out(row, wanted, out);
+    before.expect_out(row, wanted, got.out);
     double share = 0.0;
     for (double part : wanted.share) share += part;
     expect_close(after.share[row], share, 5e-6, "share", row);
@@ -476,10 +686,167 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
   }
 }
 
+// -- pages: the same bits however they and the caller's rows lie
+// ------------------------------------
+
+// One op of a layer: a call of several tokens with one of padding, or a step.
+struct Op {
+  const char* name;
+  int64_t T;
+  Outcome (*run)(const Layer&, const Part&, Pages&);
+};
+
+Outcome padded_call(const Layer& layer, const Part& part, Pages& pages) {
+  const std::unique_ptr<bool[]> valid(new bool[part.B * layer.T]);
+  for (int64_t i = 0; i < part.B * layer.T; ++i) valid[i] = i % layer.T != 3;
+  return call(layer, part, pages, valid.get());
+}
+
+Outcome folding_step(const Layer& layer, const Part& part, Pages& pages) {
+  return step(layer, part, pages, Victim::fold);
+}
+
+const Op kOps[] = {{"call", 30, padded_call}, {"step", 1, folding_step}};
+
+// `got`, of all rows and heads, holds the bits of `alone`, of a part of them with the same slots.
+void expect_part(const Layer& layer, const Part& part, const Outcome& got, const Pages& pages,
+                 const Outcome& alone, const Pages& pages_alone, const char* what) {
+  const int64_t T = layer.T;
+  expect(same_bits(part.of(got.out, T * Layer::D), alone.out), std::string(what) + ": out");
+  if (!alone.share.empty()) {
+    expect(same_bits(part.of(got.share, T), alone.share), std::string(what) + ": share");
+  }
+  const int64_t S = pages.layout.S, fewer = pages_alone.layout.S;
+  for (int64_t b = 0; b < part.B; ++b) {
+    for (int64_t h = 0; h < part.K; ++h) {
+      if (page(pages_alone.pool, b) == nullptr) continue;
+      expect(pages.head_bytes(part.b + b, part.h + h) == pages_alone.head_bytes(b, h),
+             std::string(what) + ": the head's fields");
+      const auto mass = [](const Pages& of, int64_t row, int64_t kv) {
+        return *head(of.layout, page(of.pool, row), kv).state.share;
+      };
+      expect(mass(pages, part.b + b, part.h + h) == mass(pages_alone, b, h),
+             std::string(what) + ": the state's mass");
+      if (alone.score.empty()) continue;
+      const float* whole = &got.score[((part.b + b) * Layer::K + part.h + h) * (S + T)];
+      const float* own = &alone.score[(b * part.K + h) * (fewer + T)];
+      const int64_t slots = pages.layout.slots[part.h + h];
+      expect(std::memcmp(whole, own, slots * 4) == 0, std::string(what) + ": scores of slots");
+      expect(std::memcmp(whole + S, own + fewer, T * 4) == 0, std::string(what) + ": scores");
+      for (int64_t s = slots; s < S; ++s) {
+        expect(whole[s] == 0.0f, std::string(what) + ": a slot that is not there has a score");
+      }
+    }
+  }
+}
+
+void test_shuffled_pages_hold_the_bits_of_separate_pools(const Op& op, const Layer& layer) {
+  Pages all(layer, {}, kEqual, kShuffled);
+  const Outcome got = op.run(layer, {}, all);
+  for (int64_t b = 0; b < Layer::B; ++b) {
+    const Part part{.b = b, .B = 1};
+    Pages own(layer, part, kEqual, {0});
+    const Outcome alone = op.run(layer, part, own);
+    expect_part(layer, part, got, all, alone, own, "a pool of its own");
+  }
+}
+
+void test_ragged_heads_hold_the_bits_of_one_layer_each(const Op& op, const Layer& layer) {
+  for (const std::vector<int64_t>& slots : {std::vector<int64_t>{Layer::S, 11}, {1, Layer::S}}) {
+    Pages all(layer, {}, slots, kShuffled);
+    const Outcome got = op.run(layer, {}, all);
+    all.expect_rest_untouched(layer);
+    for (int64_t h = 0; h < Layer::K; ++h) {
+      const Part part{.h = h, .K = 1};
+      Pages own(layer, part, {slots[h]}, kShuffled);
+      const Outcome alone = op.run(layer, part, own);
+      expect_part(layer, part, got, all, alone, own, "a layer of its own");
+    }
+  }
+}
+
+void test_token_major_rows_give_the_same_bits(const Op& op, const Layer& layer) {
+  Pages pages(layer, {}, kEqual, kShuffled), same(layer, {}, kEqual, kShuffled);
+  const Outcome by_head = op.run(layer, {}, pages);
+  const Outcome by_token = op.run(layer, {.token_major = true}, same);
+  expect_part(layer, {}, by_head, pages, by_token, same, "token-major");
+}
+
+void test_a_row_without_a_page_reads_and_writes_nothing(const Op& op, const Layer& layer) {
+  Pages all(layer, {}, kEqual, {0, 1});
+  const Outcome with = op.run(layer, {}, all);
+  for (int32_t none : {-1, Pages::kPages, Pages::kNull}) {
+    for (int64_t other : {0, 1}) {
+      std::vector<int32_t> numbers = {none, none};
+      numbers[other] = 3;
+      Pages pages(layer, {}, kEqual, numbers);
+      Outcome got = op.run(layer, {}, pages);
+      pages.expect_rest_untouched(layer);
+      const Part absent{.b = 1 - other, .B = 1}, present{.b = other, .B = 1};
+      const auto zero = [&](const std::vector<float>& x, int64_t n) {
+        const std::vector<float> cut = absent.of(x, n);
+        return std::all_of(cut.begin(), cut.end(), [](float a) { return a == 0.0f; });
+      };
+      expect(zero(got.out, layer.T * Layer::D), "out without a page is not 0");
+      if (!got.score.empty()) {
+        expect(zero(got.score, Layer::S + layer.T), "a score without a page is not 0");
+        expect(zero(got.share, layer.T), "a share without a page is not 0");
+      }
+      Outcome alone{.out = present.of(got.out, layer.T * Layer::D), .score = {}, .share = {}};
+      if (!got.score.empty()) {
+        alone.score = present.of(got.score, Layer::S + layer.T);
+        alone.share = present.of(got.share, layer.T);
+      }
+      Pages own(layer, present, kEqual, {3});
+      pages.copy_page(other, own);
+      expect_part(layer, present, with, all, alone, own, "beside a row without a page");
+    }
+  }
+}
+
+void test_pages(DType dtype) {
+  for (const Op& op : kOps) {
+    for (int64_t held : {Layer::S, int64_t(8)}) {
+      const Layer layer(dtype, op.T, held, 0.0f);
+      const std::string before = where;
+      where += std::string(" ") + op.name + " held=" + std::to_string(held);
+      test_shuffled_pages_hold_the_bits_of_separate_pools(op, layer);
+      test_ragged_heads_hold_the_bits_of_one_layer_each(op, layer);
+      test_token_major_rows_give_the_same_bits(op, layer);
+      test_a_row_without_a_page_reads_and_writes_nothing(op, layer);
+      where = before;
+    }
+  }
+}
+
+// A page that begins is that of an empty sequence, whatever it holds.
+void test_clear_page() {
+  const Layer layer(DType::i8, 1, Layer::S, 0.0f);
+  const std::vector<int64_t> slots = {Layer::S, 11};
+  Pages pages(layer, {}, slots, {2, 0});
+  unsigned char* const own = page(pages.pool, 0);
+  std::memset(own, 0xff, pages.layout.nbytes);
+  clear_page(pages.layout, own);
+  expect(*seen(own) == 0, "seen is not 0");
+  for (int64_t h = 0; h < Layer::K; ++h) {
+    const auto [kept, state] = head(pages.layout, own, h);
+    expect(kept.S == slots[h], "slots");
+    for (int64_t s = 0; s < kept.S; ++s) {
+      expect(kept.position[s] == -1 && kept.score[s] == 0.0f && kept.weight[s] == 0.0f &&
+                 kept.k_scale[s] == 0.0f && kept.v_scale[s] == 0.0f,
+             "a slot is not empty");
+    }
+    for (int64_t i = 0; i < Layer::R * Layer::D; ++i) expect(state.H[i] == 0.0f, "H is not 0");
+    expect(*state.share == 0.0, "share is not 0");
+  }
+}
+
 void test_level(const std::string& level) {
   cpu::set_level(level);
   where = level + " simd";
   test_simd();
+  where = level + " clear_page";
+  test_clear_page();
   for (DType dtype : {DType::f32, DType::bf16, DType::fp16}) {
     where = level + " fold " + name(dtype);
     test_fold(dtype);
@@ -500,6 +867,8 @@ void test_level(const std::string& level) {
         test_call(dtype, T, held, 1.5f);
       }
     }
+    where = level + " pages " + name(dtype);
+    test_pages(dtype);
     for (int64_t held : {Layer::S, Layer::S - 3, int64_t(0)}) {
       where = level + " decode_step " + name(dtype) + " held=" + std::to_string(held);
       test_decode_step(dtype, held, Victim::none, {6, 2, true, false});
