@@ -280,7 +280,9 @@ def decode_step(s: Shape, dtype: torch.dtype) -> Case:
     def error() -> float:
         slots, state, seen, maps = widened(check.plan, check.at)
         q, new = check.wide_call()
-        attended, after = reference.step(q, new, None, slots, state, seen, check.plan.spec, maps)
+        attended, after = reference.decode_step(
+            q, new, None, slots, state, seen, check.plan.spec, maps
+        )
         run(check)
         same = torch.equal(check.views.slots.position, after.slots.position)
         if not same or after.state is None:

@@ -156,7 +156,7 @@ class Layers:
         plan, at = self.plans[0], self.at[0]
         new = Rows(*reference.floats(reference.rounded(self.k, self.v, self.group.slots)))
         slots, state, seen, maps = widened(plan, at)
-        attended, after = reference.step(
+        attended, after = reference.decode_step(
             self.q.double(), Rows(new.k.double(), new.v.double()), None, slots, state, seen,
             plan.spec, maps,
         )  # fmt: skip

@@ -303,7 +303,7 @@ def compact(
 def decode_step(call: Call, at: Paged, plan: LayerPlan, workspace: Tensor | None = None) -> Tensor:
     """Do a layer's whole step for one token of every row, in place, in one fork-join or launch.
 
-    ``less.reference.step`` defines it. A GPU resets pages that begin by a launch before.
+    ``less.reference.decode_step`` defines it. A GPU resets pages that begin by a launch before.
 
     Args:
         call: One token a row. With ``out`` nothing is allocated.

@@ -242,27 +242,21 @@ class PageLayout:
         Args:
             pool: uint8 [N, page], as ``check_pool`` returns it.
         """
-        N = pool.shape[0]
-
-        def view(offset: int, shape: tuple[int, ...], dtype: torch.dtype, *heads: int) -> Tensor:
-            """[N, *shape]; with a number of heads and the bytes between them [N, heads, *shape]."""
-            count, step = heads or (1, self.nbytes)
-            numbers = pool.view(dtype)
-            x: Tensor = numbers.as_strided(
-                [N, count, torch.Size(shape).numel()],
-                [numbers.stride(0), step // dtype.itemsize, 1],
-                numbers.storage_offset() + offset // dtype.itemsize,
-            ).unflatten(2, shape or (1,))
-            return x if heads else x[:, 0]
-
-        seen = view(0, (), torch.int64)[:, 0]
-        share = view(_SHARE, (self.kv_heads,), torch.float64)
+        numbers = pool.view(torch.int64)
+        seen = numbers[:, 0]
+        share = numbers[:, _SHARE // 8 : _SHARE // 8 + self.kv_heads].view(torch.float64)
         views = []
         for run in self.runs():
-            head, count = self.heads[run.start], run.stop - run.start
-            step = self.heads[run.start + 1]["position"].offset if count > 1 else self.nbytes
-            step -= head["position"].offset
-            of = {n: view(f.offset, f.shape, f.dtype, count, step) for n, f in head.items()}
+            head = self.heads[run.start]
+            first = head["position"].offset
+            nbytes = head["score"].offset + field_bytes(head["score"].nbytes) - first
+            count = run.stop - run.start
+            heads = pool[:, first : first + count * nbytes].unflatten(1, (count, nbytes))
+            of = {}
+            for label, field in head.items():
+                at = field.offset - first
+                flat = heads[:, :, at : at + field.nbytes].view(field.dtype)
+                of[label] = flat.unflatten(2, field.shape)
             state = State(of.pop("H"), of.pop("z")) if self.rank else None
             views.append(PageViews(run, Slots(**of), state, share[:, run], seen))
         return views
