@@ -290,8 +290,8 @@ class Pieces {
   int first_;
 };
 
-// Starts copying a tile of rows of 16-bit numbers: row r of the tile has the D numbers from x[at(r)]
-// on, zero where at(r) < 0, and beyond D.
+// Starts copying a tile of rows of 16-bit numbers: row r of the tile has the D numbers from
+// x[at(r)] on, zero where at(r) < 0, and beyond D.
 template <int kD, int kRows, int kThreads, typename At>
 LESS_DEVICE void copy_rows(const void* x, int64_t D, const At& at, uint16_t* tile) {
   constexpr int kLanes = kPermuted<kD>;  // of a row
