@@ -13,8 +13,8 @@
 // Memory: k and v once per block, 2 D bytes a key, from the second-level cache after the first;
 //   shared memory at most 99 kB, which every architecture has.
 // Order:  keys ascending, tile by tile; a tile's sum of values is by itself before it is added;
-//   splits ascending. One owner per output; what a head has depends on nothing but the head: whether
-//   its keys are cut follows from its own tokens, into what from its own capacity.
+//   splits ascending. One owner per output; what a head has depends on nothing but the head:
+//   whether its keys are cut follows from its own tokens, into what from its own capacity.
 #include <algorithm>
 
 #include "cuda/chunk_attention/finish.h"
@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   // A split of the keys of few queries, or a block of more queries.
   const int each = splits.count + blocks, split = int(blockIdx.x) % each;
   const KvHead head(p, lists, int(blockIdx.x) / each);
-  const int per = splits.count == 0 ? 0 : tiles_of_split(
-      (p.layout.slots[head.h] + kKeys - 1) / kKeys, splits.most);
+  const int per = splits.count == 0
+                      ? 0
+                      : tiles_of_split((p.layout.slots[head.h] + kKeys - 1) / kKeys, splits.most);
   const bool few = per > 0 && head.tokens * head.G <= Shape::kRows;
   const bool cut = split < splits.count;
   const int first = cut ? 0 : (each - 1 - split) * Shape::kRows;
@@ -104,8 +105,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const int slot_tiles = last < first ? 0 : (head.slots + kKeys - 1) / kKeys;
   const int tiles = slot_tiles + (tokens + kKeys - 1) / kKeys;
   const int begin_tile = cut ? min(split * per, slot_tiles) : 0;
-  const int end_tile =
-      cut && split < splits.count - 1 ? min(begin_tile + per, slot_tiles) : tiles;
+  const int end_tile = cut && split < splits.count - 1 ? min(begin_tile + per, slot_tiles) : tiles;
 
   const auto query = [&](int r) -> int64_t {
     const int m = first + r;
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const auto fetch = [&](int tile) {
     const int stage = tile % Shape::kStages;
     if (tile == slot_tiles) stream.enter(source_of(p, lists, head, false, tokens), 0);
-    stream.fetch(p.spec.D, shared.k + stage * Shape::kKeyTile, shared.v + stage * Shape::kValueTile);
+    stream.fetch(p.spec.D, shared.k + stage * Shape::kKeyTile,
+                 shared.v + stage * Shape::kValueTile);
   };
   if (begin_tile < end_tile) {
     if (begin_tile < slot_tiles) {
@@ -188,8 +189,8 @@ struct Attend {
     const int64_t queries = p.spec.Q / p.spec.K * p.T;
     const bool all_few = splits.all && queries <= Shape::kRows;
     const int64_t blocks = all_few ? 0 : (queries + Shape::kRows - 1) / Shape::kRows;
-    const Launch how{dim3(unsigned((splits.count + blocks) * p.B * p.spec.K)), dim3(Shape::kThreads),
-                     carver.used, stream};
+    const Launch how{dim3(unsigned((splits.count + blocks) * p.B * p.spec.K)),
+                     dim3(Shape::kThreads), carver.used, stream};
     return cuda::launch(attend_kernel<Scheme, kD>, how, p, lists, splits, lse, int(blocks));
   }
 };
@@ -267,8 +268,8 @@ cudaError_t chunk_attention(const ChunkAttentionParams& p, cudaStream_t stream) 
   const Workspace workspace(p);
   cudaError_t error = list_keys(p, workspace.lists, stream);
   if (error == cudaSuccess && p.T > 0) {
-    error =
-        attend(p, workspace.lists, workspace.splits, p.spec.scores ? workspace.lse : nullptr, stream);
+    error = attend(p, workspace.lists, workspace.splits, p.spec.scores ? workspace.lse : nullptr,
+                   stream);
   }
   if (error == cudaSuccess) error = sum_columns(p, workspace.lists, workspace.lse, stream);
   return error;

@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kInsertThreads)
   // Rows in pieces of 16 bytes, k's and then v's.
   const int64_t element = bytes_of(p.layout.dtype);
   const auto call_rows = [&](const HeadRows& rows) {
-    return static_cast<const unsigned char*>(rows.data) +
-           offset(rows, head.b, head.h, 0) * element;
+    return static_cast<const unsigned char*>(rows.data) + offset(rows, head.b, head.h, 0) * element;
   };
   const unsigned char *const k = call_rows(p.call.k), *const v = call_rows(p.call.v);
   auto* const slot_k = static_cast<unsigned char*>(slots.k);

@@ -12,8 +12,8 @@
 //         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
 //         look.
 // Order:  keys, then softmax of the range, then values; parts are merged in the order of the
-//         splits, which follow from the head's capacity alone; no atomics on floats: a row has the same
-//         bits in any batch, at any time.
+//         splits, which follow from the head's capacity alone; no atomics on floats: a row has the
+//         same bits in any batch, at any time.
 #include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
 
@@ -103,8 +103,8 @@ cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   plan.S = p.layout.slots[first];
   plan.dependent = p.spec.dependent && limits.clusters;
   constexpr bool eight = sizeof(T) == 1;
-  plan.mma = p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) &&
-             (eight || p.q.dtype == p.layout.dtype);
+  plan.mma =
+      p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) && (eight || p.q.dtype == p.layout.dtype);
   const int eighth = (plan.S + kDecodeCluster - 1) / kDecodeCluster;
   const int range = eighth < kRangeMin ? kRangeMin : (eighth + 15) / 16 * 16;
   if (limits.clusters && range <= kClusterRange) {

@@ -123,33 +123,31 @@ LESS_DEVICE const void* advance(const void* p, int64_t bytes) {
   return static_cast<const unsigned char*>(p) + bytes;
 }
 
-// All slots, or the first `count` tokens of the call.
+// All slots, or the first `count` tokens of the call. Both are computed and one is chosen: where
+// pointers meet after branches, the compiler no longer knows that they are global.
 LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& lists,
                              const KvHead& head, bool slots, int count) {
-  if (slots) {
-    const int32_t* const index = lists.slot + head.row * int64_t{p.layout.S};
-    if (head.page == nullptr) {
-      return {nullptr, nullptr, nullptr, nullptr, nullptr, index, 0, 0, 0};
-    }
-    const Slots of = less::head(p.layout, head.page, head.h).slots;
-    const int64_t D = p.spec.D;
-    return {of.k, of.v, of.k_scale, of.v_scale, of.weight, index, count, D, D};
-  }
+  // Without a page no slot is read: any address will do, and any head where a call knows no slots.
+  auto* const memory = head.page == nullptr ? static_cast<unsigned char*>(p.q.data) : head.page;
+  const Slots of = less::head(p.layout, memory, p.layout.S == 0 ? 0 : head.h).slots;
   const CallRows& call = p.call;
-  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.dtype);
+  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.dtype), D = p.spec.D;
   const void* const k = advance(call.k.data, offset(call.k, head.b, head.h, 0) * bytes);
   const void* const v = call.v.data == nullptr
                             ? nullptr
                             : advance(call.v.data, offset(call.v, head.b, head.h, 0) * bytes);
-  return {k,
-          v,
-          call.k_scale == nullptr ? nullptr : call.k_scale + first,
-          call.v_scale == nullptr ? nullptr : call.v_scale + first,
-          nullptr,
-          lists.token == nullptr ? nullptr : lists.token + head.b * p.T,
+  const float* const k_scale = call.k_scale == nullptr ? nullptr : call.k_scale + first;
+  const float* const v_scale = call.v_scale == nullptr ? nullptr : call.v_scale + first;
+  const int32_t* const token = lists.token == nullptr ? nullptr : lists.token + head.b * p.T;
+  return {slots ? of.k : k,
+          slots ? of.v : v,
+          slots ? of.k_scale : k_scale,
+          slots ? of.v_scale : v_scale,
+          slots ? of.weight : nullptr,
+          slots ? lists.slot + head.row * int64_t{p.layout.S} : token,
           count,
-          call.k.t,
-          call.v.t};
+          slots ? D : call.k.t,
+          slots ? D : call.v.t};
 }
 
 // -- numbers as operands --
@@ -290,8 +288,8 @@ class Pieces {
   int first_;
 };
 
-// Starts copying a tile of rows of 16-bit numbers: row r of the tile has the D numbers from x[at(r)]
-// on, zero where at(r) < 0, and beyond D.
+// Starts copying a tile of rows of 16-bit numbers: row r of the tile has the D numbers from
+// x[at(r)] on, zero where at(r) < 0, and beyond D.
 template <int kD, int kRows, int kThreads, typename At>
 LESS_DEVICE void copy_rows(const void* x, int64_t D, const At& at, uint16_t* tile) {
   constexpr int kLanes = kPermuted<kD>;  // of a row

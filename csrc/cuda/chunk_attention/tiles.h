@@ -98,8 +98,8 @@ class Stream {
       split_rows<KeyTag, Scheme::kParts, kD, Shape::kKeys, Shape::kThreads>(from_.k, dtype, D,
                                                                             k_rows(), k);
       if (from_.v == nullptr) return;
-      split_rows<ValueTag, Scheme::kValueParts, kD, Shape::kKeys, Shape::kThreads>(
-          from_.v, dtype, D, v_rows(), v);
+      split_rows<ValueTag, Scheme::kValueParts, kD, Shape::kKeys, Shape::kThreads>(from_.v, dtype,
+                                                                                   D, v_rows(), v);
     } else if constexpr (!kIsPlain<Scheme>) {
       k_.template place<KeyTag>(dtype, k);
       if (from_.v != nullptr) v_.template place<ValueTag>(dtype, v);

@@ -44,37 +44,37 @@ struct FoldShared {
 // A kv head of a row that has a page.
 struct HeadRow {
   int64_t row;  // b * K + h
-  int64_t b;
-  int64_t h;
+  int b;
+  int h;
   unsigned char* page;
 
   LESS_DEVICE HeadRow(const CompactParams& p, int64_t row)
-      : row(row), b(row / p.spec.K), h(row - b * p.spec.K), page(less::page(p.pool, b)) {}
+      : row(row), b(int(row / p.spec.K)), h(int(row - b * p.spec.K)), page(less::page(p.pool, b)) {}
 };
 
 // Starts the copies of tokens [first, first + kFoldTile) of the list into a buffer; what lies past
 // `end`, and rows past R, are zeros.
 template <typename V>
 LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, const HeadRow& at,
-                            int64_t first, int64_t end, const FoldShared& s, int buffer) {
+                            int first, int end, const FoldShared& s, int buffer) {
   const Slots kept = less::head(p.layout, at.page, at.h, dtype_of<V>(), p.spec.D).slots;
-  const int64_t S = kept.S, D = p.spec.D, R = p.layout.R;
+  const int D = int(p.spec.D), R = p.layout.R, S = int(kept.S);
   const int32_t* list = w.list + at.row * p.T;
-  const int row_bytes = int(D * sizeof(V)), pieces = row_bytes / 16;
+  const int row_bytes = D * int(sizeof(V)), pieces = row_bytes / 16;
   for (int i = threadIdx.x; i < kFoldTile * pieces; i += kFoldThreads) {
     const int token = i / pieces, c = i - token * pieces;
     const bool there = first + token < end;
-    const int64_t source = there ? list[first + token] : 0;
-    const V* row = source < S ? static_cast<const V*>(kept.v) + source * D
-                              : static_cast<const V*>(p.call.v.data) +
-                                    offset(p.call.v, at.b, at.h, source - S);
+    const int source = there ? list[first + token] : 0;
+    const V* values = source < S ? static_cast<const V*>(kept.v) + int64_t{source} * D
+                                 : static_cast<const V*>(p.call.v.data) +
+                                       offset(p.call.v, at.b, at.h, source - S);
     copy_async16(s.v + (buffer * kFoldTile + token) * row_bytes + c * 16,
-                 reinterpret_cast<const unsigned char*>(row) + c * 16, there);
+                 reinterpret_cast<const unsigned char*>(values) + c * 16, there);
   }
   if constexpr (sizeof(V) == 1) {
     if (threadIdx.x < kFoldTile) {
-      const bool there = first + threadIdx.x < end;
-      const int64_t source = there ? list[first + threadIdx.x] : 0;
+      const bool there = first + int(threadIdx.x) < end;
+      const int source = there ? list[first + int(threadIdx.x)] : 0;
       const float* scale =
           source < S ? kept.v_scale + source : p.call.v_scale + at.row * p.T + (source - S);
       s.scale[buffer * kFoldTile + threadIdx.x] = there ? *scale : 0.0f;
@@ -118,10 +118,10 @@ template <typename V>
 __global__ void __launch_bounds__(kFoldThreads, 5)
     compact_fold_kernel(const __grid_constant__ CompactParams p,
                         const __grid_constant__ CompactWorkspace w) {
-  const int64_t n = w.leaving[blockIdx.x];
-  const int64_t begin = blockIdx.y * strip_tokens(n);
+  const int n = w.leaving[blockIdx.x];
+  const int begin = int(blockIdx.y * strip_tokens(n));
   if (begin >= n) return;
-  const int64_t end = min(n, begin + strip_tokens(n));
+  const int end = min(n, begin + int(strip_tokens(n)));
   DYN_SMEM(base);
   const FoldShared s(base, p, sizeof(V));
   const HeadRow head(p, blockIdx.x);
@@ -138,10 +138,12 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
   stage_tile<V>(p, w, head, begin, end, s, 0);
   copy_async_commit();
   int buffer = 0;
-  for (int64_t first = begin; first < end; first += kFoldTile, buffer ^= 1) {
+  for (int first = begin; first < end; first += kFoldTile, buffer ^= 1) {
     copy_async_wait<0>();
     __syncthreads();
-    if (first + kFoldTile < end) stage_tile<V>(p, w, head, first + kFoldTile, end, s, buffer ^ 1);
+    if (first + kFoldTile < end) {
+      stage_tile<V>(p, w, head, first + kFoldTile, end, s, buffer ^ 1);
+    }
     copy_async_commit();
     const V* v = reinterpret_cast<const V*>(s.v) + buffer * kFoldTile * D + d;
     const float* psi = s.psi + buffer * kFoldTile * s.rows;

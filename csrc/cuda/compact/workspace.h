@@ -26,8 +26,9 @@ __host__ __device__ inline int64_t strip_count(int64_t n) {
 // Whether what leaves goes into the state.
 inline bool folds(const CompactParams& p) { return p.spec.victim == Victim::fold; }
 
+// S: slots of the head that has most.
 struct CompactWorkspace {
-  uint32_t* key;       // [B*K, candidates]  S: of the largest head. Ranks as integers in their order; 0: no token
+  uint32_t* key;       // [B*K, candidates]  ranks as integers in their order; 0: no token
   int32_t* free;       // [B*K, S]           slots that may be taken, ascending
   int32_t* take;       // [B*K, S]           kStays, kEmpty or a token
   int32_t* position;   // [B*K, S]           of the token that the slot takes

@@ -142,7 +142,8 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       float dot = mass[i];
       if constexpr (kScaled) dot *= s.k_scale()[i];
       if constexpr (kScaled && kMma) dot *= q_scale()[g];
-      const float logit = s.position()[i] >= 0 ? capped(dot * p.spec.scale) + s.weight()[i] : -kInfinity;
+      const float logit =
+          s.position()[i] >= 0 ? capped(dot * p.spec.scale) + s.weight()[i] : -kInfinity;
       mass[i] = logit;
       top = fmaxf(top, logit);
     }

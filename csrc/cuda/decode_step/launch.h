@@ -26,7 +26,7 @@ cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cud
     constexpr int kD = decltype(head_dim)::value;
     constexpr bool kMma = decltype(mma)::value;
     error = p.maps.phi.R > 0 ? launch_decode_kernel<T, kD, kMma, DecodeFold>(p, plan, stream)
-                           : launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
+                             : launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
   });
   return error;
 }

@@ -3,8 +3,8 @@
 // The S slots of a head are cut into `splits` ranges of `per` slots, one block each. The blocks of
 // a head meet in one of two ways: as a cluster that reads its members' shared memory (sm_90 on), or
 // in the workspace, where the last to arrive finishes alone. Both the cut and the way follow from
-// the head's capacity, the layer's shape and the device, never from the batch or from other heads: a
-// head has the same bits in any batch and in any layer. Heads of another capacity are another
+// the head's capacity, the layer's shape and the device, never from the batch or from other heads:
+// a head has the same bits in any batch and in any layer. Heads of another capacity are another
 // launch.
 #pragma once
 

@@ -178,9 +178,9 @@ LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
         word[e / kN] |= uint32_t(bits_of<uint8_t>(narrowed<T>(from[e]))) << (e % kN * 8);
       }
     }
-    store16(static_cast<unsigned char*>(key ? to.k : to.v) + int64_t{slot} * Tile::kBytes +
-                chunk * 16,
-            make_uint4(word[0], word[1], word[2], word[3]));
+    store16(
+        static_cast<unsigned char*>(key ? to.k : to.v) + int64_t{slot} * Tile::kBytes + chunk * 16,
+        make_uint4(word[0], word[1], word[2], word[3]));
   }
   if (t != 0) return;
   if constexpr (kScaled) {

@@ -84,7 +84,8 @@ LESS_DEVICE void multiply_floats(const float* x, int x_row, const float* w1, int
 
 template <int kR>
 __global__ void __launch_bounds__(kMapThreads, 3)
-    feature_float_kernel(const __grid_constant__ FeatureMaps m, const __grid_constant__ FeatureRows in) {
+    feature_float_kernel(const __grid_constant__ FeatureMaps m,
+                         const __grid_constant__ FeatureRows in) {
   constexpr int kYRow = kR + kFloatPad, kY = kR / 4;
   const RowBlock block = row_block(in, kFloatRows);
   if (block.count <= 0) return;

@@ -351,7 +351,8 @@ LESS_DEVICE void finish_rows(const FeatureMaps& m, int64_t head, float* y, const
 
 template <typename Half, typename W, int kR>
 __global__ void __launch_bounds__(kMapThreads, 3)
-    feature_mma_kernel(const __grid_constant__ FeatureMaps m, const __grid_constant__ FeatureRows in, int terms, int slab) {
+    feature_mma_kernel(const __grid_constant__ FeatureMaps m,
+                       const __grid_constant__ FeatureRows in, int terms, int slab) {
   using Shared = MmaShared<W, kR>;
   constexpr int kRows = Shared::kRows, kTiles = kRows / 16, kYTiles = kR / 8;
   const RowBlock block = row_block(in, kRows);
