@@ -49,6 +49,8 @@ def world(tmp_path_factory):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = template
         tokenizer.save_pretrained(root / name)
+    shutil.copytree(root / "model", root / "scrambled")
+    (root / "scrambled" / "tokenizer_config.json").write_text("{")
     (root / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(40)))
     (root / "latin.txt").write_bytes(b"caf\xe9")
     (root / "empty").mkdir()
@@ -120,7 +122,8 @@ WRONG = [
     (("train",), "--held 2", "held must be in 1..1"),
     (("train",), "--rank 0", "rank must be a whole number >= 1"),
     (("train",), "--device nowhere", "--device nowhere"),
-    (("chat",), "--model model", "has no chat template"),
+    (("chat",), "--model model", "model has no chat template"),
+    (("chat",), "--model scrambled", "tokenizer_config.json is damaged"),
     (("chat",), "--model strict --system Brief.", "chat template fails: no system role"),
     (("chat",), "--bytes many", "bytes"),
     (("chat",), "--bytes 100", "cannot hold one token per head"),
@@ -197,6 +200,7 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once(no_model, world, monkeyp
         ("demo", "--update page.md"),
         ("train", "--text nowhere.txt"),
         ("chat", "--model ./nowhere"),
+        ("chat", "--model model"),
         ("lm-eval", "--tasks recal"),
     ],
 )

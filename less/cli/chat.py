@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None and args.sidekick is not None:
         raise ValueError("--sidekick: the config of --config names one, or none")
     sources.check_model_name(args.model)
+    sources.check_template(args.model)
     checks.check_sidekick(args.sidekick)
     from less.integrations.chat import Sampling
 

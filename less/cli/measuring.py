@@ -175,10 +175,10 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
     if args.model == sources.SMOLLM2 and not sources.is_converted():
         console.print("  converting SmolLM2's GGUF once, about half a minute")
     found = assets.find_model(args.model)
-    facts = describe(found.skeleton(), f"--model {args.model}")
     check_length("--length", args.length, found.config)
     for context in contexts:
         check_length("--contexts", context, found.config)
+    facts = describe(found.skeleton(), f"--model {args.model}")
     maps = getattr(torch, args.maps_dtype) if args.maps_dtype else None
     sidekick, paper = (
         s if s is None or maps is None else s.to(maps)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
+
+from less.files import read_text
 
 SMOLLM2 = "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,6 +67,27 @@ def check_model_name(name: str | Path) -> None:
             f"model {name!s} is neither 'smollm2', nor a folder here, nor a name on the hub "
             "(OWNER/NAME)"
         )
+
+
+def check_template(name: str | Path) -> None:
+    """Refuse a model's folder without a chat template; of a name on the hub nothing is known yet.
+
+    Raises:
+        AssetError: There is none in any file where transformers looks for it.
+    """
+    path = Path(name).expanduser()
+    settings = path / "tokenizer_config.json"
+    if str(name) == SMOLLM2 or not settings.is_file():
+        return
+    others = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    if any((path / other).exists() for other in others):
+        return
+    try:
+        written = json.loads(read_text(settings)).get("chat_template")
+    except ValueError as error:
+        raise AssetError(f"model {name!s}: {settings.name} is damaged: {error}") from error
+    if not written:
+        raise AssetError(f"model {name!s} has no chat template; an instruct model has one")
 
 
 def check_wikipedia() -> None:
