@@ -125,6 +125,14 @@ def write_gguf(model, tokenizer, file):
     writer.close()
 
 
+def test_architecture(names):
+    done = run("architecture.md", names)
+    (views,) = done["layout"].views(done["layout"].check_pool("test", done["pool"]))
+    assert views.seen[[3, 7]].tolist() == [301, 41]
+    assert not done["out"][2].any()
+    assert done["out"][:2].isfinite().all()
+
+
 def test_budgets(names):
     done = run("budgets.md", names)
     assert [p.capacity for p in done["pyramid"].policies] == [112, 16]
