@@ -68,7 +68,7 @@ def _unserved(architectures: list[str], capability: tuple[int, int]) -> str | No
 
 
 def slot_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """What the native ops can hold slots in on this device."""
+    """Dtypes of slots that the native ops support on this device."""
     everywhere = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
     return everywhere if device.type == "cpu" else (*everywhere, torch.float8_e4m3fn)
 

@@ -1,6 +1,6 @@
 """The page: where in memory each field of a layer lies.
 
-Everything that one layer holds of one sequence is one page. A page begins with a header,
+Everything that one layer stores for one sequence is one page. A page begins with a header,
 
     seen int64, 8 unused bytes, share float64 [K]
 
@@ -10,8 +10,8 @@ fields in the order in which a step reads them:
     position int32 [S]    k [S, D]    k_scale float32 [S]    weight float32 [S]
     v [S, D]    v_scale float32 [S]    z float32 [R]    H float32 [R, D]    score float32 [S]
 
-Scales exist for rows of 8 bits alone, z and H where R > 0. Every field begins at a multiple of 128
-bytes. csrc/common/layout.h is the same in C++.
+Scales exist only for rows of 8 bits, z and H only where R > 0. Every field begins at a multiple of
+128 bytes. csrc/common/layout.h is the same in C++.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class PageLayout:
     Args:
         kv_heads: Kv heads K, at most 128.
         head_dim: Head dim D.
-        capacity: Slots of every head, or a tuple of each head's, at least 1.
+        capacity: Slots of every head, at least 1; or a tuple with one number per kv head.
         dtype: Of the slots' keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn
-            (float64 for the reference alone).
-        rank: Rank R of the low-rank state; 0: there is none.
+            (float64 only with the reference).
+        rank: Rank R of the low-rank state; 0: no state.
 
     Raises:
-        ValueError: A number is out of range, the capacities are not K, or the dtype is none of
-            the above.
+        ValueError: A number is out of range, the number of capacities is not K, or the dtype is
+            none of the above.
     """
 
     kv_heads: int
@@ -141,7 +141,7 @@ class PageLayout:
 
     @property
     def slots(self) -> int:
-        """Slots of the head that has most."""
+        """Slots of the head with the most."""
         return max(self.capacities)
 
     @property
@@ -187,16 +187,16 @@ class PageLayout:
         return int(self.__dict__["nbytes"])
 
     def bytes_of(self, *fields: str) -> int:
-        """Bytes of some fields in one page, those that fill them up to 128 included."""
+        """Bytes of some fields in one page, padding to 128 bytes included."""
         return sum(field_bytes(head[f].nbytes) for head in self.heads for f in fields if f in head)
 
     def check_pool(self, op: str, pool: Tensor) -> Tensor:
         """A pool of such pages, as uint8 [N, page].
 
-        Bytes of other shapes are taken too, such as an engine's int8 [N, 1, 1, page].
+        Other shapes of bytes are accepted too, such as an engine's int8 [N, 1, 1, page].
 
         Args:
-            op: Who asks, for the message.
+            op: The caller's name, for messages.
             pool: Bytes, N pages; the first stride is a multiple of 128 and at least a page.
 
         Raises:
@@ -262,7 +262,7 @@ class PageLayout:
         return views
 
     def clear(self, pool: Tensor) -> None:
-        """Make every page of a pool one of an empty sequence, in place."""
+        """Make every page of a pool that of an empty sequence, in place."""
         pool.zero_()
         for views in self.views(pool):
             views.slots.position.fill_(-1)
