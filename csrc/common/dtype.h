@@ -6,7 +6,9 @@
 #if defined(__CUDACC__)
 #define LESS_HD __host__ __device__ __forceinline__
 #else
-#define LESS_HD inline
+// Never a copy of its own: the CPU's kernels are compiled once per SIMD level, and a linker would
+// take any level's copy for all.
+#define LESS_HD inline __attribute__((always_inline))
 #endif
 
 namespace less {
@@ -20,6 +22,38 @@ LESS_HD constexpr bool has_scale(DType dtype) { return dtype == DType::i8 || dty
 
 LESS_HD constexpr int64_t bytes_of(DType dtype) {
   return dtype == DType::f32 ? 4 : has_scale(dtype) ? 1 : 2;
+}
+
+// A C++ type as a value.
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f with the type of a dtype's elements, Type<Types::fp16>{} for fp16 and so on. Types has
+// one for each dtype; void where the caller has none, and then `otherwise` is returned.
+template <typename Types, typename Result, typename F>
+inline Result with_dtype(DType dtype, Result otherwise, F f) {
+  const auto call = [&](auto type) -> Result {
+    if constexpr (__is_same(typename decltype(type)::type, void)) {
+      return otherwise;
+    } else {
+      return f(type);
+    }
+  };
+  switch (dtype) {
+    case DType::f32:
+      return call(Type<typename Types::f32>{});
+    case DType::bf16:
+      return call(Type<typename Types::bf16>{});
+    case DType::fp16:
+      return call(Type<typename Types::fp16>{});
+    case DType::i8:
+      return call(Type<typename Types::i8>{});
+    case DType::fp8:
+      return call(Type<typename Types::fp8>{});
+  }
+  return otherwise;
 }
 
 // Bytes of a row of D elements, its scale left out.

@@ -25,6 +25,7 @@
 #include "cpu/panel.h"
 #include "cpu/softmax.h"
 #include "cpu/state.h"
+#include "cpu/types.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -453,18 +454,8 @@ void attend(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  switch (p.layout.dtype) {
-    case DType::f32:
-      return attend<float>(p, begin, end);
-    case DType::bf16:
-      return attend<bf16>(p, begin, end);
-    case DType::fp16:
-      return attend<fp16>(p, begin, end);
-    case DType::i8:
-      return attend<int8_t>(p, begin, end);
-    case DType::fp8:
-      return;  // no op lets it in
-  }
+  with_type<RowTypes>(p.layout.dtype,
+                      [&](auto type) { attend<typename decltype(type)::type>(p, begin, end); });
 }
 
 void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {

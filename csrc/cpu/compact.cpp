@@ -14,6 +14,7 @@
 
 #include "cpu/feature_panel.h"
 #include "cpu/fold.h"
+#include "cpu/types.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -223,18 +224,9 @@ void compact_heads(const CompactParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void compact(const CompactParams& p, int64_t begin, int64_t end) {
-  switch (p.layout.dtype) {
-    case DType::f32:
-      return compact_heads<float>(p, begin, end);
-    case DType::bf16:
-      return compact_heads<bf16>(p, begin, end);
-    case DType::fp16:
-      return compact_heads<fp16>(p, begin, end);
-    case DType::i8:
-      return compact_heads<int8_t>(p, begin, end);
-    case DType::fp8:
-      return;  // no op lets it in
-  }
+  with_type<RowTypes>(p.layout.dtype, [&](auto type) {
+    compact_heads<typename decltype(type)::type>(p, begin, end);
+  });
 }
 
 }  // namespace less::cpu::LESS_ISA

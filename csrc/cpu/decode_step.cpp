@@ -22,6 +22,7 @@
 #include "cpu/scratch.h"
 #include "cpu/softmax.h"
 #include "cpu/state.h"
+#include "cpu/types.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -360,18 +361,8 @@ void decode(const DecodeStepParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void decode_step(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  switch (p.layout.dtype) {
-    case DType::f32:
-      return decode<float>(p, begin, end);
-    case DType::bf16:
-      return decode<bf16>(p, begin, end);
-    case DType::fp16:
-      return decode<fp16>(p, begin, end);
-    case DType::i8:
-      return decode<int8_t>(p, begin, end);
-    case DType::fp8:
-      return;  // no op lets it in
-  }
+  with_type<RowTypes>(p.layout.dtype,
+                      [&](auto type) { decode<typename decltype(type)::type>(p, begin, end); });
 }
 
 }  // namespace less::cpu::LESS_ISA

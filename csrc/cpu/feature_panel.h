@@ -8,6 +8,7 @@
 #include "cpu/arena.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
+#include "cpu/types.h"
 
 namespace less::cpu::LESS_ISA {
 
@@ -31,18 +32,8 @@ class FeaturePanel {
   void load(int64_t head) {
     if (head == head_) return;
     head_ = head;
-    switch (m_.w_dtype) {
-      case DType::f32:
-        return load_weights<float>();
-      case DType::bf16:
-        return load_weights<bf16>();
-      case DType::fp16:
-        return load_weights<fp16>();
-      case DType::i8:
-        return load_weights<int8_t>();
-      case DType::fp8:
-        return;  // no op lets it in
-    }
+    with_type<RowTypes>(m_.w_dtype,
+                        [&](auto type) { load_weights<typename decltype(type)::type>(); });
   }
 
   // y[r * stride + lane] = map of the row in each lane of x [D][kLanes].

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/simd.h"
+#include "cpu/types.h"
 #include "params.h"
 
 namespace less::cpu::LESS_ISA {
@@ -116,18 +117,10 @@ void features_of(const FeatureMaps& m, int64_t head, const float* x, float* scra
 
 // y [R] = map of head `head` at x [D]; scratch holds features_scratch() floats.
 inline void features(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
-  switch (m.w_dtype) {
-    case DType::f32:
-      return features_of<float>(m, head, x, scratch, y);
-    case DType::bf16:
-      return features_of<bf16>(m, head, x, scratch, y);
-    case DType::fp16:
-      return features_of<fp16>(m, head, x, scratch, y);
-    case DType::i8:
-      return features_of<int8_t>(m, head, x, scratch, y);
-    case DType::fp8:
-      return;  // no op lets it in
-  }
+  with_type<RowTypes>(m.w_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    features_of<T>(m, head, x, scratch, y);
+  });
 }
 
 inline int64_t features_scratch(const FeatureMaps& m) { return m.E + 2 * m.R; }
@@ -150,17 +143,10 @@ LESS_INLINE void widen_row(const T* x, float scale, int64_t n, float* out) {
 }
 
 inline void widen(const void* x, DType dtype, int64_t offset, int64_t n, float* out) {
-  switch (dtype) {
-    case DType::f32:
-      return widen(static_cast<const float*>(x) + offset, n, out);
-    case DType::bf16:
-      return widen(static_cast<const bf16*>(x) + offset, n, out);
-    case DType::fp16:
-      return widen(static_cast<const fp16*>(x) + offset, n, out);
-    case DType::i8:
-    case DType::fp8:
-      return;  // no op lets them in
-  }
+  with_type<FloatTypes>(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    widen(static_cast<const T*>(x) + offset, n, out);
+  });
 }
 
 template <typename T>
@@ -171,17 +157,10 @@ LESS_INLINE void narrow(const float* x, int64_t n, T* out) {
 }
 
 inline void narrow(const float* x, int64_t n, DType dtype, int64_t offset, void* out) {
-  switch (dtype) {
-    case DType::f32:
-      return narrow(x, n, static_cast<float*>(out) + offset);
-    case DType::bf16:
-      return narrow(x, n, static_cast<bf16*>(out) + offset);
-    case DType::fp16:
-      return narrow(x, n, static_cast<fp16*>(out) + offset);
-    case DType::i8:
-    case DType::fp8:
-      return;  // no op lets them in
-  }
+  with_type<FloatTypes>(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    narrow(x, n, static_cast<T*>(out) + offset);
+  });
 }
 
 // A row of heads becomes 0.

@@ -6,6 +6,7 @@
 // Order:  n ascending for every element: the thread count never changes a bit.
 #include "cpu/fold.h"
 
+#include "cpu/types.h"
 #include "params.h"
 
 namespace less::cpu::LESS_ISA {
@@ -32,17 +33,8 @@ void fold_heads(const FoldParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void fold(const FoldParams& p, int64_t begin, int64_t end) {
-  switch (p.v_dtype) {
-    case DType::f32:
-      return fold_heads<float>(p, begin, end);
-    case DType::bf16:
-      return fold_heads<bf16>(p, begin, end);
-    case DType::fp16:
-      return fold_heads<fp16>(p, begin, end);
-    case DType::i8:
-    case DType::fp8:
-      return;  // no op lets them in
-  }
+  with_type<FloatTypes>(
+      p.v_dtype, [&](auto type) { fold_heads<typename decltype(type)::type>(p, begin, end); });
 }
 
 }  // namespace less::cpu::LESS_ISA

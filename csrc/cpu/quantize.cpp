@@ -5,6 +5,7 @@
 // Order:  a row's bits depend on nothing but the row.
 #include "cpu/quantize.h"
 
+#include "cpu/types.h"
 #include "params.h"
 
 namespace less::cpu::LESS_ISA {
@@ -23,17 +24,8 @@ void quantize_rows(const QuantizeParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void quantize(const QuantizeParams& p, int64_t begin, int64_t end) {
-  switch (p.x.dtype) {
-    case DType::f32:
-      return quantize_rows<float>(p, begin, end);
-    case DType::bf16:
-      return quantize_rows<bf16>(p, begin, end);
-    case DType::fp16:
-      return quantize_rows<fp16>(p, begin, end);
-    case DType::i8:
-    case DType::fp8:
-      return;  // no op lets them in
-  }
+  with_type<FloatTypes>(
+      p.x.dtype, [&](auto type) { quantize_rows<typename decltype(type)::type>(p, begin, end); });
 }
 
 }  // namespace less::cpu::LESS_ISA

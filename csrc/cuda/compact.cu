@@ -11,6 +11,7 @@
 #include "cuda/compact/select.h"
 #include "cuda/feature_map/rows.h"
 #include "cuda/kernels.h"
+#include "cuda/types.h"
 
 namespace less::cuda {
 
@@ -101,23 +102,9 @@ cudaError_t fold_list(const CompactParams& p, const CompactWorkspace& w, cudaStr
   rows.T = p.T;
   cudaError_t error = features(p.maps.psi, rows, stream);
   if (error != cudaSuccess) return error;
-  switch (p.layout.dtype) {
-    case DType::f32:
-      error = launch_fold<float>(p, w, stream);
-      break;
-    case DType::bf16:
-      error = launch_fold<__nv_bfloat16>(p, w, stream);
-      break;
-    case DType::fp16:
-      error = launch_fold<__half>(p, w, stream);
-      break;
-    case DType::i8:
-      error = launch_fold<int8_t>(p, w, stream);
-      break;
-    case DType::fp8:
-      error = launch_fold<__nv_fp8_e4m3>(p, w, stream);
-      break;
-  }
+  error = with_dtype<RowTypes>(p.layout.dtype, cudaErrorInvalidValue, [&](auto type) {
+    return launch_fold<typename decltype(type)::type>(p, w, stream);
+  });
   if (error != cudaSuccess) return error;
   constexpr int64_t kEach = kFoldThreads * 4;
   const int64_t cells = p.layout.R * p.spec.D;

@@ -16,6 +16,7 @@
 //         same bits in any batch, at any time.
 #include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
+#include "cuda/types.h"
 
 namespace less::cuda {
 namespace {
@@ -23,28 +24,6 @@ namespace {
 constexpr int kRangeMin = 32;        // slots of a block, at least
 constexpr int kClusterRange = 1024;  // at most, in a cluster
 constexpr int kScratchRange = 512;   // at most, where blocks meet in the workspace
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename F>
-cudaError_t with_slots_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(Type<float>{});
-    case DType::bf16:
-      return f(Type<__nv_bfloat16>{});
-    case DType::fp16:
-      return f(Type<__half>{});
-    case DType::i8:
-      return f(Type<int8_t>{});
-    case DType::fp8:
-      return f(Type<__nv_fp8_e4m3>{});
-  }
-  return cudaErrorInvalidValue;
-}
 
 bool half_type(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp16; }
 
@@ -158,7 +137,7 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
     DecodeStepParams p = params;
     p.q.dtype = q_dtype;
     if (p.B == 0 || p.spec.Q == 0 || !supported(p)) return 0;
-    with_slots_dtype(p.layout.dtype, [&](auto type) {
+    with_dtype<RowTypes>(p.layout.dtype, cudaErrorInvalidValue, [&](auto type) {
       return for_each_plan<typename decltype(type)::type>(p, [&](DecodePlan& plan) {
         const int64_t bytes = lay_out(p, plan);
         most = bytes > most ? bytes : most;
@@ -175,7 +154,7 @@ cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   if (!aligned16({p.q.data, p.k.data, p.v.data, p.out.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
-  return with_slots_dtype(p.layout.dtype, [&](auto type) {
+  return with_dtype<RowTypes>(p.layout.dtype, cudaErrorInvalidValue, [&](auto type) {
     using T = typename decltype(type)::type;
     return for_each_plan<T>(p, [&](DecodePlan& plan) {
       lay_out(p, plan);

@@ -8,6 +8,7 @@
 //         calls gives the same bits.
 #include "cuda/convert.h"
 #include "cuda/kernels.h"
+#include "cuda/types.h"
 
 namespace less::cuda {
 
@@ -110,16 +111,9 @@ cudaError_t fold_values(const FoldParams& p, cudaStream_t stream) {
 
 cudaError_t fold(const FoldParams& params, cudaStream_t stream) {
   if (params.heads == 0 || params.N == 0 || params.R == 0 || params.D == 0) return cudaSuccess;
-  switch (params.v_dtype) {
-    case DType::f32:
-      return fold_values<float>(params, stream);
-    case DType::bf16:
-      return fold_values<__nv_bfloat16>(params, stream);
-    case DType::fp16:
-      return fold_values<__half>(params, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_dtype<FloatTypes>(params.v_dtype, cudaErrorInvalidValue, [&](auto type) {
+    return fold_values<typename decltype(type)::type>(params, stream);
+  });
 }
 
 }  // namespace less::cuda

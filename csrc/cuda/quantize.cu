@@ -7,6 +7,7 @@
 // row.
 #include "cuda/convert.h"
 #include "cuda/kernels.h"
+#include "cuda/types.h"
 
 namespace less::cuda {
 
@@ -95,16 +96,9 @@ cudaError_t quantize_values(const QuantizeParams& p, cudaStream_t stream) {
 
 template <typename Eight>
 cudaError_t quantize_to(const QuantizeParams& p, cudaStream_t stream) {
-  switch (p.x.dtype) {
-    case DType::f32:
-      return quantize_values<float, Eight>(p, stream);
-    case DType::bf16:
-      return quantize_values<__nv_bfloat16, Eight>(p, stream);
-    case DType::fp16:
-      return quantize_values<__half, Eight>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_dtype<FloatTypes>(p.x.dtype, cudaErrorInvalidValue, [&](auto type) {
+    return quantize_values<typename decltype(type)::type, Eight>(p, stream);
+  });
 }
 
 cudaError_t quantize(const QuantizeParams& params, cudaStream_t stream) {
