@@ -1,5 +1,5 @@
-// The part of CUDA's runtime that launchers ask about the device. Hidden in the library that it is
-// linked into: a process may also have the real one.
+// The part of CUDA's runtime that launchers and benches ask about the device. Hidden in the library
+// that it is linked into: a process may also have the real one.
 #include <cuda_runtime_api.h>
 
 #include "emulator/runtime.h"
@@ -12,9 +12,16 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
-  *value = less::emulator::shared_of_a_block();
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = less::emulator::shared_of_a_block();
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:  // small: a bench soon has more
+      *value = 1 << 16;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {

@@ -70,21 +70,11 @@ cudaError_t cudaMemset(void* p, int value, size_t bytes) {
   return written(p);
 }
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {};
   std::strcpy(properties->name, "the emulator");
   properties->major = 9;
   return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = 1 << 16;  // of L2
-  return attribute == cudaDevAttrL2CacheSize ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaDeviceSynchronize() {
