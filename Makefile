@@ -34,7 +34,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type
 CPP := $(shell find csrc emulator tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt emulator/*.cmake) \
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
-PY := setup.py tools emulator less tests $(wildcard bench)
+PY := setup.py tools emulator less tests $(wildcard bench examples)
 
 .PHONY: ready bare converted demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
@@ -98,7 +98,7 @@ lint-cmake: $(VENV)/dev.stamp
 	$(BIN)/gersemi --check $(CMAKE)
 
 lint-spelling: $(VENV)/dev.stamp
-	$(BIN)/codespell $(PY) csrc $(wildcard docs) README.md Makefile CMakeLists.txt .ci/run
+	$(BIN)/codespell $(PY) csrc $(wildcard docs) $(wildcard *.md) Makefile CMakeLists.txt .ci/run
 
 lint-shell: $(VENV)/dev.stamp
 	$(BIN)/shellcheck .ci/run bench/gpu.sh
@@ -144,7 +144,7 @@ LANE := $(MAKE) --no-print-directory
 # What the package runs on, the package, the demo's model and text.
 ready:
 	@test -e $(VENV)/package.stamp || $(MAKE) --no-print-directory bare
-	@$(MAKE) --no-print-directory $(VENV)/package.stamp $(VENV)/assets.stamp
+	@$(MAKE) --silent --no-print-directory $(VENV)/package.stamp $(VENV)/assets.stamp
 
 # From a bare clone: pip and the model's conversion keep one core busy, the compiler all.
 bare: $(VENV)/build.stamp

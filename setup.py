@@ -7,8 +7,8 @@ Environment:
                      the nvcc of PyPI's wheels too
     LESS_CUDA_ARCHS  e.g. "80 90a", or "all": "80 90a 100 120+PTX"; default: where GPUs are seen,
                      theirs alone, else all
-    LESS_CUDA_HEAD_DIMS  e.g. "64 128" (default "64 80 96 128 256"): what CUDA kernels are compiled
-                     for; fewer build faster and load smaller
+    LESS_CUDA_HEAD_DIMS  e.g. "64 128": what CUDA kernels are compiled for; fewer build faster and
+                     load smaller; default: all of csrc/cuda/head_dims.h
     LESS_WERROR      1: compiler warnings are errors
     LESS_TORCH_ROOT  the torch package folder to build against
     MAX_JOBS         parallel compile jobs, default all cores

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from less import H2O, LessKVCache, Sidekick, ops, reference
+from less import H2O, LessKVCache, PageLayout, Sidekick, reference
+from less.backend import ops
+from less.layer import (
+    Call,
+    LayerPlan,
+    LayerSpec,
+    Maps,
+    PackedMaps,
+    Paged,
+    Rows,
+    Slots,
+    State,
+    allocate,
+)
 from less.policies.base import Rule
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -56,6 +69,27 @@ def difference(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).abs().max()) / scale
 
 
+def widened(plan: LayerPlan, at: Paged) -> tuple[Slots, State | None, Tensor, Maps | None]:
+    """Copies of what a layer's pages hold, and its maps, in float64: slots, state, seen, maps.
+
+    Rows and matrices of 8 bits are the numbers that they stand for.
+    """
+    (views,) = plan.layout.views(at.pool)
+    k, v = reference.floats(views.slots.rows)
+    numbers = {n: x.double() for n, x in vars(views.slots).items() if n in ("weight", "score")}
+    slots = Slots(position=views.slots.position.clone(), k=k.double(), v=v.double(), **numbers)
+    state = None if views.state is None else State(views.state.H.double(), views.state.z.double())
+    maps = None
+    if plan.maps is not None:
+        tensors = dict(plan.maps.tensors)
+        for name in ("q_w1", "q_w2", "k_w1", "k_w2"):
+            if tensors[name].dtype == torch.int8:
+                scale = tensors.pop(f"{name}_scale")
+                tensors[name] = reference.dequantize(tensors[name], scale, -2)
+        maps = Maps(plan.maps.kind, {n: x.double() for n, x in tensors.items()})
+    return slots, state, views.seen.clone(), maps
+
+
 class Data:
     """A layer in mid-life: full slots, a state, maps, one new token."""
 
@@ -67,15 +101,8 @@ class Data:
             return torch.randn(*shape, generator=g)
 
         self.q = draw(s.B, s.Q, 1, s.D).to(dtype)
-        self.k, self.v = (draw(s.B, s.K, 1, s.D).to(dtype) for _ in range(2))
-        self.slot_k, self.slot_v = (draw(s.B, s.K, s.S, s.D).to(dtype) for _ in range(2))
-        order = torch.arange(s.S, dtype=torch.int32)
-        self.position = order.expand(s.B, s.K, s.S).contiguous()
-        self.seen = torch.full((s.B,), s.S, dtype=torch.int64)
-        self.score = torch.rand(s.B, s.K, s.S, generator=g)
-        self.weight = torch.zeros(s.B, s.K, s.S)
-        self.H, self.z = draw(s.B, s.K, s.R, s.D), torch.rand(s.B, s.K, s.R, generator=g)
-        self.share = torch.zeros(s.B, s.K, dtype=torch.float64)
+        k, v = (draw(s.B, s.K, 1, s.D).to(dtype) for _ in range(2))
+        self.new = Rows(k, v)
         self.phi_q = torch.rand(s.B, s.Q, 1, s.R, generator=g)
         self.psi_k = torch.rand(s.B, s.K, 1, s.R, generator=g)
         self.maps = {
@@ -86,25 +113,47 @@ class Data:
             "k_w2": draw(s.K, s.E, s.R) / s.E**0.5,
             "k_bias": draw(s.K, s.R),
         }
-        self.scale = s.D**-0.5
+        spec = LayerSpec(
+            q_heads=s.Q,
+            scale=s.D**-0.5,
+            decay=0.98,
+            rule=Rule(recent=s.S // 2, sinks=0, by_score=True, per_age=False),
+            victim="fold",
+        )
+        layout = PageLayout(s.K, s.D, s.S, dtype, s.R)
+        self.plan = LayerPlan(spec, layout, PackedMaps.pack(self.maps, "exp"))
+        (pool,) = allocate([layout], s.B)
+        self.at = Paged(pool)
+        (views,) = layout.views(pool)
+        for x in (views.slots.k, views.slots.v):
+            x.copy_(draw(s.B, s.K, s.S, s.D))
+        views.slots.position.copy_(torch.arange(s.S).expand(s.B, s.K, s.S))
+        views.slots.score.copy_(torch.rand(s.B, s.K, s.S, generator=g))
+        views.seen.fill_(s.S)
+        assert views.state is not None
+        views.state.H.copy_(draw(s.B, s.K, s.R, s.D))
+        views.state.z.copy_(torch.rand(s.B, s.K, s.R, generator=g))
+        self.views, self.state = views, views.state
 
-    def slots(self) -> tuple[Tensor, ...]:
-        """Slots and what is kept beside each."""
-        return self.slot_k, self.slot_v, self.position, self.score, self.weight
+    def wide_call(self) -> tuple[Tensor, Rows]:
+        """Queries, keys and values of the token in float64."""
+        return self.q.double(), Rows(self.new.k.double(), self.new.v.double())
 
 
 def fold(s: Shape, dtype: torch.dtype) -> Case:
     """One evicted token per head into H and z."""
     a = Data(s, dtype)
+    H, z = a.state.H.contiguous(), a.state.z.contiguous()
 
     def error() -> float:
-        H, z = reference.fold(a.H.double(), a.z.double(), a.psi_k.double(), a.v.double())
-        ops.fold(a.H, a.z, a.psi_k, a.v)
-        return max(difference(a.H, H), difference(a.z, z))
+        wide = State(H.double(), z.double())
+        want = reference.fold(wide, a.psi_k.double(), a.new.v.double())
+        ops.fold(H, z, a.psi_k, a.new.v)
+        return max(difference(H, want.H), difference(z, want.z))
 
     heads = s.B * s.K
     return Case(
-        run=lambda: ops.fold(a.H, a.z, a.psi_k, a.v),
+        run=lambda: ops.fold(H, z, a.psi_k, a.new.v),
         error=error,
         bytes=heads * (8 * s.R * s.D + 12 * s.R + s.D * dtype.itemsize),
         formula="BK(8RD + 12R + D bytes)",
@@ -134,14 +183,13 @@ def quantize(s: Shape, dtype: torch.dtype) -> Case:
 def feature_map(s: Shape, dtype: torch.dtype) -> Case:
     """Phi of one token's queries."""
     a = Data(s, dtype)
-    wide = {name: weight.double() for name, weight in a.maps.items()}
+    wide = Maps("exp", {name: weight.double() for name, weight in a.maps.items()})
 
     def error() -> float:
-        want = reference.phi(a.q.double(), wide, "exp")
-        return difference(ops.phi(a.q, a.maps, "exp"), want)
+        return difference(ops.phi(a.q, a.plan), reference.phi(a.q.double(), wide))
 
     return Case(
-        run=lambda: ops.phi(a.q, a.maps, "exp"),
+        run=lambda: ops.phi(a.q, a.plan),
         error=error,
         bytes=s.Q * (4 * (s.D * s.E + s.E * s.R + s.R) + s.B * (s.D * dtype.itemsize + 4 * s.R)),
         formula="Q(4(DE + ER + R) + B(D bytes + 4R))",
@@ -151,19 +199,18 @@ def feature_map(s: Shape, dtype: torch.dtype) -> Case:
 def chunk_attention(s: Shape, dtype: torch.dtype) -> Case:
     """One token's queries over slots, state and itself; scores updated."""
     a = Data(s, dtype)
-    options = {"scale": a.scale, "decay": 0.98}
 
-    def run() -> tuple[Tensor, ...]:
-        low = {"phi_q": a.phi_q, "H": a.H, "z": a.z}
-        return ops.chunk_attention(a.q, a.k, a.v, None, *a.slots(), **low, **options)
+    def run() -> reference.Attended:
+        return ops.chunk_attention(a.q, a.new, None, a.at, a.plan, phi_q=a.phi_q)
 
     def error() -> float:
-        inputs = (a.q, a.k, a.v, None, *a.slots())
-        wide = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
-        low = {"phi_q": a.phi_q.double(), "H": a.H.double(), "z": a.z.double()}
-        want = reference.chunk_attention(*wide, **low, **options)  # type: ignore[arg-type]
-        out, slot_score, *_ = run()
-        return max(difference(out, want.out), difference(slot_score, want.slot_score))
+        q, new = a.wide_call()
+        slots, state, _, _ = widened(a.plan, a.at)
+        want = reference.chunk_attention(
+            q, new, None, slots, a.plan.spec, phi_q=a.phi_q.double(), state=state
+        )
+        got = run()
+        return max(difference(got.out, want.out), difference(got.score, want.score))
 
     tokens = 2 * s.D * dtype.itemsize * (s.S + 1)
     return Case(
@@ -196,21 +243,21 @@ def prompt_scores(s: Shape, dtype: torch.dtype) -> Case:
 def compact(s: Shape, dtype: torch.dtype) -> Case:
     """One token enters, one leaves and is folded."""
     a = Data(s, dtype)
-    chunk_score = torch.full((s.B, s.K, 1), 0.1)
-    rule = Rule(recent=s.S // 2, sinks=0, by_score=True, per_age=False)
-    low = {"maps": a.maps, "kind": "exp", "rule": rule}
+    score = torch.cat([a.views.slots.score, torch.full((s.B, s.K, 1), 0.1)], 2)
 
     def run() -> None:
-        ops.compact(a.k, a.v, chunk_score, a.score, None, *a.slots(), a.seen, H=a.H, z=a.z, **low)
+        ops.compact(a.new, None, score, a.at, a.plan)
 
     def error() -> float:
+        slots, state, seen, maps = widened(a.plan, a.at)
+        _, new = a.wide_call()
         want = reference.compact(
-            a.k, a.v, chunk_score, None, *a.slots(), a.seen, H=a.H, z=a.z, **low
+            new, None, score.double(), slots, seen, a.plan.spec, state=state, maps=maps
         )
         run()
-        if not torch.equal(a.position, want.position):
+        if not torch.equal(a.views.slots.position, want.slots.position) or want.state is None:
             return float("inf")
-        return max(difference(a.H, want.H), difference(a.z, want.z))
+        return max(difference(a.state.H, want.state.H), difference(a.state.z, want.state.z))
 
     moved = 4 * s.D * dtype.itemsize  # the victim is read, the new token read and written
     return Case(
@@ -225,27 +272,22 @@ def compact(s: Shape, dtype: torch.dtype) -> Case:
 def decode_step(s: Shape, dtype: torch.dtype) -> Case:
     """The fused op: attention, scores, the victim folded, the token in its place."""
     a, check = Data(s, dtype), Data(s, dtype)
-    rule = Rule(recent=s.S // 2, sinks=0, by_score=True, per_age=False)
     out = torch.empty_like(a.q)
 
     def run(a: Data = a) -> None:
-        ops.decode_step(
-            a.q, a.k, a.v, None, out, *a.slots(), a.seen, H=a.H, z=a.z, share=a.share,
-            maps=a.maps, kind="exp", scale=a.scale, decay=0.98, rule=rule,
-        )  # fmt: skip
+        ops.decode_step(Call(a.q, a.new.k, a.new.v, out=out), a.at, a.plan)
 
     def error() -> float:
-        inputs = (check.q, check.k, check.v, None, *check.slots(), check.seen)
-        wide = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+        slots, state, seen, maps = widened(check.plan, check.at)
+        q, new = check.wide_call()
         attended, after = reference.decode_step(
-            *wide, H=check.H.double(), z=check.z.double(),  # type: ignore[arg-type]
-            maps={n: x.double() for n, x in check.maps.items()}, scale=check.scale, decay=0.98,
-            rule=rule,
-        )  # fmt: skip
+            q, new, None, slots, state, seen, check.plan.spec, maps
+        )
         run(check)
-        if not torch.equal(check.position, after.position) or after.H is None:
+        same = torch.equal(check.views.slots.position, after.slots.position)
+        if not same or after.state is None:
             return float("inf")
-        return max(difference(out, attended.out), difference(check.H, after.H))
+        return max(difference(out, attended.out), difference(check.state.H, after.state.H))
 
     heads = s.B * s.K
     return Case(
@@ -278,14 +320,14 @@ def step(s: Shape, dtype: torch.dtype) -> Case:
 
     def error() -> float:
         check, plain = cache("native"), cache("reference")
-        got, want = (c.attend(0, a.q, a.k, a.v) for c in (check, plain))
+        got, want = (c.attend(0, a.q, a.new.k, a.new.v) for c in (check, plain))
         if not torch.equal(check.positions(0).sort().values, plain.positions(0).sort().values):
             return float("inf")
         return difference(got, want)
 
     parts = [make(s, dtype).bytes for make in (feature_map, chunk_attention, compact)]
     return Case(
-        run=lambda: native.attend(0, a.q, a.k, a.v),
+        run=lambda: native.attend(0, a.q, a.new.k, a.new.v),
         error=error,
         bytes=sum(parts),
         formula="feature_map + chunk_attention + compact",

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import TOLERANCE, Shape, difference
+from bench.cases import TOLERANCE, Shape, difference, widened
 from bench.interleave import Contender, ReadRate, interleave, layers_for
-from less import H2O, LessKVCache, Sidekick, ops, reference
+from less import H2O, LessKVCache, PageLayout, Sidekick, reference
+from less.backend import ops
+from less.layer import Call, LayerPlan, LayerSpec, PackedMaps, Paged, Rows, allocate
 from less.policies import Rule
 
 MODELS = {
@@ -98,55 +100,52 @@ class Layers:
         """Fill them."""
         s = group.shape
         self.shape, self.group = s, group
-        self.rule = Rule(recent=s.S // 2, sinks=0, by_score=True, per_age=False)
         self.q = draw(s.B, s.Q, 1, s.D, seed=1, dtype=group.model)
         self.k = draw(s.B, s.K, 1, s.D, seed=2, dtype=group.model)
         self.v = draw(s.B, s.K, 1, s.D, seed=3, dtype=group.model)
         self.out = torch.empty_like(self.q)
-        self.held: list[dict[str, Any]] = []
         weights = sidekick(s, layers, maps) if maps is not None else None
-        for i in range(layers):
-            wide = [draw(s.B, s.K, s.S, s.D, seed=4 + i + j, dtype=torch.float32) for j in (0, 99)]
-            g = torch.Generator().manual_seed(i)
-            at: dict[str, Any] = {
-                "position": torch.randperm(s.S, generator=g)
-                .to(torch.int32)
-                .expand(s.B, s.K, s.S)
-                .contiguous(),
-                "score": torch.rand(s.B, s.K, s.S, generator=g),
-                "weight": torch.zeros(s.B, s.K, s.S),
-                "seen": torch.full((s.B,), s.S, dtype=torch.int64),
-            }
-            for name, x in zip("kv", wide, strict=True):
+        spec = LayerSpec(
+            q_heads=s.Q,
+            scale=s.D**-0.5,
+            decay=0.98,
+            rule=Rule(recent=s.S // 2, sinks=0, by_score=True, per_age=False),
+            victim="forget" if weights is None else "fold",
+        )
+        layout = PageLayout(s.K, s.D, s.S, group.slots, 0 if weights is None else s.R)
+        self.plans = [
+            LayerPlan(spec, layout, None if weights is None else PackedMaps.pack(weights[i], "exp"))
+            for i in range(layers)
+        ]
+        attends = replace(spec, victim="none", scores=False)
+        self.attends = [LayerPlan(attends, layout, plan.maps) for plan in self.plans]
+        self.at = [Paged(pool) for pool in allocate([layout] * layers, s.B)]
+        for i, at in enumerate(self.at):
+            (views,) = layout.views(at.pool)
+            for name, j in (("k", 0), ("v", 99)):
+                x = draw(s.B, s.K, s.S, s.D, seed=4 + i + j, dtype=torch.float32)
                 if group.slots == torch.int8:
-                    at[f"slot_{name}"], at[f"{name}_scale"] = reference.quantize(x)
-                else:
-                    at[f"slot_{name}"] = x.to(group.slots)
-            if weights is not None:
-                at["H"] = torch.randn(s.B, s.K, s.R, s.D, generator=g)
-                at["z"] = torch.rand(s.B, s.K, s.R, generator=g) + 1
-                at["share"] = torch.zeros(s.B, s.K, dtype=torch.float64)
-                at["maps"] = {n: x.contiguous() for n, x in weights[i].items()}
-            self.held.append(at)
+                    x, scale = reference.quantize(x)
+                    getattr(views.slots, f"{name}_scale").copy_(scale)
+                getattr(views.slots, name).copy_(x)
+            g = torch.Generator().manual_seed(i)
+            order = torch.randperm(s.S, generator=g)
+            views.slots.position.copy_(order.expand(s.B, s.K, s.S))
+            views.slots.score.copy_(torch.rand(s.B, s.K, s.S, generator=g))
+            views.seen.fill_(s.S)
+            if views.state is not None:
+                views.state.H.copy_(torch.randn(s.B, s.K, s.R, s.D, generator=g))
+                views.state.z.copy_(torch.rand(s.B, s.K, s.R, generator=g) + 1)
 
     @property
     def bytes(self) -> int:
         """Of k and v that a layer's step must read."""
-        names = ("slot_k", "slot_v", "k_scale", "v_scale")
-        return sum(self.held[0][n].nbytes for n in names if n in self.held[0])
+        return self.shape.B * self.plans[0].layout.bytes_of("k", "v", "k_scale", "v_scale")
 
     def run(self, i: int, victim: str | None = None) -> None:
         """Layer i's step; ``victim="none"`` is attention alone."""
-        at = self.held[i]
-        low = at if victim is None else {}
-        ops.decode_step(
-            self.q, self.k, self.v, None, self.out,
-            at["slot_k"], at["slot_v"], at["position"], at["score"], at["weight"], at["seen"],
-            k_scale=at.get("k_scale"), v_scale=at.get("v_scale"),
-            H=low.get("H"), z=low.get("z"), share=low.get("share"), maps=low.get("maps"),
-            scale=self.shape.D**-0.5, decay=0.98, scores=victim is None, rule=self.rule,
-            victim=victim or ("fold" if "H" in at else "forget"),
-        )  # fmt: skip
+        plan = self.plans[i] if victim is None else self.attends[i]
+        ops.decode_step(Call(self.q, self.k, self.v, out=self.out), self.at[i], plan)
 
     def check(self) -> float:
         """Runs layer 0 beside the reference in float64; the error relative to the largest value.
@@ -154,36 +153,19 @@ class Layers:
         Raises:
             NotCorrectError: It is beyond the dtype's tolerance, or another token was evicted.
         """
-        at = self.held[0]
-        wide: dict[str, Any] = {}
-        for name in "kv":
-            x = at[f"slot_{name}"]
-            if self.group.slots == torch.int8:
-                x = reference.dequantize(x, at[f"{name}_scale"])
-            wide[name] = x.double()
-
-        def rounded(x: Tensor) -> Tensor:
-            if self.group.slots == torch.int8:
-                return reference.dequantize(*reference.quantize(x)).double()
-            return x.to(self.group.slots).double()
-
-        maps = dict(at["maps"]) if "maps" in at else None
-        if maps is not None:
-            for name in ("q_w1", "q_w2", "k_w1", "k_w2"):
-                if maps[name].dtype == torch.int8:
-                    maps[name] = reference.dequantize(maps[name], maps.pop(f"{name}_scale"), -2)
-            maps = {n: x.double() for n, x in maps.items()}
+        plan, at = self.plans[0], self.at[0]
+        new = Rows(*reference.floats(reference.rounded(self.k, self.v, self.group.slots)))
+        slots, state, seen, maps = widened(plan, at)
         attended, after = reference.decode_step(
-            self.q.double(), rounded(self.k), rounded(self.v), None, wide["k"], wide["v"],
-            at["position"], at["score"].double(), at["weight"].double(), at["seen"],
-            H=at["H"].double() if maps is not None else None,
-            z=at["z"].double() if maps is not None else None,
-            maps=maps, scale=self.shape.D**-0.5, decay=0.98, rule=self.rule,
+            self.q.double(), Rows(new.k.double(), new.v.double()), None, slots, state, seen,
+            plan.spec, maps,
         )  # fmt: skip
         self.run(0)
         tolerance = TOLERANCE[self.group.model]
         error = difference(self.out, attended.out)
-        same = torch.equal(at["position"].sort(-1).values, after.position.sort(-1).values)
+        (views,) = plan.layout.views(at.pool)
+        kept, wanted = views.slots.position, after.slots.position
+        same = torch.equal(kept.sort(-1).values, wanted.sort(-1).values)
         if not (error <= tolerance and same):
             raise NotCorrectError(
                 f"decode_step {self.shape.name} {self.group.dtype}: off by {error:.2g}, wanted at "

@@ -27,6 +27,12 @@ LESS_HD int64_t offset(const HeadRows& rows, int64_t b, int64_t h, int64_t t) {
   return b * rows.b + h * rows.h + t * rows.t;
 }
 
+// Rows of a contiguous array [B, heads, T, D].
+inline HeadRows contiguous_rows(const void* data, DType dtype, int64_t heads, int64_t T,
+                                int64_t D) {
+  return {.data = const_cast<void*>(data), .dtype = dtype, .b = heads * T * D, .h = T * D, .t = D};
+}
+
 // What becomes of the token that leaves. `none`: nothing joins and nothing leaves, so that a step
 // is attention alone, which writes out and share and nothing else.
 enum class Victim : int32_t { none = 0, forget = 1, fold = 2 };

@@ -20,7 +20,7 @@ BETA = 20.0  # PyramidKV's
 
 
 def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, tokens: int, rank: int = 0) -> int:
-    """Bytes of one layer of one sequence: slots of so many tokens a head, state, counters.
+    """Bytes of the page of one layer of one sequence: slots, state, header.
 
     Args:
         kv_heads: Kv heads K.

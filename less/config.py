@@ -41,20 +41,20 @@ class LessConfig:
     Attributes:
         tokens: Tokens per kv head, the mean over layers; or a list of one number per layer.
         share: Tokens per kv head as a share of the prompt's, the mean over layers, in (0, 1].
-        bytes: What slots, low-rank state and the windows of layers that slide hold at most, all
-            layers and rows together: a number or a text as "64MiB". (Of a sharded model: in this
-            process.) The sidekick's maps are weights, held once beside it.
+        bytes: The most that pages (slots, low-rank state, headers) and the windows of sliding
+            layers take, over all layers and rows: a number, or a text such as "64MiB". For a
+            sharded model, of this process. The sidekick's maps are weights and come on top.
         shape: "uniform", "pyramid" (``less.budget.pyramid``), or a list of one weight per layer, in
             proportion to which the budget is dealt out.
-        beta: Of the pyramid: the last layer gets 1 / beta of the mean.
-        full_layers: So many first layers keep every token (``Full``), of those that do not slide:
-            layers that slide bound themselves. Their weights in ``shape`` are not used. A budget
-            in bytes includes them; in tokens or as a share it is that of the others.
-        max_tokens: Tokens that full layers have room for, prompt, new tokens and padding.
-        policy: Who stays; its own capacity is replaced, its proportions are kept. None: the policy
+        beta: For the pyramid: the last layer gets 1 / beta of the mean.
+        full_layers: The number of first layers that keep every token (``Full``), not counting
+            sliding layers. Their weights in ``shape`` are not used. A budget in bytes includes
+            them; a budget in tokens or as a share is that of the other layers.
+        max_tokens: Room of full layers in tokens: prompt, new tokens and padding.
+        policy: Which tokens stay; its proportions count, its capacity is replaced. None: the policy
             that the sidekick was trained with, or ``default_policy``.
-        dtype: Of the slots, by name; None is the model's.
-        sidekick: Folder or shipped name of the feature maps; None is eviction alone.
+        dtype: Of the slots, by name; None: the model's.
+        sidekick: Folder or shipped name of the feature maps; None: evicted tokens are forgotten.
 
     Raises:
         ValueError: A setting is wrong, or contradicts another; the message names it.
@@ -230,8 +230,8 @@ class LessConfig:
 
         Args:
             layers: Number of layers.
-            layer_bytes: For ``bytes``: what one layer takes that keeps so many tokens a head, all
-                rows together, given the tokens and whether the layer evicts, hence has a state.
+            layer_bytes: For ``bytes``: a function from the tokens per head that a layer keeps, and
+                whether it evicts and so may have a state, to the layer's bytes over all rows.
             native: Indices of native layers.
             prompt_tokens: For ``share``.
             max_tokens: In place of the config's.

@@ -1,14 +1,14 @@
-"""Number formats: what rows and maps may be held in, and the numbers by which kernels know them."""
+"""Number formats of rows and maps, and the codes by which kernels know them."""
 
 from __future__ import annotations
 
 import torch
 
-#: What queries, keys and values may come in.
+#: Dtypes of queries, keys and values that a caller passes.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: Formats whose rows have a float32 scale each: the largest number of each.
 EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-#: What the matrices of feature maps may be held in.
+#: Dtypes that the matrices of feature maps may have.
 MAP_DTYPES = (*FLOATS, torch.int8)
 
 #: The numbers of ``DType`` in csrc/common/dtype.h; float64 is the reference's alone.
@@ -28,7 +28,7 @@ def has_scale(dtype: torch.dtype) -> bool:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What scores, log-weights and the state are held in beside rows of ``dtype``."""
+    """The dtype of scores, log-weights and state beside rows of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -60,6 +60,12 @@ def random_maps(Q, K, D, E, R, kind, seed=0, dtype=torch.float32):
     }
 
 
+def held(cache, layer):
+    """What a layer of a cache holds, by the names of a page's fields: views [B, K, ...]."""
+    (views,) = cache.layouts[layer].views(cache.pools[layer])
+    return views.tensors()
+
+
 def misplaced(x):
     """The same numbers, one element off where memory was allocated."""
     return x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)

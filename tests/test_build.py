@@ -206,7 +206,7 @@ def test_unknown_settings_are_refused_by_name(
 
 @pytest.mark.slow
 def test_kernels_compile_without_torch_and_the_package_takes_them(tmp_path: Path) -> None:
-    for name in ("csrc", "tools", "bench/cpp"):
+    for name in ("csrc", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -298,11 +298,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sdist_holds_the_sources_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("csrc", "emulator", "less", "tests", "tools")
+    folders = ("csrc", "emulator", "examples", "less", "tests", "tools")
     tracked = call("git", "ls-files", *folders).stdout.split("\n")
     present = {name for name in tracked if name and (ROOT / name).exists()}
     assert not present - names
-    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or "build/" in name]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from less import H2O, Full, LessKVCache, Sidekick, SinkRecent
+from less.layer import PackedMaps
 from tests.helpers import random_maps, random_qkv
 
 MIXED = [Full(40), H2O(3, 5), H2O(9, 2, decay=0.9), SinkRecent(2, 4)]
@@ -80,11 +81,14 @@ def test_stats_and_memory_are_those_of_the_layers():
     assert stats["memory_share"][0] == 0
     assert all(0 < s < 1 for s in stats["memory_share"][1:])
     memory = cache.memory()
-    assert memory["slots"] == 2 * 2 * sum(p.capacity for p in MIXED) * (2 * 8 * 4 + 12)
-    assert memory["state"] == 2 * 2 * 3 * 4 * 3 * (8 + 1)  # three layers evict
-    assert memory["maps"] == sum(
-        t.nbytes for layer in list(sidekick(4))[1:] for t in layer.values()
-    )
+    layouts = cache.layouts
+    assert [layout.capacity for layout in layouts] == [p.capacity for p in MIXED]
+    assert [layout.rank for layout in layouts] == [0, 3, 3, 3]  # three layers evict
+    assert memory["state"] == 2 * sum(layout.bytes_of("H", "z") for layout in layouts)
+    pages = 2 * sum(layout.nbytes for layout in layouts)
+    assert memory["slots"] + memory["state"] + memory["workspace"] == pages
+    maps = [PackedMaps.pack(layer, sidekick(4).kind) for layer in list(sidekick(4))[1:]]
+    assert memory["maps"] == sum(packed.memory.nbytes for packed in maps)
 
 
 def test_a_token_too_many_for_a_full_layer_is_refused_and_changes_nothing():

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from less import H2O, LessKVCache, Sidekick, SinkRecent
+from less.layer import PackedMaps
+from tests import helpers
 from tests.helpers import assert_close, random_maps, random_qkv
 from tests.ops import flat_reference as reference
 
@@ -94,7 +96,8 @@ def test_small_maps_serve_slots_of_any_dtype(simd, kind, slots, maps):
         LessKVCache(1, 6, 2, 16, 2, POLICIES[1], sidekick, dtype=slots, backend=b)
         for b in ("native", "reference")
     )
-    assert native.memory()["maps"] == plain.memory()["maps"] == sidekick.nbytes
+    packed = PackedMaps.pack(sidekick[0], kind)
+    assert native.memory()["maps"] == plain.memory()["maps"] == packed.memory.nbytes
     calls = [30, 1, 1, 5, 1, 40, 1]
     q, k, v = random_qkv(2, 6, 2, sum(calls), 16, seed=4)
     start = 0
@@ -225,9 +228,7 @@ def test_a_slot_log_weight_counts_as_that_many_equal_tokens():
     once = LessKVCache(1, 2, 1, 8, 1, H2O(2, 2))
     twice.attend(0, q[:, :, :3], *(x[:, :, [0, 0, 1]] for x in (k, v)))
     once.attend(0, q[:, :, :2], k[:, :, :2], v[:, :, :2])
-    d = once.state_dict()
-    d["tensors"]["0.weight"][0, 0, 0] = torch.log(torch.tensor(2.0))
-    once.load_state_dict(d)
+    helpers.held(once, 0)["weight"][0, 0, 0] = torch.log(torch.tensor(2.0))
     assert once.weights(0)[0, 0, 0] > 0
     last = [x[:, :, 3:4] for x in (q, k, v)]
     assert_close(once.attend(0, *last), twice.attend(0, *last), torch.float32)

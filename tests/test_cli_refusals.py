@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from less.cli import main
 from less.evaluate import assets
 from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_sidekick
 
+ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
 
@@ -46,6 +49,8 @@ def world(tmp_path_factory):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = template
         tokenizer.save_pretrained(root / name)
+    shutil.copytree(root / "model", root / "scrambled")
+    (root / "scrambled" / "tokenizer_config.json").write_text("{")
     (root / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(40)))
     (root / "latin.txt").write_bytes(b"caf\xe9")
     (root / "empty").mkdir()
@@ -117,7 +122,8 @@ WRONG = [
     (("train",), "--held 2", "held must be in 1..1"),
     (("train",), "--rank 0", "rank must be a whole number >= 1"),
     (("train",), "--device nowhere", "--device nowhere"),
-    (("chat",), "--model model", "has no chat template"),
+    (("chat",), "--model model", "model has no chat template"),
+    (("chat",), "--model scrambled", "tokenizer_config.json is damaged"),
     (("chat",), "--model strict --system Brief.", "chat template fails: no system role"),
     (("chat",), "--bytes many", "bytes"),
     (("chat",), "--bytes 100", "cannot hold one token per head"),
@@ -136,8 +142,7 @@ def status(command, more, world, monkeypatch):
     """Exit status of a right call with `more` behind it, in the world's folder."""
     if command == "lm-eval":
         pytest.importorskip("lm_eval")
-        if not (world / "tasks").exists():
-            shutil.copytree("docs/lm-eval", world / "tasks")
+        shutil.copytree(ROOT / "docs" / "lm-eval", world / "tasks", dirs_exist_ok=True)
     monkeypatch.chdir(world)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = sorted(world.rglob("*"))
@@ -164,8 +169,6 @@ def test_a_right_call_does_load_the_model(no_model, world, monkeypatch, command)
 
 
 def test_a_file_that_must_not_be_read_is_named(no_model, world, monkeypatch, capsys):
-    from pathlib import Path
-
     def refuse(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -186,6 +189,38 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once(no_model, world, monkeyp
     assert status("evaluate", "--model nobody/nothing", world, monkeypatch) == 2
     assert "the hub does not give it: the hub is away" in capsys.readouterr().err
     assert asked == [("nobody/nothing", 2)]
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("evaluate", "--dtype float64"),
+        ("evaluate", "--text nowhere.txt"),
+        ("evaluate", "--out text.txt/out"),
+        ("demo", "--update page.md"),
+        ("train", "--text nowhere.txt"),
+        ("chat", "--model ./nowhere"),
+        ("chat", "--model model"),
+        ("lm-eval", "--tasks recal"),
+    ],
+)
+def test_files_and_names_are_refused_before_torch_is_imported(world, command, more):
+    if command == "lm-eval":
+        pytest.importorskip("lm_eval")
+    script = (
+        "import sys; from less.cli import main\n"
+        "try:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as left:\n    status = left.code\n"
+        "sys.exit(77 if 'torch' in sys.modules else status)"
+    )
+    arguments = [command, *RIGHT[command].split(), *more.split()]
+    if command == "lm-eval":
+        shutil.copytree(ROOT / "docs" / "lm-eval", world / "tasks", dirs_exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
 
 
 @pytest.mark.slow

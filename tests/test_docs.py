@@ -125,6 +125,14 @@ def write_gguf(model, tokenizer, file):
     writer.close()
 
 
+def test_architecture(names):
+    done = run("architecture.md", names)
+    (views,) = done["layout"].views(done["layout"].check_pool("test", done["pool"]))
+    assert views.seen[[3, 7]].tolist() == [301, 41]
+    assert not done["out"][2].any()
+    assert done["out"][:2].isfinite().all()
+
+
 def test_budgets(names):
     done = run("budgets.md", names)
     assert [p.capacity for p in done["pyramid"].policies] == [112, 16]
@@ -151,7 +159,7 @@ def test_every_link_between_pages_leads_somewhere():
         return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
 
     dead = []
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+    for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if "://" in target:
                 continue
@@ -160,3 +168,29 @@ def test_every_link_between_pages_leads_somewhere():
             if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
                 dead.append(f"{page.name}: {target}")
     assert not dead
+
+
+def recipes():
+    """CONTRIBUTING.md's recipes: title -> the product files that its table lists."""
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text()
+    sections = text.partition("\n## Recipes\n")[2].split("\n### ")[1:]
+    return {
+        section.splitlines()[0]: re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+        for section in sections
+    }
+
+
+def test_every_file_that_contributing_names_exists():
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)+)`", text)
+    assert len(named) > 70
+    assert not [name for name in named if not (DOCS.parent / name).exists()]
+
+
+def test_the_recipes_list_as_many_product_files_as_they_say():
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text()
+    said = {name: int(n) for name, n in re.findall(r"^\| \[([^]]+)\].*?\| (\d+) \|", text, re.M)}
+    assert said == {name: len(set(files)) for name, files in recipes().items()}
+    assert all(
+        file.startswith(("less/", "csrc/")) for files in recipes().values() for file in files
+    )

@@ -8,6 +8,7 @@ import torch
 
 from less import H2O, LessKVCache, Sidekick, SinkRecent
 from less.cli import main
+from less.files import read_text, text_files
 from less.fit import (
     LayerWalk,
     Recipe,
@@ -20,7 +21,6 @@ from less.fit import (
     train,
 )
 from less.fit.start import START, Trainable
-from less.fit.text import read_text, text_files
 from tests.helpers import HeavyValues, random_qkv
 from tests.ops import flat_reference as reference
 from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_model

@@ -17,6 +17,7 @@ from less.hf.families import FAMILIES, REFUSED
 from less.hf.matrix import CELLS, PASS, Case, Row
 from less.hf.models import ARCHITECTURES
 from less.hf.models import REFUSED as REFUSED_TYPES
+from tests.helpers import held
 from tests.test_hf import BACKENDS, footprint
 
 DOCS = Path(__file__).parents[1] / "docs" / "transformers.md"
@@ -129,7 +130,7 @@ def test_a_snapshot_that_loses_something_is_noticed(monkeypatch):
 
     def forgetful(self, d):
         load(self, d)
-        self._layers[0].score.zero_()
+        held(self, 0)["score"].zero_()
 
     monkeypatch.setattr(less.LessKVCache, "load_state_dict", forgetful)
     with pytest.raises(matrix.MatrixError, match="logits of step"):

@@ -20,6 +20,9 @@ def build(**changes):
     return LessKVCache(**{**SHAPE, "policy": H2O(4, 4), "sidekick": sidekick(), **changes})
 
 
+PAGE = build().layouts[1].nbytes
+
+
 class Broken(Policy):
     """Ranks what it is told to."""
 
@@ -186,20 +189,20 @@ METHODS = [
         "load_state_dict: kind must be 'exp', got ''",
     ),
     (
-        lambda c: c.load_state_dict(damaged(c, lambda t: t.pop("1.H"))),
-        "load_state_dict: tensors missing: ['1.H'], unknown: []",
+        lambda c: c.load_state_dict(damaged(c, lambda t: t.pop("1.page"))),
+        "load_state_dict: tensors missing: ['1.page'], unknown: []",
     ),
     (
-        lambda c: c.load_state_dict(damaged(c, lambda t: t.update({"2.H": t["1.H"]}))),
-        "load_state_dict: tensors missing: [], unknown: ['2.H']",
+        lambda c: c.load_state_dict(damaged(c, lambda t: t.update({"2.page": t["1.page"]}))),
+        "load_state_dict: tensors missing: [], unknown: ['2.page']",
     ),
     (
-        lambda c: c.load_state_dict(damaged(c, lambda t: t.update({"1.z": t["1.z"][:1]}))),
-        "load_state_dict: 1.z must have shape [2, 2, 3], got [1, 2, 3]",
+        lambda c: c.load_state_dict(damaged(c, lambda t: t.update({"1.page": t["1.page"][:1]}))),
+        f"load_state_dict: 1.page must have shape [2, {PAGE}], got [1, {PAGE}]",
     ),
     (
-        lambda c: c.load_state_dict(damaged(c, lambda t: t.update({"1.z": t["1.z"].half()}))),
-        "load_state_dict: 1.z must have dtype torch.float32, got torch.float16",
+        lambda c: c.load_state_dict(damaged(c, lambda t: t.update({"1.page": t["1.page"].half()}))),
+        "load_state_dict: 1.page must have dtype torch.uint8, got torch.float16",
     ),
     (
         lambda c: c.load_state_dict({**c.state_dict(), "columns": [1]}),

@@ -108,9 +108,10 @@ def test_a_policy_of_waiting_that_is_set_is_kept(
 
 
 @pytest.mark.parametrize(("word", "waits"), [("demo", True), ("info", False)])
-def test_commands_that_compute_start_anew_with_threads_that_sleep(word: str, waits: bool) -> None:
+def test_commands_that_compute_run_with_threads_that_sleep(word: str, waits: bool) -> None:
+    """Where torch, and so OpenMP, is loaded already, they start anew."""
     code = (
-        "import os, sys\n"
+        "import os, sys, torch\n"
         "from less.cli import command\n"
         "print('waiting:', os.environ.get('OMP_WAIT_POLICY'))\n"
         f"sys.argv = ['less-kv', '{word}', '--help']\n"
@@ -123,3 +124,19 @@ def test_commands_that_compute_start_anew_with_threads_that_sleep(word: str, wai
     said = [line for line in done.stdout.splitlines() if line.startswith("waiting:")]
     assert said == ["waiting: None", "waiting: passive"][: 1 + waits]
     assert done.stdout.count("usage: less-kv") == 1
+
+
+def test_a_command_loads_no_torch_before_it_has_set_how_threads_wait() -> None:
+    code = (
+        "import os, sys\n"
+        "import less.cli\n"
+        "from less.cli import threads\n"
+        "assert 'torch' not in sys.modules\n"
+        "threads.wait_passively()\n"
+        "print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in threads.WAITING}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "passive\n"

@@ -56,14 +56,11 @@ void DeviceLayer::move(T*& pointer) const {
   if (pointer != nullptr) pointer = static_cast<T*>(device_.at(pointer));
 }
 
-void DeviceLayer::move(Slots& slots) const {
-  move(slots.k);
-  move(slots.v);
-  move(slots.k_scale);
-  move(slots.v_scale);
-  move(slots.position);
-  move(slots.score);
-  move(slots.weight);
+void DeviceLayer::move(HeadRows& rows) const { move(rows.data); }
+
+void DeviceLayer::move(CallRows& call) const {
+  move(call.k);
+  move(call.v);
 }
 
 void DeviceLayer::move(FeatureMaps& maps) const {
@@ -74,18 +71,18 @@ void DeviceLayer::move(FeatureMaps& maps) const {
   move(maps.bias);
 }
 
+void DeviceLayer::move(Maps& maps) const {
+  move(maps.phi);
+  move(maps.psi);
+}
+
 DecodeStepParams DeviceLayer::decode_step(void* workspace) const {
   DecodeStepParams p = host_.decode_step(Victim::fold);
+  move(p.pool.data);
+  move(p.maps);
   move(p.q);
   move(p.k);
   move(p.v);
-  move(p.seen);
-  move(p.slots);
-  move(p.H);
-  move(p.z);
-  move(p.share);
-  move(p.phi);
-  move(p.psi);
   move(p.out);
   p.workspace = workspace;
   return p;
@@ -93,16 +90,12 @@ DecodeStepParams DeviceLayer::decode_step(void* workspace) const {
 
 ChunkAttentionParams DeviceLayer::chunk_attention(void* workspace) const {
   ChunkAttentionParams p = host_.chunk_attention();
+  move(p.pool.data);
   move(p.q);
-  move(p.k);
-  move(p.v);
-  move(p.slots);
+  move(p.call);
   move(p.phi_q);
-  move(p.H);
-  move(p.z);
   move(p.out);
-  move(p.slot_score);
-  move(p.chunk_score);
+  move(p.score);
   move(p.share);
   p.received = nullptr;
   p.workspace = workspace;
@@ -111,15 +104,10 @@ ChunkAttentionParams DeviceLayer::chunk_attention(void* workspace) const {
 
 CompactParams DeviceLayer::compact(void* workspace) const {
   CompactParams p = host_.compact();
-  move(p.k);
-  move(p.v);
-  move(p.chunk_score);
-  move(p.slot_score);
-  move(p.slots);
-  move(p.seen);
-  move(p.H);
-  move(p.z);
-  move(p.psi);
+  move(p.pool.data);
+  move(p.maps);
+  move(p.call);
+  move(p.score);
   p.workspace = workspace;
   return p;
 }
@@ -143,15 +131,14 @@ FoldParams DeviceLayer::fold() const {
 
 QuantizeParams DeviceLayer::quantize(DType dtype) const {
   const Shape& s = host_.shape();
-  const void* keys = host_.chunk_attention().k;
-  move(keys);
   QuantizeParams p{};
-  p.x = keys;
+  p.x = chunk_attention(nullptr).call.k;
   p.eight = eight_;
   p.scale = scale_;
-  p.x_dtype = s.T == 1 ? s.model : s.slots;
   p.dtype = dtype;
-  p.rows = s.B * s.K * s.T;
+  p.B = s.B;
+  p.heads = s.K;
+  p.T = s.T;
   p.D = s.D;
   return p;
 }
@@ -160,15 +147,15 @@ PromptScoresParams DeviceLayer::prompt_scores(void* workspace) const {
   const Shape& s = host_.shape();
   const ChunkAttentionParams chunk = chunk_attention(nullptr);
   PromptScoresParams p{};
-  p.q = chunk.q;
-  p.k = chunk.k;
+  p.q = chunk.q.data;
+  p.k = chunk.call.k.data;
   p.lse = lse_;
   p.score = score_;
   p.workspace = workspace;
-  p.q_dtype = chunk.q_dtype;
+  p.q_dtype = chunk.q.dtype;
   p.k_dtype = s.slots;
-  p.scale = chunk.scale;
-  p.decay = chunk.decay;
+  p.scale = chunk.spec.scale;
+  p.decay = chunk.spec.decay;
   p.B = s.B;
   p.Q = s.Q;
   p.K = s.K;

@@ -36,8 +36,10 @@ class DeviceLayer {
   DeviceLayer(const Layer& host, const DeviceLayer* twin);
   template <typename T>
   void move(T*& pointer) const;
-  void move(Slots& slots) const;
+  void move(HeadRows& rows) const;
+  void move(CallRows& call) const;
   void move(FeatureMaps& maps) const;
+  void move(Maps& maps) const;
 
   const Layer& host_;
   std::map<const void*, void*> device_;  // host array -> its copy

@@ -157,7 +157,7 @@ Case decode_step(const Shape& s, bool dependent) {
           0.0,
           [dependent](const DeviceLayer& layer, void* workspace, cudaStream_t stream) {
             DecodeStepParams p = layer.decode_step(workspace);
-            p.dependent = dependent;
+            p.spec.dependent = dependent;
             return cuda::decode_step(p, stream);
           },
           [](const DeviceLayer& layer) {
@@ -322,11 +322,11 @@ void measure(const Case& c, const Layer& host, bool small, double copy, int64_t 
 
 // Ends the program where the graph's steps have not all counted their token.
 void require_seen(const DeviceLayer& layer, int64_t want) {
-  std::vector<int64_t> seen(size_t(layer.decode_step(nullptr).B));
-  require(cudaMemcpy(seen.data(), layer.decode_step(nullptr).seen, seen.size() * sizeof seen[0],
-                     cudaMemcpyDeviceToHost),
-          "cudaMemcpy");
-  for (int64_t got : seen) {
+  const DecodeStepParams p = layer.decode_step(nullptr);
+  for (int64_t b = 0; b < p.B; ++b) {
+    int64_t got = 0;
+    require(cudaMemcpy(&got, seen(page(p.pool, b)), sizeof got, cudaMemcpyDeviceToHost),
+            "cudaMemcpy");
     if (got == want) continue;
     std::fprintf(stderr, "less_gpu: --soak: a row has seen %lld tokens, wanted %lld\n",
                  (long long)got, (long long)want);
@@ -339,7 +339,8 @@ void soak(int64_t replays, bool dependent, cudaStream_t stream) {
   shape.B = 2;
   shape.maps = DType::fp16;
   constexpr int64_t kLayers = 2;
-  const Layer host(shape, 0);
+  const Pools memory(shape, 1);
+  const Layer host(shape, 0, memory.of(0));
   const Graph graph(decode_step(shape, dependent), host, kLayers, stream);
   Clock clock(stream);
   const double seconds = clock.seconds([&] {
@@ -393,9 +394,14 @@ int run(int argc, char** argv) {
   if (replays > 0) {
     soak(replays, dependent, stream);
   } else {
-    std::unique_ptr<Layer> host;  // shared by the cases of a shape: its numbers take seconds
+    // Shared by the cases of a shape: its numbers take seconds.
+    std::unique_ptr<Pools> memory;
+    std::unique_ptr<Layer> host;
     for (const Case& c : all) {
-      if (host == nullptr || host->shape() != c.shape) host = std::make_unique<Layer>(c.shape, 0);
+      if (host == nullptr || host->shape() != c.shape) {
+        memory = std::make_unique<Pools>(c.shape, 1);
+        host = std::make_unique<Layer>(c.shape, 0, memory->of(0));
+      }
       measure(c, *host, small, copy, l2, stream);
     }
   }

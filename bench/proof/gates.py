@@ -52,7 +52,7 @@ EXCEPTIONS: tuple[Narrow, ...] = (
     ),
     Narrow(
         r"^compact_(fold|add)_kernel",
-        r"list\[first|scales\[row_of|psi\[token \* R \+ r\]|part\[strip",
+        r"list\[first|\*scale : 0|psi\[token \* R \+ r\]|part\[strip",
         "one number of a token, or R of its features, R any number; lanes lie side by side",
     ),
     Narrow(
@@ -77,7 +77,7 @@ EXCEPTIONS: tuple[Narrow, ...] = (
     ),
     Narrow(
         r"^decode_step_kernel",
-        r"slots\.(position|score|weight|k_scale|v_scale)\[|masses\[|p\.z\[|plan\.parts\[",
+        r"of(_head)?\.(position|score|weight|k_scale|v_scale)\[|masses\[|z\[r\]|plan\.parts\[",
         "one number of a slot, a part or a feature; lanes lie side by side",
     ),
     Narrow(
@@ -99,7 +99,7 @@ EXCEPTIONS: tuple[Narrow, ...] = (
     ),
     Narrow(
         r"^(attend|column)_kernel",
-        r"static_cast<const uint32_t\*>\(x\)\[at / 4\]|load_four\(x, dtype, at",
+        r"static_cast<const uint32_t\*>\(x\)\[\(from \+ d\) / 4\]|load_four\(x, dtype, from",
         "float32 queries over narrower keys and values, which become sums of parts on the way to "
         "shared memory: four elements a lane, 16 bytes where they are float32",
     ),

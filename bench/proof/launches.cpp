@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <cstdio>
+#include <vector>
 
 #include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
@@ -60,14 +61,28 @@ T* somewhere() {
   return reinterpret_cast<T*>(uintptr_t{1} << 20);
 }
 
-Slots slots_of(const Setting& s) {
-  Slots slots{};
-  slots.k = slots.v = somewhere<void>();
-  slots.position = somewhere<int32_t>();
-  slots.score = slots.weight = somewhere<float>();
-  slots.dtype = DType::fp16;
-  slots.S = s.C;
-  return slots;
+Layout layout_of(const Model& m, const Setting& s) {
+  const std::vector<int64_t> slots(size_t(m.K), s.C);
+  return make_layout(DType::fp16, m.K, m.D, R, slots.data());
+}
+
+Pool pool_of(const Layout& layout, int64_t B) {
+  return {somewhere<unsigned char>(), layout.nbytes, B, nullptr, nullptr, -1};
+}
+
+HeadRows rows_of(const Model& m, int64_t heads, int64_t T) {
+  return contiguous_rows(somewhere<void>(), DType::fp16, heads, T, m.D);
+}
+
+LayerSpec spec_of(const Model& m, const Setting& s) {
+  LayerSpec spec{};
+  spec.Q = m.Q, spec.K = m.K, spec.D = m.D;
+  spec.scale = 0.088f;
+  spec.decay = 1.0f;
+  spec.scores = true;
+  spec.victim = Victim::fold;
+  spec.rule = {s.C / 2, 0, true, false};
+  return spec;
 }
 
 FeatureMaps maps_of(const Model& m, const Setting& s, bool psi) {
@@ -84,39 +99,35 @@ FeatureMaps maps_of(const Model& m, const Setting& s, bool psi) {
   return maps;
 }
 
+Maps both_maps(const Model& m, const Setting& s) {
+  return {maps_of(m, s, false), maps_of(m, s, true)};
+}
+
 cudaError_t decode(const Model& m, const Setting& s, int64_t B) {
   DecodeStepParams p{};
-  p.q = p.k = p.v = somewhere<void>();
-  p.out = p.workspace = somewhere<void>();
-  p.seen = somewhere<int64_t>();
-  p.slots = slots_of(s);
-  p.H = p.z = somewhere<float>();
-  p.share = somewhere<double>();
-  p.phi = maps_of(m, s, false);
-  p.psi = maps_of(m, s, true);
-  p.rule = {s.C / 2, 0, true, false};
-  p.victim = Victim::fold;
-  p.q_dtype = p.kv_dtype = DType::fp16;
-  p.scores = true;
-  p.scale = 0.088f;
-  p.decay = 1.0f;
-  p.B = B, p.Q = m.Q, p.K = m.K, p.D = m.D, p.R = R;
+  p.spec = spec_of(m, s);
+  p.layout = layout_of(m, s);
+  p.pool = pool_of(p.layout, B);
+  p.maps = both_maps(m, s);
+  p.q = p.out = rows_of(m, m.Q, 1);
+  p.k = p.v = rows_of(m, m.K, 1);
+  p.workspace = somewhere<void>();
+  p.B = B;
   return cuda::decode_step(p, nullptr);
 }
 
 cudaError_t chunk(const Model& m, const Setting& s, int64_t B) {
   ChunkAttentionParams p{};
-  p.q = p.k = p.v = somewhere<void>();
-  p.slots = slots_of(s);
-  p.phi_q = p.H = p.z = somewhere<float>();
-  p.out = p.workspace = somewhere<void>();
-  p.slot_score = p.chunk_score = p.share = p.received = somewhere<float>();
-  p.q_dtype = DType::fp16;
-  p.scores = true;
-  p.scale = 0.088f;
-  p.decay = 1.0f;
+  p.spec = spec_of(m, s);
+  p.layout = layout_of(m, s);
+  p.pool = pool_of(p.layout, B);
+  p.q = p.out = rows_of(m, m.Q, kChunk);
+  p.call.k = p.call.v = rows_of(m, m.K, kChunk);
+  p.phi_q = somewhere<float>();
+  p.score = p.share = p.received = somewhere<float>();
+  p.workspace = somewhere<void>();
   p.strips = 1;
-  p.B = B, p.Q = m.Q, p.K = m.K, p.T = kChunk, p.D = m.D, p.R = R;
+  p.B = B, p.T = kChunk;
   return cuda::chunk_attention(p, nullptr);
 }
 
@@ -134,24 +145,22 @@ cudaError_t prompt(const Model& m, const Setting&, int64_t B) {
 
 cudaError_t compact(const Model& m, const Setting& s, int64_t B) {
   CompactParams p{};
-  p.k = p.v = somewhere<void>();
-  p.chunk_score = p.slot_score = somewhere<float>();
-  p.slots = slots_of(s);
-  p.seen = somewhere<int64_t>();
-  p.H = p.z = somewhere<float>();
+  p.spec = spec_of(m, s);
+  p.layout = layout_of(m, s);
+  p.pool = pool_of(p.layout, B);
+  p.maps = both_maps(m, s);
+  p.call.k = p.call.v = rows_of(m, m.K, kChunk);
+  p.score = somewhere<float>();
   p.workspace = somewhere<void>();
-  p.psi = maps_of(m, s, true);
-  p.rule = {s.C / 2, 0, true, false};
-  p.B = B, p.K = m.K, p.T = kChunk, p.D = m.D, p.R = R;
+  p.B = B, p.T = kChunk;
   return cuda::compact(p, nullptr);
 }
 
 cudaError_t features(const Model& m, const Setting& s, int64_t B) {
   FeatureMapParams p{};
   p.maps = maps_of(m, s, false);
-  p.x = somewhere<void>();
+  p.x = rows_of(m, m.Q, kChunk);
   p.y = somewhere<float>();
-  p.x_dtype = DType::fp16;
   p.B = B, p.heads = m.Q, p.T = kChunk;
   return cuda::feature_map(p, nullptr);
 }
@@ -168,13 +177,21 @@ cudaError_t fold(const Model& m, const Setting&, int64_t B) {
 
 cudaError_t quantize(const Model& m, const Setting&, int64_t B) {
   QuantizeParams p{};
-  p.x = somewhere<void>();
+  p.x = rows_of(m, m.K, kChunk);
   p.eight = somewhere<int8_t>();
   p.scale = somewhere<float>();
-  p.x_dtype = DType::fp16;
   p.dtype = DType::i8;
-  p.rows = B * m.K * kChunk, p.D = m.D;
+  p.B = B, p.heads = m.K, p.T = kChunk, p.D = m.D;
   return cuda::quantize(p, nullptr);
+}
+
+cudaError_t reset(const Model& m, const Setting& s, int64_t B) {
+  ResetParams p{};
+  p.layout = layout_of(m, s);
+  p.pool = pool_of(p.layout, B);
+  p.pool.fresh = somewhere<int32_t>();
+  p.B = B;
+  return cuda::reset_pages(p, nullptr);
 }
 
 struct Op {
@@ -185,7 +202,7 @@ struct Op {
 constexpr Op kOps[] = {{"decode_step", decode, true},    {"chunk_attention", chunk, true},
                        {"prompt_scores", prompt, false}, {"compact", compact, true},
                        {"feature_map", features, true},  {"fold", fold, false},
-                       {"quantize", quantize, false}};
+                       {"quantize", quantize, false},    {"reset_pages", reset, true}};
 
 bool print(const Op& op, const Model& m, const Setting& s, int64_t B) {
   const bool ring = op.launch == decode;

@@ -26,7 +26,6 @@ BUILD = ROOT / "build" / "proof"
 NO_KERNELS = ("build_facts.cu",)
 # Launchers and what declares them: no machine code depends on these.
 HOST_ONLY = (CUDA / "kernels.h", CUDA / "decode_step.cu")
-ALL_HEAD_DIMS = [64, 80, 96, 128, 256]
 
 
 class ProofError(SystemExit):
@@ -60,13 +59,21 @@ def head_dims() -> list[int]:
     ]
 
 
+def all_head_dims() -> list[int]:
+    """Those that kernels can be compiled for: the list in head_dims.h."""
+    text = (CUDA / "head_dims.h").read_text()
+    listed = re.search(r"^#define LESS_HEAD_DIMS (.+)$", text, flags=re.M)
+    assert listed is not None
+    return [int(dim) for dim in listed[1].split(",")]
+
+
 def work(files: Sequence[Path], archs: Sequence[str]) -> list[tuple[Path, str, int | None]]:
     """What `compile_unit` is to be called with, the slow ones first.
 
     A file whose kernels are templates over D is compiled once for each, so that what is kept is
     kept for any choice of head dims.
     """
-    dims = sorted(head_dims() or ALL_HEAD_DIMS, reverse=True)
+    dims = sorted(head_dims() or all_head_dims(), reverse=True)
     slow = [file for file in files if _includes(file, "cuda/head_dims.h")]
     quick = [file for file in files if file not in slow]
     slow = [file for file in slow if file not in HOST_ONLY]

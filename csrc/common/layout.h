@@ -117,11 +117,13 @@ LESS_HD Span head_span(const Layout& layout, unsigned char* page, int64_t h) {
   return {page + begin, end - begin};
 }
 
-LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {
+// The head of a layer whose dtype and head dim the caller knows: those of the layout, or constants
+// that are equal to them.
+LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, DType dtype, int64_t D) {
   const int64_t S = layout.slots[h];
-  const HeadOffsets at = head_offsets(layout.dtype, layout.D, layout.R, S);
+  const HeadOffsets at = head_offsets(dtype, D, layout.R, S);
   unsigned char* const base = head_span(layout, page, h).data;
-  const bool scaled = has_scale(layout.dtype), state = layout.R > 0;
+  const bool scaled = has_scale(dtype), state = layout.R > 0;
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   return {
       .slots = {.position = reinterpret_cast<int32_t*>(base + at.position),
@@ -136,6 +138,10 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {
                 .z = state ? floats(at.z) : nullptr,
                 .share = reinterpret_cast<double*>(page + 16) + h},
   };
+}
+
+LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {
+  return head(layout, page, h, layout.dtype, layout.D);
 }
 
 // A layer's pages, and which of them a call's rows use.

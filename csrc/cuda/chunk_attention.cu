@@ -13,8 +13,8 @@
 // Memory: k and v once per block, 2 D bytes a key, from the second-level cache after the first;
 //   shared memory at most 99 kB, which every architecture has.
 // Order:  keys ascending, tile by tile; a tile's sum of values is by itself before it is added;
-//   splits ascending. One owner per output; what a row has depends on nothing but the row: whether
-//   its keys are cut follows from its own tokens, into what from the capacity S alone.
+//   splits ascending. One owner per output; what a head has depends on nothing but the head:
+//   whether its keys are cut follows from its own tokens, into what from its own capacity.
 #include <algorithm>
 
 #include "cuda/chunk_attention/finish.h"
@@ -50,12 +50,16 @@ LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* coun
 }
 
 __global__ void __launch_bounds__(kListThreads)
-    list_keys_kernel(const ChunkAttentionParams p, const KeyLists lists) {
-  const int64_t rows = p.slots.S == 0 ? 0 : p.B * p.K, x = blockIdx.x;
+    list_keys_kernel(const __grid_constant__ ChunkAttentionParams p, const KeyLists lists) {
+  const int64_t S = p.layout.S, rows = S == 0 ? 0 : p.B * p.spec.K, x = blockIdx.x;
   if (x < rows) {
-    const int32_t* position = p.slots.position + x * p.slots.S;
+    const int64_t b = x / p.spec.K, h = x - b * p.spec.K;
+    unsigned char* const memory = page(p.pool, b);
+    const int32_t* const position =
+        memory == nullptr ? nullptr : head(p.layout, memory, h).slots.position;
+    const int own = memory == nullptr ? 0 : p.layout.slots[h];
     partition(
-        int(p.slots.S), [position](int s) { return position[s] >= 0; }, lists.slot + x * p.slots.S,
+        int(S), [=](int s) { return s < own && position[s] >= 0; }, lists.slot + x * S,
         lists.slots + x);
   } else {
     const int64_t b = x - rows;
@@ -66,7 +70,7 @@ __global__ void __launch_bounds__(kListThreads)
 }
 
 cudaError_t list_keys(const ChunkAttentionParams& p, const KeyLists& lists, cudaStream_t stream) {
-  const int64_t rows = p.slots.S == 0 ? 0 : p.B * p.K;
+  const int64_t rows = p.layout.S == 0 ? 0 : p.B * p.spec.K;
   const int64_t blocks = rows + (lists.token == nullptr ? 0 : p.B);
   if (blocks == 0) return cudaSuccess;
   return launch(list_keys_kernel, {dim3(unsigned(blocks)), dim3(kListThreads), 0, stream}, p,
@@ -76,8 +80,8 @@ cudaError_t list_keys(const ChunkAttentionParams& p, const KeyLists& lists, cuda
 template <typename Scheme, int kD>
 __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
                                   AttendShape<Scheme, kD>::kBlocks)
-    attend_kernel(const ChunkAttentionParams p, const KeyLists lists, const Splits splits,
-                  float* lse, int blocks) {
+    attend_kernel(const __grid_constant__ ChunkAttentionParams p, const KeyLists lists,
+                  const Splits splits, float* lse, int blocks) {
   using Shape = AttendShape<Scheme, kD>;
   constexpr int kKeys = Shape::kKeys;
   DYN_SMEM(memory);
@@ -85,8 +89,11 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const AttendShared<Scheme, kD> shared(carver);
   // A split of the keys of few queries, or a block of more queries.
   const int each = splits.count + blocks, split = int(blockIdx.x) % each;
-  const Head head(p, lists, int(blockIdx.x) / each);
-  const bool few = splits.count > 0 && head.tokens * head.G <= Shape::kRows;
+  const KvHead head(p, lists, int(blockIdx.x) / each);
+  const int per = splits.count == 0
+                      ? 0
+                      : tiles_of_split((p.layout.slots[head.h] + kKeys - 1) / kKeys, splits.most);
+  const bool few = per > 0 && head.tokens * head.G <= Shape::kRows;
   const bool cut = split < splits.count;
   const int first = cut ? 0 : (each - 1 - split) * Shape::kRows;
   if (cut ? !few : few && first == 0) return;
@@ -97,26 +104,26 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const int tokens = last < first ? 0 : last / head.G + 1;
   const int slot_tiles = last < first ? 0 : (head.slots + kKeys - 1) / kKeys;
   const int tiles = slot_tiles + (tokens + kKeys - 1) / kKeys;
-  const int begin_tile = cut ? min(split * splits.per, slot_tiles) : 0;
-  const int end_tile =
-      cut && split < splits.count - 1 ? min(begin_tile + splits.per, slot_tiles) : tiles;
+  const int begin_tile = cut ? min(split * per, slot_tiles) : 0;
+  const int end_tile = cut && split < splits.count - 1 ? min(begin_tile + per, slot_tiles) : tiles;
 
   const auto query = [&](int r) -> int64_t {
     const int m = first + r;
-    return m < head.tokens * head.G ? head.query_at(p, lists, m) : -1;
+    return m < head.tokens * head.G ? head.query_row(p.q, p, lists, m) : -1;
   };
   if constexpr (kIsWide<Scheme>) {
     split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kRows, Shape::kThreads>(
-        p.q, p.q_dtype, p.D, query, shared.q);
+        p.q.data, p.q.dtype, p.spec.D, query, shared.q);
   } else {
-    copy_rows<kD, Shape::kRows, Shape::kThreads>(p.q, p.D, query, shared.q);
+    copy_rows<kD, Shape::kRows, Shape::kThreads>(p.q.data, p.spec.D, query, shared.q);
   }
 
   Stream<Scheme, kD> stream;
   const auto fetch = [&](int tile) {
     const int stage = tile % Shape::kStages;
     if (tile == slot_tiles) stream.enter(source_of(p, lists, head, false, tokens), 0);
-    stream.fetch(p.D, shared.k + stage * Shape::kKeyTile, shared.v + stage * Shape::kValueTile);
+    stream.fetch(p.spec.D, shared.k + stage * Shape::kKeyTile,
+                 shared.v + stage * Shape::kValueTile);
   };
   if (begin_tile < end_tile) {
     if (begin_tile < slot_tiles) {
@@ -133,7 +140,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     const int stage = tile % Shape::kStages;
     const uint16_t* k = shared.k + stage * Shape::kKeyTile;
     const uint16_t* v = shared.v + stage * Shape::kValueTile;
-    if constexpr (Shape::kStages == 1) stream.place(p.slots.dtype, p.D, shared.k, shared.v);
+    if constexpr (Shape::kStages == 1) stream.place(p.layout.dtype, p.spec.D, shared.k, shared.v);
     copy_async_wait<0>();
     __syncthreads();
     if (tile + 1 < end_tile) fetch(tile + 1);
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     const int factors = tile % 2 * kKeys;
     const float2 shrink = weigh_keys<Scheme, kKeys>(
         logit, shared.weight + factors, shared.k_scale + factors, masked, head.G, seen, s, sums);
-    if (p.v != nullptr) {
+    if (p.call.v.data != nullptr) {
       add_values<Scheme, kKeys, kD, Shape::kColumns>(s, shared.v_scale + factors, v,
                                                      Shape::column(), shrink, sums.out);
     }
@@ -179,11 +186,11 @@ struct Attend {
     using Shape = AttendShape<Scheme, kD>;
     SharedCarver carver{nullptr};
     const AttendShared<Scheme, kD> shared(carver);
-    const int64_t queries = p.Q / p.K * p.T;
-    const bool all_few = splits.count > 0 && queries <= Shape::kRows;
+    const int64_t queries = p.spec.Q / p.spec.K * p.T;
+    const bool all_few = splits.all && queries <= Shape::kRows;
     const int64_t blocks = all_few ? 0 : (queries + Shape::kRows - 1) / Shape::kRows;
-    const Launch how{dim3(unsigned((splits.count + blocks) * p.B * p.K)), dim3(Shape::kThreads),
-                     carver.used, stream};
+    const Launch how{dim3(unsigned((splits.count + blocks) * p.B * p.spec.K)),
+                     dim3(Shape::kThreads), carver.used, stream};
     return cuda::launch(attend_kernel<Scheme, kD>, how, p, lists, splits, lse, int(blocks));
   }
 };
@@ -199,17 +206,24 @@ struct CutKeys {
   cudaError_t launch() const {
     using Shape = AttendShape<Scheme, kD>;
     constexpr int64_t kBlocks = 128, kMost = 16;  // of a batch row, and of a head's slots
-    const int64_t queries = p.Q / p.K * p.T;
-    const int64_t most = std::min(kMost, kBlocks / p.K);
-    const int64_t tiles = (p.slots.S + Shape::kKeys - 1) / Shape::kKeys;
-    if (most < 2 || tiles < 2) return cudaSuccess;
-    if (p.valid == nullptr && queries > Shape::kRows) return cudaSuccess;
-    const int64_t per = (tiles + most - 1) / most;
+    const int64_t queries = p.spec.Q / p.spec.K * p.T;
+    const int64_t most = std::min(kMost, kBlocks / p.spec.K);
+    if (most < 2 || (p.valid == nullptr && queries > Shape::kRows)) return cudaSuccess;
+    int count = 0;
+    bool all = true;
+    for (int64_t h = 0; h < p.spec.K; ++h) {
+      const int tiles = (p.layout.slots[h] + Shape::kKeys - 1) / Shape::kKeys;
+      const int per = tiles_of_split(tiles, int(most));
+      if (per > 0) count = std::max(count, (tiles + per - 1) / per + 1);
+      all = all && per > 0;
+    }
+    if (count == 0) return cudaSuccess;
     const int64_t rows = std::min<int64_t>(queries, Shape::kRows);
-    splits.per = int(per);
-    splits.count = int((tiles + per - 1) / per) + 1;
+    splits.count = count;
+    splits.most = int(most);
+    splits.all = all;
     splits.warps = int((rows + 15) / 16) * Shape::kSharers;
-    floats = p.B * p.K * splits.count * splits.warps * Meeting<Scheme, kD>::kPart;
+    floats = p.B * p.spec.K * splits.count * splits.warps * Meeting<Scheme, kD>::kPart;
     return cudaSuccess;
   }
 };
@@ -223,15 +237,15 @@ struct Workspace {
 
   explicit Workspace(const ChunkAttentionParams& p) {
     int64_t floats = 0;
-    dispatch(p.q_dtype, p.slots.dtype, p.D, CutKeys{p, splits, floats});
+    dispatch(p.q.dtype, p.layout.dtype, p.spec.D, CutKeys{p, splits, floats});
     Carver carver{p.workspace};
-    splits.arrived = carver.take<int32_t>(p.B * p.K);  // first: where it is, whatever T
+    splits.arrived = carver.take<int32_t>(p.B * p.spec.K);  // first: where it is, whatever T
     splits.parts = carver.take<float>(floats);
-    lists.slot = carver.take<int32_t>(p.B * p.K * p.slots.S);
-    lists.slots = carver.take<int32_t>(p.B * p.K);
+    lists.slot = carver.take<int32_t>(p.B * p.spec.K * p.layout.S);
+    lists.slots = carver.take<int32_t>(p.B * p.spec.K);
     lists.token = carver.take<int32_t>(p.B * p.T);
     lists.tokens = carver.take<int32_t>(p.B);
-    lse = carver.take<float>(p.B * p.Q * p.T);
+    lse = carver.take<float>(p.B * p.spec.Q * p.T);
     bytes = carver.used;
     if (p.valid == nullptr) lists.token = lists.tokens = nullptr;
   }
@@ -241,21 +255,21 @@ struct Workspace {
 
 cudaError_t attend(const ChunkAttentionParams& p, const KeyLists& lists, const Splits& splits,
                    float* lse, cudaStream_t stream) {
-  return dispatch(p.q_dtype, p.slots.dtype, p.D, Attend{p, lists, splits, lse, stream});
+  return dispatch(p.q.dtype, p.layout.dtype, p.spec.D, Attend{p, lists, splits, lse, stream});
 }
 
 int64_t chunk_attention_workspace(const ChunkAttentionParams& p) { return Workspace(p).bytes; }
 
 cudaError_t chunk_attention(const ChunkAttentionParams& p, cudaStream_t stream) {
-  if (p.B * p.K * (p.T + p.slots.S) == 0) return cudaSuccess;
-  if (!aligned16({p.q, p.k, p.v, p.slots.k, p.slots.v, p.H, p.out, p.workspace})) {
+  if (p.B * p.spec.K * (p.T + p.layout.S) == 0) return cudaSuccess;
+  if (!aligned16({p.q.data, p.call.k.data, p.call.v.data, p.pool.data, p.out.data, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
   const Workspace workspace(p);
   cudaError_t error = list_keys(p, workspace.lists, stream);
   if (error == cudaSuccess && p.T > 0) {
-    error =
-        attend(p, workspace.lists, workspace.splits, p.scores ? workspace.lse : nullptr, stream);
+    error = attend(p, workspace.lists, workspace.splits, p.spec.scores ? workspace.lse : nullptr,
+                   stream);
   }
   if (error == cudaSuccess) error = sum_columns(p, workspace.lists, workspace.lse, stream);
   return error;

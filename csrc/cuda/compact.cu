@@ -19,47 +19,54 @@ constexpr int kInsertSlots = 32;
 constexpr int kInsertEach = kInsertSlots / (kInsertThreads / 32);  // slots of a warp
 
 __global__ void __launch_bounds__(kInsertThreads)
-    compact_insert_kernel(CompactParams p, CompactWorkspace w, int row_bytes) {
-  const int64_t head = blockIdx.x, b = head / p.K, S = p.slots.S;
+    compact_insert_kernel(const __grid_constant__ CompactParams p,
+                          const __grid_constant__ CompactWorkspace w, int row_bytes) {
+  const HeadRow head(p, blockIdx.x);
+  if (head.page == nullptr) return;
+  const Slots slots = less::head(p.layout, head.page, head.h).slots;
+  const int64_t S = slots.S, row0 = head.row * p.layout.S;  // of the workspace's rows of slots
   const int64_t first = int64_t{blockIdx.y} * kInsertSlots;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (head % p.K == 0 && first == 0 && threadIdx.x == 0) p.seen[b] += w.tokens[head];
+  if (head.h == 0 && first == 0 && threadIdx.x == 0) *seen(head.page) += w.tokens[head.row];
   const int64_t slot = first + threadIdx.x;
   if (threadIdx.x < kInsertSlots && slot < S) {
-    const int64_t at = head * S + slot;
-    const int32_t token = w.take[at];
+    const int32_t token = w.take[row0 + slot];
+    const float* const score = p.score + head.row * (p.layout.S + p.T);
     if (token == kStays) {
-      store(p.slots.score + at, p.slot_score[at]);
+      store(slots.score + slot, score[slot]);
     } else {
       const bool empty = token == kEmpty;
-      const int64_t row = head * p.T + token;
-      store(p.slots.position + at, empty ? -1 : w.position[at]);
-      store(p.slots.score + at, empty ? 0.0f : p.chunk_score[row]);
-      store(p.slots.weight + at, 0.0f);
-      if (!empty && p.k_scale != nullptr) {
-        store(p.slots.k_scale + at, p.k_scale[row]);
-        store(p.slots.v_scale + at, p.v_scale[row]);
+      store(slots.position + slot, empty ? -1 : w.position[row0 + slot]);
+      store(slots.score + slot, empty ? 0.0f : score[p.layout.S + token]);
+      store(slots.weight + slot, 0.0f);
+      if (!empty && p.call.k_scale != nullptr) {
+        store(slots.k_scale + slot, p.call.k_scale[head.row * p.T + token]);
+        store(slots.v_scale + slot, p.call.v_scale[head.row * p.T + token]);
       }
     }
   }
   // Rows in pieces of 16 bytes, k's and then v's.
-  const auto* k = static_cast<const unsigned char*>(p.k) + head * p.T * row_bytes;
-  const auto* v = static_cast<const unsigned char*>(p.v) + head * p.T * row_bytes;
-  auto* slot_k = static_cast<unsigned char*>(p.slots.k) + head * S * row_bytes;
-  auto* slot_v = static_cast<unsigned char*>(p.slots.v) + head * S * row_bytes;
+  const int64_t element = bytes_of(p.layout.dtype);
+  const auto call_rows = [&](const HeadRows& rows) {
+    return static_cast<const unsigned char*>(rows.data) + offset(rows, head.b, head.h, 0) * element;
+  };
+  const unsigned char *const k = call_rows(p.call.k), *const v = call_rows(p.call.v);
+  auto* const slot_k = static_cast<unsigned char*>(slots.k);
+  auto* const slot_v = static_cast<unsigned char*>(slots.v);
   const int64_t mine = first + warp * kInsertEach;
   int32_t token[kInsertEach];
 #pragma unroll
   for (int i = 0; i < kInsertEach; ++i) {
-    token[i] = mine + i < S ? w.take[head * S + mine + i] : kEmpty;
+    token[i] = mine + i < S ? w.take[row0 + mine + i] : kEmpty;
   }
   for (int c = lane * 16; c < 2 * row_bytes; c += 32 * 16) {
     const bool of_v = c >= row_bytes;
     const int at = of_v ? c - row_bytes : c;
+    const int64_t step = (of_v ? p.call.v.t : p.call.k.t) * element;
     uint4 piece[kInsertEach];
 #pragma unroll
     for (int i = 0; i < kInsertEach; ++i) {
-      if (token[i] >= 0) piece[i] = load16((of_v ? v : k) + int64_t{token[i]} * row_bytes + at);
+      if (token[i] >= 0) piece[i] = load16((of_v ? v : k) + token[i] * step + at);
     }
 #pragma unroll
     for (int i = 0; i < kInsertEach; ++i) {
@@ -73,8 +80,8 @@ namespace {
 template <typename V>
 cudaError_t launch_fold(const CompactParams& p, const CompactWorkspace& w, cudaStream_t stream) {
   const FoldShared shared(nullptr, p, sizeof(V));
-  const int64_t cells = shared.rows / kCellR * (p.D / kCellD);
-  const dim3 grid(unsigned(p.B * p.K), unsigned(w.strips),
+  const int64_t cells = shared.rows / kCellR * (p.spec.D / kCellD);
+  const dim3 grid(unsigned(p.B * p.spec.K), unsigned(w.strips),
                   unsigned((cells + kFoldThreads - 1) / kFoldThreads));
   return launch(compact_fold_kernel<V>, Launch{grid, dim3(kFoldThreads), shared.bytes, stream}, p,
                 w);
@@ -82,21 +89,19 @@ cudaError_t launch_fold(const CompactParams& p, const CompactWorkspace& w, cudaS
 
 cudaError_t fold_list(const CompactParams& p, const CompactWorkspace& w, cudaStream_t stream) {
   FeatureRows rows{};
-  rows.x = p.k;
-  rows.slots = p.slots.k;
-  rows.x_scale = p.k_scale;
-  rows.slot_scale = p.slots.k_scale;
+  rows.x = p.call.k;
+  rows.x_scale = p.call.k_scale;
+  rows.layout = p.layout;
+  rows.pool = p.pool;
   rows.list = w.list;
   rows.count = w.leaving;
   rows.y = w.psi;
-  rows.dtype = p.slots.dtype;
   rows.B = p.B;
-  rows.heads = p.K;
+  rows.heads = p.spec.K;
   rows.T = p.T;
-  rows.S = p.slots.S;
-  cudaError_t error = features(p.psi, rows, stream);
+  cudaError_t error = features(p.maps.psi, rows, stream);
   if (error != cudaSuccess) return error;
-  switch (p.slots.dtype) {
+  switch (p.layout.dtype) {
     case DType::f32:
       error = launch_fold<float>(p, w, stream);
       break;
@@ -115,7 +120,8 @@ cudaError_t fold_list(const CompactParams& p, const CompactWorkspace& w, cudaStr
   }
   if (error != cudaSuccess) return error;
   constexpr int64_t kEach = kFoldThreads * 4;
-  const dim3 grid(unsigned(p.B * p.K), unsigned((p.R * p.D + kEach - 1) / kEach));
+  const int64_t cells = p.layout.R * p.spec.D;
+  const dim3 grid(unsigned(p.B * p.spec.K), unsigned((cells + kEach - 1) / kEach));
   return launch(compact_add_kernel, Launch{grid, dim3(kFoldThreads), 0, stream}, p, w);
 }
 
@@ -124,11 +130,11 @@ cudaError_t fold_list(const CompactParams& p, const CompactWorkspace& w, cudaStr
 int64_t compact_workspace(const CompactParams& p) { return CompactWorkspace(p).bytes; }
 
 cudaError_t compact(const CompactParams& p, cudaStream_t stream) {
-  const int64_t heads = p.B * p.K, S = p.slots.S;
+  const int64_t heads = p.B * p.spec.K, S = p.layout.S;
   if (heads == 0 || S == 0) return cudaSuccess;
-  const int64_t row_bytes = p.D * size_of(p.slots.dtype);
-  if (row_bytes % 16 != 0) return cudaErrorInvalidValue;
-  if (!aligned16({p.k, p.v, p.slots.k, p.slots.v, p.H, p.workspace})) {
+  const int64_t bytes = row_bytes(p.layout.dtype, p.spec.D);
+  if (bytes % 16 != 0) return cudaErrorInvalidValue;
+  if (!aligned16({p.call.k.data, p.call.v.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
   const CompactWorkspace w(p);
@@ -136,11 +142,11 @@ cudaError_t compact(const CompactParams& p, cudaStream_t stream) {
   cudaError_t error =
       launch(compact_select_kernel, Launch{per_head, dim3(kSelectThreads), 0, stream}, p, w);
   if (error != cudaSuccess) return error;
-  if (p.H != nullptr && p.T > 0) error = fold_list(p, w, stream);
+  if (folds(p) && p.T > 0) error = fold_list(p, w, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(unsigned(heads), unsigned((S + kInsertSlots - 1) / kInsertSlots));
   return launch(compact_insert_kernel, Launch{grid, dim3(kInsertThreads), 0, stream}, p, w,
-                int(row_bytes));
+                int(bytes));
 }
 
 }  // namespace less::cuda

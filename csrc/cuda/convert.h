@@ -16,6 +16,16 @@ LESS_DEVICE To bits_of(From x) {
   return y;
 }
 
+// The DType of an element type.
+template <typename T>
+constexpr DType dtype_of() {
+  return std::is_same_v<T, float>           ? DType::f32
+         : std::is_same_v<T, __nv_bfloat16> ? DType::bf16
+         : std::is_same_v<T, __half>        ? DType::fp16
+         : std::is_same_v<T, int8_t>        ? DType::i8
+                                            : DType::fp8;
+}
+
 // What 4 bytes of T say, in ascending order.
 LESS_DEVICE void widen4(uint32_t w, float (&x)[1], float) { x[0] = bits_of<float>(w); }
 

@@ -6,13 +6,14 @@
 //
 // Grid:   (splits, K, B); a block of 128 threads owns a range of a head's slots. The splits of a
 //         head are a cluster of up to 8 blocks, or meet in the workspace (decode_step/plan.h).
+//         Neighbouring heads of equal capacity are one launch: as a rule, all.
 // Memory: k and v of the slots, position, weight, score, H, z and the maps' weights are read once,
 //         score, H, z and the victim's slot written: bandwidth bound. k and v come through a ring
 //         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
 //         look.
 // Order:  keys, then softmax of the range, then values; parts are merged in the order of the
-//         splits, which follow from the capacity S alone; no atomics on floats: a row has the same
-//         bits in any batch, at any time.
+//         splits, which follow from the head's capacity alone; no atomics on floats: a row has the
+//         same bits in any batch, at any time.
 #include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
 
@@ -50,29 +51,31 @@ bool half_type(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp1
 bool float_type(DType dtype) { return dtype == DType::f32 || half_type(dtype); }
 
 bool supported(const DecodeStepParams& p) {
-  const bool maps = p.H == nullptr || (p.R >= 1 && p.R <= 64 && p.phi.D == p.D && p.psi.D == p.D &&
-                                       p.phi.w_dtype != DType::fp8 && p.psi.w_dtype != DType::fp8);
-  const bool head_dim = decode_dispatch<float>(p.D, false, [](auto, auto) {});
-  return head_dim && p.K > 0 && p.Q % p.K == 0 && p.K <= 65535 && p.B <= 65535 && p.slots.S >= 1 &&
-         p.slots.S <= INT32_MAX / 2 && float_type(p.q_dtype) && float_type(p.kv_dtype) && maps;
+  const FeatureMaps &phi = p.maps.phi, &psi = p.maps.psi;
+  const bool maps =
+      phi.R == 0 || (phi.R == p.layout.R && psi.R == phi.R && phi.R <= 64 && phi.D == p.spec.D &&
+                     psi.D == p.spec.D && phi.w_dtype != DType::fp8 && psi.w_dtype != DType::fp8);
+  const bool head_dim = decode_dispatch<float>(p.spec.D, false, [](auto, auto) {});
+  return head_dim && p.spec.K > 0 && p.spec.Q % p.spec.K == 0 && p.B <= 65535 && p.layout.S >= 1 &&
+         p.layout.S <= INT32_MAX / 2 && float_type(p.q.dtype) && float_type(p.k.dtype) && maps;
 }
 
 template <typename T>
 void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
-  decode_dispatch<T>(p.D, plan.mma, [&](auto head_dim, auto mma) {
+  decode_dispatch<T>(p.spec.D, plan.mma, [&](auto head_dim, auto mma) {
     constexpr int kD = decltype(head_dim)::value;
     constexpr bool kMma = decltype(mma)::value;
     using Tile = DecodeTile<T, kD>;
-    const int S = int(p.slots.S), G = int(p.Q / p.K), R = p.H != nullptr ? int(p.R) : 0;
+    const int S = plan.S, G = int(p.spec.Q / p.spec.K), R = int(p.maps.phi.R);
     plan.per = per;
     plan.splits = (S + per - 1) / per;
     plan.tile = per < Tile::kRows ? per : Tile::kRows;
     const int passes = decode_passes<T, kD, kMma>(G);
     const int items = (per + plan.tile - 1) / plan.tile * (1 + passes);
     plan.ring = items < Tile::kStages ? items : Tile::kStages;
-    plan.part = DecodePart(G, R, int(p.D)).floats;
+    plan.part = DecodePart(G, R, kD).floats;
     const int shares = plan.cluster ? plan.splits : 1;
-    plan.columns = (int(p.D) / 16 + shares - 1) / shares * 16;
+    plan.columns = (kD / 16 + shares - 1) / shares * 16;
     plan.inverse = (65536 + shares - 1) / shares;
     SharedCarver measure{nullptr};
     plan.layout = decode_layout<T, kD, kMma>(measure, p, plan);
@@ -80,21 +83,32 @@ void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
   });
 }
 
-// Tries a cluster, then shorter and shorter ranges that meet in the workspace.
+// Heads from `first` on that have equally many slots.
+int run_of(const Layout& layout, int first) {
+  int next = first + 1;
+  while (next < layout.K && layout.slots[next] == layout.slots[first]) ++next;
+  return next - first;
+}
+
+// Of the heads from `first` on. Tries a cluster, then shorter and shorter ranges that meet in the
+// workspace.
 template <typename T>
-cudaError_t plan_of(const DecodeStepParams& p, DecodePlan& plan) {
+cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   DeviceLimits limits{};
   const cudaError_t error = device_limits(limits);
   if (error != cudaSuccess) return error;
   plan = {};
-  plan.dependent = p.dependent && limits.clusters;
+  plan.first_head = first;
+  plan.heads = run_of(p.layout, first);
+  plan.S = p.layout.slots[first];
+  plan.dependent = p.spec.dependent && limits.clusters;
   constexpr bool eight = sizeof(T) == 1;
-  plan.mma = p.Q / p.K > 2 &&
-             (eight ? half_type(p.q_dtype) : half_type(p.q_dtype) && p.q_dtype == p.slots.dtype);
-  const int eighth = int((p.slots.S + kDecodeCluster - 1) / kDecodeCluster);
+  plan.mma =
+      p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) && (eight || p.q.dtype == p.layout.dtype);
+  const int eighth = (plan.S + kDecodeCluster - 1) / kDecodeCluster;
   const int range = eighth < kRangeMin ? kRangeMin : (eighth + 15) / 16 * 16;
   if (limits.clusters && range <= kClusterRange) {
-    plan.cluster = range < p.slots.S;
+    plan.cluster = range < plan.S;
     cut<T>(p, range, plan);
     if (plan.shared <= limits.shared) return cudaSuccess;
     plan.cluster = false;
@@ -114,13 +128,25 @@ int64_t lay_out(const DecodeStepParams& p, DecodePlan& plan) {
     used = (used + 4 * n + 255) / 256 * 256;
     return at;
   };
-  const int64_t heads = p.B * p.K;
+  const int64_t heads = p.B * p.spec.K;
   plan.row_count = static_cast<int32_t*>(take(p.B));
   if (plan.cluster || plan.splits == 1) return used;
   plan.head_count = static_cast<int32_t*>(take(heads));
   plan.parts = static_cast<float*>(take(heads * plan.splits * plan.part));
-  plan.masses = static_cast<float*>(take(heads * plan.splits * (p.Q / p.K) * plan.per));
+  plan.masses = static_cast<float*>(take(heads * plan.splits * (p.spec.Q / p.spec.K) * plan.per));
   return used;
+}
+
+// f(plan) for the launches that heads of different capacities take, one after another.
+template <typename T, typename F>
+cudaError_t for_each_plan(const DecodeStepParams& p, F f) {
+  cudaError_t error = cudaSuccess;
+  DecodePlan plan;
+  for (int first = 0; first < p.layout.K && error == cudaSuccess; first += plan.heads) {
+    error = plan_of<T>(p, first, plan);
+    if (error == cudaSuccess) error = f(plan);
+  }
+  return error;
 }
 
 }  // namespace
@@ -130,30 +156,31 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
   int64_t most = 0;
   for (const DType q_dtype : {DType::f32, DType::bf16, DType::fp16}) {
     DecodeStepParams p = params;
-    p.q_dtype = q_dtype;
-    if (p.B == 0 || p.Q == 0 || !supported(p)) return 0;
-    DecodePlan plan;
-    const cudaError_t error = with_slots_dtype(
-        p.slots.dtype, [&](auto type) { return plan_of<typename decltype(type)::type>(p, plan); });
-    const int64_t bytes = error == cudaSuccess ? lay_out(p, plan) : 0;
-    most = bytes > most ? bytes : most;
+    p.q.dtype = q_dtype;
+    if (p.B == 0 || p.spec.Q == 0 || !supported(p)) return 0;
+    with_slots_dtype(p.layout.dtype, [&](auto type) {
+      return for_each_plan<typename decltype(type)::type>(p, [&](DecodePlan& plan) {
+        const int64_t bytes = lay_out(p, plan);
+        most = bytes > most ? bytes : most;
+        return cudaSuccess;
+      });
+    });
   }
   return most;
 }
 
 cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
-  if (p.B == 0 || p.Q == 0) return cudaSuccess;
+  if (p.B == 0 || p.spec.Q == 0) return cudaSuccess;
   if (!supported(p)) return cudaErrorInvalidValue;
-  if (!aligned16({p.q, p.k, p.v, p.out, p.slots.k, p.slots.v, p.H, p.workspace})) {
+  if (!aligned16({p.q.data, p.k.data, p.v.data, p.out.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
-  return with_slots_dtype(p.slots.dtype, [&](auto type) {
+  return with_slots_dtype(p.layout.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    DecodePlan plan;
-    const cudaError_t error = plan_of<T>(p, plan);
-    if (error != cudaSuccess) return error;
-    lay_out(p, plan);
-    return launch_decode<T>(p, plan, stream);
+    return for_each_plan<T>(p, [&](DecodePlan& plan) {
+      lay_out(p, plan);
+      return launch_decode<T>(p, plan, stream);
+    });
   });
 }
 

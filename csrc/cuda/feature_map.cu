@@ -56,9 +56,9 @@ cudaError_t launch_float(const FeatureMaps& m, const FeatureRows& rows, cudaStre
 template <int kR>
 cudaError_t launch_map(const FeatureMaps& m, const FeatureRows& rows, cudaStream_t stream) {
   // 16-bit numbers that a row is cut into, for products in fp16 and in bf16.
-  const bool wide = rows.dtype == DType::f32;
+  const bool wide = rows.x.dtype == DType::f32;
   const int halves = wide ? 2 : 1;
-  const int bfloats = wide ? 3 : rows.dtype == DType::fp16 ? 2 : 1;
+  const int bfloats = wide ? 3 : rows.x.dtype == DType::fp16 ? 2 : 1;
   switch (m.w_dtype) {
     case DType::f32:
       return launch_float<kR>(m, rows, stream);
@@ -67,7 +67,7 @@ cudaError_t launch_map(const FeatureMaps& m, const FeatureRows& rows, cudaStream
     case DType::fp16:
       return launch_mma<__half, __half, kR>(m, rows, halves, stream);
     case DType::i8:
-      return rows.dtype == DType::bf16
+      return rows.x.dtype == DType::bf16
                  ? launch_mma<__nv_bfloat16, int8_t, kR>(m, rows, bfloats, stream)
                  : launch_mma<__half, int8_t, kR>(m, rows, halves, stream);
     case DType::fp8:
@@ -82,7 +82,7 @@ cudaError_t features(const FeatureMaps& map, const FeatureRows& rows, cudaStream
   if (rows.B * rows.heads * rows.T == 0 || map.R == 0) return cudaSuccess;
   const bool supported = map.D % 16 == 0 && map.D <= 256 && map.D > 0 && map.E > 0 && map.R <= 64;
   if (!supported) return cudaErrorInvalidValue;
-  if (!aligned16({rows.x, rows.slots, map.w1, map.w2})) return cudaErrorMisalignedAddress;
+  if (!aligned16({rows.x.data, rows.pool.data, map.w1, map.w2})) return cudaErrorMisalignedAddress;
   return map.R <= 16 ? launch_map<16>(map, rows, stream) : launch_map<64>(map, rows, stream);
 }
 
@@ -90,7 +90,6 @@ cudaError_t feature_map(const FeatureMapParams& p, cudaStream_t stream) {
   FeatureRows rows{};
   rows.x = p.x;
   rows.y = p.y;
-  rows.dtype = p.x_dtype;
   rows.B = p.B;
   rows.heads = p.heads;
   rows.T = p.T;

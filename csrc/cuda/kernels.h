@@ -9,7 +9,7 @@
 // kernel leaves zero what it counted in, so that the next launch on the same stream can use it as
 // it is. Two launches that may overlap need two, and so do two ops and calls of another B or K:
 // what else is left is anything, and the counters lie where B and K say. The size follows from the
-// sizes and dtypes of the params alone; of the pointers, only whether H (phi_q) and valid are null
+// sizes, dtypes and the spec of the params alone; of the pointers, only whether valid is null
 // counts.
 #pragma once
 
@@ -26,6 +26,7 @@ cudaError_t feature_map(const FeatureMapParams& params, cudaStream_t stream);
 cudaError_t fold(const FoldParams& params, cudaStream_t stream);
 cudaError_t prompt_scores(const PromptScoresParams& params, cudaStream_t stream);
 cudaError_t quantize(const QuantizeParams& params, cudaStream_t stream);
+cudaError_t reset_pages(const ResetParams& params, cudaStream_t stream);
 
 int64_t chunk_attention_workspace(const ChunkAttentionParams& params);
 int64_t compact_workspace(const CompactParams& params);

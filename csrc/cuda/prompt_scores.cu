@@ -43,7 +43,7 @@ LESS_DEVICE float fade_of(float log_decay, int x) { return x == 0 ? 0.0f : float
 
 // What the exponent of a query's weights is less by, in units of log 2: the logarithm of its mass,
 // and what its score will have decayed by. Infinity where there is no query, or no mass.
-LESS_DEVICE float shift_of(const ChunkAttentionParams& p, const KeyLists& lists, const Head& head,
+LESS_DEVICE float shift_of(const ChunkAttentionParams& p, const KeyLists& lists, const KvHead& head,
                            const float* lse, float log_decay, int m) {
   if (m >= head.tokens * head.G) return kInfinity;
   const float mass = lse[head.query_at(p, lists, m)];
@@ -77,14 +77,14 @@ LESS_DEVICE void add_weights(const Logit& logit, const float (&scale)[2], const 
 
 template <typename Scheme, int kD>
 __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 2 : 4)
-    column_kernel(const ChunkAttentionParams p, const KeyLists lists, const float* lse,
-                  float log_decay, int slot_blocks, int blocks) {
+    column_kernel(const __grid_constant__ ChunkAttentionParams p, const KeyLists lists,
+                  const float* lse, float log_decay, int slot_blocks, int blocks) {
   using Shape = ColumnShape<Scheme, kD>;
   constexpr int kQueries = Shape::kQueries;
   DYN_SMEM(memory);
   SharedCarver carver{memory};
   const ColumnShared<Scheme, kD> shared(carver);
-  const Head head(p, lists, int(blockIdx.x) / blocks);
+  const KvHead head(p, lists, int(blockIdx.x) / blocks);
   const int block = int(blockIdx.x) % blocks;
   const bool slots = block < slot_blocks;
   const int first = (slots ? block : block - slot_blocks) * Shape::kColumns;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   const int thread = int(threadIdx.x), lane = thread % 32, row = thread / 32 * 16;
 
   // Tiles of queries: those of the call that see none of the block's keys are left out.
-  const int queries = p.scores && first < from.count ? head.tokens * head.G : 0;
+  const int queries = p.spec.scores && first < from.count ? head.tokens * head.G : 0;
   const int begin_tile = slots ? 0 : first * head.G / kQueries;
   const int end_tile = (queries + kQueries - 1) / kQueries;
 
@@ -100,29 +100,33 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
     const int n = first + r;
     return n >= from.count ? -1 : from.index == nullptr ? n : from.index[n];
   };
+  const auto key_row = [&](int r) -> int64_t {
+    const int64_t n = key(r);
+    return n < 0 ? -1 : n * from.k_step;
+  };
   const auto fetch = [&](int tile, uint16_t* q) {
     const auto query = [&](int r) -> int64_t {
       const int m = tile * kQueries + r;
-      return m < queries ? head.query_at(p, lists, m) : -1;
+      return m < queries ? head.query_row(p.q, p, lists, m) : -1;
     };
     if constexpr (kIsWide<Scheme>) {
       split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, kQueries, Shape::kThreads>(
-          p.q, p.q_dtype, p.D, query, q);
+          p.q.data, p.q.dtype, p.spec.D, query, q);
     } else {
-      copy_rows<kD, kQueries, Shape::kThreads>(p.q, p.D, query, q);
+      copy_rows<kD, kQueries, Shape::kThreads>(p.q.data, p.spec.D, query, q);
     }
   };
   float sum[2] = {0.0f, 0.0f};
   if (begin_tile < end_tile) {
     if constexpr (kIsPlain<Scheme>) {
-      copy_rows<kD, Shape::kColumns, Shape::kThreads>(from.k, p.D, key, shared.k);
+      copy_rows<kD, Shape::kColumns, Shape::kThreads>(from.k, p.spec.D, key_row, shared.k);
     } else if constexpr (kIsWide<Scheme>) {
       split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kColumns, Shape::kThreads>(
-          from.k, p.slots.dtype, p.D, key, shared.k);
+          from.k, p.layout.dtype, p.spec.D, key_row, shared.k);
     } else {
       Bytes<kD, Shape::kColumns, Shape::kThreads> bytes;
-      bytes.fetch(from.k, p.D, key);
-      bytes.template place<typename Scheme::KeyTag>(p.slots.dtype, shared.k);
+      bytes.fetch(from.k, p.spec.D, key_row);
+      bytes.template place<typename Scheme::KeyTag>(p.layout.dtype, shared.k);
     }
     const Logit logit(p);
     float scale[2], weight[2];
@@ -177,9 +181,9 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   }
 
   // Every key that there is, or might be, is written: the empty slots and padding come last.
-  const int64_t all = slots ? p.slots.S : p.T;
-  float* to = (slots ? p.slot_score : p.chunk_score) + head.row * all;
-  const float kept = p.scores ? exp2_approx(fade_of(log_decay, head.tokens)) : 1.0f;
+  const int64_t all = slots ? p.layout.S : p.T;
+  float* to = p.score + head.row * (p.layout.S + p.T) + (slots ? 0 : p.layout.S);
+  const float kept = p.spec.scores ? exp2_approx(fade_of(log_decay, head.tokens)) : 1.0f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float score = sum_of_quad(sum[i]);
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
     const int at = from.index == nullptr ? n : from.index[n];
     if (n >= from.count) score = 0.0f;
     if (slots && n < from.count) {
-      score = fmaf(p.slots.score[head.row * all + at], kept, score);
+      score = fmaf(less::head(p.layout, head.page, head.h).slots.score[at], kept, score);
     }
     store(to + at, score);
   }
@@ -207,11 +211,11 @@ struct SumColumns {
     using Shape = ColumnShape<Scheme, kD>;
     SharedCarver carver{nullptr};
     const ColumnShared<Scheme, kD> shared(carver);
-    const int64_t slot_blocks = (p.slots.S + Shape::kColumns - 1) / Shape::kColumns;
+    const int64_t slot_blocks = (p.layout.S + Shape::kColumns - 1) / Shape::kColumns;
     const int64_t blocks = slot_blocks + (p.T + Shape::kColumns - 1) / Shape::kColumns;
-    const Launch how{dim3(unsigned(blocks * p.B * p.K)), dim3(Shape::kThreads), carver.used,
+    const Launch how{dim3(unsigned(blocks * p.B * p.spec.K)), dim3(Shape::kThreads), carver.used,
                      stream};
-    const float log_decay = float(std::log2(double(p.decay)));
+    const float log_decay = float(std::log2(double(p.spec.decay)));
     return cuda::launch(column_kernel<Scheme, kD>, how, p, lists, lse, log_decay, int(slot_blocks),
                         int(blocks));
   }
@@ -231,25 +235,24 @@ struct Workspace {
   }
 };
 
-// The call whose chunk_score this is: a chunk where no slot is held, without values.
+// The call whose score this is: a chunk of a layer without slots, and without values.
 ChunkAttentionParams as_chunk(const PromptScoresParams& p) {
   ChunkAttentionParams chunk{};
-  chunk.q = p.q;
-  chunk.k = p.k;
-  chunk.k_scale = p.k_scale;
+  chunk.spec.Q = p.Q;
+  chunk.spec.K = p.K;
+  chunk.spec.D = p.D;
+  chunk.spec.scale = p.scale;
+  chunk.spec.softcap = p.softcap;
+  chunk.spec.decay = p.decay;
+  chunk.spec.scores = true;
+  chunk.layout.dtype = p.k_dtype;
+  chunk.q = contiguous_rows(p.q, p.q_dtype, p.Q, p.T, p.D);
+  chunk.call.k = contiguous_rows(p.k, p.k_dtype, p.K, p.T, p.D);
+  chunk.call.k_scale = p.k_scale;
   chunk.valid = p.valid;
-  chunk.slots.dtype = p.k_dtype;
-  chunk.chunk_score = p.score;
-  chunk.q_dtype = p.q_dtype;
-  chunk.scores = true;
-  chunk.scale = p.scale;
-  chunk.softcap = p.softcap;
-  chunk.decay = p.decay;
+  chunk.score = p.score;
   chunk.B = p.B;
-  chunk.Q = p.Q;
-  chunk.K = p.K;
   chunk.T = p.T;
-  chunk.D = p.D;
   return chunk;
 }
 
@@ -272,7 +275,7 @@ cudaError_t prompt_scores(const PromptScoresParams& p, cudaStream_t stream) {
 
 cudaError_t sum_columns(const ChunkAttentionParams& p, const KeyLists& lists, const float* lse,
                         cudaStream_t stream) {
-  return dispatch(p.q_dtype, p.slots.dtype, p.D, SumColumns{p, lists, lse, stream});
+  return dispatch(p.q.dtype, p.layout.dtype, p.spec.D, SumColumns{p, lists, lse, stream});
 }
 
 }  // namespace less::cuda

@@ -44,44 +44,65 @@ struct Carver {
 cudaError_t list_keys(const ChunkAttentionParams& p, const KeyLists& lists, cudaStream_t stream);
 
 // How the keys of a kv head are cut where its queries are so few that they fill one block: splits
-// of `per` tiles of slots, and a last one of the call's tokens, each a block.
+// of a few tiles of slots, and a last one of the call's tokens, each a block. A head's own capacity
+// decides how many tiles, and whether it is cut at all.
 struct Splits {
-  int count;         // 0: nothing is cut
-  int per;           // tiles of slots
+  int count;         // of the head that has most; 0: nothing is cut
+  int most;          // splits of slots, at most
   int warps;         // of a split that have queries
+  bool all;          // every head is cut
   int32_t* arrived;  // [B, K]  splits that are done; 0 between launches
   float* parts;      // [B, K, count, warps, ..]  what each has, as Meeting lays it out
 };
 
+// Tiles of slots of a split, of a head with so many tiles; 0: it is not cut.
+__host__ __device__ inline int tiles_of_split(int tiles, int most) {
+  return tiles < 2 ? 0 : (tiles + most - 1) / most;
+}
+
 // out and share, and lse [B, Q, T], the logarithm of each query's mass over slots and call (null:
-// not wanted). Without p.v it is lse alone.
+// not wanted). Without p.call.v it is lse alone.
 cudaError_t attend(const ChunkAttentionParams& p, const KeyLists& lists, const Splits& splits,
                    float* lse, cudaStream_t stream);
 
-// slot_score and chunk_score.
+// score.
 cudaError_t sum_columns(const ChunkAttentionParams& p, const KeyLists& lists, const float* lse,
                         cudaStream_t stream);
 
-// One kv head of a row.
-struct Head {
-  int row;  // b * K + kv head
+// One kv head of a row, with the keys and queries that it has.
+struct KvHead {
+  int row;  // b * K + h
   int b;
-  int first;  // b * Q + its first query head
+  int h;
   int G;
-  int slots;   // kept
-  int tokens;  // valid
+  unsigned char* page;  // null: the row has none, or the call knows no slots
+  int slots;            // kept
+  int tokens;           // valid; 0 without a page
 
-  LESS_DEVICE Head(const ChunkAttentionParams& p, const KeyLists& lists, int row)
-      : row(row), b(row / int(p.K)), G(int(p.Q) / int(p.K)) {
-    first = b * int(p.Q) + (row - b * int(p.K)) * G;
-    slots = p.slots.S == 0 ? 0 : lists.slots[row];
+  LESS_DEVICE KvHead(const ChunkAttentionParams& p, const KeyLists& lists, int row)
+      : row(row), b(row / int(p.spec.K)), G(int(p.spec.Q) / int(p.spec.K)) {
+    h = row - b * int(p.spec.K);
+    page = p.layout.S == 0 ? nullptr : less::page(p.pool, b);
+    slots = page == nullptr ? 0 : lists.slots[row];
     tokens = lists.token == nullptr ? int(p.T) : lists.tokens[b];
+    if (page == nullptr && p.layout.S > 0) tokens = 0;
+  }
+
+  LESS_DEVICE int token(const ChunkAttentionParams& p, const KeyLists& lists, int i) const {
+    return lists.token == nullptr ? i : lists.token[b * p.T + i];
   }
 
   // Where query m lies in [B, Q, T].
   LESS_DEVICE int64_t query_at(const ChunkAttentionParams& p, const KeyLists& lists, int m) const {
     const int i = m / G;
-    return (first + m - i * G) * p.T + (lists.token == nullptr ? i : lists.token[b * p.T + i]);
+    return (row * G + m - i * G) * p.T + token(p, lists, i);
+  }
+
+  // Elements from the beginning of q or out to the row of query m.
+  LESS_DEVICE int64_t query_row(const HeadRows& rows, const ChunkAttentionParams& p,
+                                const KeyLists& lists, int m) const {
+    const int i = m / G;
+    return offset(rows, b, h * G + m - i * G, token(p, lists, i));
   }
 };
 
@@ -94,36 +115,39 @@ struct Source {
   const float* weight;   // [n], null: 0
   const int32_t* index;  // [count] of the rows, null: in order
   int count;
+  int64_t k_step;  // elements from a row to the next
+  int64_t v_step;
 };
-
-__host__ __device__ inline bool of_bytes(DType dtype) {
-  return dtype == DType::i8 || dtype == DType::fp8;
-}
-
-LESS_DEVICE int64_t bytes_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : of_bytes(dtype) ? 1 : 2;
-}
 
 LESS_DEVICE const void* advance(const void* p, int64_t bytes) {
   return static_cast<const unsigned char*>(p) + bytes;
 }
 
-// All slots, or the first `count` tokens of the call.
-LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& lists, const Head& head,
-                             bool slots, int count) {
-  const int64_t first = head.row * (slots ? p.slots.S : p.T);
-  const int64_t bytes = first * p.D * bytes_of(p.slots.dtype);
-  const void* v = slots ? p.slots.v : p.v;
-  const int32_t* token = lists.token == nullptr ? nullptr : lists.token + head.b * p.T;
-  const float* k_scale = slots ? p.slots.k_scale : p.k_scale;
-  const float* v_scale = slots ? p.slots.v_scale : p.v_scale;
-  return {advance(slots ? p.slots.k : p.k, bytes),
-          v == nullptr ? nullptr : advance(v, bytes),
-          k_scale == nullptr ? nullptr : k_scale + first,
-          v_scale == nullptr ? nullptr : v_scale + first,
-          slots ? p.slots.weight + first : nullptr,
-          slots ? lists.slot + first : token,
-          count};
+// All slots, or the first `count` tokens of the call. Both are computed and one is chosen: where
+// pointers meet after branches, the compiler no longer knows that they are global.
+LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& lists,
+                             const KvHead& head, bool slots, int count) {
+  // Without a page no slot is read: any address will do, and any head where a call knows no slots.
+  auto* const memory = head.page == nullptr ? static_cast<unsigned char*>(p.q.data) : head.page;
+  const Slots of = less::head(p.layout, memory, p.layout.S == 0 ? 0 : head.h).slots;
+  const CallRows& call = p.call;
+  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.dtype), D = p.spec.D;
+  const void* const k = advance(call.k.data, offset(call.k, head.b, head.h, 0) * bytes);
+  const void* const v = call.v.data == nullptr
+                            ? nullptr
+                            : advance(call.v.data, offset(call.v, head.b, head.h, 0) * bytes);
+  const float* const k_scale = call.k_scale == nullptr ? nullptr : call.k_scale + first;
+  const float* const v_scale = call.v_scale == nullptr ? nullptr : call.v_scale + first;
+  const int32_t* const token = lists.token == nullptr ? nullptr : lists.token + head.b * p.T;
+  return {slots ? of.k : k,
+          slots ? of.v : v,
+          slots ? of.k_scale : k_scale,
+          slots ? of.v_scale : v_scale,
+          slots ? of.weight : nullptr,
+          slots ? lists.slot + head.row * int64_t{p.layout.S} : token,
+          count,
+          slots ? D : call.k.t,
+          slots ? D : call.v.t};
 }
 
 // -- numbers as operands --
@@ -170,27 +194,22 @@ constexpr bool kIsWide = Scheme::kParts > 1;
 template <typename Scheme>
 constexpr bool kIsPlain = !Scheme::kScaled;
 
+// A head dim, and up to the next multiple of 32.
+constexpr int padded_dim(int D) { return (D + 31) / 32 * 32; }
+
 template <typename Scheme, typename Run>
 cudaError_t dispatch_dim(int64_t D, const Run& run) {
-  if constexpr (head_dim_built(64)) {
-    if (D == 64) return run.template launch<Scheme, 64>();
-  }
-  if constexpr (head_dim_built(80) || head_dim_built(96)) {
-    if (D == 80 || D == 96) return run.template launch<Scheme, 96>();
-  }
-  if constexpr (head_dim_built(128)) {
-    if (D == 128) return run.template launch<Scheme, 128>();
-  }
-  if constexpr (head_dim_built(256)) {
-    if (D == 256) return run.template launch<Scheme, 256>();
-  }
-  return cudaErrorInvalidValue;
+  cudaError_t error = cudaErrorInvalidValue;
+  with_head_dim(D, [&](auto head_dim) {
+    error = run.template launch<Scheme, padded_dim(decltype(head_dim)::value)>();
+  });
+  return error;
 }
 
 // run.launch<Scheme, kD>() for these dtypes and this head dim, which is padded to kD.
 template <typename Run>
 cudaError_t dispatch(DType q, DType k, int64_t D, const Run& run) {
-  const bool bytes = of_bytes(k);
+  const bool bytes = has_scale(k);
   if (q == DType::fp16 && k == DType::fp16) return dispatch_dim<Plain<HalfTag>>(D, run);
   if (q == DType::bf16 && k == DType::bf16) return dispatch_dim<Plain<BFloatTag>>(D, run);
   if (q == DType::fp16 && bytes) return dispatch_dim<Eight<HalfTag>>(D, run);
@@ -269,10 +288,10 @@ class Pieces {
   int first_;
 };
 
-// Starts copying a tile of rows of 16-bit numbers: row r of the tile is row index(r) of x [n, D],
-// zero where index(r) < 0, and beyond D.
-template <int kD, int kRows, int kThreads, typename Index>
-LESS_DEVICE void copy_rows(const void* x, int64_t D, const Index& index, uint16_t* tile) {
+// Starts copying a tile of rows of 16-bit numbers: row r of the tile has the D numbers from
+// x[at(r)] on, zero where at(r) < 0, and beyond D.
+template <int kD, int kRows, int kThreads, typename At>
+LESS_DEVICE void copy_rows(const void* x, int64_t D, const At& at, uint16_t* tile) {
   constexpr int kLanes = kPermuted<kD>;  // of a row
   constexpr int kAtOnce = kThreads / kLanes;
   static_assert(kRows % kAtOnce == 0, "every thread copies as much");
@@ -280,8 +299,8 @@ LESS_DEVICE void copy_rows(const void* x, int64_t D, const Index& index, uint16_
 #pragma unroll
   for (int i = 0; i < kRows / kAtOnce; ++i) {
     const int row = i * kAtOnce + int(threadIdx.x) / kLanes;
-    const int64_t from = index(row);
-    const uint16_t* source = static_cast<const uint16_t*>(x) + (from < 0 ? 0 : from * D);
+    const int64_t from = at(row);
+    const uint16_t* source = static_cast<const uint16_t*>(x) + (from < 0 ? 0 : from);
 #pragma unroll
     for (int j = 0; j < kD / 8; j += kLanes) {
       const bool there = from >= 0 && (piece + j) * 8 < D;
@@ -292,27 +311,25 @@ LESS_DEVICE void copy_rows(const void* x, int64_t D, const Index& index, uint16_
 }
 
 // The same of rows of any dtype, as sums of parts, and at once.
-template <typename Tag, int kParts, int kD, int kRows, int kThreads, typename Index>
-LESS_DEVICE void split_rows(const void* x, DType dtype, int64_t D, const Index& index,
-                            uint16_t* tile) {
+template <typename Tag, int kParts, int kD, int kRows, int kThreads, typename At>
+LESS_DEVICE void split_rows(const void* x, DType dtype, int64_t D, const At& at, uint16_t* tile) {
   constexpr int kLanes = kPermuted<kD> * 2;  // of a row
   constexpr int kAtOnce = kThreads / kLanes;
   static_assert(kRows % kAtOnce == 0, "every thread splits as much");
   const int lane = int(threadIdx.x) % kLanes;
 #pragma unroll 1
   for (int row = int(threadIdx.x) / kLanes; row < kRows; row += kAtOnce) {
-    const int64_t from = index(row);
+    const int64_t from = at(row);
     uint16_t* to = tile + tile_at<kD>(row, lane / 2) + lane % 2 * 4;
 #pragma unroll
     for (int j = 0; j < kD; j += kLanes * 4) {
       const int d = j + lane * 4;
       float v[4] = {};
       if (from >= 0 && d < D) {
-        const int64_t at = from * D + d;
-        if (of_bytes(dtype)) {
-          four_bytes(static_cast<const uint32_t*>(x)[at / 4], dtype, v);
+        if (has_scale(dtype)) {
+          four_bytes(static_cast<const uint32_t*>(x)[(from + d) / 4], dtype, v);
         } else {
-          load_four(x, dtype, at, v);
+          load_four(x, dtype, from + d, v);
         }
       }
       uint32_t a[kParts], b[kParts];
@@ -331,10 +348,10 @@ LESS_DEVICE void split_rows(const void* x, DType dtype, int64_t D, const Index& 
 template <int kD, int kRows, int kThreads>
 class Bytes {
  public:
-  template <typename Index>
-  LESS_DEVICE void fetch(const void* x, int64_t D, const Index& index) {
-    const int64_t from = index(row());
-    const uint8_t* source = static_cast<const uint8_t*>(x) + (from < 0 ? 0 : from * D);
+  template <typename At>
+  LESS_DEVICE void fetch(const void* x, int64_t D, const At& at) {
+    const int64_t from = at(row());
+    const uint8_t* source = static_cast<const uint8_t*>(x) + (from < 0 ? 0 : from);
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       const int d = (unit() + i * kOfRow) * 16;
@@ -451,8 +468,8 @@ struct Logit {
   float softcap;  // with log2(e); 0: none
 
   explicit LESS_DEVICE Logit(const ChunkAttentionParams& p)
-      : scale(p.softcap == 0.0f ? p.scale * kLog2E : p.scale / p.softcap),
-        softcap(p.softcap * kLog2E) {}
+      : scale(p.spec.softcap == 0.0f ? p.spec.scale * kLog2E : p.spec.scale / p.spec.softcap),
+        softcap(p.spec.softcap * kLog2E) {}
 
   // Caps the logits where they are to be; factor(n, j) is what s[n][j] is to be multiplied by.
   // Returns whether it did; else that is left to do.

@@ -31,7 +31,7 @@ using Named = std::pair<const char*, const Tensor&>;
 // Refuses a head dim that kernels which are templates over it were not compiled for.
 inline void check_head_dim(const char* op, const char* name, int64_t D) {
   std::string built;
-  for (const int dim : {64, 80, 96, 128, 256}) {
+  for (const int dim : cuda::kHeadDims) {
     if (!cuda::head_dim_built(dim)) continue;
     if (D == dim) return;
     built += (built.empty() ? "" : ", ") + std::to_string(dim);

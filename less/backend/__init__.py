@@ -1,4 +1,4 @@
-"""Who computes a cache's step: the compiled kernels or the plain-torch reference."""
+"""The two backends of a layer's step: the compiled kernels and the plain-torch reference."""
 
 from __future__ import annotations
 

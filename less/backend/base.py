@@ -1,4 +1,4 @@
-"""What a backend is: who computes the steps of a layer."""
+"""The interface of a backend, which computes the steps of a layer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Backend(Protocol):
 
     @property
     def workspace(self) -> int:
-        """Bytes of scratch held."""
+        """Bytes of scratch that the backend has allocated."""
 
     def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
-        """What slots may be held in."""
+        """Dtypes that slots may have on this device."""
 
     def reserve(self, plan: LayerPlan, at: Paged, B: int) -> None:
-        """Hold enough scratch for decode steps of B rows of this layer; layers share it."""
+        """Allocate scratch for decode steps of B rows of this layer; layers share it."""
 
     def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
         """A call's keys and values in the slots' dtype, contiguous or not."""
@@ -62,11 +62,11 @@ class Backend(Protocol):
         """
 
     def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
-        """Do both for one token, under a policy that has a rule; returns the output."""
+        """Attend and compact for one token, under a policy that has a rule; returns the output."""
 
 
 def add_share(step: Attended, at: Paged, plan: LayerPlan) -> None:
-    """Count in the pages what the low-rank part took of a call's attention."""
+    """Add to the pages the share of a call's attention mass that the low-rank state took."""
     if plan.maps is None:
         return
     K = plan.layout.kv_heads

@@ -68,7 +68,7 @@ def _unserved(architectures: list[str], capability: tuple[int, int]) -> str | No
 
 
 def slot_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """What the native ops can hold slots in on this device."""
+    """Dtypes of slots that the native ops support on this device."""
     everywhere = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
     return everywhere if device.type == "cpu" else (*everywhere, torch.float8_e4m3fn)
 
@@ -303,7 +303,7 @@ def compact(
 def decode_step(call: Call, at: Paged, plan: LayerPlan, workspace: Tensor | None = None) -> Tensor:
     """Do a layer's whole step for one token of every row, in place, in one fork-join or launch.
 
-    ``less.reference.step`` defines it. A GPU resets pages that begin by a launch before.
+    ``less.reference.decode_step`` defines it. A GPU resets pages that begin by a launch before.
 
     Args:
         call: One token a row. With ``out`` nothing is allocated.

@@ -173,10 +173,12 @@ class LessKVCache(CacheProtocol):
 
     def _allocate(self) -> list[Tensor | None]:
         """A pool of empty pages for each layer that this cache holds: row b has page b."""
-        pools = iter(allocate([at.layout for at in self._held()], self.batch, self.device))
+        pools = iter(allocate([at.layout for at in self.held], self.batch, self.device))
         return [None if at is None else next(pools) for at in self._paged]
 
-    def _held(self) -> list[PagedLayer]:
+    @property
+    def held(self) -> list[PagedLayer]:
+        """The layers that this cache holds: all but those that slide."""
         return [at for at in self._paged if at is not None]
 
     def _at(self, layer: int) -> tuple[PagedLayer, Paged]:
@@ -369,13 +371,13 @@ class LessKVCache(CacheProtocol):
             ``PageLayout.nbytes`` of every layer.
         """
         state = pages = maps = 0
-        for at in self._held():
+        for at in self.held:
             pages += at.layout.nbytes
             state += at.layout.bytes_of("H", "z")
             maps += 0 if at.plan.maps is None else at.plan.maps.memory.nbytes
-        counters = sum(at.layout.header_bytes for at in self._held())
+        counters = sum(at.layout.header_bytes for at in self.held)
         pages, state, counters = (self.batch * n for n in (pages, state, counters))
-        scratch = next((at.backend.workspace for at in self._held()), 0)
+        scratch = next((at.backend.workspace for at in self.held), 0)
         sliding_counters = sum(x.nbytes for x in self.session.sliding_seen.values())
         workspace = counters + scratch + sliding_counters
         slots = pages - state - counters

@@ -1,4 +1,4 @@
-"""What a sidekick was trained for, and who goes beyond it."""
+"""Warnings of a cache that goes beyond its sidekick's training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from less.sidekick import Sidekick
 class TrainingLimits:
     """Warns where a cache goes beyond its sidekick's training.
 
-    Once for what is known at the beginning, and once for the length of its text.
+    It warns once of capacities, at the beginning, and once of the length of the text.
 
     Args:
-        sidekick: The cache's; None: there is nothing to warn of.
+        sidekick: The cache's sidekick; None: nothing is checked.
         kept: Capacities of the layers that evict.
     """
 

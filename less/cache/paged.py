@@ -1,4 +1,4 @@
-"""One layer over pages that somebody else owns: what an engine calls, and the cache itself."""
+"""One layer over a pool of pages that its caller owns: an engine, or ``LessKVCache``."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from less.reference import Attended, candidates
 class PagedLayer:
     """A layer without memory of its own: it attends on a pool of pages that it is given.
 
-    A pool holds one page for each sequence; which page a row of a call uses is the caller's to
-    say, so sequences come and go without a copy::
+    A pool holds one page for each sequence. The caller says which page each row of a call uses, so
+    sequences come and go without a copy::
 
         layout = PageLayout(kv_heads=8, head_dim=128, capacity=256)
         layer = PagedLayer(H2O(heavy=128, recent=128), layout, q_heads=32)
@@ -41,17 +41,17 @@ class PagedLayer:
         out = layer.attend(pool, q, k, v, pages=pages, fresh=fresh)
 
     Args:
-        policy: Who stays. Its capacity is the layout's where that is the same for every head.
-        layout: What a page holds.
+        policy: Which tokens stay. Its capacity must be the layout's, unless that differs per head.
+        layout: The page.
         q_heads: Query heads Q, a multiple of the kv heads.
         maps: Feature maps: a layer of a ``Sidekick`` by name, of the layout's rank. None: no state.
         kind: Their kind, ``"paper"`` or ``"exp"``.
-        victim: ``"fold"`` or ``"forget"``: what becomes of a token that leaves. None: it is folded
-            where there are maps.
+        victim: ``"fold"`` or ``"forget"``: what becomes of an evicted token. None: ``"fold"`` with
+            maps, ``"forget"`` without.
         scale: Factor of q.k; 1/sqrt(D) by default.
-        softcap: What scale q.k is held within, before the log-weights. None: nothing.
-        null_page: The page that stands for none, besides negative numbers.
-        device: Where maps and pools lie.
+        softcap: Logits become softcap * tanh(scale q.k / softcap), plus log-weights. None: no cap.
+        null_page: A page number that means no page, besides negative numbers.
+        device: Device of maps and pools.
         backend: As in ``LessKVCache``.
 
     Raises:
@@ -124,16 +124,16 @@ class PagedLayer:
         """Attend with T new tokens of every row, which then join the row's page.
 
         Args:
-            pool: Bytes [N, page], of any shape that ``PageLayout.check_pool`` takes. Written.
+            pool: Bytes [N, page], in any shape that ``PageLayout.check_pool`` accepts. Written.
             q: [B, Q, T, D], float32, bfloat16 or float16. Tokens may lie before heads: a view of
                 [tokens, heads, D] costs no copy; so for k, v and out.
             k: [B, K, T, D].
             v: [B, K, T, D].
-            pages: int32 [B], the page of each row. The null page, or a negative number: the row
-                reads and writes nothing, and its output is 0. None: row b has page b. A
+            pages: int32 [B], the page of each row. With the null page or a negative number the row
+                reads and writes nothing, and its output is 0. None: row b uses page b. A
                 ``PageRows`` made once serves all layers of a step.
-            fresh: bool [B]: True makes the row's page an empty one before it is used, whatever it
-                holds. Belongs to ``pages``.
+            fresh: bool [B]: True clears the row's page before it is used, whatever bytes it
+                contains. Only with ``pages``.
             valid: bool [B, T], False for padding. None: all valid.
             out: [B, Q, T, D] of q's dtype: where to write the result.
 
@@ -142,7 +142,7 @@ class PagedLayer:
 
         Raises:
             ValueError: An argument is wrong; nothing was written.
-            RuntimeError: A page is none of the pool's, or stands twice; nothing was written.
+            RuntimeError: A page is not in the pool, or two rows share it; nothing was written.
         """
         op = "attend"
         pool = self.layout.check_pool(op, pool)
@@ -178,10 +178,10 @@ class PagedLayer:
         return checked_rank(self.policy, tokens)
 
     def held(self, at: Paged, B: int) -> tuple[Slots, Tensor]:
-        """Copies of what each row's page holds: slots, and the tokens seen.
+        """Copies of the slots and of the number of tokens seen in each row's page.
 
-        Heads with fewer slots than the largest are filled up with empty ones, and a row without a
-        page is one of an empty sequence.
+        Heads with fewer slots than the largest are padded with empty ones; a row without a page
+        counts as an empty sequence.
 
         Args:
             at: The layer's pages.

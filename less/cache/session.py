@@ -1,7 +1,7 @@
-"""What a cache knows of the model that feeds it: columns passed in, texts, sliding layers.
+"""The model's side of a cache: columns passed in, which text they are, sliding layers.
 
-Nothing here decides what a layer holds; that lies in its pages. It is what a transformers model
-asks its cache for, and what tells one text from another.
+Nothing here changes a layer's tokens; those lie in its pages. Here is what a transformers model
+asks of its cache, and the digest that distinguishes one text from another.
 """
 
 from __future__ import annotations

@@ -64,6 +64,13 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     needed = {"transformers": "transformers", "rich": "rich"}
     checks.check_packages("less-kv chat", needed)
+    from less.evaluate import sources
+
+    if args.config is not None and args.sidekick is not None:
+        raise ValueError("--sidekick: the config of --config names one, or none")
+    sources.check_model_name(args.model)
+    sources.check_template(args.model)
+    checks.check_sidekick(args.sidekick)
     from less.integrations.chat import Sampling
 
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens)
@@ -93,15 +100,11 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
 
     sidekick = None
     if args.config is not None:
-        if args.sidekick is not None:
-            raise ValueError("--sidekick: the config of --config names one, or none")
         config = LessConfig.from_pretrained(args.config)
         sidekick = config.load_sidekick()
     else:
-        checks.check_sidekick(args.sidekick)
         budget = {"tokens": args.budget} if args.bytes is None else {"bytes": args.bytes}
         config = LessConfig(**budget, dtype=args.dtype)
-    assets.check_model_name(args.model)
     found = assets.find_model(args.model)
     check_template(found.tokenizer, args.system)
     if args.config is None:
@@ -180,7 +183,7 @@ def _ask(console: Console) -> str | None:
 
 
 def _file(name: str, console: Console) -> str:
-    from less.fit.text import read_text
+    from less.files import read_text
 
     try:
         return read_text(Path(name).expanduser())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,18 +31,21 @@ def check_packages(command: str, needed: Mapping[str, str] = _DEMO, extra: str =
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to; makes nothing.
+    """Refuse a folder that cannot be made or written to; nothing stays behind.
 
     Raises:
         ValueError: naming the option and what is in the way.
     """
-    there = folder.expanduser().absolute()
+    there = folder.absolute()
     while not there.exists() and not there.is_symlink():
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"{option} {folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK) or _is_read_only(there):
-        raise ValueError(f"{option} {folder}: {there} is not writable")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: {there} is not writable: {error.strerror}") from None
 
 
 def check_file(option: str, file: Path) -> None:
@@ -65,20 +69,12 @@ def check_sidekick(wanted: str | None) -> None:
     Raises:
         ValueError: naming the shipped ones.
     """
-    from less.sidekick import shipped_names
-
-    if wanted is None or wanted in ("none", *shipped_names()):
+    if wanted in (None, "none") or Path(wanted).is_dir():
         return
-    if not Path(wanted).is_dir():
+    from less.sidekick import shipped_names  # imports torch
+
+    if wanted not in shipped_names():
         shipped = ", ".join(shipped_names()) or "none"
         raise ValueError(
             f"--sidekick {wanted} is neither a folder, nor 'none', nor shipped (shipped: {shipped})"
         )
-
-
-def _is_read_only(folder: Path) -> bool:
-    """Whether the file system takes no new file, whoever asks: as /proc, or mounted read-only."""
-    if not hasattr(os, "statvfs"):
-        return False
-    facts = os.statvfs(folder)
-    return bool(facts.f_flag & os.ST_RDONLY) or facts.f_blocks == 0

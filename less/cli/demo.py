@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
         help="tokens that the model writes under each cache (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--probes", type=int, default=2, metavar="N",
+        "--probes", type=int, default=1, metavar="N",
         help="copy probes, at most as many as chunks (default: %(default)s)",
     )  # fmt: skip
 

@@ -45,11 +45,6 @@ def _budgets(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the measurement."""
-    from less.evaluate import report
-    from less.evaluate.compare import compare, measure_full, with_speeds
-    from less.evaluate.machine import in_words, machine
-    from less.evaluate.progress import progress
-
     checks.check_packages("less-kv evaluate")
     begin = time.monotonic()
     console = measuring.console_for()
@@ -64,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
     methods_at = {budget: measuring.methods_for(subject, budget) for budget in args.budgets}
     args.out.mkdir(parents=True, exist_ok=True)
     subject.load()
+    from less.evaluate import report
+    from less.evaluate.compare import compare, measure_full, with_speeds
+    from less.evaluate.machine import in_words, machine
+    from less.evaluate.progress import progress
+
     facts = {
         "command": "less-kv evaluate",
         "model": subject.name,

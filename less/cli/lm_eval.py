@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,18 +53,19 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print the table."""
     needed = {"lm_eval": "lm_eval==0.4.13", "rich": "rich"}
     checks.check_packages("less-kv lm-eval", needed, "eval")
-    import torch
-
-    from less.evaluate import assets
-    from less.hf.models import describe
+    from less.evaluate import sources
 
     if args.out is not None:
         checks.check_file("--out", args.out)
-    checks.check_sidekick(args.sidekick)
-    assets.check_model_name(args.model)
+    sources.check_model_name(args.model)
     names = args.tasks.split(",")
     tasks = _tasks(names, args.include_path)
+    checks.check_sidekick(args.sidekick)
+    import torch
     from lm_eval import simple_evaluate
+
+    from less.evaluate import assets
+    from less.hf.models import describe
 
     console = measuring.console_for()
     threads.set_threads(args, console)
@@ -122,14 +125,17 @@ def _refuse(unknown: list[str], where: str) -> None:
 
 
 def _not_named(names: list[str], folder: Path) -> list[str]:
-    """The names of tasks that no file of a folder holds, patterns and paths aside."""
-    wanted = {name for name in names if not (_is_path(name) or set(name) & set("*?["))}
-    for file in folder.rglob("*"):
-        if not wanted:
-            break
-        if file.suffix in (".yaml", ".py"):
-            text = file.read_text(encoding="utf-8", errors="replace")
-            wanted = {name for name in wanted if name not in text}
+    """The names that stand in no file of a folder as a word of its own; no patterns, no paths."""
+    wanted = {
+        name: re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+        for name in names
+        if not (_is_path(name) or set(name) & set("*?["))
+    }
+    for here, _, files in os.walk(folder):
+        for file in files:
+            if wanted and file.endswith((".yaml", ".py")):
+                content = Path(here, file).read_bytes()
+                wanted = {n: word for n, word in wanted.items() if not word.search(content)}
     return sorted(wanted)
 
 

@@ -151,31 +151,34 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
         AssetError: a model or text that cannot be had.
         OSError: a text or sidekick that cannot be read.
     """
-    import torch
-
-    from less.evaluate import assets
-    from less.evaluate.report import around_section
-    from less.fit.text import opening
-    from less.hf.models import describe
+    from less import files
+    from less.evaluate import sources
 
     checks.check_folder("--out", args.out)
     if args.update:
         checks.check_file("--update", args.update)
-        around_section(args.update, "table")
-    checks.check_sidekick(args.sidekick)
-    assets.check_model_name(args.model)
+        files.around_section(args.update, "table")
+    sources.check_model_name(args.model)
     if args.text:
-        texts, source = assets.read_texts(args.text), Path(args.text).name
+        texts = files.read_texts(args.text)
+        source = Path(args.text).name
     else:
-        assets.check_wikipedia()
+        sources.check_wikipedia()
+    checks.check_sidekick(args.sidekick)
+    import torch
+
+    from less.evaluate import assets
+    from less.fit.text import opening
+    from less.hf.models import describe
+
     threads.set_threads(args, console)
-    if args.model == assets.SMOLLM2 and not assets.is_converted():
+    if args.model == sources.SMOLLM2 and not sources.is_converted():
         console.print("  converting SmolLM2's GGUF once, about half a minute")
     found = assets.find_model(args.model)
-    facts = describe(found.skeleton(), f"--model {args.model}")
     check_length("--length", args.length, found.config)
     for context in contexts:
         check_length("--contexts", context, found.config)
+    facts = describe(found.skeleton(), f"--model {args.model}")
     maps = getattr(torch, args.maps_dtype) if args.maps_dtype else None
     sidekick, paper = (
         s if s is None or maps is None else s.to(maps)
@@ -185,7 +188,7 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
         texts = assets.wikipedia_articles("eval")
         source = f"{len(texts)} Wikipedia articles, none of them in a shipped sidekick's training"
     subject = Subject(
-        name="SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else Path(args.model).name,
+        name="SmolLM2-135M-Instruct" if args.model == sources.SMOLLM2 else Path(args.model).name,
         found=found,
         facts=facts,
         texts=texts,

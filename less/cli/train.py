@@ -117,6 +117,13 @@ def policies(args: argparse.Namespace) -> list[Policy]:
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, say what came of it."""
+    from less.evaluate import sources
+
+    work = args.work or args.out / "unfinished"
+    checks.check_folder("--out", args.out)
+    checks.check_folder("--work", work)
+    sources.check_model_name(args.model)
+    _check_texts(args.text)
     import torch
     from rich.console import Console
 
@@ -138,10 +145,6 @@ def run(args: argparse.Namespace) -> int:
     )
     device = _device(args.device)
     held_chunks(chosen, args.chunks, args.length, args.held)
-    work = args.work or args.out / "unfinished"
-    checks.check_folder("--out", args.out)
-    checks.check_folder("--work", work)
-    assets.check_model_name(args.model)
     texts, source = _texts(args.text)
     console = Console(highlight=False)
     threads.set_threads(args, console)
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     measuring.check_length("--length", args.length, found.config)
     pool = sample_chunks(found.tokenizer, texts, args.length, args.chunks, recipe.seed)
     model = found.load(getattr(torch, args.model_dtype)).to(device)
-    name = args.name or ("SmolLM2-135M-Instruct" if args.model == assets.SMOLLM2 else None)
+    name = args.name or ("SmolLM2-135M-Instruct" if args.model == sources.SMOLLM2 else None)
     console.print(
         f"training {args.kind} maps, rank {args.rank}, hidden {args.hidden}, for "
         + ", ".join(map(str, chosen))
@@ -187,22 +190,30 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def _texts(names: list[str]) -> tuple[Iterable[str], str]:
-    """The texts of --text, and their names for the record (no paths).
+def _check_texts(names: list[str]) -> None:
+    """Refuse texts that are not there or must not be read; UTF-8 is looked at as they are read.
 
     Raises:
-        OSError: A text is not there, or must not be read.
+        OSError, AssetError: The message names the file, or what to install.
     """
-    from less.evaluate import assets
-    from less.fit import read_stream
-    from less.fit.text import text_files
+    from less.evaluate import sources
+    from less.files import text_files
 
     if names == [_WIKIPEDIA]:
-        assets.check_wikipedia()
-        return assets.wikipedia_articles("train"), "wikipedia (training articles)"
+        sources.check_wikipedia()
+        return
     for name in names:
         for file in text_files(name):
             file.open("rb").close()
+
+
+def _texts(names: list[str]) -> tuple[Iterable[str], str]:
+    """The texts of --text, and their names for the record (no paths)."""
+    from less.evaluate import assets
+    from less.fit import read_stream
+
+    if names == [_WIKIPEDIA]:
+        return assets.wikipedia_articles("train"), "wikipedia (training articles)"
     return read_stream(names), ", ".join(Path(name).name for name in names)
 
 

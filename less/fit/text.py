@@ -12,53 +12,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from less.files import read_text, text_files
+
 LONG = 64 * 2**20
 _BLOCK = 2**18
-
-
-def text_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The file of that name, or a folder's .txt and .md files in order of name.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
-        if not files:
-            raise FileNotFoundError(f"text: {path} is a folder without .txt or .md files")
-        return files
-    if not path.exists():
-        raise FileNotFoundError(f"text: {path} does not exist")
-    return [path]
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        OSError: It does not exist, is a folder, or must not be read; the message says which.
-        ValueError: It is not UTF-8; the message says from which byte on.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"text: {path} does not exist") from None
-    except IsADirectoryError:
-        raise IsADirectoryError(f"text: {path} is a folder, not a text file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text: {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x} "
-            f"({error.reason})"
-        ) from None
-    except OSError as error:
-        raise type(error)(f"text: {path} cannot be read: {error.strerror}") from None
 
 
 def read_stream(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:

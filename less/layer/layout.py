@@ -1,6 +1,6 @@
 """The page: where in memory each field of a layer lies.
 
-Everything that one layer holds of one sequence is one page. A page begins with a header,
+Everything that one layer stores for one sequence is one page. A page begins with a header,
 
     seen int64, 8 unused bytes, share float64 [K]
 
@@ -10,8 +10,8 @@ fields in the order in which a step reads them:
     position int32 [S]    k [S, D]    k_scale float32 [S]    weight float32 [S]
     v [S, D]    v_scale float32 [S]    z float32 [R]    H float32 [R, D]    score float32 [S]
 
-Scales exist for rows of 8 bits alone, z and H where R > 0. Every field begins at a multiple of 128
-bytes. csrc/common/layout.h is the same in C++.
+Scales exist only for rows of 8 bits, z and H only where R > 0. Every field begins at a multiple of
+128 bytes. csrc/common/layout.h is the same in C++.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class PageLayout:
     Args:
         kv_heads: Kv heads K, at most 128.
         head_dim: Head dim D.
-        capacity: Slots of every head, or a tuple of each head's, at least 1.
+        capacity: Slots of every head, at least 1; or a tuple with one number per kv head.
         dtype: Of the slots' keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn
-            (float64 for the reference alone).
-        rank: Rank R of the low-rank state; 0: there is none.
+            (float64 only with the reference).
+        rank: Rank R of the low-rank state; 0: no state.
 
     Raises:
-        ValueError: A number is out of range, the capacities are not K, or the dtype is none of
-            the above.
+        ValueError: A number is out of range, the number of capacities is not K, or the dtype is
+            none of the above.
     """
 
     kv_heads: int
@@ -141,7 +141,7 @@ class PageLayout:
 
     @property
     def slots(self) -> int:
-        """Slots of the head that has most."""
+        """Slots of the head with the most."""
         return max(self.capacities)
 
     @property
@@ -187,16 +187,16 @@ class PageLayout:
         return int(self.__dict__["nbytes"])
 
     def bytes_of(self, *fields: str) -> int:
-        """Bytes of some fields in one page, those that fill them up to 128 included."""
+        """Bytes of some fields in one page, padding to 128 bytes included."""
         return sum(field_bytes(head[f].nbytes) for head in self.heads for f in fields if f in head)
 
     def check_pool(self, op: str, pool: Tensor) -> Tensor:
         """A pool of such pages, as uint8 [N, page].
 
-        Bytes of other shapes are taken too, such as an engine's int8 [N, 1, 1, page].
+        Other shapes of bytes are accepted too, such as an engine's int8 [N, 1, 1, page].
 
         Args:
-            op: Who asks, for the message.
+            op: The caller's name, for messages.
             pool: Bytes, N pages; the first stride is a multiple of 128 and at least a page.
 
         Raises:
@@ -242,33 +242,27 @@ class PageLayout:
         Args:
             pool: uint8 [N, page], as ``check_pool`` returns it.
         """
-        N = pool.shape[0]
-
-        def view(offset: int, shape: tuple[int, ...], dtype: torch.dtype, *heads: int) -> Tensor:
-            """[N, *shape]; with a number of heads and the bytes between them [N, heads, *shape]."""
-            count, step = heads or (1, self.nbytes)
-            numbers = pool.view(dtype)
-            x: Tensor = numbers.as_strided(
-                [N, count, torch.Size(shape).numel()],
-                [numbers.stride(0), step // dtype.itemsize, 1],
-                numbers.storage_offset() + offset // dtype.itemsize,
-            ).unflatten(2, shape or (1,))
-            return x if heads else x[:, 0]
-
-        seen = view(0, (), torch.int64)[:, 0]
-        share = view(_SHARE, (self.kv_heads,), torch.float64)
+        numbers = pool.view(torch.int64)
+        seen = numbers[:, 0]
+        share = numbers[:, _SHARE // 8 : _SHARE // 8 + self.kv_heads].view(torch.float64)
         views = []
         for run in self.runs():
-            head, count = self.heads[run.start], run.stop - run.start
-            step = self.heads[run.start + 1]["position"].offset if count > 1 else self.nbytes
-            step -= head["position"].offset
-            of = {n: view(f.offset, f.shape, f.dtype, count, step) for n, f in head.items()}
+            head = self.heads[run.start]
+            first = head["position"].offset
+            nbytes = head["score"].offset + field_bytes(head["score"].nbytes) - first
+            count = run.stop - run.start
+            heads = pool[:, first : first + count * nbytes].unflatten(1, (count, nbytes))
+            of = {}
+            for label, field in head.items():
+                at = field.offset - first
+                flat = heads[:, :, at : at + field.nbytes].view(field.dtype)
+                of[label] = flat.unflatten(2, field.shape)
             state = State(of.pop("H"), of.pop("z")) if self.rank else None
             views.append(PageViews(run, Slots(**of), state, share[:, run], seen))
         return views
 
     def clear(self, pool: Tensor) -> None:
-        """Make every page of a pool one of an empty sequence, in place."""
+        """Make every page of a pool that of an empty sequence, in place."""
         pool.zero_()
         for views in self.views(pool):
             views.slots.position.fill_(-1)

@@ -18,7 +18,7 @@ _MADV_HUGEPAGE = 14
 
 
 def _huge_pages(memory: Tensor) -> None:
-    """Ask the system for huge pages where the memory covers some; a wish, not a demand."""
+    """Ask Linux for huge pages where the memory covers whole ones; it may decline."""
     if not sys.platform.startswith("linux"):
         return
     first = -(-memory.data_ptr() // _HUGE) * _HUGE
@@ -34,8 +34,8 @@ def allocate(
 ) -> list[Tensor]:
     """Pools of empty pages for several layers, in one piece of memory.
 
-    On a CPU the memory begins at a multiple of 2 MiB and asks for huge pages: a step that streams
-    through small ones waits for their addresses.
+    On a CPU the memory begins at a multiple of 2 MiB and asks for huge pages, so that a step that
+    streams through it misses the TLB less often.
 
     Args:
         layouts: Of each layer.
@@ -47,12 +47,13 @@ def allocate(
     """
     device = torch.device(device)
     sizes = [layout.nbytes * pages for layout in layouts]
-    ahead = _HUGE if device.type == "cpu" and sum(sizes) >= _HUGE else FIELD_ALIGN
-    memory = torch.empty(sum(sizes) + ahead, dtype=torch.uint8, device=device)
-    at = -memory.data_ptr() % ahead if device.type != "meta" else 0
-    memory = memory[at : at + sum(sizes)]
     if device.type == "cpu":
+        begin = _HUGE if sum(sizes) >= _HUGE else FIELD_ALIGN
+        memory = torch.empty(sum(sizes) + begin, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % begin :]
         _huge_pages(memory)
+    else:
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     pools = []
     for layout, size in zip(layouts, sizes, strict=True):
         pool, memory = memory[:size].view(pages, layout.nbytes), memory[size:]
@@ -65,11 +66,11 @@ class PageRows:
     """Which page each row of a call uses, and which of those pages begin.
 
     Args:
-        pages: int32 [B]: numbers of pages; outside 0 .. N - 1, or the layer's null page: the row
-            reads and writes nothing, and its output is 0.
-        fresh: bool [B]: True resets the row's page before it is used. None: none begins.
-        check: Refuse a page that stands twice, where the numbers are on the host.
-        null_page: The page that may stand more than once, besides negative numbers.
+        pages: int32 [B], the page of each row. A row with a negative number or the layer's null
+            page reads and writes nothing, and its output is 0.
+        fresh: bool [B]: True clears the row's page before it is used. None: no page is cleared.
+        check: Refuse a page that two rows share, where the numbers are on the host.
+        null_page: A page number that means no page, besides negative numbers.
 
     Attributes:
         packed: int32 [1 or 2, B]: pages, then fresh as 0 and 1; what the ops take.
@@ -112,11 +113,11 @@ class PageRows:
 
     @property
     def fresh(self) -> Tensor | None:
-        """Whether each page begins, bool [B]; None: none does."""
+        """Whether each row's page is cleared before use, bool [B]; None: no page is."""
         return self.packed[1].bool() if self.packed.shape[0] == 2 else None
 
     def used(self) -> PageRows:
-        """The same pages, none of which begins: for a call's second half."""
+        """The same pages, without ``fresh``: for the second half of a call."""
         same = PageRows.__new__(PageRows)
         same.packed = self.packed[:1]
         return same
@@ -135,9 +136,10 @@ class Paged:
     rows: PageRows | None = None
 
     def index(self, B: int) -> tuple[Tensor, Tensor]:
-        """Page of each of B rows, int64 [B], and whether it has one, bool [B]; 0 where it has none.
+        """The page of each of B rows, int64 [B], and whether the row has one, bool [B].
 
-        Numbers that the pool has not are no pages. The null page of a spec is the caller's to tell.
+        A row without a page has the number 0. Numbers outside the pool mean no page; the caller
+        excludes a spec's null page.
         """
         if self.rows is None:
             every = torch.arange(B, device=self.pool.device)

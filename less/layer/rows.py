@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Keys and values as slots hold them.
+    """Keys and values in the slots' dtype.
 
     Attributes:
         k: [B, K, N, D].
@@ -27,7 +27,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Slots:
-    """What heads with equally many slots S keep of the tokens that stay.
+    """The kept tokens of heads with equally many slots S.
 
     Attributes:
         position: int32 [B, K, S], -1 where the slot is empty.
@@ -92,7 +92,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class State:
-    """What heads keep of the tokens that left.
+    """The low-rank state: what heads keep of evicted tokens.
 
     Attributes:
         H: Running sum of psi(k) v^T, float32 [B, K, R, D].

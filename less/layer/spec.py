@@ -14,8 +14,8 @@ from less.layer.layout import PageLayout
 from less.layer.maps import PackedMaps
 from less.policies import Rule
 
-#: What becomes of a token that leaves, as in ``Victim`` of csrc/params.h. ``"none"``: nothing joins
-#: and nothing leaves, which makes a step attention alone.
+#: The actions on an evicted token, as in ``Victim`` of csrc/params.h. ``"none"``: no token joins
+#: and none is evicted, so that a step computes attention only.
 VICTIMS = {"none": 0, "forget": 1, "fold": 2}
 _VERSION = 1
 
@@ -28,12 +28,12 @@ class LayerSpec:
         q_heads: Query heads Q, a multiple of the kv heads.
         scale: Factor of q.k.
         softcap: 0: none; else logits become softcap * tanh(scale q.k / softcap) + log-weight.
-        decay: What a score keeps per token.
+        decay: Factor of a score per token.
         scores: False leaves the scores as they are, and those of new tokens at 0.
-        rule: The policy's native ranking; None: ranks are given to ``compact``.
-        victim: ``"forget"`` or ``"fold"``; ``"none"`` makes a step attention alone.
-        null_page: The number of the page that stands for none, besides all that the pool has not.
-        dependent: A GPU's launch may begin before the kernel before it is over.
+        rule: The policy's native ranking; None: the caller passes ranks to ``compact``.
+        victim: ``"forget"`` or ``"fold"``; ``"none"``: a step computes attention only.
+        null_page: A page number that means no page, besides numbers outside the pool.
+        dependent: A GPU's launch may begin before the previous kernel has finished.
     """
 
     q_heads: int
@@ -68,8 +68,7 @@ def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) 
 
     Returns:
         int64 [R + 1, S, 24 + K]: the same 24 + K numbers for every R and S, in memory once.
-        csrc/ops/layer.h reads them; the shape is for those who trace through an op, who see
-        shapes alone.
+        csrc/ops/layer.h reads them. The shape is for tracers, which see only shapes.
     """
     rule = spec.rule or Rule(recent=0, sinks=0, by_score=False, per_age=False)
     numbers = torch.tensor(
@@ -103,7 +102,7 @@ def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """All that is known of a layer before its first call.
+    """A layer's constants, page and maps: everything that is known before its first call.
 
     Attributes:
         spec: Its constants.

@@ -82,7 +82,7 @@ class H2O(Policy):
 
     @property
     def rule(self) -> Rule:
-        """Scores, under the protection of recents and sinks."""
+        """Rank by score; recent tokens and sinks are protected."""
         return Rule(self.recent, self.sinks, by_score=True, per_age=self.per_age)
 
     def rank(self, tokens: Candidates) -> Tensor:

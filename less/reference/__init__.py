@@ -14,7 +14,14 @@ from less.reference.attention import Attended, capped, chunk_attention, prompt_s
 from less.reference.eviction import Compacted, candidates, chunk_position, compact, survivors
 from less.reference.maps import EXP_CLAMP, feature_map, fold, phi, psi
 from less.reference.numbers import dequantize, floats, quantize, rounded
-from less.reference.trajectory import Trajectory, evict_schedule, parallel, run, spec_of, step
+from less.reference.trajectory import (
+    Trajectory,
+    decode_step,
+    evict_schedule,
+    parallel,
+    run,
+    spec_of,
+)
 
 __all__ = [
     "EXP_CLAMP",
@@ -26,6 +33,7 @@ __all__ = [
     "chunk_attention",
     "chunk_position",
     "compact",
+    "decode_step",
     "dequantize",
     "evict_schedule",
     "feature_map",
@@ -39,6 +47,5 @@ __all__ = [
     "rounded",
     "run",
     "spec_of",
-    "step",
     "survivors",
 ]

@@ -17,7 +17,7 @@ from less.reference.maps import phi, psi
 from less.reference.numbers import accumulator
 
 
-def step(
+def decode_step(
     q: Tensor,
     new: Rows,
     valid: Tensor | None,
@@ -28,7 +28,7 @@ def step(
     maps: Maps | None = None,
     policy: Policy | None = None,
 ) -> tuple[Attended, Compacted]:
-    """One call's tokens through a layer: attend, score, evict, fold.
+    """A call's tokens through a layer: attend, score, evict, fold. One token, or T at once.
 
     ``chunk_attention`` and then ``compact``, whose arguments these are.
 
@@ -151,7 +151,7 @@ def run(
     while start < T:
         stop = min(T, prompt if start == 0 else start + chunk)
         new = Rows(k[:, :, start:stop], v[:, :, start:stop])
-        attended, after = step(
+        attended, after = decode_step(
             q[:, :, start:stop], new, None, slots, state, seen, spec, maps, policy
         )
         slots, state, seen = after.slots, after.state, after.seen

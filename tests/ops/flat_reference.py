@@ -107,7 +107,7 @@ def decode_step(
     spec = LayerSpec(
         q.shape[1], scale, softcap, decay, scores, rule, "forget" if maps is None else "fold"
     )
-    attended, after = reference.step(
+    attended, after = reference.decode_step(
         q,
         Rows(k, v),
         valid,

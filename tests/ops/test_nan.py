@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from less import reference
 from less.policies import Rule
 from tests.helpers import assert_close, random_maps
+from tests.ops import flat_reference as reference
 from tests.ops.common import layer
 from tests.ops.test_chunk_attention import arguments, widened
 from tests.ops.test_compact import run_both
@@ -13,7 +13,7 @@ from tests.ops.test_decode_step_launched import expected, make, next_token, on, 
 from tests.ops.test_feature_map import narrowed
 
 pytest.importorskip("less._C")
-from less import ops
+from tests.ops import flat as ops
 
 OLDEST_LEAVES = Rule(recent=0, sinks=0, by_score=False, per_age=False)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -18,7 +18,7 @@ class Meeting {
   static constexpr int64_t kPart = kFragments * 32 * 4;  // floats of a warp
 
   // last: one number of shared memory, which the tiles need no longer once all have met.
-  LESS_DEVICE Meeting(const Splits& splits, const Head& head, int* last)
+  LESS_DEVICE Meeting(const Splits& splits, const KvHead& head, int* last)
       : splits_(splits),
         last_(last),
         row_(head.row),
@@ -115,7 +115,7 @@ class Finish {
   static constexpr int kColumns = Shape::kColumns;
 
  public:
-  LESS_DEVICE Finish(const ChunkAttentionParams& p, const KeyLists& lists, const Head& head,
+  LESS_DEVICE Finish(const ChunkAttentionParams& p, const KeyLists& lists, const KvHead& head,
                      int first)
       : p_(p),
         lists_(lists),
@@ -135,7 +135,7 @@ class Finish {
     float* const H = reinterpret_cast<float*>(shared.k);    // [kStateRows, kD]
     float* const phi = reinterpret_cast<float*>(shared.v);  // [kRows, kStateRows], by phi_at
     float factor[2], low[2], mass[2] = {0.0f, 0.0f};
-    if (p_.phi_q != nullptr) {
+    if (has_state()) {
       sum_masses(H, phi, mass);
     } else {
       __syncthreads();  // were read until now
@@ -152,14 +152,14 @@ class Finish {
     }
     __syncthreads();
     if (lse != nullptr) write_numbers(masses, lse);
-    if (p_.v == nullptr) return;
+    if (p_.call.v.data == nullptr) return;
     write_numbers(shares, p_.share);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums.out[n][j] *= factor[j / 2];
     }
-    if (p_.phi_q != nullptr) add_state(low, H, phi, sums.out);
+    if (has_state()) add_state(low, H, phi, sums.out);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -171,6 +171,9 @@ class Finish {
   }
 
  private:
+  LESS_DEVICE bool has_state() const { return p_.phi_q != nullptr && head_.page != nullptr; }
+  LESS_DEVICE State state() const { return less::head(p_.layout, head_.page, head_.h).state; }
+
   // The state as one more part of a row's softmax: factor of the kept tokens' sum, low of phi H.
   // Returns the state's share of the mass. NaN in the mass is NaN in all three.
   LESS_DEVICE float merge(float top, float total, float mass, float& factor, float& low) const {
@@ -206,11 +209,11 @@ class Finish {
 
   // mass = phi z of the thread's rows. Leaves the first rows of H, and their phi, in shared memory.
   LESS_DEVICE void sum_masses(float* H, float* phi, float (&mass)[2]) const {
-    const float* const z = p_.z + head_.row * p_.R;
-    for (int first = max(int(p_.R) - 1, 0) / kStateRows * kStateRows; first >= 0;
+    const float* const z = state().z;
+    for (int first = max(p_.layout.R - 1, 0) / kStateRows * kStateRows; first >= 0;
          first -= kStateRows) {
       stage_state(first, H, phi);
-      const int rows = min(kStateRows, int(p_.R) - first);
+      const int rows = min(kStateRows, p_.layout.R - first);
 #pragma unroll 1
       for (int r = lane_ % 4; r < rows; r += 4) {
         mass[0] = fmaf(phi[phi_at(row_, r)], z[first + r], mass[0]);
@@ -224,9 +227,9 @@ class Finish {
   // out += low phi H, a few rows of H at a time, after sum_masses.
   LESS_DEVICE void add_state(const float (&low)[2], float* H, float* phi,
                              float (&out)[kColumns / 8][4]) const {
-    for (int first = 0; first < p_.R; first += kStateRows) {
+    for (int first = 0; first < p_.layout.R; first += kStateRows) {
       if (first > 0) stage_state(first, H, phi);
-      const int rows = min(kStateRows, int(p_.R) - first);
+      const int rows = min(kStateRows, p_.layout.R - first);
 #pragma unroll 1
       for (int r = 0; r < rows; ++r) {
         const float a = low[0] * phi[phi_at(row_, r)], b = low[1] * phi[phi_at(row_ + 8, r)];
@@ -246,21 +249,21 @@ class Finish {
   // Rows [first, first + kStateRows) of H, and what phi the block's queries have of them.
   LESS_DEVICE void stage_state(int first, float* H, float* phi) const {
     __syncthreads();
-    const float* from = p_.H + head_.row * p_.R * p_.D;
+    const float* from = state().H;
 #pragma unroll 1
     for (int x = int(threadIdx.x); x < kStateRows * kD / 4; x += Shape::kThreads) {
       const int r = x / (kD / 4), d = x % (kD / 4) * 4;
-      const bool there = first + r < p_.R && d < p_.D;
+      const bool there = first + r < p_.layout.R && d < p_.spec.D;
       store16_shared(H + r * kD + d,
-                     there ? load16(from + int64_t(first + r) * p_.D + d) : make_uint4(0, 0, 0, 0));
+                     there ? load16(from + (first + r) * p_.spec.D + d) : make_uint4(0, 0, 0, 0));
     }
-    const int rows = min(kStateRows, int(p_.R) - first);
+    const int rows = min(kStateRows, p_.layout.R - first);
 #pragma unroll 1
     for (int x = int(threadIdx.x); x < Shape::kRows * kStateRows; x += Shape::kThreads) {
       const int row = x / kStateRows, r = x % kStateRows, m = first_ + row;
       if (r >= rows) continue;
       phi[phi_at(row, r)] = m < head_.tokens * head_.G
-                                ? p_.phi_q[head_.query_at(p_, lists_, m) * p_.R + first + r]
+                                ? p_.phi_q[head_.query_at(p_, lists_, m) * p_.layout.R + first + r]
                                 : 0.0f;
     }
     __syncthreads();
@@ -275,8 +278,8 @@ class Finish {
   // The warp's rows of out, by way of its part of shared memory, as whole 16-byte pieces.
   LESS_DEVICE void write(const float (&out)[kColumns / 8][4], uint16_t* staging) const {
     if constexpr (kIsWide<Scheme>) {
-      if (p_.q_dtype == DType::f32) return write_floats(out, reinterpret_cast<float*>(staging));
-      if (p_.q_dtype == DType::fp16) return write_halves<HalfTag>(out, staging);
+      if (p_.q.dtype == DType::f32) return write_floats(out, reinterpret_cast<float*>(staging));
+      if (p_.q.dtype == DType::fp16) return write_halves<HalfTag>(out, staging);
       write_halves<BFloatTag>(out, staging);
     } else {
       write_halves<typename Scheme::KeyTag>(out, staging);
@@ -322,12 +325,12 @@ class Finish {
     for (int r = lane_ / kLanes; r < 16; r += 32 / kLanes) {
       const int m = first_ + Shape::row() + r;
       if (m >= p_.T * head_.G) break;
-      const int64_t to = head_.query_at(p_, lists_, m) * p_.D;
+      const int64_t to = head_.query_row(p_.out, p_, lists_, m);
 #pragma unroll
       for (int j = 0; j < kColumns / kOf; j += kLanes) {
         const int piece = column_ / kOf + j + lane_ % kLanes;
-        if (piece * kOf >= p_.D) break;
-        store16(static_cast<unsigned char*>(p_.out) + (to + piece * kOf) * (16 / kOf),
+        if (piece * kOf >= p_.spec.D) break;
+        store16(static_cast<unsigned char*>(p_.out.data) + (to + piece * kOf) * (16 / kOf),
                 load16_shared(at(Shape::row() + r, piece)));
       }
     }
@@ -335,7 +338,7 @@ class Finish {
 
   const ChunkAttentionParams& p_;
   const KeyLists& lists_;
-  const Head& head_;
+  const KvHead& head_;
   const int first_;  // of the block's queries
   const int lane_;
   const int column_;  // the first of the warp's

@@ -72,13 +72,12 @@ class Stream {
   // Begins to load the next tile, by way of shared memory or of registers.
   LESS_DEVICE void fetch(int64_t D, uint16_t* k, uint16_t* v) {
     first_ += Shape::kKeys;
-    const auto row = [this](int r) { return this->row(r); };
     if constexpr (kIsPlain<Scheme>) {
-      copy_rows<kD, Shape::kKeys, Shape::kThreads>(from_.k, D, row, k);
-      if (from_.v != nullptr) copy_rows<kD, Shape::kKeys, Shape::kThreads>(from_.v, D, row, v);
+      copy_rows<kD, Shape::kKeys, Shape::kThreads>(from_.k, D, k_rows(), k);
+      if (from_.v != nullptr) copy_rows<kD, Shape::kKeys, Shape::kThreads>(from_.v, D, v_rows(), v);
     } else if constexpr (!kIsWide<Scheme>) {
-      k_.fetch(from_.k, D, row);
-      if (from_.v != nullptr) v_.fetch(from_.v, D, row);
+      k_.fetch(from_.k, D, k_rows());
+      if (from_.v != nullptr) v_.fetch(from_.v, D, v_rows());
     }
     if (int(threadIdx.x) >= Shape::kKeys) return;
     factors_ = {-kInfinity, 1.0f, 1.0f};
@@ -96,12 +95,11 @@ class Stream {
     using KeyTag = typename Scheme::KeyTag;
     using ValueTag = typename Scheme::ValueTag;
     if constexpr (kIsWide<Scheme>) {
-      const auto row = [this](int r) { return this->row(r); };
-      split_rows<KeyTag, Scheme::kParts, kD, Shape::kKeys, Shape::kThreads>(from_.k, dtype, D, row,
-                                                                            k);
+      split_rows<KeyTag, Scheme::kParts, kD, Shape::kKeys, Shape::kThreads>(from_.k, dtype, D,
+                                                                            k_rows(), k);
       if (from_.v == nullptr) return;
       split_rows<ValueTag, Scheme::kValueParts, kD, Shape::kKeys, Shape::kThreads>(from_.v, dtype,
-                                                                                   D, row, v);
+                                                                                   D, v_rows(), v);
     } else if constexpr (!kIsPlain<Scheme>) {
       k_.template place<KeyTag>(dtype, k);
       if (from_.v != nullptr) v_.template place<ValueTag>(dtype, v);
@@ -123,6 +121,19 @@ class Stream {
   LESS_DEVICE int64_t row(int r) const {
     const int n = first_ + r;
     return n >= from_.count ? -1 : from_.index == nullptr ? n : from_.index[n];
+  }
+  // Elements from the first row to row r of the tile; < 0: there is none.
+  LESS_DEVICE auto k_rows() const {
+    return [this](int r) {
+      const int64_t n = row(r);
+      return n < 0 ? -1 : n * from_.k_step;
+    };
+  }
+  LESS_DEVICE auto v_rows() const {
+    return [this](int r) {
+      const int64_t n = row(r);
+      return n < 0 ? -1 : n * from_.v_step;
+    };
   }
 
   struct Nothing {};

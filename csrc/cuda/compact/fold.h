@@ -30,9 +30,9 @@ struct FoldShared {
 
   __host__ __device__ FoldShared(unsigned char* base, const CompactParams& p, int element) {
     SharedCarver carver{base};
-    const int v_bytes = 2 * kFoldTile * int(p.D) * element;
+    const int v_bytes = 2 * kFoldTile * int(p.spec.D) * element;
     const int sums_bytes = kCell * kSumsRow * int(sizeof(float));
-    rows = (int(p.R) + kCellR - 1) / kCellR * kCellR;
+    rows = (p.layout.R + kCellR - 1) / kCellR * kCellR;
     v = carver.take<unsigned char>(v_bytes > sums_bytes ? v_bytes : sums_bytes);
     sums = reinterpret_cast<float*>(v);
     psi = carver.take<float>(2 * kFoldTile * rows);
@@ -41,34 +41,46 @@ struct FoldShared {
   }
 };
 
+// A kv head of a row that has a page.
+struct HeadRow {
+  int64_t row;  // b * K + h
+  int b;
+  int h;
+  unsigned char* page;
+
+  LESS_DEVICE HeadRow(const CompactParams& p, int64_t row)
+      : row(row), b(int(row / p.spec.K)), h(int(row - b * p.spec.K)), page(less::page(p.pool, b)) {}
+};
+
 // Starts the copies of tokens [first, first + kFoldTile) of the list into a buffer; what lies past
 // `end`, and rows past R, are zeros.
 template <typename V>
-LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, int64_t head,
-                            int64_t first, int64_t end, const FoldShared& s, int buffer) {
-  const int64_t S = p.slots.S, D = p.D, R = p.R;
-  const int32_t* list = w.list + head * p.T;
-  const int row_bytes = int(D * sizeof(V)), pieces = row_bytes / 16;
-  const auto row_of = [&](int64_t source) {
-    return source < S ? head * S + source : head * p.T + source - S;
-  };
+LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, const HeadRow& at,
+                            int first, int end, const FoldShared& s, int buffer) {
+  const Slots kept = less::head(p.layout, at.page, at.h, dtype_of<V>(), p.spec.D).slots;
+  const int D = int(p.spec.D), R = p.layout.R, S = int(kept.S);
+  const int32_t* list = w.list + at.row * p.T;
+  const int row_bytes = D * int(sizeof(V)), pieces = row_bytes / 16;
   for (int i = threadIdx.x; i < kFoldTile * pieces; i += kFoldThreads) {
     const int token = i / pieces, c = i - token * pieces;
     const bool there = first + token < end;
-    const int64_t source = there ? list[first + token] : 0;
-    const V* rows = static_cast<const V*>(source < S ? p.slots.v : p.v);
+    const int source = there ? list[first + token] : 0;
+    const V* values = source < S ? static_cast<const V*>(kept.v) + int64_t{source} * D
+                                 : static_cast<const V*>(p.call.v.data) +
+                                       offset(p.call.v, at.b, at.h, source - S);
     copy_async16(s.v + (buffer * kFoldTile + token) * row_bytes + c * 16,
-                 reinterpret_cast<const unsigned char*>(rows + row_of(source) * D) + c * 16, there);
+                 reinterpret_cast<const unsigned char*>(values) + c * 16, there);
   }
   if constexpr (sizeof(V) == 1) {
     if (threadIdx.x < kFoldTile) {
-      const bool there = first + threadIdx.x < end;
-      const int64_t source = there ? list[first + threadIdx.x] : 0;
-      const float* scales = source < S ? p.slots.v_scale : p.v_scale;
-      s.scale[buffer * kFoldTile + threadIdx.x] = there ? scales[row_of(source)] : 0.0f;
+      const bool there = first + int(threadIdx.x) < end;
+      const int source = there ? list[first + int(threadIdx.x)] : 0;
+      const float* scale =
+          source < S ? kept.v_scale + source : p.call.v_scale + at.row * p.T + (source - S);
+      s.scale[buffer * kFoldTile + threadIdx.x] = there ? *scale : 0.0f;
     }
   }
-  const float* psi = w.psi + (head * p.T + first) * R;
+  const float* psi = w.psi + (at.row * p.T + first) * R;
   float* to = s.psi + buffer * kFoldTile * s.rows;
   if (R % 4 == 0) {
     for (int i = threadIdx.x; i < kFoldTile * s.rows / 4; i += kFoldThreads) {
@@ -104,14 +116,16 @@ LESS_DEVICE void load_values(const V* v, float scale, float (&out)[4]) {
 
 template <typename V>
 __global__ void __launch_bounds__(kFoldThreads, 5)
-    compact_fold_kernel(CompactParams p, CompactWorkspace w) {
-  const int64_t head = blockIdx.x, n = w.leaving[head];
-  const int64_t begin = blockIdx.y * strip_tokens(n);
+    compact_fold_kernel(const __grid_constant__ CompactParams p,
+                        const __grid_constant__ CompactWorkspace w) {
+  const int n = w.leaving[blockIdx.x];
+  const int begin = int(blockIdx.y * strip_tokens(n));
   if (begin >= n) return;
-  const int64_t end = min(n, begin + strip_tokens(n));
+  const int end = min(n, begin + int(strip_tokens(n)));
   DYN_SMEM(base);
   const FoldShared s(base, p, sizeof(V));
-  const int thread = threadIdx.x, D = int(p.D), R = int(p.R), across = D / kCellD;
+  const HeadRow head(p, blockIdx.x);
+  const int thread = threadIdx.x, D = int(p.spec.D), R = p.layout.R, across = D / kCellD;
   // This block's cells, and the groups of threads that each have all of them.
   const int first_cell = int(blockIdx.z) * kFoldThreads;
   const int cells = min(kFoldThreads, s.rows / kCellR * across - first_cell);
@@ -124,10 +138,12 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
   stage_tile<V>(p, w, head, begin, end, s, 0);
   copy_async_commit();
   int buffer = 0;
-  for (int64_t first = begin; first < end; first += kFoldTile, buffer ^= 1) {
+  for (int first = begin; first < end; first += kFoldTile, buffer ^= 1) {
     copy_async_wait<0>();
     __syncthreads();
-    if (first + kFoldTile < end) stage_tile<V>(p, w, head, first + kFoldTile, end, s, buffer ^ 1);
+    if (first + kFoldTile < end) {
+      stage_tile<V>(p, w, head, first + kFoldTile, end, s, buffer ^ 1);
+    }
     copy_async_commit();
     const V* v = reinterpret_cast<const V*>(s.v) + buffer * kFoldTile * D + d;
     const float* psi = s.psi + buffer * kFoldTile * s.rows;
@@ -152,7 +168,7 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
 #pragma unroll
   for (int i = 0; i < kCell; ++i) s.sums[i * kSumsRow + thread] = acc[i / kCellD][i % kCellD];
   __syncthreads();
-  float* part = w.part + (head * w.strips + blockIdx.y) * w.part_size;
+  float* part = w.part + (head.row * w.strips + blockIdx.y) * w.part_size;
   for (int i = thread; i < cells * kCellR; i += kFoldThreads) {
     const int row = i / cells, at = i - row * cells, of = first_cell + at;
     if (of / across * kCellR + row >= R) continue;
@@ -171,12 +187,15 @@ __global__ void __launch_bounds__(kFoldThreads, 5)
 }
 
 __global__ void __launch_bounds__(kFoldThreads)
-    compact_add_kernel(CompactParams p, CompactWorkspace w) {
-  const int64_t head = blockIdx.x, strips = strip_count(w.leaving[head]);
+    compact_add_kernel(const __grid_constant__ CompactParams p,
+                       const __grid_constant__ CompactWorkspace w) {
+  const int64_t strips = strip_count(w.leaving[blockIdx.x]);
   if (strips == 0) return;
-  const int D = int(p.D), R = int(p.R);
+  const HeadRow head(p, blockIdx.x);
+  const State state = less::head(p.layout, head.page, head.h).state;
+  const int D = int(p.spec.D), R = p.layout.R;
   const int i = (int(blockIdx.y) * kFoldThreads + int(threadIdx.x)) * 4;
-  const float* part = w.part + head * w.strips * w.part_size;
+  const float* part = w.part + head.row * w.strips * w.part_size;
   if (i < R * D) {
     float sum[4] = {};
     for (int64_t strip = 0; strip < strips; ++strip) {
@@ -186,7 +205,7 @@ __global__ void __launch_bounds__(kFoldThreads)
       for (int j = 0; j < 4; ++j) sum[j] += x[j];
     }
     float h[4];
-    float* H = p.H + head * R * D + i;
+    float* H = state.H + i;
     widen16<float>(load16(H), h);
     store16(H, make_uint4(__float_as_uint(h[0] + sum[0]), __float_as_uint(h[1] + sum[1]),
                           __float_as_uint(h[2] + sum[2]), __float_as_uint(h[3] + sum[3])));
@@ -196,7 +215,7 @@ __global__ void __launch_bounds__(kFoldThreads)
     for (int64_t strip = 0; strip < strips; ++strip) {
       sum += part[strip * w.part_size + R * D + threadIdx.x];
     }
-    float* z = p.z + head * R + threadIdx.x;
+    float* z = state.z + threadIdx.x;
     store(z, *z + sum);
   }
 }

@@ -22,12 +22,6 @@ LESS_DEVICE uint32_t key_of(float rank) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-LESS_DEVICE float rank_of(const Rule& rule, int64_t seen, int32_t position, float score) {
-  if (position >= seen - rule.recent || position < rule.sinks) return INFINITY;
-  if (!rule.by_score) return -INFINITY;
-  return rule.per_age ? score / float(max(seen - position, int64_t{1})) : score;
-}
-
 // The sum of the values of the threads before this one, and of all. sums: shared, kSelectWarps.
 LESS_DEVICE int block_prefix(int value, int* sums, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -106,13 +100,16 @@ LESS_DEVICE Threshold find_lowest(const SelectShared& s, int64_t n, int k, Load 
 struct Candidates {
   const int32_t* position;   // [S]
   const float* slot_score;   // [S]
-  const float* chunk_score;  // [T]
+  const float* token_score;  // [T]
   const bool* valid;         // [T] or null
-  const float* rank;         // [S + T] or null
-  uint32_t* key;             // [candidates]
-  int64_t S;
+  const float* slot_rank;    // [S] or null
+  const float* token_rank;   // [T] or null
+  uint32_t* key;             // [S + T, and up to a multiple of 4]
+  int64_t S;                 // of this head
   int64_t T;
   int64_t seen;  // before the call
+
+  LESS_DEVICE int64_t count() const { return (S + T + 3) / 4 * 4; }
 
   LESS_DEVICE bool there(int64_t t) const { return t < T && (valid == nullptr || valid[t]); }
 
@@ -132,31 +129,31 @@ LESS_DEVICE int count_tokens(const Candidates& c, int* sums) {
 }
 
 // Writes the keys, and returns how many candidates there are.
-LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int64_t candidates, int tokens,
-                           int* sums) {
+LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, int* sums) {
   const int64_t after = c.seen + tokens;
   int held = 0, total;
   for (int64_t s = threadIdx.x; s < c.S; s += kSelectThreads) {
     const int32_t position = c.position[s];
     uint32_t key = 0;
     if (position >= 0) {
-      key = key_of(c.rank != nullptr ? c.rank[s] : rank_of(rule, after, position, c.slot_score[s]));
+      key = key_of(c.slot_rank != nullptr ? c.slot_rank[s]
+                                          : rank_of(rule, after, position, c.slot_score[s]));
       ++held;
     }
     store(c.key + s, key);
   }
   int64_t position = c.seen;
-  for (int64_t t0 = 0; t0 < candidates - c.S; t0 += kSelectThreads) {
+  for (int64_t t0 = 0; t0 < c.count() - c.S; t0 += kSelectThreads) {
     const int64_t t = t0 + threadIdx.x;
     const bool there = c.there(t);
     const int before = block_prefix(there, sums, total);
     uint32_t key = 0;
     if (there) {
-      key = key_of(c.rank != nullptr
-                       ? c.rank[c.S + t]
-                       : rank_of(rule, after, int32_t(position + before), c.chunk_score[t]));
+      key = key_of(c.token_rank != nullptr
+                       ? c.token_rank[t]
+                       : rank_of(rule, after, int32_t(position + before), c.token_score[t]));
     }
-    if (t < candidates - c.S) store(c.key + c.S + t, key);
+    if (t < c.count() - c.S) store(c.key + c.S + t, key);
     position += total;
   }
   block_prefix(held, sums, total);
@@ -169,19 +166,18 @@ struct Leavers {
   uint32_t age;
 };
 
-LESS_DEVICE Leavers find_leavers(const Candidates& c, const SelectShared& s, int64_t candidates,
-                                 int leaving) {
+LESS_DEVICE Leavers find_leavers(const Candidates& c, const SelectShared& s, int leaving) {
   const auto keys = [&](int64_t i, uint32_t (&x)[4]) {
     const uint4 v = load16(c.key + i);
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
   };
-  const Threshold rank = find_lowest(s, candidates, leaving, keys);
+  const Threshold rank = find_lowest(s, c.count(), leaving, keys);
   if (rank.take == rank.equal) return {rank.value, 0xffffffffu};
   const auto ages = [&](int64_t i, uint32_t (&x)[4]) {
     keys(i, x);
     for (int j = 0; j < 4; ++j) x[j] = x[j] == rank.value ? c.age_key(i + j) : 0;
   };
-  return {rank.value, find_lowest(s, candidates, rank.take, ages).value};
+  return {rank.value, find_lowest(s, c.count(), rank.take, ages).value};
 }
 
 LESS_DEVICE bool leaves(const Candidates& c, const Leavers& who, int64_t i) {
@@ -190,30 +186,40 @@ LESS_DEVICE bool leaves(const Candidates& c, const Leavers& who, int64_t i) {
 }
 
 __global__ void __launch_bounds__(kSelectThreads, 2)
-    compact_select_kernel(CompactParams p, CompactWorkspace w) {
+    compact_select_kernel(const __grid_constant__ CompactParams p,
+                          const __grid_constant__ CompactWorkspace w) {
   SMEM_ARRAY(int, bins, kBins);
   SMEM_ARRAY(int, sums, kSelectWarps);
   SMEM_ARRAY(int, found, 3);
-  const int64_t head = blockIdx.x, b = head / p.K, S = p.slots.S, T = p.T;
-  const Candidates c{p.slots.position + head * S,
-                     p.slot_score + head * S,
-                     p.chunk_score + head * T,
+  const int64_t row = blockIdx.x, b = row / p.spec.K, h = row - b * p.spec.K;
+  const int64_t most = p.layout.S, S = p.layout.slots[h], T = p.T;
+  unsigned char* const memory = page(p.pool, b);
+  if (memory == nullptr) {
+    if (threadIdx.x == 0) store(w.leaving + row, 0);
+    return;
+  }
+  const float* const score = p.score + row * (most + T);
+  const float* const rank = p.rank == nullptr ? nullptr : p.rank + row * (most + T);
+  const Candidates c{head(p.layout, memory, h).slots.position,
+                     score,
+                     score + most,
                      p.valid == nullptr ? nullptr : p.valid + b * T,
-                     p.rank == nullptr ? nullptr : p.rank + head * (S + T),
-                     w.key + head * w.candidates,
+                     rank,
+                     rank == nullptr ? nullptr : rank + most,
+                     w.key + row * w.candidates,
                      S,
                      T,
-                     p.seen[b]};
+                     *seen(memory)};
   const int tokens = count_tokens(c, sums);
-  const int leaving = write_keys(c, p.rule, w.candidates, tokens, sums) - int(S);
+  const int leaving = write_keys(c, p.spec.rule, tokens, sums) - int(S);
   __syncthreads();
   Leavers who{0, 0};
-  if (leaving > 0) who = find_leavers(c, {bins, sums, found}, w.candidates, leaving);
+  if (leaving > 0) who = find_leavers(c, {bins, sums, found}, leaving);
 
-  int32_t* list = w.list + head * T;
-  int32_t* free = w.free + head * S;
-  int32_t* take = w.take + head * S;
-  int32_t* position = w.position + head * S;
+  int32_t* list = w.list + row * T;
+  int32_t* free = w.free + row * most;
+  int32_t* take = w.take + row * most;
+  int32_t* position = w.position + row * most;
   int listed = 0, freed = 0, total;
   for (int64_t s0 = 0; s0 < S; s0 += kSelectThreads) {
     const int64_t s = s0 + threadIdx.x;
@@ -249,8 +255,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     next += total >> 16;
   }
   if (threadIdx.x == 0) {
-    store(w.leaving + head, int32_t(min(int64_t{listed}, T)));
-    store(w.tokens + head, tokens);
+    store(w.leaving + row, int32_t(min(int64_t{listed}, T)));
+    store(w.tokens + row, tokens);
   }
 }
 

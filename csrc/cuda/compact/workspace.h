@@ -23,6 +23,10 @@ __host__ __device__ inline int64_t strip_count(int64_t n) {
   return (n + strip_tokens(n) - 1) / strip_tokens(n);
 }
 
+// Whether what leaves goes into the state.
+inline bool folds(const CompactParams& p) { return p.spec.victim == Victim::fold; }
+
+// S: slots of the head that has most.
 struct CompactWorkspace {
   uint32_t* key;       // [B*K, candidates]  ranks as integers in their order; 0: no token
   int32_t* free;       // [B*K, S]           slots that may be taken, ascending
@@ -39,7 +43,7 @@ struct CompactWorkspace {
   int64_t bytes;
 
   explicit CompactWorkspace(const CompactParams& p) {
-    const int64_t heads = p.B * p.K, S = p.slots.S;
+    const int64_t heads = p.B * p.spec.K, S = p.layout.S, D = p.spec.D, R = p.layout.R;
     bytes = 0;
     candidates = (S + p.T + 3) / 4 * 4;
     take_array(p.workspace, heads * candidates, &key);
@@ -51,9 +55,9 @@ struct CompactWorkspace {
     take_array(p.workspace, heads, &tokens);
     psi = part = nullptr;
     strips = p.T < kStrip * kMostStrips ? (p.T + kStrip - 1) / kStrip : kMostStrips;
-    part_size = p.R * p.D + (p.R + 3) / 4 * 4;
-    if (p.H == nullptr) return;
-    take_array(p.workspace, heads * p.T * p.R, &psi);
+    part_size = R * D + (R + 3) / 4 * 4;
+    if (!folds(p)) return;
+    take_array(p.workspace, heads * p.T * R, &psi);
     take_array(p.workspace, heads * strips * part_size, &part);
   }
 

@@ -142,7 +142,8 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       float dot = mass[i];
       if constexpr (kScaled) dot *= s.k_scale()[i];
       if constexpr (kScaled && kMma) dot *= q_scale()[g];
-      const float logit = s.position()[i] >= 0 ? capped(dot * p.scale) + s.weight()[i] : -kInfinity;
+      const float logit =
+          s.position()[i] >= 0 ? capped(dot * p.spec.scale) + s.weight()[i] : -kInfinity;
       mass[i] = logit;
       top = fmaxf(top, logit);
     }
@@ -152,7 +153,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       for (int d = lane; d < kD; d += 32) dot = fmaf(s.q()[g * kD + d], s.key()[d], dot);
       dot = warp_sum(dot);
       if constexpr (kScaled) dot *= s.token()[0];
-      token = capped(dot * p.scale);
+      token = capped(dot * p.spec.scale);
     }
     top = fmaxf(warp_max(top), token);
     float sum = 0.0f;

@@ -11,24 +11,18 @@ namespace less::cuda {
 
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Who might leave. The lowest key does: the rank's bits in ascending order, then the position; an
-// empty slot is below them all, by its index.
+// Who might leave. An empty slot has the lowest rank and is older than every token, by its index.
 struct DecodeCandidate {
-  uint32_t rank;
-  uint32_t position;
+  float rank;
+  int32_t position;
   int32_t slot;  // S: the token itself
   float unused;
 
   LESS_DEVICE bool below(const DecodeCandidate& o) const {
-    return rank < o.rank || (rank == o.rank && position < o.position);
+    return leaves_before(rank, position, o.rank, o.position);
   }
+  LESS_DEVICE bool empty() const { return position < 0; }
 };
-
-// The bits of a float in the floats' order; NaN counts as the lowest, -0 as 0.
-LESS_DEVICE uint32_t ordered(float x) {
-  const uint32_t bits = bits_of<uint32_t>(x == x ? x + 0.0f : -kInfinity);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 // The arrays of a block in shared memory, as the launcher has laid them out.
 struct DecodeShared {
@@ -143,7 +137,8 @@ struct DecodeBlock {
   int split, first, n;  // the range of slots [first, first + n)
   int stride;           // of mass
   int64_t b, head, row;
-  int64_t seen;  // tokens of the row before this one
+  unsigned char* memory;  // the row's page
+  int64_t seen;           // tokens of the row before this one
   DecodeCandidate victim;
   int asked = 0;     // the stage that is asked for next
   int received = 0;  // the stage that is looked at next
@@ -154,17 +149,17 @@ struct DecodeBlock {
       : p(params),
         plan(decode_plan),
         s{raw, decode_plan.layout},
-        at(int(params.Q / params.K), kState ? int(params.R) : 0, kD) {
+        at(int(params.spec.Q / params.spec.K), kState ? int(params.layout.R) : 0, kD) {
     t = threadIdx.x;
     lane = t % 32;
     warp = t / 32;
     split = blockIdx.x;
-    head = blockIdx.y;
+    head = plan.first_head + blockIdx.y;
     b = blockIdx.z;
-    row = b * p.K + head;
-    G = int(p.Q / p.K);
-    R = kState ? int(p.R) : 0;
-    S = int(p.slots.S);
+    row = b * p.spec.K + head;
+    G = int(p.spec.Q / p.spec.K);
+    R = kState ? int(p.layout.R) : 0;
+    S = plan.S;
     first = split * plan.per;
     n = min(plan.per, S - first);
     stride = plan.per + 8;
@@ -181,7 +176,13 @@ struct DecodeBlock {
 
   LESS_DEVICE Narrow* narrow_q() const { return s.take<Narrow>(plan.layout.narrow_q); }
   LESS_DEVICE float* q_scale() const { return s.take<float>(plan.layout.q_scale); }
-  LESS_DEVICE int64_t query(int g) const { return (b * p.Q + head * G + g) * kD; }
+  // Where query head g of this kv head lies in q and out.
+  LESS_DEVICE int64_t query(const HeadRows& rows, int g) const {
+    return offset(rows, b, head * G + g, 0);
+  }
+  LESS_DEVICE Head kept() const { return less::head(p.layout, memory, head, dtype_of<T>(), kD); }
+  LESS_DEVICE Slots slots() const { return kept().slots; }
+  LESS_DEVICE State state() const { return kept().state; }
   LESS_DEVICE bool alone() const { return plan.splits == 1; }
   LESS_DEVICE bool last_split() const { return split == plan.splits - 1; }
 
@@ -207,7 +208,7 @@ struct DecodeBlock {
   LESS_DEVICE void load_queries();
   LESS_DEVICE void load_scaled_queries();
   LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor);
-  LESS_DEVICE void load_row(const void* x, float* to, float* scale);
+  LESS_DEVICE void load_row(const HeadRows& x, float* to, float* scale);
 
   // -- attend.h: attention over the range
   LESS_DEVICE void attend(int tiles);
@@ -216,7 +217,7 @@ struct DecodeBlock {
   LESS_DEVICE void multiply_keys(const unsigned char* tile, int slot0, int g0,
                                  const float (&q)[kQueries][kKept]);
   LESS_DEVICE float capped(float logit) const {
-    return p.softcap > 0.0f ? p.softcap * tanhf(logit / p.softcap) : logit;
+    return p.spec.softcap > 0.0f ? p.spec.softcap * tanhf(logit / p.spec.softcap) : logit;
   }
   LESS_DEVICE void softmax();
   template <int kN, int kM>

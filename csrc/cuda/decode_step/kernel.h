@@ -13,8 +13,9 @@ namespace less::cuda {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::run() {
   grid_dependency_wait();  // before anything is read
-  if (p.valid != nullptr && !p.valid[b]) return clear();
-  seen = p.seen[b];
+  memory = page(p.pool, b);
+  if (memory == nullptr || (p.valid != nullptr && !p.valid[b])) return clear();
+  seen = *less::seen(memory);
   const int tiles = (n + plan.tile - 1) / plan.tile;
   victim = {0, 0, S, 0.0f};
   // Keys are asked for first; which values there are is only known from what load() brings.
@@ -40,7 +41,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       weigh_parts();
       write_out();
       grid_launch_dependents();
-      if (p.victim == Victim::none) {
+      if (p.spec.victim == Victim::none) {
         if (plan.cluster) cluster_sync();  // parts may still be read
         return;
       }
@@ -48,7 +49,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       if (!Leaver::begin(*this)) break;
     }
     if constexpr (kState) {
-      const FeatureMaps maps = turn == 0 ? p.phi : p.psi;
+      const FeatureMaps maps = turn == 0 ? p.maps.phi : p.maps.psi;
       share_of_maps(maps, turn == 0 ? head * G : head, turn == 0 ? G : 1,
                     turn == 0 ? s.q() : s.victim_key(), turn == 0 ? split : rank,
                     turn == 0 ? plan.splits : ranks, s.maps(),
@@ -60,14 +61,14 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   count();
 }
 
-// A row without a token: zeros.
+// A row without a token or a page: zeros.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::clear() {
   const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   if (split != 0) return;
 #pragma unroll 1
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
-    store_four(p.out, p.q_dtype, query(0) + i, zero);
+    store_four(p.out.data, p.out.dtype, query(p.out, i / kD) + i % kD, zero);
   }
 }
 

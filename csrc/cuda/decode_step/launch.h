@@ -10,7 +10,7 @@ template <typename T, int kD, bool kMma, typename Then>
 cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& plan,
                                  cudaStream_t stream) {
   Launch how{};
-  how.grid = dim3(unsigned(plan.splits), unsigned(p.K), unsigned(p.B));
+  how.grid = dim3(unsigned(plan.splits), unsigned(plan.heads), unsigned(p.B));
   how.block = dim3(kDecodeThreads);
   how.shared = size_t(plan.shared);
   how.stream = stream;
@@ -22,11 +22,11 @@ cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& pl
 template <typename T>
 cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
-  decode_dispatch<T>(p.D, plan.mma, [&](auto head_dim, auto mma) {
+  decode_dispatch<T>(p.spec.D, plan.mma, [&](auto head_dim, auto mma) {
     constexpr int kD = decltype(head_dim)::value;
     constexpr bool kMma = decltype(mma)::value;
-    error = p.H != nullptr ? launch_decode_kernel<T, kD, kMma, DecodeFold>(p, plan, stream)
-                           : launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
+    error = p.maps.phi.R > 0 ? launch_decode_kernel<T, kD, kMma, DecodeFold>(p, plan, stream)
+                             : launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
   });
   return error;
 }

@@ -19,8 +19,8 @@ LESS_DEVICE void DecodeBlock<Case>::ask(int item, int tiles) {
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask_for_keys(unsigned char* to, int tile) {
-  const auto* const rows = static_cast<const unsigned char*>(p.slots.k) +
-                           (row * S + first + tile * plan.tile) * Tile::kBytes;
+  const auto* const rows = static_cast<const unsigned char*>(slots().k) +
+                           int64_t{first + tile * plan.tile} * Tile::kBytes;
   const int chunks = min(plan.tile, n - tile * plan.tile) * Tile::kChunks;
 #pragma unroll 1
   for (int i = t; i < completed(chunks); i += kDecodeThreads) {
@@ -34,7 +34,7 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int tile) {
   const int slot0 = tile * plan.tile, rows = min(plan.tile, n - slot0);
   const auto* const from =
-      static_cast<const unsigned char*>(p.slots.v) + (row * S + first + slot0) * Tile::kBytes;
+      static_cast<const unsigned char*>(slots().v) + int64_t{first + slot0} * Tile::kBytes;
 #pragma unroll 1
   for (int i = t; i < completed(rows * Tile::kChunks); i += kDecodeThreads) {
     const int r = i / Tile::kChunks;
@@ -47,7 +47,7 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int tile) 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
   const int width = columns();
-  const float* const H = p.H + row * R * kD + first_column();
+  const float* const H = state().H + first_column();
   const int chunks = width / 4;
 #pragma unroll 1
   for (int i = t; i < R * chunks; i += kDecodeThreads) {
@@ -59,17 +59,18 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
 // Queries, the token, and what is known of each slot.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load() {
+  const Slots of = slots();
 #pragma unroll 1
   for (int i = t; i < plan.per; i += kDecodeThreads) {
     const bool in = i < n;
-    const int64_t slot = row * S + first + i;
-    const int32_t position = in ? p.slots.position[slot] : -1;
+    const int slot = first + i;
+    const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
-    s.weight()[i] = in ? p.slots.weight[slot] : 0.0f;
-    s.score()[i] = in ? p.slots.score[slot] : 0.0f;
+    s.weight()[i] = in ? of.weight[slot] : 0.0f;
+    s.score()[i] = in ? of.score[slot] : 0.0f;
     if constexpr (kScaled) {
-      s.k_scale()[i] = in ? p.slots.k_scale[slot] : 0.0f;
-      s.v_scale()[i] = position >= 0 ? p.slots.v_scale[slot] : 0.0f;
+      s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;
+      s.v_scale()[i] = position >= 0 ? of.v_scale[slot] : 0.0f;
     }
   }
   if constexpr (kMma && kScaled) {
@@ -92,7 +93,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries() {
 #pragma unroll 1
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
     float four[4];
-    load_four(p.q, p.q_dtype, query(0) + i, four);
+    load_four(p.q.data, p.q.dtype, query(p.q, i / kD) + i % kD, four);
     store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
   }
@@ -117,7 +118,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
 #pragma unroll 1
     for (int d = lane * 4; d < kD; d += 128) {
       float four[4];
-      load_four(p.q, p.q_dtype, query(g) + d, four);
+      load_four(p.q.data, p.q.dtype, query(p.q, g) + d, four);
       store16_shared(s.q() + g * kD + d,
                      bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
 #pragma unroll
@@ -138,14 +139,15 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
 
 // A row [D] of the token's, rounded as the slots round it; one warp.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::load_row(const void* x, float* to, float* scale) {
+LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float* scale) {
+  const int64_t from = offset(x, b, head, 0);
   float step = 1.0f;
   if constexpr (kScaled) {
     uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
 #pragma unroll 1
     for (int d = lane * 4; d < kD; d += 128) {
       float four[4];
-      load_four(x, p.kv_dtype, row * kD + d, four);
+      load_four(x.data, x.dtype, from + d, four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
     }
@@ -156,7 +158,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_row(const void* x, float* to, float* sc
 #pragma unroll 1
   for (int d = lane * 4; d < kD; d += 128) {
     float four[4];
-    load_four(x, p.kv_dtype, row * kD + d, four);
+    load_four(x.data, x.dtype, from + d, four);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (kScaled) {

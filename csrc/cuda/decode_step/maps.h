@@ -22,10 +22,6 @@ struct DecodeMapScratch {
   unsigned char* w2;  // [32 kDecodeMapUnits R]  the units' rows of W2
 };
 
-LESS_DEVICE int map_element_bytes(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
-}
-
 // acc[e] += x[d] w, w column e of row d, for rows d0, d0 + step, ...; those from D on are not
 // there.
 template <typename T, int kN>
@@ -98,7 +94,7 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
                                int rank, int size, const DecodeMapScratch& s, float* y) {
   const int t = threadIdx.x, lane = t % 32, warp = t / 32;
   const int R = int(m.R), D = int(m.D), E = int(m.E);
-  const int bytes = map_element_bytes(m.w_dtype);
+  const int bytes = int(bytes_of(m.w_dtype));
   const int columns = 32 / bytes;  // of a unit
   const int units = (E + columns - 1) / columns;
   const bool aligned =

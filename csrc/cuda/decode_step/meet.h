@@ -24,7 +24,7 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
   for (int i = t * 4; i < plan.part; i += kDecodeThreads * 4) {
     store16(part + i, load16_shared(s.part() + i));
   }
-  if (p.scores) {
+  if (p.spec.scores) {
     float* const masses = plan.masses + (row * plan.splits + split) * G * plan.per;
     const int padded = (n + 15) / 16 * 16;
 #pragma unroll 1
@@ -81,7 +81,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     float y = 0.0f;
 #pragma unroll 4
     for (int of = 0; of < plan.splits; ++of) y += part_float(of, at.feature + i);
-    s.feature()[i] = feature(p.phi, head * G + i / R, i % R, y);
+    s.feature()[i] = feature(p.maps.phi, head * G + i / R, i % R, y);
   }
   __syncthreads();
 #pragma unroll 1
@@ -93,8 +93,9 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     for (int of = 0; of < plan.splits; ++of) {
       total = fmaf(s.sum()[of * G + g], expf(s.top()[of * G + g] - top), total);
     }
+    const float* const z = state().z;
 #pragma unroll 1
-    for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], p.z[row * R + r], low);
+    for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], z[r], low);
     const float inverse = 1.0f / total;
     float kept = inverse;
     s.low()[g] = s.share()[g] = 0.0f;
@@ -143,13 +144,13 @@ LESS_DEVICE void DecodeBlock<Case>::write_out() {
       four[2] = fmaf(factor, h.z, four[2]);
       four[3] = fmaf(factor, h.w, four[3]);
     }
-    store_four(p.out, p.q_dtype, query(g) + column + c, four);
+    store_four(p.out.data, p.out.dtype, query(p.out, g) + column + c, four);
   }
   if (R > 0 && rank == 0 && t == 0) {
     double share = 0.0;
 #pragma unroll 1
     for (int g = 0; g < G; ++g) share += s.share()[g];
-    p.share[row] += share;
+    *state().share += share;
   }
 }
 

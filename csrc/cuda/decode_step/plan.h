@@ -3,7 +3,9 @@
 // The S slots of a head are cut into `splits` ranges of `per` slots, one block each. The blocks of
 // a head meet in one of two ways: as a cluster that reads its members' shared memory (sm_90 on), or
 // in the workspace, where the last to arrive finishes alone. Both the cut and the way follow from
-// the layer's shape and the device, never from the batch: a row has the same bits in any batch.
+// the head's capacity, the layer's shape and the device, never from the batch or from other heads:
+// a head has the same bits in any batch and in any layer. Heads of another capacity are another
+// launch.
 #pragma once
 
 #include "cuda/device.h"
@@ -78,6 +80,9 @@ struct DecodeLayout {
 
 // What a launch has worked out for its kernel.
 struct DecodePlan {
+  int first_head;  // of the launch, whose heads all have S slots
+  int heads;
+  int S;
   int splits;      // ranges of a head's slots
   int per;         // slots of a range, a multiple of 16; the last one may have fewer
   int tile;        // rows of a tile
@@ -150,7 +155,7 @@ template <typename T, int kD, bool kMma>
 __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStepParams& p,
                                                const DecodePlan& plan) {
   using Tile = DecodeTile<T, kD>;
-  const int64_t G = p.Q / p.K, R = p.H != nullptr ? p.R : 0;
+  const int64_t G = p.spec.Q / p.spec.K, R = p.maps.phi.R;
   const int64_t heads = G < decode_heads<T>() ? G : decode_heads<T>();
   const auto take = [&c](int64_t bytes) {
     const auto* const array = c.template take<unsigned char>(bytes);
@@ -204,33 +209,16 @@ LESS_DEVICE void guard_decode_layout(unsigned char* raw, const DecodeStepParams&
   decode_layout<T, kD, kMma>(c, p, plan);
 }
 
-// The one table of head dims: f(integral_constant<int, D>, bool_constant<mma>); false where D is
-// not in it, or not in this build. Tensor cores take half types alone.
+// f(integral_constant<int, D>, bool_constant<mma>); false where this build has not D. Tensor cores
+// take half types alone.
 template <typename T, typename F>
 bool decode_dispatch(int64_t D, bool mma, F f) {
-  const auto with = [&](auto head_dim) {
-    if constexpr (head_dim_built(decltype(head_dim)::value)) {
-      if constexpr (sizeof(T) <= 2) {
-        if (mma) return f(head_dim, std::true_type{}), true;
-      }
-      return f(head_dim, std::false_type{}), true;
+  return with_head_dim(D, [&](auto head_dim) {
+    if constexpr (sizeof(T) <= 2) {
+      if (mma) return f(head_dim, std::true_type{});
     }
-    return false;
-  };
-  switch (D) {
-    case 64:
-      return with(std::integral_constant<int, 64>{});
-    case 80:
-      return with(std::integral_constant<int, 80>{});
-    case 96:
-      return with(std::integral_constant<int, 96>{});
-    case 128:
-      return with(std::integral_constant<int, 128>{});
-    case 256:
-      return with(std::integral_constant<int, 256>{});
-    default:
-      return false;
-  }
+    f(head_dim, std::false_type{});
+  });
 }
 
 // One of these for each dtype of slots, in a file of its own.

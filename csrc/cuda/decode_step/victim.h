@@ -8,13 +8,8 @@ namespace less::cuda {
 template <typename Case>
 LESS_DEVICE DecodeCandidate DecodeBlock<Case>::candidate(int slot, int32_t position,
                                                          float score) const {
-  if (position < 0) return {0, uint32_t(slot), slot, 0.0f};
-  float rank_of = -kInfinity;
-  if (p.rule.by_score) {
-    rank_of = p.rule.per_age ? score / float(max(int(seen) + 1 - position, 1)) : score;
-  }
-  const bool stays = position > seen - p.rule.recent || position < p.rule.sinks;
-  return {stays ? ordered(kInfinity) : ordered(rank_of), uint32_t(position), slot, 0.0f};
+  if (position < 0) return {-kInfinity, INT32_MIN + slot, slot, 0.0f};
+  return {rank_of(p.spec.rule, seen + 1, position, score), position, slot, 0.0f};
 }
 
 // Writes the scores of this block's slots; who of them would leave.
@@ -25,18 +20,19 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
 #pragma unroll 1
     for (int g = lane; g < G; g += 32) received += s.token_mass()[g];
     received = warp_sum(received);
-    if (lane == 0) s.token()[2] = p.scores ? received : 0.0f;
+    if (lane == 0) s.token()[2] = p.spec.scores ? received : 0.0f;
   }
   __syncthreads();
   const bool own = plan.cluster || alone();
   const int begin = own ? first : 0, end = own ? first + n : S;
-  DecodeCandidate best{0xffffffffu, 0xffffffffu, S, 0.0f};
+  const Slots of_head = slots();
+  DecodeCandidate best{kInfinity, INT32_MAX, S, 0.0f};
 #pragma unroll 1
   for (int slot = begin + t; slot < end; slot += kDecodeThreads) {
     const int of = own ? split : slot / plan.per, i = slot - of * plan.per;
-    const int32_t position = own ? s.position()[i] : p.slots.position[row * S + slot];
-    float score = own ? s.score()[i] : p.slots.score[row * S + slot];
-    if (p.scores) {
+    const int32_t position = own ? s.position()[i] : of_head.position[slot];
+    float score = own ? s.score()[i] : of_head.score[slot];
+    if (p.spec.scores) {
       const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
       float received = 0.0f;
 #pragma unroll 1
@@ -44,8 +40,8 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
         const float mass = own ? s.mass()[g * stride + i] : masses[g * plan.per];
         received = fmaf(mass, s.sum()[of * G + g], received);
       }
-      score = position >= 0 ? fmaf(score, p.decay, received) : 0.0f;
-      store(p.slots.score + row * S + slot, score);
+      score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
+      store(of_head.score + slot, score);
     }
     const DecodeCandidate here = candidate(slot, position, score);
     if (here.below(best)) best = here;
@@ -94,14 +90,15 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load_victim() {
   const int column = first_column(), width = columns();
   const bool kept = victim.slot < S;
-  const int64_t slot = row * S + victim.slot;
+  const Slots of = slots();
+  const int64_t slot = victim.slot;
   float k_scale = 1.0f, v_scale = 1.0f;
   if constexpr (kScaled) {
-    k_scale = kept ? p.slots.k_scale[slot] : s.token()[0];
-    v_scale = kept ? p.slots.v_scale[slot] : s.token()[1];
+    k_scale = kept ? of.k_scale[slot] : s.token()[0];
+    v_scale = kept ? of.v_scale[slot] : s.token()[1];
   }
-  const T* const keys = static_cast<const T*>(p.slots.k) + slot * kD;
-  const T* const values = static_cast<const T*>(p.slots.v) + slot * kD + column;
+  const T* const keys = static_cast<const T*>(of.k) + slot * kD;
+  const T* const values = static_cast<const T*>(of.v) + slot * kD + column;
 #pragma unroll 1
   for (int d = t; d < kD; d += kDecodeThreads) {
     s.victim_key()[d] = (kept ? widened(keys[d]) : s.key()[d]) * k_scale;
@@ -134,15 +131,16 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     float y = 0.0f;
 #pragma unroll 1
     for (int of = 0; of < ranks; ++of) y += s.psi_shares()[of * R + t];
-    s.h()[t] = feature(p.psi, head, t, y);
+    s.h()[t] = feature(p.maps.psi, head, t, y);
   }
   __syncthreads();
-  const bool mixed = p.psi.mix != nullptr;
+  const bool mixed = p.maps.psi.mix != nullptr;
   if (mixed) {
-    if (t < R) s.psi_share()[t] = mixed_feature(p.psi, head, t, s.h());
+    if (t < R) s.psi_share()[t] = mixed_feature(p.maps.psi, head, t, s.h());
     __syncthreads();
   }
   const float* const psi = mixed ? s.psi_share() : s.h();
+  const State to = state();
   const int column = first_column(), width = columns(), fours = width / 4;
 #pragma unroll 1
   for (int i = t; i < R * fours; i += kDecodeThreads) {
@@ -153,16 +151,16 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     h.y = fmaf(psi[r], v.y, h.y);
     h.z = fmaf(psi[r], v.z, h.z);
     h.w = fmaf(psi[r], v.w, h.w);
-    store16(p.H + (row * R + r) * kD + column + c, bits_of<uint4>(h));
+    store16(to.H + r * kD + column + c, bits_of<uint4>(h));
   }
-  if (rank == 0 && t < R) store(p.z + row * R + t, p.z[row * R + t] + psi[t]);
+  if (rank == 0 && t < R) store(to.z + t, to.z[t] + psi[t]);
 }
 
 // The token takes a slot; S is none.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
   if (slot == S || (plan.cluster && slot / plan.per != split)) return;
-  const int64_t to = row * S + slot;
+  const Slots to = slots();
 #pragma unroll 1
   for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
     const bool key = i < Tile::kChunks;
@@ -181,17 +179,17 @@ LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
       }
     }
     store16(
-        static_cast<unsigned char*>(key ? p.slots.k : p.slots.v) + to * Tile::kBytes + chunk * 16,
+        static_cast<unsigned char*>(key ? to.k : to.v) + int64_t{slot} * Tile::kBytes + chunk * 16,
         make_uint4(word[0], word[1], word[2], word[3]));
   }
   if (t != 0) return;
   if constexpr (kScaled) {
-    store(p.slots.k_scale + to, s.token()[0]);
-    store(p.slots.v_scale + to, s.token()[1]);
+    store(to.k_scale + slot, s.token()[0]);
+    store(to.v_scale + slot, s.token()[1]);
   }
-  store(p.slots.position + to, int32_t(seen));
-  store(p.slots.score + to, s.token()[2]);
-  store(p.slots.weight + to, 0.0f);
+  store(to.position + slot, int32_t(seen));
+  store(to.score + slot, s.token()[2]);
+  store(to.weight + slot, 0.0f);
 }
 
 // The last of the row's heads counts the token; by then all have read how many there were.
@@ -199,10 +197,10 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::count() {
   if (rank != 0 || t != 0) return;
   fence_gpu();
-  if (atomic_add(plan.row_count + b, 1) != int(p.K) - 1) return;
+  if (atomic_add(plan.row_count + b, 1) != int(p.spec.K) - 1) return;
   fence_gpu();
   store(plan.row_count + b, 0);
-  p.seen[b] = seen + 1;
+  *less::seen(memory) = seen + 1;
 }
 // What becomes of the token that leaves is a case of the kernel, a struct with
 //
@@ -228,7 +226,7 @@ struct DecodeFold {
 
   template <typename Block>
   static LESS_DEVICE bool begin(Block& block) {
-    if (block.p.victim != Victim::fold || block.victim.rank == 0) return false;
+    if (block.p.spec.victim != Victim::fold || block.victim.empty()) return false;
     block.load_victim();
     return true;
   }

@@ -84,7 +84,8 @@ LESS_DEVICE void multiply_floats(const float* x, int x_row, const float* w1, int
 
 template <int kR>
 __global__ void __launch_bounds__(kMapThreads, 3)
-    feature_float_kernel(FeatureMaps m, FeatureRows in) {
+    feature_float_kernel(const __grid_constant__ FeatureMaps m,
+                         const __grid_constant__ FeatureRows in) {
   constexpr int kYRow = kR + kFloatPad, kY = kR / 4;
   const RowBlock block = row_block(in, kFloatRows);
   if (block.count <= 0) return;
@@ -98,13 +99,13 @@ __global__ void __launch_bounds__(kMapThreads, 3)
   copy_async_commit();
   if (thread < kFloatRows) {
     Row row{0, 1.0f, 0};
-    if (thread < block.count) row = locate(in, block, thread, m.D * size_of(in.dtype));
+    if (thread < block.count) row = locate(in, block, thread);
     s.address[thread] = row.address;
     s.output[thread] = row.output;
     s.row_scale[thread] = row.scale;
   }
   __syncthreads();
-  switch (in.dtype) {
+  switch (in.x.dtype) {
     case DType::f32:
       stage_float_rows<float>(s, m.D, block.count);
       break;

@@ -351,7 +351,8 @@ LESS_DEVICE void finish_rows(const FeatureMaps& m, int64_t head, float* y, const
 
 template <typename Half, typename W, int kR>
 __global__ void __launch_bounds__(kMapThreads, 3)
-    feature_mma_kernel(FeatureMaps m, FeatureRows in, int terms, int slab) {
+    feature_mma_kernel(const __grid_constant__ FeatureMaps m,
+                       const __grid_constant__ FeatureRows in, int terms, int slab) {
   using Shared = MmaShared<W, kR>;
   constexpr int kRows = Shared::kRows, kTiles = kRows / 16, kYTiles = kR / 8;
   const RowBlock block = row_block(in, kRows);
@@ -365,13 +366,13 @@ __global__ void __launch_bounds__(kMapThreads, 3)
   copy_async_commit();
   if (thread < kRows) {
     Row row{0, 1.0f, 0};
-    if (thread < block.count) row = locate(in, block, thread, m.D * size_of(in.dtype));
+    if (thread < block.count) row = locate(in, block, thread);
     s.address[thread] = row.address;
     s.output[thread] = row.output;
     s.row_scale[thread] = row.scale;
   }
   __syncthreads();
-  switch (in.dtype) {
+  switch (in.x.dtype) {
     case DType::f32:
       stage_rows<float, Half>(s, m.D, block.count, terms);
       break;

@@ -9,26 +9,20 @@ namespace less::cuda {
 
 // y[row] = map_n(row) for all tokens of a call, or for those that a list names.
 struct FeatureRows {
-  const void* x;            // [B, heads, T, D]  the call's rows, of dtype
-  const void* slots;        // [B, heads, S, D]  of dtype; with list
-  const float* x_scale;     // [B, heads, T]     of each row, of i8 and fp8 alone
-  const float* slot_scale;  // [B, heads, S]
-  const int32_t* list;      // [B, heads, T]     a slot, or S + token; null: every token of the call
-  const int32_t* count;     // [B, heads]        how many are listed
-  float* y;                 // [B, heads, T, R]  in the order of the list; written up to count
-  DType dtype;
+  HeadRows x;            // [B, heads, T, D]  the call's rows
+  const float* x_scale;  // [B, heads, T]     of each row, of i8 and fp8 alone
+  Layout layout;         // with list, as pool: of the slots, of x's dtype
+  Pool pool;
+  const int32_t* list;   // [B, heads, T]     a slot, or S + token; null: every token of the call
+  const int32_t* count;  // [B, heads]        how many are listed; 0 for a row without a page
+  float* y;              // [B, heads, T, R]  in the order of the list; written up to count
   int64_t B;
   int64_t heads;
   int64_t T;
-  int64_t S;
 };
 
 // Enqueues the kernel for the map's and the rows' dtypes; feature_map.cu.
 cudaError_t features(const FeatureMaps& map, const FeatureRows& rows, cudaStream_t stream);
-
-constexpr int size_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::bf16 || dtype == DType::fp16 ? 2 : 1;
-}
 
 // The rows of a map's head that a block takes: all batch rows' tokens in one sequence, or, of a
 // list, those of one batch row.
@@ -54,21 +48,26 @@ struct Row {
   int64_t output;  // row of y
 };
 
-LESS_DEVICE Row locate(const FeatureRows& in, const RowBlock& block, int i, int64_t row_bytes) {
+LESS_DEVICE Row locate(const FeatureRows& in, const RowBlock& block, int i) {
   const int64_t n = block.first + i;
-  if (in.list == nullptr) {
-    const int64_t b = n / in.T, row = (b * in.heads + block.head) * in.T + (n - b * in.T);
-    const float scale = in.x_scale == nullptr ? 1.0f : in.x_scale[row];
-    return {reinterpret_cast<uint64_t>(in.x) + uint64_t(row * row_bytes), scale, row};
+  const bool listed = in.list != nullptr;
+  const int64_t b = listed ? block.batch : n / in.T;
+  const int64_t first = (b * in.heads + block.head) * in.T;
+  const int64_t output = first + (listed ? n : n - b * in.T);
+  int64_t token = output - first;
+  if (listed) {
+    const int64_t source = in.list[output], S = in.layout.slots[block.head];
+    if (source < S) {
+      const Slots kept = less::head(in.layout, page(in.pool, b), block.head).slots;
+      const float scale = kept.k_scale == nullptr ? 1.0f : kept.k_scale[source];
+      const int64_t bytes = source * row_bytes(in.layout.dtype, in.layout.D);
+      return {reinterpret_cast<uint64_t>(kept.k) + uint64_t(bytes), scale, output};
+    }
+    token = source - S;
   }
-  const int64_t head = block.batch * in.heads + block.head;
-  const int64_t source = in.list[head * in.T + n];
-  const bool kept = source < in.S;
-  const int64_t row = kept ? head * in.S + source : head * in.T + (source - in.S);
-  const float* scales = kept ? in.slot_scale : in.x_scale;
-  const void* rows = kept ? in.slots : in.x;
-  return {reinterpret_cast<uint64_t>(rows) + uint64_t(row * row_bytes),
-          scales == nullptr ? 1.0f : scales[row], head * in.T + n};
+  const float scale = in.x_scale == nullptr ? 1.0f : in.x_scale[first + token];
+  const int64_t bytes = offset(in.x, b, block.head, token) * bytes_of(in.x.dtype);
+  return {reinterpret_cast<uint64_t>(in.x.data) + uint64_t(bytes), scale, output};
 }
 
 }  // namespace less::cuda
