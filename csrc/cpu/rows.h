@@ -27,28 +27,41 @@ class Stream {
 
   // Reading begins with `now` and goes on with `next`; data is null where nothing follows.
   LESS_INLINE void enter(Span now, Span next) {
-    asked_ = now.data == next_.data ? std::max<int64_t>(0, asked_ - now_.nbytes) : 0;
-    now_ = now;
-    next_ = next.data == nullptr ? Span{} : next;
+    asked_ = now.data == next_.data ? asked_next_ : now.data;
+    end_ = now.data + now.nbytes;
+    next_ = next;
+    asked_next_ = next.data;
     read(now.data);
   }
 
   // Reading has come to p, in what was entered last.
   LESS_INLINE void read(const void* p) {
-    const int64_t to = static_cast<const unsigned char*>(p) - now_.data + kAhead;
-    ask(now_.data, 0, std::min(to, now_.nbytes));
-    if (to > now_.nbytes) ask(next_.data, now_.nbytes, std::min(to, now_.nbytes + next_.nbytes));
+    const unsigned char* const to = static_cast<const unsigned char*>(p) + kAhead;
+    if (to <= end_) return ask(asked_, to);
+    ask(asked_, end_);
+    ask(asked_next_, next_.data + std::min<int64_t>(to - end_, next_.nbytes));
   }
 
  private:
   static constexpr int64_t kLine = 64;
+  static_assert(kFieldAlign % (2 * kLine) == 0);
 
-  LESS_INLINE void ask(const unsigned char* data, int64_t first, int64_t to) {
-    for (; asked_ < to; asked_ += kLine) __builtin_prefetch(data + (asked_ - first));
+  // From `line` on, which moves; two lines at a time.
+  static LESS_INLINE void ask(const unsigned char*& line, const unsigned char* to) {
+    const unsigned char* at = line;
+    if (at >= to) return;
+    do {
+      __builtin_prefetch(at);
+      __builtin_prefetch(at + kLine);
+      at += 2 * kLine;
+    } while (at < to);
+    line = at;
   }
 
-  Span now_{}, next_{};
-  int64_t asked_ = 0;  // bytes of now_, and past its end of next_
+  const unsigned char* asked_ = nullptr;  // what comes next, of what was entered last
+  const unsigned char* end_ = nullptr;
+  const unsigned char* asked_next_ = nullptr;  // and of next_
+  Span next_{};
 };
 
 // logit[h * stride + n] = q[h] . k[n] for kHeads heads and kRows rows, kRows a multiple of four.

@@ -39,8 +39,8 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
     }
   }
   arguments.check("valid", valid, ScalarType::Bool, {B, 1});
-  if (of.spec.victim == Victim::fold && of.kind < 0) {
-    fail(kOp, ": victim 2 (fold) needs a layer with maps");
+  if (of.kind < 0 && (of.spec.victim == Victim::fold || of.layout.R > 0)) {
+    fail(kOp, ": a layer with a state, or victim 2 (fold), must have maps");
   }
   DecodeStepParams params{
       .spec = of.spec,

@@ -54,9 +54,16 @@ enum : int64_t {
 };
 }  // namespace layer_fields
 
-// The constants of a layer. Whatever the numbers are, what they lead to lies within the pool and
-// the maps that are checked against them.
-inline LayerArguments read_layer(const char* op, const Tensor& layer) {
+// The formats of rows that this library's kernels have are those up to this one.
+#ifdef LESS_LAUNCHES
+constexpr DType kLastFormat = DType::fp8;
+#else
+constexpr DType kLastFormat = DType::i8;
+#endif
+
+// The constants of a layer, with slots of a format up to `last`. Whatever the numbers are, what
+// they lead to lies within the pool and the maps that are checked against them.
+inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last = kLastFormat) {
   using namespace layer_fields;
   constexpr int64_t kMost = int64_t{1} << 40;  // bytes of anything: no product below overflows
   const bool numbers = layer.dim() == 3 && layer.scalar_type() == ScalarType::Long &&
@@ -84,11 +91,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer) {
   within("D", D, 1, 1 << 16);
   within("R", R, 0, 1 << 16);
   if (x[Q] % x[K] != 0) fail(op, ": q's heads must be a multiple of ", x[K], ", got ", x[Q]);
-#ifdef LESS_LAUNCHES
-  within("dtype", dtype, 0, int64_t(DType::fp8));
-#else
-  within("dtype", dtype, 0, int64_t(DType::i8));
-#endif
+  within("dtype", dtype, 0, int64_t(last));
   within("victim", victim, 0, int64_t(Victim::fold));
   within("recent", recent, 0, INT64_MAX);
   within("sinks", sinks, 0, INT64_MAX);
