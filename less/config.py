@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from less.budget import BETA, deal, most_within, page_bytes, parse_bytes, pyramid
-from less.policies import H2O, Full, Policy, policy_from_dict
+from less.policies import H2O, Full, Policy, policy_from_dict, policy_to_dict
+from less.policies.base import checked_at_capacity
 from less.sidekick import Sidekick, shipped, shipped_names
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ class LessConfig:
             policy = trained_policy(sidekick, capacity)
         if policy is None:
             return default_policy(capacity)
-        return policy.at_capacity(capacity)
+        return checked_at_capacity(policy, capacity)
 
     def load_sidekick(self) -> Sidekick | None:
         """Read the sidekick that the config names; None where it names none."""
@@ -356,8 +357,7 @@ class LessConfig:
             if isinstance(values[name], tuple):
                 values[name] = list(values[name])
         if self.policy is not None:
-            values["policy"] = self.policy.to_dict()
-            policy_from_dict(values["policy"])  # refuses a policy that could not be read back
+            values["policy"] = policy_to_dict(self.policy)
         return {"format": FORMAT, "version": _VERSION, **values}
 
     @classmethod
@@ -433,7 +433,7 @@ def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
     Of several, the one whose own budget is nearest.
 
     Raises:
-        ValueError: the sidekick's config names a policy that this library does not have.
+        ValueError: the sidekick's config names a policy that no imported module defines.
     """
     listed = sidekick.config.get("policies") or sidekick.config.get("policy") or []
     if isinstance(listed, dict):
@@ -442,7 +442,7 @@ def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
     if not policies:
         return None
     nearest = min(policies, key=lambda policy: abs(policy.capacity - budget))
-    return nearest.at_capacity(budget)
+    return checked_at_capacity(nearest, budget)
 
 
 def _check_number(name: str, value: object) -> None:

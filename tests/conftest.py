@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from less.backend import ops as less_ops
+from less.policies import registry
 from tests import emulated
+
+BUILT_IN = ("Full", "H2O", "SinkRecent")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Processes side by side share the cores; two that each take all of them wait for each other.
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture
+def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only built-in policies have names, and no later test knows those that this one adds."""
+    known = {name: cls for name, cls in registry._classes.items() if name in BUILT_IN}
+    monkeypatch.setattr(registry, "_classes", known)
 
 
 def params_of(item: pytest.Item) -> dict[str, object]:

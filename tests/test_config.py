@@ -378,17 +378,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
             LessConfig.from_dict({**d, **change})
 
 
-def test_a_policy_that_cannot_be_read_back_is_not_written():
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Mine(SinkRecent):
-        pass
-
-    with pytest.raises(ValueError, match="name must be one of"):
-        LessConfig(tokens=3, policy=Mine(1, 2)).to_dict()
-
-
 def test_a_list_goes_to_a_cache_without_transformers():
     capacities = LessConfig(tokens=16, shape="pyramid", beta=2).capacities(3)
     assert capacities == [24, 16, 8]

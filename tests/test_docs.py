@@ -140,6 +140,10 @@ def test_budgets(names):
     assert done["first_full"].max_columns == 2048
 
 
+def test_policies(names, fresh_registry):
+    assert run("policies.md", names)["config"].policy.budget == 64
+
+
 def test_migration(names):
     done = run("migration.md", names)
     first, last = (p.capacity for p in done["cache"].policies)

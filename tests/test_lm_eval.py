@@ -1,5 +1,6 @@
 """lm-evaluation-harness on a bounded cache: what it scores is what the real cache says."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -162,6 +163,53 @@ def test_settings_may_be_written_on_the_command_line(model, tmp_path):
         tokens=20, policy=SinkRecent(4, 1), dtype="float16", shape="pyramid", beta=2
     )
     assert lm.get_model_info()["less"]["tokens"] == 20
+
+
+def test_a_policy_of_a_file_is_imported_and_brought_to_the_budget(
+    model, tmp_path, monkeypatch, fresh_registry
+):
+    page = (ROOT / "docs" / "policies.md").read_text()
+    (tmp_path / "keys.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    written = {"name": "SmallestKeys", "budget": 64}
+    with pytest.raises(ValueError, match="less-kv: policy: name must be one of"):
+        LessLM(model, tokenizer=byte_tokenizer(), tokens=20, policy=written)
+    with pytest.raises(ValueError, match="less-kv: imports keys: Python's path has no such module"):
+        LessLM(model, tokenizer=byte_tokenizer(), tokens=20, policy=written, imports="keys")
+    for policy in (written, json.dumps(written)):
+        lm = LessLM(
+            model, tokenizer=byte_tokenizer(), tokens=20, policy=policy, imports=["keys.py"]
+        )
+        assert lm._held[1].policy.capacity == 20
+        assert lm.get_model_info()["less"]["policy"] == {**written, "recent": 8}
+    h2o = build(model, LessConfig(tokens=20))
+    assert scores(lm, pairs=PAIRS[:1]) != scores(h2o, pairs=PAIRS[:1])
+
+
+@pytest.mark.parametrize("sidekick", ["none", "sidekick"])
+@pytest.mark.parametrize(
+    ("policy", "rows"),
+    [
+        ("trained", ["decayed H2O"]),
+        ("h2o", []),
+        ("sinks", ["sinks + recent"]),
+        ('{"name": "H2O", "heavy": 3, "recent": 1}', ["H2O(heavy=12, recent=4, sinks=0,"]),
+    ],
+)
+def test_the_policy_of_the_command_has_a_row_of_its_own_beside_h2o(
+    model, tmp_path, monkeypatch, sidekick, policy, rows
+):
+    from less.cli.lm_eval import _methods, _policy
+
+    tiny_sidekick().save_pretrained(tmp_path / "sidekick")
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(budget=16, sidekick=sidekick)
+    methods = _methods(args, model.config, _policy(policy, 16))
+    assert all(method.policy.capacity == 16 for method in methods[1:])
+    names = [method.name.split(" decay")[0] for method in methods]
+    assert names == ["full cache", "H2O", *rows, *(["LESS"] if sidekick != "none" else [])]
+    if sidekick != "none":
+        assert methods[-1].policy == methods[-2].policy
 
 
 def test_one_command_prints_the_table(tmp_path, capsys):

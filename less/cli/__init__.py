@@ -25,13 +25,14 @@ COMMANDS = {
 
 # Commands whose work is worth a start of the program anew, to set how threads wait.
 _COMPUTE = ("demo", "train", "evaluate", "lm-eval", "chat")
+_IMPORT = "--import"
 
 
 def command() -> int:
     """The program ``less-kv``: ``main`` with threads that sleep while they wait."""
     from less.cli.threads import wait_passively
 
-    if any(word in _COMPUTE for word in sys.argv[1:2]):
+    if _chosen(sys.argv[1:]) in _COMPUTE:
         wait_passively()
     return main()
 
@@ -39,12 +40,17 @@ def command() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``less-kv``; returns the exit status: 0, 2 for a bad call, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    chosen = _chosen(arguments)
     parser = argparse.ArgumentParser(
         prog="less-kv",
         description="A bounded KV cache that remembers what it evicts. (The pager is `less`.)",
+        allow_abbrev=False,  # _chosen knows options by their whole names
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument(
+        _IMPORT, dest="imports", action="append", default=[], metavar="MODULE_OR_FILE.py",
+        help="import policies of your own first; may be given several times, before the command",
+    )  # fmt: skip
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():
         if name == chosen:
@@ -64,9 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(args)
 
 
+def _chosen(arguments: Sequence[str]) -> str | None:
+    """The command among the arguments: the first that is neither an option nor its value."""
+    words = iter(arguments)
+    for word in words:
+        if word == _IMPORT:
+            next(words, None)
+        elif not word.startswith("-"):
+            return word
+    return None
+
+
 def _run(args: argparse.Namespace) -> int:
     module = importlib.import_module(COMMANDS[args.command][0])
     try:
+        for name in args.imports:
+            from less.policies import import_policies
+
+            import_policies(_IMPORT, name)
         status: int = module.run(args)
     except KeyboardInterrupt:
         print(f"\nless-kv {args.command}: interrupted", file=sys.stderr)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     from less.evaluate.methods import Method
+    from less.policies import Policy
+
+_TRAINED = "trained"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,6 +43,11 @@ def add_parser(subparsers: Any) -> None:
         help="tokens kept per head (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--policy", default=_TRAINED, metavar="NAME_OR_JSON",
+        help="of LESS: h2o, sinks, trained (the sidekick's own), or any policy's name and settings "
+        "as JSON, which is brought to the budget (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--chunk", type=measuring.positive, default=1, metavar="T",
         help="tokens per step once something is evicted; 1 is exact, more is faster "
         "(default: %(default)s)",
@@ -58,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         checks.check_file("--out", args.out)
     sources.check_model_name(args.model)
+    policy = _policy(args.policy, args.budget)
     names = args.tasks.split(",")
     tasks = _tasks(names, args.include_path)
     checks.check_sidekick(args.sidekick)
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     threads.set_threads(args, console)
     found = assets.find_model(args.model)
     describe(found.skeleton(), f"--model {args.model}")
-    methods = _methods(args, found.config)
+    methods = _methods(args, found.config, policy)
     model, tokenizer = found.load(getattr(torch, args.model_dtype)), found.tokenizer
     results = {}
     for method in methods:
@@ -143,10 +152,27 @@ def _is_path(name: str) -> bool:
     return name.endswith(".yaml") or "/" in name
 
 
-def _methods(args: argparse.Namespace, model: Any) -> list[Method]:
-    """Full cache, H2O and, where a sidekick fits, its policy without it and with it.
+def _policy(given: str, budget: int) -> Policy | None:
+    """The policy of ``--policy`` at the budget; None for the sidekick's own.
 
-    Where none does, the default policy.
+    Raises:
+        ValueError: no policy is named so, or it has no place in the budget.
+    """
+    if given == _TRAINED:
+        return None
+    from less.policies import policy_from_text
+    from less.policies.base import checked_at_capacity
+
+    policy = policy_from_text("--policy", given, [_TRAINED])
+    if not policy.evicts:
+        raise ValueError(f"--policy {given}: it keeps every token, as the full cache does")
+    return checked_at_capacity(policy, budget)
+
+
+def _methods(args: argparse.Namespace, model: Any, policy: Policy | None) -> list[Method]:
+    """Full cache, H2O and, where a sidekick fits, a policy without it and with it.
+
+    The policy is the one that is given, else the sidekick's; without a sidekick, the default.
     """
     from less import H2O
     from less.config import default_policy, trained_policy
@@ -157,12 +183,14 @@ def _methods(args: argparse.Namespace, model: Any) -> list[Method]:
     methods = [FULL, Method(BASELINE, plain)]
     sidekick, _ = measuring.sidekicks_for(args.sidekick, model)
     if sidekick is None:
-        free = default_policy(args.budget)
-        return [*methods, Method(rule_name(free), free)]
-    rule = trained_policy(sidekick, args.budget) or plain
+        rule = policy or default_policy(args.budget)
+    else:
+        rule = policy or trained_policy(sidekick, args.budget) or plain
     if rule != plain:
-        methods.append(Method(rule_name(rule), rule))
-    return [*methods, Method("LESS", rule, sidekick)]
+        name = rule_name(rule)
+        taken = ("LESS", *(method.name for method in methods))
+        methods.append(Method(str(rule) if name in taken else name, rule))
+    return methods if sidekick is None else [*methods, Method("LESS", rule, sidekick)]
 
 
 def _language_model(method: Method, args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:

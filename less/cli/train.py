@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from less.policies import Policy
 
 _WIKIPEDIA = "wikipedia"
+# What each named policy takes of the options that are policies' settings.
+_SETTINGS = {"h2o": ("--decay", "--per-age", "--sinks"), "sinks": ("--sinks",)}
 _LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 
@@ -42,14 +44,18 @@ def add_parser(subparsers: Any) -> None:
         help="text files, folders of them, or 'wikipedia': the training articles of the package "
         "gensim (default)",
     )  # fmt: skip
-    add("--policy", choices=("h2o", "sinks"), default="h2o", help="default: %(default)s")
+    add(
+        "--policy", default="h2o", metavar="NAME_OR_JSON",
+        help="h2o, sinks, or any policy's name and settings as JSON, which is brought to each "
+        "budget; less-kv --import makes one of your own known (default: %(default)s)",
+    )  # fmt: skip
     add(
         "--budget", type=_budgets, default=[32, 64, 128], metavar="C,C,...",
         help="tokens kept per head; several are trained for at once (default: 32,64,128)",
     )  # fmt: skip
     add(
-        "--decay", type=float, default=0.98,
-        help="h2o: what a score keeps per token; 1 is the paper's sum (default: %(default)s)",
+        "--decay", type=float,
+        help="h2o: what a score keeps per token; 1 is the paper's sum (default: 0.98)",
     )  # fmt: skip
     add("--per-age", action="store_true", help="h2o: rank by score per token of age")
     add(
@@ -93,10 +99,26 @@ def policies(args: argparse.Namespace) -> list[Policy]:
     """The policies that the arguments name, one per budget; H2O's budget is half recent.
 
     Raises:
-        ValueError: a budget is too small for the policy.
+        ValueError: no policy is named so, a budget is too small for it, or an option is not its
+            own.
     """
     from less import H2O, SinkRecent
+    from less.config import DECAY
+    from less.policies import policy_from_text
+    from less.policies.base import checked_at_capacity
 
+    given = {
+        "--decay": args.decay is not None,
+        "--per-age": args.per_age,
+        "--sinks": args.sinks is not None,
+    }
+    for option in (option for option, is_given in given.items() if is_given):
+        if option not in _SETTINGS.get(args.policy, ()):
+            owners = " and ".join(name for name, own in _SETTINGS.items() if option in own)
+            raise ValueError(f"{option} is a setting of --policy {owners}, not of {args.policy}")
+    if args.policy not in _SETTINGS:
+        policy = policy_from_text("--policy", args.policy)
+        return [checked_at_capacity(policy, budget) for budget in args.budget]
     if args.policy == "sinks":
         sinks = 4 if args.sinks is None else args.sinks
         small = [budget for budget in args.budget if budget <= sinks]
@@ -108,7 +130,7 @@ def policies(args: argparse.Namespace) -> list[Policy]:
             heavy=budget - budget // 2,
             recent=budget // 2,
             sinks=args.sinks or 0,
-            decay=args.decay,
+            decay=DECAY if args.decay is None else args.decay,
             per_age=args.per_age,
         )
         for budget in args.budget

@@ -33,7 +33,7 @@ from less.fit.start import Trainable
 from less.fit.text import Pool, identity, sample_chunks
 from less.hf.weights import FIELD, note_weights
 from less.identity import model_identity
-from less.policies import Policy
+from less.policies import Policy, policy_to_dict
 from less.sidekick import TENSORS, Sidekick
 
 _RUN = "run.json"
@@ -319,6 +319,7 @@ def train(
     policies = [policies] if isinstance(policies, Policy) else list(policies)
     if not policies or not all(isinstance(p, Policy) for p in policies):
         raise ValueError(f"train: policies must be one Policy or several, got {policies!r}")
+    written = [policy_to_dict(p) for p in policies]
     ids, record = _pool(text, tokenizer, chunks, chunk_tokens, recipe.seed)
     held = held_chunks(policies, ids.shape[0], ids.shape[1], held)
     folder = Path(tempfile.mkdtemp(prefix="less-train-")) if work is None else Path(work)
@@ -331,7 +332,7 @@ def train(
         run = {
             "recipe_version": _RECIPE_VERSION,
             "recipe": dataclasses.asdict(recipe),
-            "policies": [p.to_dict() for p in policies],
+            "policies": written,
             "text": {k: record[k] for k in ("chunks", "chunk_tokens", "sha256")},
             "held": held,
             "model": {k: v for k, v in model_record.items() if k != "name"},
@@ -372,6 +373,9 @@ def held_chunks(policies: Sequence[Policy], chunks: int, tokens: int, held: int 
     Raises:
         ValueError: that leaves none to train on, or nothing is evicted in chunks of `tokens`.
     """
+    keeps_all = [type(p).__name__ for p in policies if not p.evicts]
+    if keeps_all:
+        raise ValueError(f"train: policies must evict tokens, got {keeps_all[0]}")
     held = max(1, chunks // 8) if held is None else held
     if not 1 <= held < chunks:
         raise ValueError(f"train: held must be in 1..{chunks - 1} (chunks - 1), got {held}")

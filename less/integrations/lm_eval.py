@@ -13,6 +13,7 @@ A single forward pass over prompt and answer would be exact attention, with noth
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +24,10 @@ from torch import Tensor
 from less.cache import LessKVCache
 from less.config import LessConfig
 from less.hf import attach
-from less.policies import H2O, Policy, SinkRecent
+from less.policies import import_policies, policy_from_text
 from less.sidekick import Sidekick
 
-#: What ``policy=`` may name; None is the sidekick's own.
-POLICIES: dict[str, Policy | None] = {
-    "h2o": H2O(heavy=1, recent=1),
-    "sinks": SinkRecent(sinks=4, recent=1),
-    "trained": None,
-}
+_TRAINED = "trained"  # of ``policy=``: the sidekick's own
 
 
 @register_model("less-kv")
@@ -43,7 +39,9 @@ class LessLM(HFLM):  # type: ignore[misc]
         config: Folder with a ``less_config.json``, or a ``LessConfig``; or leave it out, and give
             the settings below.
         sidekick: A ``Sidekick``, or in place of the config's: a folder or a shipped name.
-        policy: "h2o", "sinks" or "trained" (the sidekick's own, else the default policy).
+        policy: "h2o", "sinks", "trained" (the sidekick's own, else the default policy), or any
+            policy's name and settings, ``Policy.to_dict``'s result, as JSON or as it is.
+        imports: Module or file that defines policies, or several; imported first.
         slots: Dtype of the slots, "float16" say.
         chunk: Tokens per step once something may be evicted.
         **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers`` and
@@ -59,7 +57,8 @@ class LessLM(HFLM):  # type: ignore[misc]
         pretrained: Any,
         config: str | LessConfig | None = None,
         sidekick: str | Sidekick | None = None,
-        policy: str | None = None,
+        policy: str | Mapping[str, Any] | None = None,
+        imports: str | Sequence[str] = (),
         slots: str | None = None,
         chunk: int = 1,
         **kwargs: Any,
@@ -68,10 +67,14 @@ class LessLM(HFLM):  # type: ignore[misc]
             raise ValueError(f"less-kv: chunk must be a whole number of tokens >= 1, got {chunk!r}")
         names = ("tokens", "share", "bytes", "shape", "beta", "full_layers", "max_tokens")
         settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        for module in [imports] if isinstance(imports, str) else imports:
+            import_policies("less-kv: imports", module)
         if policy is not None:
-            if policy not in POLICIES:
-                raise ValueError(f"less-kv: policy must be one of {list(POLICIES)}, got {policy!r}")
-            settings["policy"] = POLICIES[policy]
+            settings["policy"] = (
+                None
+                if policy == _TRAINED
+                else policy_from_text("less-kv: policy", policy, [_TRAINED])
+            )
         if slots is not None:
             settings["dtype"] = slots
         if config is not None and settings:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from less._check import require_tensor, shape_text
+from less.policies.registry import register
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,24 @@ class Policy(ABC):
 
     Subclasses define ``capacity`` and ``rank``; ``needs_scores`` tells the cache whether to
     accumulate attention scores at all (a prompt is cheaper without).
+
+    A concrete subclass is known by its name from then on: a config or a sidekick that names it can
+    be read (``less.policies.registry``).
     """
 
     decay: float = 1.0
     needs_scores: ClassVar[bool] = True
     #: False: nothing ever leaves, and a token too many is refused (``Full``).
     evicts: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Enter the class into the registry.
+
+        Raises:
+            ValueError: Its name is a built-in policy's.
+        """
+        super().__init_subclass__(**kwargs)
+        register(cls)
 
     @property
     @abstractmethod
@@ -94,7 +107,7 @@ class Policy(ABC):
             return self
         raise ValueError(
             f"{type(self).__name__}.at_capacity: it keeps {self.capacity} tokens and does not say "
-            f"how to keep {capacity}"
+            f"how to keep {capacity}; override at_capacity"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +134,21 @@ def checked_rank(policy: Policy, tokens: Candidates) -> Tensor:
     if not rank.is_floating_point():
         raise ValueError(f"{name}: its result must be floating point, got {rank.dtype}")
     return rank.to(tokens.score.dtype).contiguous()
+
+
+def checked_at_capacity(policy: Policy, capacity: int) -> Policy:
+    """``policy.at_capacity(capacity)``, held to what it promises.
+
+    Raises:
+        ValueError: It refuses this capacity, or gives no policy of it.
+    """
+    scaled = policy.at_capacity(capacity)
+    if not isinstance(scaled, Policy) or scaled.capacity != capacity:
+        raise ValueError(
+            f"{type(policy).__name__}.at_capacity: its result must be a policy that keeps "
+            f"{capacity} tokens, got {scaled!r}"
+        )
+    return scaled
 
 
 def check_count(policy: str, name: str, value: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,7 +42,7 @@ class Full(Policy):
 
     def at_capacity(self, capacity: int) -> Full:
         """Another maximum."""
-        return Full(capacity)
+        return replace(self, max_tokens=capacity)
 
     @property
     def rule(self) -> Rule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -48,7 +48,7 @@ class SinkRecent(Policy):
                 f"SinkRecent.at_capacity: {self.sinks} sinks and a window do not fit into "
                 f"{capacity} tokens"
             )
-        return SinkRecent(sinks=self.sinks, recent=capacity - self.sinks)
+        return replace(self, recent=capacity - self.sinks)
 
     @property
     def rule(self) -> Rule:
