@@ -13,12 +13,12 @@ import transformers
 
 import less.hf
 from less import H2O, LessKVCache, Sidekick, SinkRecent
+from less.evaluate.families import MIXED, REFUSED, VOCAB, WINDOW, D, K, Q, build, build_refused
+from less.evaluate.matrix import NEW, SMALL, WIDE, Spy, feed, generate, left_padded, prompt
 from less.evaluate.perplexity import full_attention, through_caches
 from less.evaluate.side_by_side import SideBySide
 from less.fit import LayerWalk, Recipe, train
 from less.hf import UnsupportedModelError
-from less.hf.families import MIXED, REFUSED, VOCAB, WINDOW, D, K, Q, build, build_refused
-from less.hf.matrix import NEW, SMALL, WIDE, Spy, feed, generate, left_padded, prompt
 from tests.helpers import assert_close
 from tests.test_hf import footprint
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from less import Sidekick
-from less.identity import model_identity
 from less.sidekick import MATRICES, TENSORS, shipped, shipped_names
+from less.sidekick.identity import model_identity
 from tests.ops import flat_reference as reference
 from tests.tiny_model import tiny_model
 

@@ -155,7 +155,7 @@ class LessKVCache(CacheProtocol):
                 head_dim=self.head_dim,
                 capacity=policy.capacity,
                 dtype=self.dtype,
-                rank=0 if maps is None else maps["q_w2"].shape[-1],
+                rank=0 if maps is None or self.sidekick is None else self.sidekick.rank,
             )
             self._paged.append(
                 PagedLayer(

@@ -32,9 +32,9 @@ from less.fit.schedule import schedule
 from less.fit.start import Trainable
 from less.fit.text import Pool, identity, sample_chunks
 from less.hf.weights import FIELD, note_weights
-from less.identity import model_identity
 from less.policies import Policy
 from less.sidekick import TENSORS, Sidekick
+from less.sidekick.identity import model_identity
 
 _RUN = "run.json"
 _RECIPE_VERSION = 2  # raise it when the same settings would train something else

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from less.hf import interface
 from less.hf.models import ModelFacts, check_fits, check_ready, describe
-from less.hf.native import NativeAttention, make_native
+from less.hf.sliding import NativeAttention, make_native
 from less.hf.switch import shadow, switch_attention
 from less.hf.weights import warn_of_other_weights
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from less.hf.binding import Binding
-    from less.hf.native import NativeAttention
+    from less.hf.sliding import NativeAttention
 
 NAME = "less"
 # Arguments by which models change what attention computes, beside scale and soft-cap.
