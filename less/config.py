@@ -190,7 +190,7 @@ class LessConfig:
         """One policy per layer, as ``cache`` gives them to the cache; nothing is allocated.
 
         Args and errors are those of ``cache``; the model's weights are not read, so it may be on
-        the device ``meta``. Native layers have None.
+        the device ``meta``. Layers that slide have None.
         """
         from less.hf.models import describe
 
@@ -226,16 +226,16 @@ class LessConfig:
         max_tokens: int | None = None,
         native_bytes: int = 0,
     ) -> list[int | None]:
-        """Tokens that each layer keeps per kv head; None for native layers, which bound themselves.
+        """Tokens that each layer keeps per kv head; None for layers that slide.
 
         Args:
             layers: Number of layers.
             layer_bytes: For ``bytes``: a function from the tokens per head that a layer keeps, and
                 whether it evicts and so may have a state, to the layer's bytes over all rows.
-            native: Indices of native layers.
+            native: Indices of layers that slide.
             prompt_tokens: For ``share``.
             max_tokens: In place of the config's.
-            native_bytes: What the native layers hold together once their windows are full.
+            native_bytes: What those hold together once their windows are full.
 
         Raises:
             ValueError: As in ``cache``.
@@ -282,9 +282,9 @@ class LessConfig:
             out[i] = tokens
         return out
 
-    def _full(self, layers: int, native: Collection[int]) -> list[int]:
+    def _full(self, layers: int, sliding: Collection[int]) -> list[int]:
         """The layers that keep every token: the first of those that do not slide."""
-        return [i for i in range(layers) if i not in native][: self.full_layers]
+        return [i for i in range(layers) if i not in sliding][: self.full_layers]
 
     def _total_in_bytes(
         self,

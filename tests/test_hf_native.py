@@ -38,7 +38,7 @@ def model(shared):
     before = footprint(shared)
     yield shared
     assert footprint(shared) == before
-    assert not less.hf.interface.native_masks
+    assert not less.hf.interface.sliding_masks
 
 
 def sidekick():
@@ -163,7 +163,7 @@ def test_what_a_native_layer_does_not_have_is_refused(model):
         lambda: cache.state(2),
         lambda: cache.attend(0, x, x[:, :K], x[:, :K]),
     ):
-        with pytest.raises(ValueError, match=r"layer \d is native"):
+        with pytest.raises(ValueError, match=r"layer \d slides"):
             call()
     assert cache.positions(1).shape == (1, K, SMALL.capacity)
     assert cache.is_sliding == [True, False, True, False]
@@ -253,7 +253,7 @@ def test_another_attention_than_eager_and_sdpa_is_refused():
 def test_a_mask_of_another_pattern_is_refused(model):
     from transformers import masking_utils as masks
 
-    native = less.hf.native.NativeAttention(less.hf.models.describe(model, "test"))
+    native = less.hf.sliding.SlidingAttention(less.hf.models.describe(model, "test"))
     assert native.slides(masks.sliding_window_causal_mask_function(WINDOW))
     causal, overlay = masks.causal_mask_function, masks.sliding_window_overlay(WINDOW)
     for other in (

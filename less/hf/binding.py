@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from less.hf import interface
 from less.hf.models import ModelFacts, check_fits, check_ready, describe
-from less.hf.sliding import NativeAttention, make_native
+from less.hf.sliding import SlidingAttention, make_sliding
 from less.hf.switch import shadow, switch_attention
 from less.hf.weights import warn_of_other_weights
 
@@ -81,7 +81,7 @@ def cache_for(
     cache.part = facts.part
     check_fits("cache_for", cache, facts)
     warn_of_other_weights(cache, facts)
-    make_native(cache, facts)
+    make_sliding(cache, facts)
     return cache
 
 
@@ -122,16 +122,16 @@ def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
         raise RuntimeError("attach: the cache is attached to a model; leave that block first")
     warn_of_other_weights(cache, facts)
     interface.register()
-    native = NativeAttention(facts) if facts.windows else None
-    make_native(cache, facts)
+    native = SlidingAttention(facts) if facts.windows else None
+    make_sliding(cache, facts)
     with ExitStack() as leave:
         binding = Binding(cache, facts, native)
         switch_attention(model, facts, interface.NAME, leave)
         leave.callback(setattr, cache.session, "bound", None)
         cache.session.bound = binding
         if native is not None:
-            interface.native_masks[id(facts.decoder.config)] = native
-            leave.callback(interface.native_masks.pop, id(facts.decoder.config), None)
+            interface.sliding_masks[id(facts.decoder.config)] = native
+            leave.callback(interface.sliding_masks.pop, id(facts.decoder.config), None)
         for layer, module in enumerate(facts.modules):
             interface.bound[module] = (binding, layer)
             leave.callback(interface.bound.pop, module, None)
@@ -212,7 +212,7 @@ class Binding:
     """A cache at work in a model: checks each forward pass and serves its attention."""
 
     def __init__(
-        self, cache: LessKVCache, facts: ModelFacts, native: NativeAttention | None = None
+        self, cache: LessKVCache, facts: ModelFacts, native: SlidingAttention | None = None
     ) -> None:
         self.cache = cache
         self.facts = facts

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from less.hf.binding import Binding
-    from less.hf.sliding import NativeAttention
+    from less.hf.sliding import SlidingAttention
 
 NAME = "less"
 # Arguments by which models change what attention computes, beside scale and soft-cap.
@@ -32,7 +32,7 @@ _CHANGES_RESULT = (
 bound: WeakKeyDictionary[nn.Module, tuple[Binding, int]] = WeakKeyDictionary()
 # id of an attached model's config -> what its sliding layers run. Of the model, a mask function
 # learns its config alone.
-native_masks: dict[int, NativeAttention] = {}
+sliding_masks: dict[int, SlidingAttention] = {}
 
 
 def register() -> None:
@@ -125,7 +125,7 @@ def mask(
     """
     from transformers.masking_utils import causal_mask_function
 
-    native = native_masks.get(id(kwargs.get("config")))
+    native = sliding_masks.get(id(kwargs.get("config")))
     if native is not None and native.slides(mask_function):
         own: Tensor | None = native.mask(
             batch_size=batch_size,
@@ -146,7 +146,7 @@ def mask(
         )
     if attention_mask is None:
         return None
-    # kv_length is that of layer 0, which may be native; the columns seen are everybody's.
+    # kv_length is that of layer 0, which may slide; the columns seen are everybody's.
     columns = q_offset + q_length
     if attention_mask.shape != (batch_size, columns):
         raise ValueError(mask_message(list(attention_mask.shape), batch_size, columns, q_length))
