@@ -18,7 +18,7 @@ from less import reference
 from less.cache import LessKVCache
 from less.evaluate.families import FAMILIES, REFUSED, VOCAB, build, build_refused
 from less.fit import LayerWalk, Recipe, train
-from less.hf.binding import attach, cache_for
+from less.hf import attach, cache_for
 from less.hf.models import UnsupportedModelError
 from less.layer import Maps
 from less.policies import H2O, Policy
