@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from less.budget import BETA, deal, most_within, page_bytes, parse_bytes, pyramid
-from less.policies import H2O, Full, Policy, policy_from_dict
+from less.policies import Full, Policy, policy_from_dict
+from less.policies.default import default_policy as default_policy
 from less.sidekick import Sidekick, shipped, shipped_names
+from less.sidekick.trained import trained_policy as trained_policy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
-DECAY = 0.98  # of the default policy's scores, per token
 _VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
@@ -416,32 +417,6 @@ class LessConfig:
         if isinstance(name, str) and name not in shipped_names():
             values["sidekick"] = str(Path(folder) / name)  # a whole path stays what it is
         return cls.from_dict(values)
-
-
-def default_policy(capacity: int) -> H2O:
-    """H2O with decaying scores, half of it recent: the best rule that needs no training.
-
-    docs/policies.md has the measurement.
-    """
-    return H2O(heavy=capacity - capacity // 2, recent=capacity // 2, decay=DECAY)
-
-
-def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
-    """The policy that a sidekick was trained with, brought to `budget`; None where it names none.
-
-    Of several, the one whose own budget is nearest.
-
-    Raises:
-        ValueError: the sidekick's config names a policy that this library does not have.
-    """
-    listed = sidekick.config.get("policies") or sidekick.config.get("policy") or []
-    if isinstance(listed, dict):
-        listed = [listed]
-    policies = [policy_from_dict(entry) for entry in listed]
-    if not policies:
-        return None
-    nearest = min(policies, key=lambda policy: abs(policy.capacity - budget))
-    return nearest.at_capacity(budget)
 
 
 def _check_number(name: str, value: object) -> None:
