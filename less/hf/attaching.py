@@ -32,19 +32,20 @@ def cache_for(
 
     Args:
         model: A supported transformers model.
-        policy: Who stays, which must be said; or a list of one policy per layer.
-            ``LessConfig.cache`` makes it from a budget in tokens, bytes or a share of the prompt.
-        sidekick: Feature maps of the low-rank state; None is eviction alone. Of a model whose heads
-            are dealt out to several processes, a whole sidekick is cut to this one's. One that was
-            trained on other weights warns, where its config has some (``less.hf.weights``).
+        policy: Which tokens stay; required. Or a list of one policy per layer. ``LessConfig.cache``
+            makes policies from a budget in tokens, bytes or a share of the prompt.
+        sidekick: Feature maps of the low-rank state; None: evicted tokens are forgotten. For a
+            model whose heads are sharded over several processes, a whole sidekick is cut to this
+            process's heads. A sidekick that notes other weights than the model's warns
+            (``less.hf.weights``).
         batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
         dtype: Of the slots; the model's by default.
         backend: As in ``LessKVCache``.
 
     Raises:
-        TypeError: ``policy`` is not given, or the model is none of transformers.
+        TypeError: ``policy`` is not given, or the model is not a transformers model.
         UnsupportedModelError: The model cannot run on a bounded cache.
-        ValueError: The sidekick is of another model, or an argument is wrong.
+        ValueError: The sidekick belongs to another model, or an argument is wrong.
     """
     if policy is None:
         raise TypeError(
