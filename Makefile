@@ -10,7 +10,7 @@
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
 #                  emulator/README.md has more)
 #   make planted  bugs planted in the CUDA kernels: each must be found (ARGS="-k map_wait" for some)
-#   make lint     formatting, style, types, spelling; make format repairs what can be repaired
+#   make lint     formatting, style, types, imports, spelling; make format repairs what can be repaired
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
 #   make bench-cpp     every kernel alone, under Google Benchmark
 #   make instructions  every kernel's instructions, gated (ARGS=--record writes new counts)
@@ -90,6 +90,7 @@ lint-cpp: $(VENV)/dev.stamp
 lint-python: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
+	$(BIN)/lint-imports --no-cache
 
 lint-types: $(VENV)/dev.stamp
 	$(BIN)/mypy

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from less.budget import BETA, deal, most_within, page_bytes, parse_bytes, pyramid
-from less.policies import H2O, Full, Policy, policy_from_dict, policy_to_dict
+from less.policies import Full, Policy, policy_from_dict, policy_to_dict
 from less.policies.base import checked_at_capacity
+from less.policies.default import default_policy as default_policy
 from less.sidekick import Sidekick, shipped, shipped_names
+from less.sidekick.trained import trained_policy as trained_policy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
-DECAY = 0.98  # of the default policy's scores, per token
 _VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
@@ -191,7 +192,7 @@ class LessConfig:
         """One policy per layer, as ``cache`` gives them to the cache; nothing is allocated.
 
         Args and errors are those of ``cache``; the model's weights are not read, so it may be on
-        the device ``meta``. Native layers have None.
+        the device ``meta``. Layers that slide have None.
         """
         from less.hf.models import describe
 
@@ -227,16 +228,16 @@ class LessConfig:
         max_tokens: int | None = None,
         native_bytes: int = 0,
     ) -> list[int | None]:
-        """Tokens that each layer keeps per kv head; None for native layers, which bound themselves.
+        """Tokens that each layer keeps per kv head; None for layers that slide.
 
         Args:
             layers: Number of layers.
             layer_bytes: For ``bytes``: a function from the tokens per head that a layer keeps, and
                 whether it evicts and so may have a state, to the layer's bytes over all rows.
-            native: Indices of native layers.
+            native: Indices of layers that slide.
             prompt_tokens: For ``share``.
             max_tokens: In place of the config's.
-            native_bytes: What the native layers hold together once their windows are full.
+            native_bytes: What those hold together once their windows are full.
 
         Raises:
             ValueError: As in ``cache``.
@@ -283,9 +284,9 @@ class LessConfig:
             out[i] = tokens
         return out
 
-    def _full(self, layers: int, native: Collection[int]) -> list[int]:
+    def _full(self, layers: int, sliding: Collection[int]) -> list[int]:
         """The layers that keep every token: the first of those that do not slide."""
-        return [i for i in range(layers) if i not in native][: self.full_layers]
+        return [i for i in range(layers) if i not in sliding][: self.full_layers]
 
     def _total_in_bytes(
         self,
@@ -416,33 +417,6 @@ class LessConfig:
         if isinstance(name, str) and name not in shipped_names():
             values["sidekick"] = str(Path(folder) / name)  # a whole path stays what it is
         return cls.from_dict(values)
-
-
-def default_policy(capacity: int) -> H2O:
-    """H2O with decaying scores, half of it recent.
-
-    Of the rules that need no training the best on two of three models, and level with the others
-    on the third: docs/policies.md.
-    """
-    return H2O(heavy=capacity - capacity // 2, recent=capacity // 2, decay=DECAY)
-
-
-def trained_policy(sidekick: Sidekick, budget: int) -> Policy | None:
-    """The policy that a sidekick was trained with, brought to `budget`; None where it names none.
-
-    Of several, the one whose own budget is nearest.
-
-    Raises:
-        ValueError: the sidekick's config names a policy that no imported module defines.
-    """
-    listed = sidekick.config.get("policies") or sidekick.config.get("policy") or []
-    if isinstance(listed, dict):
-        listed = [listed]
-    policies = [policy_from_dict(entry) for entry in listed]
-    if not policies:
-        return None
-    nearest = min(policies, key=lambda policy: abs(policy.capacity - budget))
-    return checked_at_capacity(nearest, budget)
 
 
 def _check_number(name: str, value: object) -> None:

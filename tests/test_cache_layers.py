@@ -194,3 +194,15 @@ def test_side_by_side_has_the_room_of_its_members():
     both = SideBySide([build([Full(30), H2O(2, 2)]), build([Full(20), H2O(2, 2)])])
     assert both.max_columns == 20
     assert SideBySide([build([H2O(2, 2)] * 2)]).max_columns is None
+
+
+def test_side_by_side_counts_the_steps_of_its_members_or_of_none():
+    from less.evaluate.side_by_side import SideBySide
+
+    members = [build([Full(20), H2O(2, 2)]), build([Full(30), H2O(2, 2)])]
+    both = SideBySide(members)
+    both.advance(20)
+    assert [cache.columns for cache in (both, *members)] == [20, 20, 20]
+    with pytest.raises(ValueError, match="advance: the caches have room for 20 tokens"):
+        both.advance(1)
+    assert [cache.columns for cache in (both, *members)] == [20, 20, 20]

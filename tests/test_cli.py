@@ -212,7 +212,7 @@ def test_the_dtype_of_the_model_is_what_it_runs_in(folder, text, tmp_path, monke
 
 def test_heads_are_those_that_the_cache_will_have(text, tmp_path, capsys):
     from less.cli import measuring
-    from less.hf.families import build
+    from less.evaluate.families import build
 
     build("falcon (7B)", vocab_size=260).save_pretrained(tmp_path / "falcon")
     byte_tokenizer().save_pretrained(tmp_path / "falcon")

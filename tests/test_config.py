@@ -241,7 +241,7 @@ def test_budgets_as_long_as_the_text_give_the_models_own_text(model):
 
 
 def test_layers_that_slide_keep_their_windows_and_the_others_share_the_budget():
-    from less.hf.families import VOCAB, build
+    from less.evaluate.families import VOCAB, build
 
     model = build("gemma3_text")
     config = LessConfig(tokens=[1, 9, 1, 5], policy=H2O(1, 1))
@@ -258,7 +258,7 @@ def test_layers_that_slide_keep_their_windows_and_the_others_share_the_budget():
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [None, "float16", "int8"])
 def test_a_budget_in_bytes_pays_for_the_windows_of_layers_that_slide(batch, dtype):
-    from less.hf.families import VOCAB, build
+    from less.evaluate.families import VOCAB, build
 
     model = build("gemma3_text")
     config = LessConfig(bytes=20_000, shape=[1, 2, 1, 2], dtype=dtype)
@@ -275,7 +275,7 @@ def test_a_budget_in_bytes_pays_for_the_windows_of_layers_that_slide(batch, dtyp
 
 
 def test_windows_that_take_the_whole_budget_are_refused_with_their_bytes():
-    from less.hf.families import WINDOW, D, K, build
+    from less.evaluate.families import WINDOW, D, K, build
 
     model = build("gemma3_text")
     windows = 2 * WINDOW * 2 * K * D * 4 * 3  # of two layers, k and v, float32, three rows
@@ -288,7 +288,7 @@ def test_windows_that_take_the_whole_budget_are_refused_with_their_bytes():
 
 
 def test_full_layers_are_the_first_of_those_that_do_not_slide():
-    from less.hf.families import build
+    from less.evaluate.families import build
 
     model = build("gemma3_text")  # layers 0 and 2 slide
     config = LessConfig(tokens=8, full_layers=1, max_tokens=50, policy=H2O(1, 1))

@@ -12,10 +12,11 @@ import less.hf
 from less import H2O, LessKVCache, Sidekick, SinkRecent
 from less.backend import ops
 from less.cli import main
+from less.evaluate import families, matrix
+from less.evaluate.families import REFUSED, build_refused
+from less.evaluate.matrix import SMALL, Case, follow_reference, prompt
 from less.fit import LayerWalk, Recipe, fit_layer, objective, schedule, train
-from less.hf import families, matrix, models
-from less.hf.families import REFUSED, build_refused
-from less.hf.matrix import SMALL, Case, follow_reference, prompt
+from less.hf import models
 from tests.helpers import assert_close, random_maps, random_qkv
 from tests.ops import flat_reference as reference
 from tests.test_hf import footprint

@@ -21,9 +21,9 @@ import less.hf
 from less import LessKVCache, Sidekick, SinkRecent
 from less.backend import ops
 from less.cache.session import extend_digest
+from less.evaluate.families import LAYERS, VOCAB, D, K, Q, build
+from less.evaluate.matrix import SMALL, WIDE, Spy, feed, generate, left_padded, prompt, sidekick_for
 from less.hf import interface
-from less.hf.families import LAYERS, VOCAB, D, K, Q, build
-from less.hf.matrix import SMALL, WIDE, Spy, feed, generate, left_padded, prompt, sidekick_for
 from tests.helpers import assert_close
 
 BACKENDS = ["reference"] + (["native"] if ops.missing(torch.device("cpu")) is None else [])

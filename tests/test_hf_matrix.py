@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 
 import less.hf
 from less import cli
-from less.hf import matrix
-from less.hf.families import FAMILIES, REFUSED
-from less.hf.matrix import CELLS, PASS, Case, Row
+from less.evaluate import matrix
+from less.evaluate.families import FAMILIES, REFUSED
+from less.evaluate.matrix import CELLS, PASS, Case, Row
 from less.hf.models import ARCHITECTURES
 from less.hf.models import REFUSED as REFUSED_TYPES
 from tests.helpers import held

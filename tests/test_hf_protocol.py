@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import less.hf
-from less.hf.families import build
-from less.hf.matrix import SMALL, generate, prompt, sidekick_for
+from less.evaluate.families import build
+from less.evaluate.matrix import SMALL, generate, prompt, sidekick_for
 from tests import test_hf
 from tests.test_hf import BACKENDS
 

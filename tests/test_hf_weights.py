@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 import less.hf
 from less import Sidekick
 from less.evaluate import assets
-from less.hf.families import FAMILIES, build
-from less.hf.matrix import SMALL, sidekick_for
+from less.evaluate.families import FAMILIES, build
+from less.evaluate.matrix import SMALL, sidekick_for
 from less.hf.models import describe
 from less.hf.weights import FIELD, note_weights
 from less.sidekick import shipped_names

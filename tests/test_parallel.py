@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 import less.hf
 from less import Sidekick
-from less.hf.families import K, build
-from less.hf.matrix import SMALL, sidekick_for
+from less.evaluate.families import K, build
+from less.evaluate.matrix import SMALL, sidekick_for
 from less.hf.parallel import part_of
 from tests import tp_worker
 

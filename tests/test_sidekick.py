@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from less import Sidekick
-from less.identity import model_identity
+from less.layer import PackedMaps
+from less.layer.kinds import KINDS, ORDER, MapKind
 from less.sidekick import MATRICES, TENSORS, shipped, shipped_names
+from less.sidekick.identity import model_identity
 from tests.ops import flat_reference as reference
 from tests.tiny_model import tiny_model
 
@@ -567,3 +569,39 @@ def test_broken_reference_checkpoints_are_refused_by_name(tmp_path, case):
 def test_a_folder_of_reference_checkpoints_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         Sidekick.from_reference_checkpoints(tmp_path / "nobody")
+
+
+# -- kinds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_tensor_of_a_kind_has_its_place_in_memory(name):
+    kind = KINDS[name]
+    assert set(ORDER) >= kind.tensors.keys() | kind.scales.keys()
+    assert set(kind.matrices) <= kind.tensors.keys()
+    assert all(len(kind.tensors[n]) == 3 for n in kind.matrices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_kind_may_have_no_hidden_layer(monkeypatch, tmp_path, dtype):
+    row = MapKind(2, {"q_w2": "QDR", "k_w2": "KDR", "k_bias": "KR"}, ("q_w2", "k_w2"))
+    monkeypatch.setitem(KINDS, "linear", row)
+    made = Sidekick.random(2, 4, 2, 8, rank=3, kind="linear", generator=0).to(dtype)
+    assert (made.hidden, made.rank, made.head_dim) == (0, 3, 8)
+    made.save_pretrained(tmp_path)
+    read = Sidekick.from_pretrained(tmp_path)
+    assert read.dtype == dtype
+    for before, after in zip(made, read, strict=True):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[n], after[n]) for n in before)
+    packed = PackedMaps.pack(read[0], "linear")
+    number, _, hidden, rank, present = packed.described()
+    assert (number, hidden, rank, packed.rank) == (2, 0, 3, 3)
+    assert [n for i, n in enumerate(ORDER) if present >> i & 1] == list(packed.tensors)
+    assert packed.tensors.keys() == read[0].keys()
+
+
+def test_a_tensor_that_the_kind_does_not_have_is_not_packed():
+    maps = Sidekick.random(1, 2, 2, 8, kind="exp", generator=0)[0]
+    with pytest.raises(ValueError, match="kind 'paper' has no tensors"):
+        PackedMaps.pack(maps, "paper")

@@ -20,7 +20,7 @@ struct LayerArguments {
   int64_t kind;      // of the maps; -1: there are none
   DType w_dtype;     // of their matrices
   int64_t E;         // their hidden width
-  uint64_t present;  // which tensors they have: bits in the order of less.layer.maps.SHAPES
+  uint64_t present;  // which tensors they have: bits in the order of less.layer.kinds.ORDER
   int32_t null_page;
 };
 

@@ -13,12 +13,24 @@ from less import backend as backends
 from less._check import require_int, require_shape, require_tensor
 from less.backend import Backend
 from less.cache import snapshot
-from less.cache.checks import check_call, layer_policies, positive, sliding_layers
+from less.cache.checks import (
+    check_call,
+    check_dtype,
+    check_sidekick,
+    checked_victim,
+    layer_policies,
+    named_device,
+    policy_text,
+    positive,
+    real_device,
+    sliding_layers,
+)
+from less.cache.holdings import Holdings
 from less.cache.limits import TrainingLimits
 from less.cache.paged import PagedLayer
 from less.cache.protocol import CacheProtocol
-from less.cache.session import Session, sliding_tensors
-from less.layer import Call, Paged, PageLayout, PageViews, allocate
+from less.cache.session import Session
+from less.layer import Call, PageLayout
 from less.policies import Policy
 from less.sidekick import Sidekick
 
@@ -41,7 +53,7 @@ class LessKVCache(CacheProtocol):
         batch: Batch rows B. Rows are independent and may hold different numbers of tokens.
         policy: Who stays: ``H2O``, ``SinkRecent`` or a ``Policy`` of your own; or a list of one
             per layer, which may keep more tokens in one layer than in another (``Full`` keeps all;
-            what is listed for native layers is not used).
+            what is listed for layers that slide is not used).
         sidekick: Feature maps of the low-rank state; None is eviction alone. A capacity outside
             of those that it was trained for, and a text that grows beyond the length that it was
             trained at, warn once by name, where its config says what they were.
@@ -54,7 +66,7 @@ class LessKVCache(CacheProtocol):
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
             device) or None: native where it was built for the device, else the reference with a
             warning.
-        native: Indices of layers that bound themselves (a sliding window): a cache layer of
+        native: Indices of layers that slide, which bound themselves: a cache layer of
             transformers serves them, inside this cache, and nothing here applies to them.
             ``less.hf`` finds and makes them.
         softcap: What scale q.k is held within, before the log-weights: softcap * tanh(scale q.k /
@@ -102,117 +114,58 @@ class LessKVCache(CacheProtocol):
         self.max_columns: int | None = min(
             (p.capacity for p in self.policies if p is not None and not p.evicts), default=None
         )
-        try:
-            self.device = torch.device(device)
-        except (RuntimeError, TypeError) as e:
-            raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
+        self.device = named_device(op, device)
         chosen = backends.choose(backend, self.device)
         self.backend = chosen.name
-        wanted = chosen.dtypes(self.device)
-        if dtype not in wanted:
-            names = ", ".join(str(d) for d in wanted)
-            raise ValueError(
-                f"{op}: dtype must be one of {names} with the {self.backend} backend on "
-                f"{self.device.type}, got {dtype}"
-            )
+        check_dtype(op, dtype, chosen, self.device)
         self.scale = positive(op, "scale", 1.0 / math.sqrt(head_dim) if scale is None else scale)
         self.softcap = None if softcap is None else positive(op, "softcap", softcap)
         self.dtype = dtype
         self.sidekick = sidekick
-        self.victim = self._victim(victim)
+        self.victim = checked_victim(op, victim, sidekick)
         if sidekick is not None:
-            self._check_sidekick(sidekick)
+            check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
         self.session = Session(self.layers, self.batch, self.device, self.native)
-        self._build(chosen)
-        self._pools = self._allocate()
+        self._holdings = self._built(chosen, self.device)
         kept = [p.capacity for p in self.policies if p is not None and p.evicts]
         self._limits = TrainingLimits(sidekick, kept)
-        self._reserve()
+        self._holdings.reserve()
 
-    def _victim(self, victim: str | None) -> str:
-        if victim is None:
-            return "forget" if self.sidekick is None else "fold"
-        if victim not in ("fold", "forget"):
-            raise ValueError(f"LessKVCache: victim must be 'fold' or 'forget', got {victim!r}")
-        if (victim == "fold") != (self.sidekick is not None):
-            raise ValueError(
-                f"LessKVCache: victim 'fold' and a sidekick belong together, got victim "
-                f"{victim!r} and sidekick {self.sidekick!r}"
-            )
-        return victim
-
-    def _build(self, backend: Backend) -> None:
-        """The layers that this cache holds; of those that slide, None."""
-        self._paged: list[PagedLayer | None] = []
+    def _built(self, backend: Backend, device: torch.device) -> Holdings:
+        """The layers of this cache on a device, with empty pages."""
+        layers: list[PagedLayer | None] = []
         for i, policy in enumerate(self.policies):
             if policy is None:
-                self._paged.append(None)
+                layers.append(None)
                 continue
             # A full layer keeps every token, hence no state.
-            maps = self.sidekick[i] if self.sidekick is not None and policy.evicts else None
+            sidekick = self.sidekick if policy.evicts else None
             layout = PageLayout(
                 kv_heads=self.kv_heads,
                 head_dim=self.head_dim,
                 capacity=policy.capacity,
                 dtype=self.dtype,
-                rank=0 if maps is None else maps["q_w2"].shape[-1],
+                rank=0 if sidekick is None else sidekick.rank,
             )
-            self._paged.append(
+            layers.append(
                 PagedLayer(
                     policy,
                     layout,
                     self.q_heads,
-                    maps=maps,
+                    maps=None if sidekick is None else sidekick[i],
                     kind=self.kind or "exp",
                     scale=self.scale,
                     softcap=self.softcap,
-                    device=self.device,
+                    device=device,
                     backend=backend,
                 )
             )
-
-    def _allocate(self) -> list[Tensor | None]:
-        """A pool of empty pages for each layer that this cache holds: row b has page b."""
-        pools = iter(allocate([at.layout for at in self.held], self.batch, self.device))
-        return [None if at is None else next(pools) for at in self._paged]
+        return Holdings(layers, self.batch, device, self.session)
 
     @property
     def held(self) -> list[PagedLayer]:
         """The layers that this cache holds: all but those that slide."""
-        return [at for at in self._paged if at is not None]
-
-    def _at(self, layer: int) -> tuple[PagedLayer, Paged]:
-        """A layer that this cache holds, and its pages."""
-        paged, pool = self._paged[layer], self._pools[layer]
-        assert paged is not None  # callers have refused layers that slide
-        assert pool is not None
-        return paged, Paged(pool)
-
-    def _views(self, layer: int) -> PageViews:
-        paged, at = self._at(layer)
-        return paged.layout.views(at.pool)[0]
-
-    def _reserve(self) -> None:
-        """Scratch for the decode steps, where the backend takes any."""
-        for i, paged in enumerate(self._paged):
-            if paged is not None:
-                paged.backend.reserve(paged.plan, self._at(i)[1], self.batch)
-
-    def _check_sidekick(self, sidekick: Sidekick) -> None:
-        if not isinstance(sidekick, Sidekick):
-            raise ValueError(
-                f"LessKVCache: sidekick must be a Sidekick, got {type(sidekick).__name__}"
-            )
-        for name, wanted, got in (
-            ("layers", self.layers, len(sidekick)),
-            ("q_heads", self.q_heads, sidekick.q_heads),
-            ("kv_heads", self.kv_heads, sidekick.kv_heads),
-            ("head_dim", self.head_dim, sidekick.head_dim),
-        ):
-            if wanted != got:
-                raise ValueError(
-                    f"LessKVCache: sidekick must have {name}={wanted}, got {name}={got}"
-                )
+        return self._holdings.held
 
     def attend(
         self,
@@ -248,7 +201,7 @@ class LessKVCache(CacheProtocol):
         """
         op = "attend"
         self._check_layer(op, layer)
-        paged, at = self._at(layer)
+        paged, at = self._holdings.at(layer)
         call = Call(q, k, v, valid, out)
         check_call(op, call, paged.plan, self.batch, at.pool.device)
         self._check_room(op, layer, q.shape[2])
@@ -296,7 +249,7 @@ class LessKVCache(CacheProtocol):
         if layer in self.native:
             held = [i for i in range(self.layers) if i not in self.native]
             raise ValueError(
-                f"{op}: layer {layer} is native: it bounds itself, and this cache holds none of "
+                f"{op}: layer {layer} slides: it bounds itself, and this cache holds none of "
                 f"its tokens; the layers that it holds are {held}"
             )
 
@@ -315,17 +268,17 @@ class LessKVCache(CacheProtocol):
     def positions(self, layer: int) -> Tensor:
         """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty."""
         self._check_layer("positions", layer)
-        return self._views(layer).slots.position.clone()
+        return self._holdings.views(layer).slots.position.clone()
 
     def scores(self, layer: int) -> Tensor:
         """Scores of the kept tokens, float32 [B, K, S]; 0 where the policy uses none."""
         self._check_layer("scores", layer)
-        return self._views(layer).slots.score.clone()
+        return self._holdings.views(layer).slots.score.clone()
 
     def weights(self, layer: int) -> Tensor:
         """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""
         self._check_layer("weights", layer)
-        return self._views(layer).slots.weight.clone()
+        return self._holdings.views(layer).slots.weight.clone()
 
     def state(self, layer: int) -> tuple[Tensor, Tensor]:
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
@@ -334,28 +287,22 @@ class LessKVCache(CacheProtocol):
             ValueError: The cache has no sidekick, or the layer is full, hence no state.
         """
         self._check_layer("state", layer)
-        state = self._views(layer).state
+        state = self._holdings.views(layer).state
         if state is None:
             if self.sidekick is not None:
                 raise ValueError(f"state: layer {layer} keeps every token, hence no low-rank state")
             raise ValueError("state: this cache has no sidekick, hence no low-rank state")
         return state.H.clone(), state.z.clone()
 
-    def _seen_of(self, layer: int) -> Tensor:
-        """Tokens that a layer has seen, int64 [B]."""
-        if layer in self.native:
-            return self.session.sliding_seen[layer]
-        return self._views(layer).seen
-
     @property
     def seen(self) -> Tensor:
         """Tokens seen by each row, padding left out, int64 [B]; of the layer that is furthest."""
-        return torch.stack([self._seen_of(i) for i in range(self.layers)]).amax(0)
+        return torch.stack([self._holdings.seen_of(i) for i in range(self.layers)]).amax(0)
 
     @property
     def layouts(self) -> tuple[PageLayout | None, ...]:
         """What a page of each layer holds; None for layers that slide."""
-        return tuple(None if at is None else at.layout for at in self._paged)
+        return self._holdings.layouts
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by purpose.
@@ -370,35 +317,7 @@ class LessKVCache(CacheProtocol):
             slide, what they hold. ``slots``, ``state`` and the counters are ``batch`` times
             ``PageLayout.nbytes`` of every layer.
         """
-        state = pages = maps = 0
-        for at in self.held:
-            pages += at.layout.nbytes
-            state += at.layout.bytes_of("H", "z")
-            maps += 0 if at.plan.maps is None else at.plan.maps.memory.nbytes
-        counters = sum(at.layout.header_bytes for at in self.held)
-        pages, state, counters = (self.batch * n for n in (pages, state, counters))
-        scratch = next((at.backend.workspace for at in self.held), 0)
-        sliding_counters = sum(x.nbytes for x in self.session.sliding_seen.values())
-        workspace = counters + scratch + sliding_counters
-        slots = pages - state - counters
-        per_token = 2 * self.kv_heads * self.head_dim * max(2, self.dtype.itemsize)
-        tokens = sum(
-            int(self._seen_of(i).sum()) for i in range(self.layers) if i not in self.native
-        )
-        native = sum(
-            x.untyped_storage().nbytes()
-            for _, at in self.session.made()
-            for x in sliding_tensors(at).values()
-        )
-        return {
-            "slots": slots,
-            "state": state,
-            "maps": maps,
-            "workspace": workspace,
-            "native": native,
-            "total": slots + state + maps + workspace + native,
-            "full": tokens * per_token + native,
-        }
+        return self._holdings.memory()
 
     def stats(self) -> dict[str, list[int] | list[float]]:
         """What happened so far, a list over layers each.
@@ -406,31 +325,14 @@ class LessKVCache(CacheProtocol):
         Returns:
             ``seen``: tokens, summed over rows; ``kept``: tokens in slots, summed over rows, mean
             over kv heads; ``evictions``: their difference; ``memory_share``: mean part of a
-            query's attention mass that the low-rank state took. A native layer keeps what its
+            query's attention mass that the low-rank state took. A layer that slides keeps what its
             own window needs and evicts nothing here: its ``kept`` is its ``seen``.
         """
-        seen = [int(self._seen_of(i).sum()) for i in range(self.layers)]
-        kept, share = [], []
-        for i, n in enumerate(seen):
-            if i in self.native:
-                kept.append(n)
-                share.append(0.0)
-                continue
-            at = self._views(i)
-            kept.append(int((at.slots.position >= 0).sum()) // self.kv_heads)
-            share.append(float(at.share.sum()) / (n * self.q_heads) if n else 0.0)
-        return {
-            "seen": seen,
-            "kept": kept,
-            "evictions": [n - h for n, h in zip(seen, kept, strict=True)],
-            "memory_share": share,
-        }
+        return self._holdings.stats()
 
     def reset(self) -> None:
         """Forget everything; keep the memory."""
-        for at, pool in zip(self._paged, self._pools, strict=True):
-            if at is not None and pool is not None:
-                at.layout.clear(pool)
+        self._holdings.clear()
         self.session.reset()
 
     def to(self, device: torch.device | str) -> LessKVCache:
@@ -450,15 +352,7 @@ class LessKVCache(CacheProtocol):
                 serve it; the cache is as it was.
             RuntimeError: The cache is attached to a model, which would not move with it.
         """
-        try:
-            target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:<current>"
-        except (AssertionError, RuntimeError, TypeError) as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(
-                f"to: device must be one that is here, got {device!r}: {reason}"
-            ) from e
-        if target.type == "meta":
-            raise ValueError("to: device must hold values, got 'meta'")
+        target = real_device("to", device)
         if target == self.seen.device:
             return self
         if self.session.bound is not None:
@@ -469,21 +363,11 @@ class LessKVCache(CacheProtocol):
         return self
 
     def _move(self, target: torch.device) -> None:
-        backend = backends.choose(self.backend, target)
-        before = self.device, self._paged, self._pools
-        try:
-            self.device = target
-            self._build(backend)
-            self._pools = self._allocate()
-            for mine, old in zip(self._pools, before[2], strict=True):
-                if mine is not None and old is not None:
-                    mine.copy_(old)
-            put = self.session.moved(target)
-        except BaseException:
-            self.device, self._paged, self._pools = before
-            raise
-        put()
-        self._reserve()
+        moved = self._built(backends.choose(self.backend, target), target)
+        moved.copy(self._holdings)
+        self.session.moved(target)()
+        self.device, self._holdings = target, moved
+        moved.reserve()
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was, as beam search does.
@@ -501,15 +385,13 @@ class LessKVCache(CacheProtocol):
         if bool(((rows < 0) | (rows >= self.batch)).any()):
             raise ValueError(f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}")
         rows = rows.to(self.device, torch.int64)
-        for pool in self._pools:
-            if pool is not None:
-                pool.copy_(pool.index_select(0, rows))
+        self._holdings.reorder(rows)
         self.session.reorder(rows)
 
     @property
     def pools(self) -> dict[int, Tensor]:
         """The pages of each layer that this cache holds, uint8 [B, page]: not copies."""
-        return {i: pool for i, pool in enumerate(self._pools) if pool is not None}
+        return {i: pool for i, pool in enumerate(self._holdings.pools) if pool is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, of plain values and copies of the tensors; the sidekick is not in it.
@@ -519,7 +401,7 @@ class LessKVCache(CacheProtocol):
             slide), ``columns``, ``fed`` (which text a model was fed, as counts and digests) and
             ``cache``, the settings that a cache must share to load it.
         """
-        return snapshot.save(self)
+        return snapshot.save(self._settings(), self.pools, self.session)
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Continue from a snapshot; decoding goes on bit for bit.
@@ -528,8 +410,25 @@ class LessKVCache(CacheProtocol):
             ValueError: The snapshot is of another kind of cache, incomplete or damaged; the
                 message names what differs and the cache is as it was.
         """
-        snapshot.load(self, d)
+        snapshot.load(d, self._settings(), self.pools, self.session)
         self._limits.heed(self.columns)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a cache must share to load a snapshot."""
+        return {
+            "layers": self.layers,
+            "q_heads": self.q_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "part": list(self.part),  # a list, as JSON gives it back
+            "batch": self.batch,
+            "dtype": str(self.dtype),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "policy": self.policy_text(),
+            "kind": self.kind,
+            "rank": self.sidekick.rank if self.sidekick is not None else 0,
+        }
 
     @property
     def kind(self) -> str:
@@ -538,21 +437,7 @@ class LessKVCache(CacheProtocol):
 
     def policy_text(self) -> str:
         """The policy, or the runs of layers that share one: ``0-1 Full(...); 2-29 H2O(...)``."""
-        runs: list[tuple[int, int, str]] = []
-        for i, policy in enumerate(self.policies):
-            if policy is None:
-                continue
-            text = repr(policy)
-            if runs and runs[-1][2] == text:
-                runs[-1] = (runs[-1][0], i, text)
-            else:
-                runs.append((i, i, text))
-        if len(runs) == 1:
-            return runs[0][2]
-        return "; ".join(
-            f"{first}-{last} {text}" if last > first else f"{first} {text}"
-            for first, last, text in runs
-        )
+        return policy_text(self.policies)
 
     def __repr__(self) -> str:
         """Shape, policy and backend."""

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from less._check import require_int, require_shape, require_tensor
+from less.backend import Backend
 from less.dtypes import FLOATS
 from less.layer import Call, LayerPlan
 from less.policies import Policy
+from less.sidekick import Sidekick
 
 
 def positive(op: str, name: str, value: object) -> float:
@@ -27,7 +29,7 @@ def positive(op: str, name: str, value: object) -> float:
 
 
 def layer_policies(
-    op: str, policy: Policy | Sequence[Policy | None], layers: int, native: Sequence[int]
+    op: str, policy: Policy | Sequence[Policy | None], layers: int, sliding: Sequence[int]
 ) -> tuple[Policy | None, ...]:
     """``policy`` as one per layer, checked; None for layers that slide."""
     if isinstance(policy, Policy):
@@ -43,18 +45,18 @@ def layer_policies(
             f"{op}: policy must list {layers} policies, one per layer, got {len(listed)}"
         )
     for i, one in enumerate(listed):
-        if i not in native:
+        if i not in sliding:
             if not isinstance(one, Policy):
                 raise ValueError(
                     f"{op}: {name.format(i)} must be a Policy, got {type(one).__name__}"
                 )
             require_int(op, f"{name.format(i)}.capacity", one.capacity, 1)
-    return tuple(None if i in native else one for i, one in enumerate(listed))
+    return tuple(None if i in sliding else one for i, one in enumerate(listed))
 
 
-def sliding_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ...]:
-    """``native``, checked and sorted."""
-    indices = sorted({require_int(op, "native", i, 0) for i in native})
+def sliding_layers(op: str, given: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The indices that the argument ``native`` names, checked and sorted."""
+    indices = sorted({require_int(op, "native", i, 0) for i in given})
     if indices and indices[-1] >= layers:
         raise ValueError(f"{op}: native must be in 0 .. {layers - 1}, got {indices[-1]}")
     if len(indices) == layers:
@@ -62,6 +64,106 @@ def sliding_layers(op: str, native: Sequence[int], layers: int) -> tuple[int, ..
             f"{op}: native names every one of the {layers} layers, so there is nothing to bound"
         )
     return tuple(indices)
+
+
+def policy_text(policies: Sequence[Policy | None]) -> str:
+    """The policy, or the runs of layers that share one: ``0-1 Full(...); 2-29 H2O(...)``."""
+    runs: list[tuple[int, int, str]] = []
+    for i, policy in enumerate(policies):
+        if policy is None:
+            continue
+        text = repr(policy)
+        if runs and runs[-1][2] == text:
+            runs[-1] = (runs[-1][0], i, text)
+        else:
+            runs.append((i, i, text))
+    if len(runs) == 1:
+        return runs[0][2]
+    return "; ".join(
+        f"{first}-{last} {text}" if last > first else f"{first} {text}"
+        for first, last, text in runs
+    )
+
+
+def check_dtype(op: str, dtype: torch.dtype, backend: Backend, device: torch.device) -> None:
+    """Refuse a dtype of the slots that a backend does not have on a device.
+
+    Raises:
+        ValueError: It is one.
+    """
+    wanted = backend.dtypes(device)
+    if dtype not in wanted:
+        names = ", ".join(str(d) for d in wanted)
+        raise ValueError(
+            f"{op}: dtype must be one of {names} with the {backend.name} backend on "
+            f"{device.type}, got {dtype}"
+        )
+
+
+def checked_victim(op: str, victim: str | None, sidekick: Sidekick | None) -> str:
+    """What becomes of a token that leaves: as said, else folded where there is a sidekick.
+
+    Raises:
+        ValueError: It is unknown, or does not go with the sidekick.
+    """
+    if victim is None:
+        return "forget" if sidekick is None else "fold"
+    if victim not in ("fold", "forget"):
+        raise ValueError(f"{op}: victim must be 'fold' or 'forget', got {victim!r}")
+    if (victim == "fold") != (sidekick is not None):
+        raise ValueError(
+            f"{op}: victim 'fold' and a sidekick belong together, got victim {victim!r} and "
+            f"sidekick {sidekick!r}"
+        )
+    return victim
+
+
+def check_sidekick(
+    op: str, sidekick: Sidekick, layers: int, q_heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Refuse a sidekick of another shape than the cache's.
+
+    Raises:
+        ValueError: The message names what differs.
+    """
+    if not isinstance(sidekick, Sidekick):
+        raise ValueError(f"{op}: sidekick must be a Sidekick, got {type(sidekick).__name__}")
+    for name, wanted, got in (
+        ("layers", layers, len(sidekick)),
+        ("q_heads", q_heads, sidekick.q_heads),
+        ("kv_heads", kv_heads, sidekick.kv_heads),
+        ("head_dim", head_dim, sidekick.head_dim),
+    ):
+        if wanted != got:
+            raise ValueError(f"{op}: sidekick must have {name}={wanted}, got {name}={got}")
+
+
+def named_device(op: str, device: torch.device | str) -> torch.device:
+    """The device that an argument names, whether it is here or not.
+
+    Raises:
+        ValueError: It names none.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{op}: device must name a torch device, got {device!r}") from e
+
+
+def real_device(op: str, device: torch.device | str) -> torch.device:
+    """A device that is here and holds values, with its index: "cuda" is the current one.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{op}: device must be one that is here, got {device!r}: {reason}") from e
+    if found.type == "meta":
+        raise ValueError(f"{op}: device must hold values, got 'meta'")
+    return found
 
 
 def check_call(op: str, call: Call, plan: LayerPlan, B: int, device: torch.device) -> None:

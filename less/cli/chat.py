@@ -317,7 +317,7 @@ def _stats(chat: Chat) -> Any:
         table.add_column(name, justify="right")
     above = ""
     for layer, policy in enumerate(chat.cache.policies):
-        name = "native" if policy is None else str(policy)
+        name = "sliding window" if policy is None else str(policy)
         table.add_row(
             str(layer),
             "" if name == above else name,

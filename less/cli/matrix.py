@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from less.cli import checks
 
 if TYPE_CHECKING:
-    from less.hf.matrix import Row
+    from less.evaluate.matrix import Row
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the cells and print the table; 1 where one fails."""
-    from less.hf.families import FAMILIES, REFUSED
+    from less.evaluate.families import FAMILIES, REFUSED
 
     known = [*FAMILIES, *REFUSED]
     unknown = set(args.only or ()) - set(known)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     checks.check_packages("less-kv matrix", {"transformers": "transformers"}, "hf")
     import torch
 
-    from less.hf import matrix
+    from less.evaluate import matrix
 
     names = args.only or known
     threads = torch.get_num_threads()

@@ -103,9 +103,9 @@ def policies(args: argparse.Namespace) -> list[Policy]:
             own.
     """
     from less import H2O, SinkRecent
-    from less.config import DECAY
     from less.policies import policy_from_text
     from less.policies.base import checked_at_capacity
+    from less.policies.default import DECAY
 
     given = {
         "--decay": args.decay is not None,

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from less._check import require_int
 from less.cache import LessKVCache
 from less.cache.session import Session
 
@@ -39,8 +40,9 @@ class SideBySide(LessKVCache):
                     )
         if any(cache.native for cache in caches):
             raise ValueError(
-                "SideBySide: caches must hold every layer, got native layers "
-                f"{list(first.native)}: run the caches of such a model one after the other"
+                "SideBySide: caches must hold every layer, got layers "
+                f"{list(first.native)} that slide: run the caches of such a model one after "
+                "the other"
             )
         # Not LessKVCache.__init__: that would allocate slots of its own.
         self.caches = list(caches)
@@ -77,10 +79,20 @@ class SideBySide(LessKVCache):
         return out
 
     def advance(self, steps: int) -> None:
-        """``LessKVCache.advance`` of every member."""
-        super().advance(steps)
+        """``LessKVCache.advance`` of every member.
+
+        Raises:
+            ValueError: It is no whole number >= 0, or more than a member has room for.
+        """
+        require_int("advance", "steps", steps, 0)
+        if self.max_columns is not None and self.columns + steps > self.max_columns:
+            raise ValueError(
+                f"advance: the caches have room for {self.max_columns} tokens, padding included, "
+                f"got {self.columns + steps}; build them with a larger max_tokens"
+            )
         for cache in self.caches:
             cache.advance(steps)
+        self.session.columns = [columns + steps for columns in self.session.columns]
 
     @property
     def seen(self) -> Tensor:
@@ -101,8 +113,21 @@ class SideBySide(LessKVCache):
     def _refuse(self, name: str) -> NoReturn:
         raise NotImplementedError(f"SideBySide: {name}: ask the members, `.caches`")
 
-    def _check_layer(self, op: str, layer: object) -> None:
-        self._refuse(op)
+    def positions(self, layer: int) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("positions")
+
+    def scores(self, layer: int) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("scores")
+
+    def weights(self, layer: int) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("weights")
+
+    def state(self, layer: int) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("state")
 
     def stats(self) -> NoReturn:
         """Refuse: every member has its own."""

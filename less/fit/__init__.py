@@ -1,9 +1,11 @@
 """Training of sidekicks: capture q, k, v; train each layer's maps; see docs/training.md."""
 
 from less.fit.capture import Captured, LayerWalk
+from less.fit.one_layer import fit_layer
+from less.fit.recipe import LayerRecord, Progress, Recipe
 from less.fit.schedule import schedule
 from less.fit.text import read_stream, sample_chunks
-from less.fit.train import LayerRecord, Progress, Recipe, fit_layer, train
+from less.fit.train import train
 
 __all__ = [
     "Captured",

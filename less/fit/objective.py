@@ -106,8 +106,9 @@ def prepare(
 def low_rank(rows: Rows, maps: Maps, kind: str) -> tuple[Tensor, Tensor]:
     """The low-rank part at each row: its mass phi z [B, K, M, 1] and phi H [B, K, M, D]."""
     B, K, T, _ = rows.k.shape
-    phi_q = reference.phi(rows.q, layer.Maps(kind, maps)).reshape(B, K, -1, maps["q_w2"].shape[-1])
-    psi_k = reference.psi(rows.k, layer.Maps(kind, maps))
+    of_kind = layer.Maps(kind, maps)
+    phi_q = reference.phi(rows.q, of_kind).reshape(B, K, -1, of_kind.rank)
+    psi_k = reference.psi(rows.k, of_kind)
     n = rows.q.shape[2]
     weight = (phi_q @ psi_k.transpose(2, 3)).view(B, K, -1, n, T) * rows.gone
     weight = weight.view(B, K, -1, T)

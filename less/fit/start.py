@@ -43,12 +43,14 @@ class Trainable:
     ) -> None:
         self.kind = kind
         sizes = {"Q": q.shape[1], "K": k.shape[1], "D": q.shape[3], "E": hidden, "R": rank}
-        self._divisor = {"q_w1": _rms(q), "k_w1": _rms(k)}
+        shapes = TENSORS[kind]
+        rms = {"q": _rms(q), "k": _rms(k)}
+        self._divisor = {name: rms[name[0]] for name, letters in shapes.items() if "D" in letters}
         self.leaves: dict[str, Tensor] = {}
-        for name, letters in TENSORS[kind].items():
+        for name, letters in shapes.items():
             shape = [sizes[c] for c in letters]
             x = torch.zeros(shape)
-            if name.endswith(("w1", "w2", "mix")):
+            if len(letters) == 3:  # [heads, in, out]
                 x = torch.randn(shape, generator=generator) * sizes[letters[1]] ** -0.5
             elif name == "k_scale":
                 x = torch.ones(shape)

@@ -13,253 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from less.fit import objective
-from less.fit.capture import Captured, LayerWalk
-from less.fit.schedule import schedule
-from less.fit.start import Trainable
+from less.fit.capture import LayerWalk
+from less.fit.one_layer import fit_layer
+from less.fit.recipe import LayerRecord, Progress, Recipe
 from less.fit.text import Pool, identity, sample_chunks
 from less.hf.weights import FIELD, note_weights
-from less.identity import model_identity
 from less.policies import Policy, policy_to_dict
-from less.sidekick import TENSORS, Sidekick
+from less.sidekick import Sidekick
+from less.sidekick.identity import model_identity
 
 _RUN = "run.json"
 _RECIPE_VERSION = 2  # raise it when the same settings would train something else
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How each layer is trained.
-
-    Attributes:
-        kind: Kind of map, "exp" or "paper".
-        loss: Error of a query's attention output after the output projection: its l2 norm
-            ("norm") or its mean square ("squared", the paper's).
-        rank: Features R.
-        hidden: Hidden width E.
-        steps: Adam steps per layer. A step takes one chunk per policy.
-        lr: Peak learning rate; it rises over `warmup` steps and falls to 0 as a half cosine.
-        warmup: Steps of linear rise.
-        rows: Queries sampled per chunk and step, all past the policy's capacity.
-        held_rows: Queries per held-back chunk that the reported losses are measured on.
-        seed: With the layer's index, seeds everything that is drawn for that layer.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    kind: str = "exp"
-    loss: str = "norm"
-    rank: int = 8
-    hidden: int = 64
-    steps: int = 1000
-    lr: float = 1e-2
-    warmup: int = 10
-    rows: int = 32
-    held_rows: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range, by name."""
-        if self.kind not in TENSORS:
-            raise ValueError(f"Recipe: kind must be one of {sorted(TENSORS)}, got {self.kind!r}")
-        if self.loss not in objective.LOSSES:
-            raise ValueError(
-                f"Recipe: loss must be one of {sorted(objective.LOSSES)}, got {self.loss!r}"
-            )
-        for name in ("rank", "hidden", "rows", "held_rows"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Recipe: {name} must be a whole number >= 1, got {value!r}")
-        for name in ("steps", "warmup", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"Recipe: {name} must be a whole number >= 0, got {value!r}")
-        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"Recipe: lr must be a positive number, got {self.lr!r}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What came of a layer: the recipe's loss on held-back chunks, one per policy.
-
-    Attributes:
-        layer: Index.
-        eviction: Of eviction alone.
-        start: The same with the maps that training started from.
-        sidekick: The same with the trained maps.
-        seconds: Wall time of the layer.
-    """
-
-    layer: int
-    eviction: list[float]
-    start: list[float]
-    sidekick: list[float]
-    seconds: float
-
-    @property
-    def ratio(self) -> float:
-        """Sidekick's loss over eviction's, mean over the policies."""
-        ratios = [
-            s / e if e > 0 else 1.0 for s, e in zip(self.sidekick, self.eviction, strict=True)
-        ]
-        return sum(ratios) / len(ratios)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for whoever shows it.
-
-    Attributes:
-        layer: Layer at work.
-        layers: Number of layers.
-        phase: "capture", "train" or "done" (with this layer).
-        fraction: Part of this layer's work that is done.
-        record: The layer's record, in phase "done".
-        resumed: The layer was read from an earlier run's file.
-    """
-
-    layer: int
-    layers: int
-    phase: str
-    fraction: float
-    record: LayerRecord | None = None
-    resumed: bool = False
-
-
-@dataclass
-class _Data:
-    """One layer's captured tensors with every policy's schedule, and rows drawn from them."""
-
-    captured: Captured
-    policies: Sequence[Policy]
-    left: list[Tensor]  # per policy, [N, K, T]
-    held: int
-    generator: torch.Generator
-    _queue: list[int] = field(default_factory=list)
-
-    @property
-    def train_chunks(self) -> int:
-        return len(self.captured.q) - self.held
-
-    def draw(self, policy: int, chunk: int, rows: int, gone_mass: bool = False) -> objective.Rows:
-        """Rows of one chunk, drawn without repetition from the positions past the capacity."""
-        c = self.captured
-        first, T = self.policies[policy].capacity, c.q.shape[2]
-        order = torch.randperm(T - first, generator=self.generator)[:rows]
-        position = (order.sort().values + first)[None].to(c.q.device)
-        one = slice(chunk, chunk + 1)
-        return objective.prepare(
-            c.q[one],
-            c.k[one],
-            c.v[one],
-            c.out[one],
-            self.left[policy][one],
-            position,
-            c.scale,
-            c.softcap,
-            gone_mass=gone_mass,
-        )
-
-    def next_chunk(self) -> int:
-        """Training chunks in a shuffled order, again and again."""
-        if not self._queue:
-            self._queue = torch.randperm(self.train_chunks, generator=self.generator).tolist()
-        return self._queue.pop()
-
-    def losses(
-        self, held_rows: Sequence[Sequence[objective.Rows]], maps: Any, recipe: Recipe
-    ) -> list[float]:
-        """Mean loss over the held-back rows, per policy."""
-        error = objective.LOSSES[recipe.loss]
-        weight = self.captured.o_weight.float()
-        with torch.no_grad():
-            return [
-                sum(
-                    float(error(objective.attend(r, maps, recipe.kind), r.target, weight))
-                    for r in rows
-                )
-                / len(rows)
-                for rows in held_rows
-            ]
-
-
-def fit_layer(
-    captured: Captured,
-    policies: Sequence[Policy],
-    recipe: Recipe,
-    layer: int,
-    held: int,
-    tick: Callable[[float], None] = lambda fraction: None,
-) -> tuple[dict[str, Tensor], LayerRecord]:
-    """Train one layer's maps.
-
-    Args:
-        captured: From `LayerWalk.capture`; its last `held` chunks are not trained on.
-        policies: Trained for all at once, one chunk each per step, losses relative to eviction's.
-        recipe: How.
-        layer: Index; part of the seed and of the record.
-        held: Chunks held back.
-        tick: Called with the fraction done.
-
-    Returns:
-        The maps (float32, on the captured tensors' device) and the record.
-    """
-    begun = time.perf_counter()
-    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + layer)
-    c = captured
-    left = [schedule(c.q, c.k, c.v, p, c.scale, c.softcap) for p in policies]
-    data = _Data(captured, policies, left, held, generator)
-    weight = captured.o_weight.float()
-    error = objective.LOSSES[recipe.loss]
-    chunks = range(data.train_chunks, data.train_chunks + held)
-    held_rows = [[data.draw(p, c, recipe.held_rows) for c in chunks] for p in range(len(policies))]
-    eviction = data.losses(held_rows, None, recipe)
-    trainable = Trainable(
-        recipe.kind, captured.q, captured.k, recipe.rank, recipe.hidden, generator
-    )
-    some = range(min(4, data.train_chunks))
-    trainable.match_mass(
-        [data.draw(p, c, recipe.rows, gone_mass=True) for p in range(len(policies)) for c in some]
-    )
-    with torch.no_grad():
-        start = data.losses(held_rows, trainable.maps(), recipe)
-    optimizer = torch.optim.Adam(trainable.leaves.values(), lr=recipe.lr, betas=(0.9, 0.97))
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.zero_grad()
-        maps = trainable.maps()
-        loss = torch.zeros((), device=captured.q.device)
-        for p in range(len(policies)):
-            rows = data.draw(p, data.next_chunk(), recipe.rows)
-            out = objective.attend(rows, maps, recipe.kind)
-            # Relative to eviction's, else the smallest budget alone would be trained for.
-            loss = loss + error(out, rows.target, weight) / max(eviction[p], 1e-30)
-        loss.backward()
-        optimizer.step()
-        tick((step + 1) / recipe.steps)
-    final = {n: t.detach().clone() for n, t in trainable.maps().items()}
-    losses = data.losses(held_rows, final, recipe)
-    return final, LayerRecord(layer, eviction, start, losses, time.perf_counter() - begun)
 
 
 def train(

@@ -8,7 +8,7 @@ Importing this package imports nothing of transformers; ``attach`` does.
 """
 
 from less.cache.protocol import CacheProtocol
-from less.hf.binding import attach, cache_for
+from less.hf.attaching import attach, cache_for
 from less.hf.models import SUPPORTED, UnsupportedModelError
 
 __all__ = ["SUPPORTED", "CacheProtocol", "UnsupportedModelError", "attach", "cache_for"]

@@ -9,14 +9,12 @@ left running on ``less`` without a cache meets an error that says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from less.hf.binding import Binding
-    from less.hf.native import NativeAttention
+from less.hf.sliding import SlidingAttention
 
 NAME = "less"
 # Arguments by which models change what attention computes, beside scale and soft-cap.
@@ -28,11 +26,30 @@ _CHANGES_RESULT = (
     "sliding_window",
 )
 
+
+class Server(Protocol):
+    """Who serves the attention modules of an attached model: its ``Binding``."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float | None,
+        dropout: float,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Serve one layer's attention: [B, T, Q, D]; arguments as in ``attention``."""
+
+
 # Attention module -> who serves it, and as which layer of the cache.
-bound: WeakKeyDictionary[nn.Module, tuple[Binding, int]] = WeakKeyDictionary()
+bound: WeakKeyDictionary[nn.Module, tuple[Server, int]] = WeakKeyDictionary()
 # id of an attached model's config -> what its sliding layers run. Of the model, a mask function
 # learns its config alone.
-native_masks: dict[int, NativeAttention] = {}
+sliding_masks: dict[int, SlidingAttention] = {}
 
 
 def register() -> None:
@@ -125,9 +142,9 @@ def mask(
     """
     from transformers.masking_utils import causal_mask_function
 
-    native = native_masks.get(id(kwargs.get("config")))
-    if native is not None and native.slides(mask_function):
-        own: Tensor | None = native.mask(
+    sliding = sliding_masks.get(id(kwargs.get("config")))
+    if sliding is not None and sliding.slides(mask_function):
+        own: Tensor | None = sliding.mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -146,7 +163,7 @@ def mask(
         )
     if attention_mask is None:
         return None
-    # kv_length is that of layer 0, which may be native; the columns seen are everybody's.
+    # kv_length is that of layer 0, which may slide; the columns seen are everybody's.
     columns = q_offset + q_length
     if attention_mask.shape != (batch_size, columns):
         raise ValueError(mask_message(list(attention_mask.shape), batch_size, columns, q_length))

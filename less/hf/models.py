@@ -1,8 +1,8 @@
 """Which models can run on a bounded cache: one table of facts, and the checks that go with it.
 
-A model is in the table when ``less.hf.matrix`` runs it. Others are refused by name: a model that
-scores its keys in another way (sinks, alibi) would run without an error and be wrong. Layers that
-slide bound themselves: they stay as they are.
+A model is in the table when ``less.evaluate.matrix`` runs it. Others are refused by name: a model
+that scores its keys in another way (sinks, alibi) would run without an error and be wrong. Layers
+that slide bound themselves: they stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from less.hf import falcon
 from less.hf.parallel import part_of
-from less.identity import kv_heads_of
+from less.sidekick.identity import kv_heads_of
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache

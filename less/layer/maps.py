@@ -9,26 +9,8 @@ import torch
 from torch import Tensor
 
 from less.dtypes import CODES
+from less.layer.kinds import KINDS, ORDER, kind_of
 
-#: The numbers of ``MapKind`` in csrc/params.h.
-KINDS = {"paper": 0, "exp": 1}
-#: Every tensor that a kind may have, in the order in which they lie, with its shape in letters.
-SHAPES = {
-    "q_w1": "QDE",
-    "q_w1_scale": "QE",
-    "q_w2": "QER",
-    "q_w2_scale": "QR",
-    "q_bias": "QR",
-    "k_w1": "KDE",
-    "k_w1_scale": "KE",
-    "k_w2": "KER",
-    "k_w2_scale": "KR",
-    "k_bias": "KR",
-    "k_mix": "KRR",
-    "k_scale": "KR",
-    "k_mix_scale": "KR",
-}
-MATRICES = ("q_w1", "q_w2", "k_w1", "k_w2")
 _ALIGN = 128
 
 
@@ -37,12 +19,17 @@ class Maps:
     """One layer's feature maps.
 
     Attributes:
-        kind: ``"paper"`` or ``"exp"``.
-        tensors: By the names of ``less.sidekick``.
+        kind: A name in ``less.layer.kinds.KINDS``.
+        tensors: By the names of its row.
     """
 
     kind: str
     tensors: Mapping[str, Tensor]
+
+    @property
+    def rank(self) -> int:
+        """Features R."""
+        return KINDS[self.kind].size(self.tensors, "R")
 
 
 @dataclass(frozen=True)
@@ -70,12 +57,11 @@ class PackedMaps(Maps):
         Raises:
             ValueError: The kind or a name is unknown.
         """
-        if kind not in KINDS:
-            raise ValueError(f"maps: kind must be one of {sorted(KINDS)}, got {kind!r}")
-        unknown = tensors.keys() - SHAPES.keys()
+        row = kind_of("maps", kind)
+        unknown = tensors.keys() - row.tensors.keys() - row.scales.keys()
         if unknown:
-            raise ValueError(f"maps: unknown tensors {sorted(unknown)}")
-        ordered = {n: tensors[n] for n in SHAPES if n in tensors}
+            raise ValueError(f"maps: kind {kind!r} has no tensors {sorted(unknown)}")
+        ordered = {n: tensors[n] for n in ORDER if n in tensors}
         at, offsets = 0, {}
         for n, x in ordered.items():
             offsets[n] = at
@@ -89,17 +75,13 @@ class PackedMaps(Maps):
             views[n] = view
         return cls(kind, views, memory)
 
-    @property
-    def rank(self) -> int:
-        """Features R."""
-        return int(self.tensors["q_w2"].shape[-1])
-
     def to(self, device: torch.device | str) -> PackedMaps:
         """A copy on another device."""
         return PackedMaps.pack(self.tensors, self.kind, device)
 
     def described(self) -> tuple[int, int, int, int, int]:
         """Kind, dtype of the matrices, hidden width E, rank R, and which tensors there are."""
-        there = sum(1 << i for i, n in enumerate(SHAPES) if n in self.tensors)
-        w1 = self.tensors["q_w1"]
-        return KINDS[self.kind], CODES[w1.dtype], int(w1.shape[2]), self.rank, there
+        row = KINDS[self.kind]
+        dtype = self.tensors[row.matrices[0]].dtype
+        hidden, present = row.size(self.tensors, "E"), row.present(self.tensors)
+        return row.number, CODES[dtype], hidden, self.rank, present

@@ -143,7 +143,7 @@ def run(
     seen = torch.zeros(B, dtype=torch.int64, device=at)
     state = None
     if maps is not None:
-        R = maps.tensors["q_w2"].shape[-1]
+        R = maps.rank
         state = State(torch.zeros(B, K, R, D, dtype=numbers), torch.zeros(B, K, R, dtype=numbers))
     left = torch.full((B, K, T), T + 1, dtype=torch.int64, device=at)
     outs, positions, scores = [], [], []

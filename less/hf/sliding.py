@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
 
-def make_native(cache: LessKVCache, facts: ModelFacts) -> None:
+def make_sliding(cache: LessKVCache, facts: ModelFacts) -> None:
     """Give a cache the cache layers of a model's sliding layers, where it has none yet.
 
     Raises:
@@ -41,7 +41,7 @@ def make_native(cache: LessKVCache, facts: ModelFacts) -> None:
             )
 
 
-class NativeAttention:
+class SlidingAttention:
     """The attention and mask functions that a model's sliding layers had before ``attach``."""
 
     def __init__(self, facts: ModelFacts) -> None:

@@ -1,7 +1,7 @@
 """What a bounded cache must do for every kind of model, cell by cell: ``less-kv matrix``.
 
 A cell is one property of one model. The tests run these cells, so what the table says is what is
-tested. Everything here runs tiny random models (``less.hf.families``): no download.
+tested. Everything here runs tiny random models (``less.evaluate.families``): no download.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from less import reference
 from less.cache import LessKVCache
+from less.evaluate.families import FAMILIES, REFUSED, VOCAB, build, build_refused
 from less.fit import LayerWalk, Recipe, train
-from less.hf.binding import attach, cache_for
-from less.hf.families import FAMILIES, REFUSED, VOCAB, build, build_refused
+from less.hf import attach, cache_for
 from less.hf.models import UnsupportedModelError
-from less.identity import kv_heads_of
 from less.layer import Maps
 from less.policies import H2O, Policy
 from less.sidekick import Sidekick
+from less.sidekick.identity import kv_heads_of
 
 SMALL = H2O(heavy=4, recent=4)
 WIDE = H2O(heavy=64, recent=64)  # no text here is longer

@@ -1,7 +1,7 @@
 """Tiny random models of transformers' own classes: each kind that works, each that is refused.
 
 Each is fractions of a second to build and run, needs no download, and has weights large enough that
-its attention is neither flat nor one-hot. ``less.hf.matrix`` runs them, and so do the tests.
+its attention is neither flat nor one-hot. ``less.evaluate.matrix`` runs them, and so do the tests.
 """
 
 from __future__ import annotations

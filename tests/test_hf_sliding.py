@@ -13,12 +13,12 @@ import transformers
 
 import less.hf
 from less import H2O, LessKVCache, Sidekick, SinkRecent
+from less.evaluate.families import MIXED, REFUSED, VOCAB, WINDOW, D, K, Q, build, build_refused
+from less.evaluate.matrix import NEW, SMALL, WIDE, Spy, feed, generate, left_padded, prompt
 from less.evaluate.perplexity import full_attention, through_caches
 from less.evaluate.side_by_side import SideBySide
 from less.fit import LayerWalk, Recipe, train
 from less.hf import UnsupportedModelError
-from less.hf.families import MIXED, REFUSED, VOCAB, WINDOW, D, K, Q, build, build_refused
-from less.hf.matrix import NEW, SMALL, WIDE, Spy, feed, generate, left_padded, prompt
 from tests.helpers import assert_close
 from tests.test_hf import footprint
 
@@ -38,7 +38,7 @@ def model(shared):
     before = footprint(shared)
     yield shared
     assert footprint(shared) == before
-    assert not less.hf.interface.native_masks
+    assert not less.hf.interface.sliding_masks
 
 
 def sidekick():
@@ -163,7 +163,7 @@ def test_what_a_native_layer_does_not_have_is_refused(model):
         lambda: cache.state(2),
         lambda: cache.attend(0, x, x[:, :K], x[:, :K]),
     ):
-        with pytest.raises(ValueError, match=r"layer \d is native"):
+        with pytest.raises(ValueError, match=r"layer \d slides"):
             call()
     assert cache.positions(1).shape == (1, K, SMALL.capacity)
     assert cache.is_sliding == [True, False, True, False]
@@ -253,7 +253,7 @@ def test_another_attention_than_eager_and_sdpa_is_refused():
 def test_a_mask_of_another_pattern_is_refused(model):
     from transformers import masking_utils as masks
 
-    native = less.hf.native.NativeAttention(less.hf.models.describe(model, "test"))
+    native = less.hf.sliding.SlidingAttention(less.hf.models.describe(model, "test"))
     assert native.slides(masks.sliding_window_causal_mask_function(WINDOW))
     causal, overlay = masks.causal_mask_function, masks.sliding_window_overlay(WINDOW)
     for other in (

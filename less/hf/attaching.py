@@ -1,0 +1,137 @@
+"""``attach``: run a model on a bounded cache for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from less.cache import LessKVCache
+from less.hf import interface
+from less.hf.binding import Binding
+from less.hf.generation import watch_generate
+from less.hf.models import check_fits, check_ready, describe
+from less.hf.sliding import SlidingAttention, make_sliding
+from less.hf.switch import switch_attention
+from less.hf.weights import warn_of_other_weights
+from less.policies import Policy
+from less.sidekick import Sidekick
+
+
+def cache_for(
+    model: nn.Module,
+    policy: Policy | Sequence[Policy | None] | None = None,
+    sidekick: Sidekick | None = None,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> LessKVCache:
+    """Build a cache of a model's shape, on its device.
+
+    Args:
+        model: A supported transformers model.
+        policy: Which tokens stay; required. Or a list of one policy per layer. ``LessConfig.cache``
+            makes policies from a budget in tokens, bytes or a share of the prompt.
+        sidekick: Feature maps of the low-rank state; None: evicted tokens are forgotten. For a
+            model whose heads are sharded over several processes, a whole sidekick is cut to this
+            process's heads. A sidekick that notes other weights than the model's warns
+            (``less.hf.weights``).
+        batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
+        dtype: Of the slots; the model's by default.
+        backend: As in ``LessKVCache``.
+
+    Raises:
+        TypeError: ``policy`` is not given, or the model is not a transformers model.
+        UnsupportedModelError: The model cannot run on a bounded cache.
+        ValueError: The sidekick belongs to another model, or an argument is wrong.
+    """
+    if policy is None:
+        raise TypeError(
+            "cache_for: policy must be given, who stays in the cache: cache_for(model, "
+            "H2O(heavy=32, recent=32)); or from a budget, LessConfig(tokens=64).cache(model)"
+        )
+    facts = describe(model, "cache_for")
+    check_ready("cache_for", facts)
+    if isinstance(sidekick, Sidekick) and sidekick.part == (0, 1) != facts.part:
+        sidekick.check_model(facts.config)  # its message speaks of the whole model
+        sidekick = sidekick.shard(*facts.part)
+    cache = LessKVCache(
+        layers=facts.layers,
+        q_heads=facts.q_heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        batch=batch,
+        policy=policy,
+        sidekick=sidekick,
+        dtype=facts.dtype if dtype is None else dtype,
+        device=facts.device,
+        scale=facts.scale,
+        backend=backend,
+        native=sorted(facts.windows),
+        softcap=facts.softcap,
+    )
+    cache.part = facts.part
+    check_fits("cache_for", cache, facts)
+    warn_of_other_weights(cache, facts)
+    make_sliding(cache, facts)
+    return cache
+
+
+@contextmanager
+def attach(model: nn.Module, cache: LessKVCache) -> Iterator[LessKVCache]:
+    """Bind a cache to a model's attention for the length of a ``with`` block.
+
+    Inside, every forward pass of the model needs ``past_key_values=cache``: nothing runs on a full
+    cache unnoticed. Outside, the model is what it was before. The cache keeps its content, so a
+    later block continues the text; ``cache.reset()`` starts another one::
+
+        with less.hf.attach(model, cache):
+            model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        model: A supported transformers model (``less.hf.SUPPORTED``).
+        cache: A cache of its shape, as ``less.hf.cache_for`` builds it.
+
+    Yields:
+        The cache.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        UnsupportedModelError: The model cannot run on a bounded cache; the message says why.
+        ValueError: The cache or its sidekick does not fit the model.
+        RuntimeError: The model or the cache is attached already.
+    """
+    if not isinstance(cache, LessKVCache):
+        raise TypeError(f"attach: cache must be a LessKVCache, got {type(cache).__name__}")
+    facts = describe(model, "attach")
+    check_ready("attach", facts)
+    check_fits("attach", cache, facts)
+    if any(m in interface.bound for m in facts.modules):
+        raise RuntimeError("attach: the model has a cache attached; leave that block first")
+    if cache.session.bound is not None:
+        raise RuntimeError("attach: the cache is attached to a model; leave that block first")
+    warn_of_other_weights(cache, facts)
+    interface.register()
+    sliding = SlidingAttention(facts) if facts.windows else None
+    make_sliding(cache, facts)
+    with ExitStack() as leave:
+        binding = Binding(cache, facts, sliding)
+        switch_attention(model, facts, interface.NAME, leave)
+        leave.callback(setattr, cache.session, "bound", None)
+        cache.session.bound = binding
+        if sliding is not None:
+            interface.sliding_masks[id(facts.decoder.config)] = sliding
+            leave.callback(interface.sliding_masks.pop, id(facts.decoder.config), None)
+        for layer, module in enumerate(facts.modules):
+            interface.bound[module] = (binding, layer)
+            leave.callback(interface.bound.pop, module, None)
+        for hook in (
+            facts.decoder.register_forward_pre_hook(binding.before, with_kwargs=True),
+            facts.decoder.register_forward_hook(binding.after, with_kwargs=True),
+        ):
+            leave.callback(hook.remove)
+        if callable(getattr(model, "generate", None)):
+            watch_generate(model, binding, leave)
+        yield cache
