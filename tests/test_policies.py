@@ -120,3 +120,19 @@ def test_a_ranking_in_python_equals_the_native_rule():
     native = [c.positions(0) for _, c in run(H2O(6, 5, decay=0.9))]
     python = [c.positions(0) for _, c in run(OwnH2O(6, 5, decay=0.9))]
     assert all(torch.equal(a, b) for a, b in zip(native, python, strict=True))
+
+
+def test_a_policy_whose_rank_an_inherited_rule_would_replace_is_refused():
+    with pytest.raises(ValueError, match="Flat: rank is overridden, but rule is inherited"):
+
+        class Flat(H2O):
+            def rank(self, tokens):
+                return torch.zeros_like(tokens.score)
+
+    class Ranked(H2O):
+        rule = None
+
+        def rank(self, tokens):
+            return torch.zeros_like(tokens.score)
+
+    assert Ranked(4, 4).rule is None

@@ -71,9 +71,16 @@ class Policy(ABC):
         """Enter the class into the registry.
 
         Raises:
-            ValueError: Its name is a built-in policy's.
+            ValueError: Its name is a built-in policy's, or it overrides ``rank`` and inherits a
+                ``rule``, which the kernels would follow in place of it.
         """
         super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "rank" in own and "rule" not in own and cls.rule is not Policy.rule:
+            raise ValueError(
+                f"{cls.__name__}: rank is overridden, but rule is inherited, and the kernels follow "
+                "the rule; override rule too, with None to be ranked by rank"
+            )
         register(cls)
 
     @property
