@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from less import H2O, Full, LessKVCache, Sidekick, SinkRecent
+from less import H2O, Full, LessKVCache, PagedLayer, PageLayout, Sidekick, SinkRecent
 from less.layer import PackedMaps
 from tests.helpers import random_maps, random_qkv
 
@@ -206,3 +206,18 @@ def test_side_by_side_counts_the_steps_of_its_members_or_of_none():
     with pytest.raises(ValueError, match="advance: the caches have room for 20 tokens"):
         both.advance(1)
     assert [cache.columns for cache in (both, *members)] == [20, 20, 20]
+
+
+def test_a_paged_layer_that_keeps_every_token_refuses_one_too_many_and_writes_nothing():
+    layer = PagedLayer(Full(12), PageLayout(2, 8, 12, torch.float32), q_heads=4)
+    pool = layer.new_pool(3)
+    pages = torch.tensor([2, -1], dtype=torch.int32)
+    layer.attend(pool, *random_qkv(2, 4, 2, 12, 8), pages=pages)
+    before = pool.clone()
+    with pytest.raises(ValueError, match="keeps every token and has room for 12, got 13"):
+        layer.attend(pool, *random_qkv(2, 4, 2, 1, 8), pages=pages)
+    assert torch.equal(pool, before)
+    fresh = torch.tensor([True, False])
+    out = layer.attend(pool, *random_qkv(2, 4, 2, 12, 8), pages=pages, fresh=fresh)
+    assert out[0].isfinite().all()
+    assert (out[1] == 0).all()

@@ -141,7 +141,7 @@ class PagedLayer:
             [B, Q, T, D] in q's dtype; ``out`` where it is given.
 
         Raises:
-            ValueError: An argument is wrong; nothing was written.
+            ValueError: An argument is wrong, or a ``Full`` policy has no room; nothing was written.
             RuntimeError: A page is not in the pool, or two rows share it; nothing was written.
         """
         op = "attend"
@@ -159,7 +159,26 @@ class PagedLayer:
             B = min(B, q.shape[0])
         call = Call(q, k, v, valid, out)
         check_call(op, call, self.plan, B, pool.device)
-        return self.run(call, Paged(pool, rows))
+        at = Paged(pool, rows)
+        if not self.policy.evicts:
+            self._check_room(op, at, call)
+        return self.run(call, at)
+
+    def _check_room(self, op: str, at: Paged, call: Call) -> None:
+        """Refuse more tokens than a layer that keeps every token has slots; waits for a GPU."""
+        B, _, T, _ = call.q.shape
+        index, there = at.index(B)
+        seen = self.layout.views(at.pool)[0].seen.index_select(0, index)
+        if at.rows is not None and at.rows.fresh is not None:
+            there = there & ~at.rows.fresh
+        seen = torch.where(there, seen, 0)
+        seen = seen + (T if call.valid is None else call.valid.sum(1))
+        room = min(self.layout.capacities)
+        if bool((seen > room).any()):
+            raise ValueError(
+                f"{op}: the layer keeps every token and has room for {room}, got "
+                f"{int(seen.max())}; give it more slots"
+            )
 
     def run(self, call: Call, at: Paged) -> Tensor:
         """``attend`` without its checks."""

@@ -78,8 +78,8 @@ class Policy(ABC):
         own = vars(cls)
         if "rank" in own and "rule" not in own and cls.rule is not Policy.rule:
             raise ValueError(
-                f"{cls.__name__}: rank is overridden, but rule is inherited, and the kernels follow "
-                "the rule; override rule too, with None to be ranked by rank"
+                f"{cls.__name__}: rank is overridden, but rule is inherited, and the kernels "
+                "follow the rule; override rule too, with None to be ranked by rank"
             )
         register(cls)
 
