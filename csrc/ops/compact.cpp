@@ -35,6 +35,7 @@ void compact(Tensor k, Tensor v, OptionalTensor scales, OptionalTensor valid, Te
   arguments.check("score", score, ScalarType::Float, {B, K, S + T});
   arguments.check("rank", rank, ScalarType::Float, {B, K, S + T});
   arguments.check("valid", valid, ScalarType::Bool, {B, T});
+  if (!rank && !of.has_rule) fail(kOp, ": rank must be given where the layer has no rule");
   if (of.spec.victim == Victim::none) fail(kOp, ": victim 0 (none) lets no token join");
   if (of.spec.victim == Victim::fold && of.kind < 0) {
     fail(kOp, ": victim 2 (fold) needs a layer with maps");

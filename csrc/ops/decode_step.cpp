@@ -39,6 +39,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
     }
   }
   arguments.check("valid", valid, ScalarType::Bool, {B, 1});
+  if (of.spec.victim != Victim::none && !of.has_rule) fail(kOp, ": layer must have a rule");
   if (of.kind < 0 && (of.spec.victim == Victim::fold || of.layout.R > 0)) {
     fail(kOp, ": a layer with a state, or victim 2 (fold), must have maps");
   }

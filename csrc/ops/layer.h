@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops/check.h"
@@ -22,6 +23,7 @@ struct LayerArguments {
   int64_t E;         // their hidden width
   uint64_t present;  // which tensors they have: bits in the order of less.layer.kinds.ORDER
   int32_t null_page;
+  bool has_rule;  // false: the spec's rule is none, and ranks are the caller's
 };
 
 namespace layer_fields {
@@ -65,7 +67,8 @@ constexpr DType kLastFormat = DType::i8;
 // they lead to lies within the pool and the maps that are checked against them.
 inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last = kLastFormat) {
   using namespace layer_fields;
-  constexpr int64_t kMost = int64_t{1} << 40;  // bytes of anything: no product below overflows
+  // Bytes of a page: no product below overflows, nor does Layout::first.
+  constexpr int64_t kMost = int64_t{1} << 37;
   const bool numbers = layer.dim() == 3 && layer.scalar_type() == ScalarType::Long &&
                        layer.device().is_cpu() && layer.numel() > 0 && layer.stride(2) == 1;
   if (!numbers || layer.size(2) <= kFixed) {
@@ -83,7 +86,6 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
     if (x[i] < low || x[i] > high) {
       fail(op, ": layer's ", name, " must be in ", low, " .. ", high, ", got ", x[i]);
     }
-    return x[i];
   };
   if (x[version] != 1) fail(op, ": layer must be of version 1, got ", x[version]);
   within("K", K, 1, kMaxKvHeads);
@@ -93,11 +95,18 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
   if (x[Q] % x[K] != 0) fail(op, ": q's heads must be a multiple of ", x[K], ", got ", x[Q]);
   within("dtype", dtype, 0, int64_t(last));
   within("victim", victim, 0, int64_t(Victim::fold));
+  for (const auto& [name, i] : {std::pair{"scores", scores}, std::pair{"dependent", dependent},
+                                std::pair{"has_rule", has_rule}, std::pair{"by_score", by_score},
+                                std::pair{"per_age", per_age}}) {
+    within(name, i, 0, 1);
+  }
   within("recent", recent, 0, INT64_MAX);
   within("sinks", sinks, 0, INT64_MAX);
   within("kind", kind, -1, int64_t(MapKind::exp));
   within("dtype of maps", w_dtype, 0, int64_t(DType::i8));
   within("hidden width", E, 0, 1 << 20);
+  within("reserved number", reserved, 0, 0);
+  within("null_page", null_page, INT32_MIN, INT32_MAX);
   if (count != kFixed + x[K]) {
     fail(op, ": layer must list the slots of ", x[K], " kv heads, got ", count - kFixed);
   }
@@ -107,7 +116,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
     bytes += head_offsets(DType(x[dtype]), x[D], x[R], x[kFixed + h]).nbytes;
     if (bytes > kMost) fail(op, ": layer's page must have at most ", kMost, " bytes");
   }
-  if (!(number(scale) > 0.0 && std::isfinite(number(scale)))) {
+  if (!(float(number(scale)) > 0.0F && std::isfinite(float(number(scale))))) {
     fail(op, ": scale must be finite and positive, got ", number(scale));
   }
   check_softcap(op, number(softcap));
@@ -141,7 +150,8 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
       .w_dtype = DType(x[w_dtype]),
       .E = x[E],
       .present = uint64_t(x[present]),
-      .null_page = int32_t(within("null_page", null_page, INT32_MIN, INT32_MAX)),
+      .null_page = int32_t(x[null_page]),
+      .has_rule = x[has_rule] != 0,
   };
 }
 
@@ -283,6 +293,9 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
 #endif
   check_dim(op, "maps", *maps, 1, "[bytes]");
   const auto* const base = static_cast<const unsigned char*>(maps->const_data_ptr());
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0) {
+    fail(op, ": maps must begin at a multiple of 16 bytes");
+  }
   int64_t at = 0;
   int bit = 0;
   const auto take = [&](int64_t numbers, int64_t bytes) -> const void* {

@@ -3,12 +3,13 @@ import torch
 
 from less import Sidekick
 from less.policies import Rule
-from tests.helpers import assert_close, misplaced
+from tests.helpers import assert_close
 from tests.ops import flat_reference as reference
-from tests.ops.common import MISALIGNED, SCALES, in_int8, layer
+from tests.ops.common import SCALES, in_int8, layer
 
 pytest.importorskip("less._C")
 from tests.ops import flat as ops
+from tests.ops import pages
 
 RULES = [
     Rule(recent=4, sinks=0, by_score=True, per_age=False),
@@ -207,63 +208,11 @@ def test_thread_count_never_changes_a_bit(simd, with_threads):
         assert all(torch.equal(other[n], results[0][n]) for n in LAYER)
 
 
-def test_compact_passes_opcheck():
-    a = layer()
-    w = a["maps"]
-    for x in (a, in_int8(a)[0]):
-        torch.library.opcheck(
-            torch.ops.less.compact.default,
-            (
-                x["k"], x["v"], x.get(SCALES[0]), x.get(SCALES[1]), torch.rand(2, 2, 5),
-                x["score"].clone(), x["valid"], None, x["slot_k"], x["slot_v"], x.get(SCALES[2]),
-                x.get(SCALES[3]), *(x[n] for n in LAYER[2:]), None, w["k_w1"], w["k_w2"], None,
-                None, w["k_bias"], None, None, None, 1, 4, 0, True, False,
-            ),
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("k", lambda x: x.half(), "k must be float32, got float16"),
-        ("v", lambda x: x[:, :1], "v must have shape"),
-        ("valid", lambda x: x[:, :2], r"valid must have shape \[2, 5\], got \[2, 2\]"),
-        ("position", lambda x: x.long(), "position must be int32, got int64"),
-        ("seen", lambda x: x.int(), "seen must be int64, got int32"),
-        ("H", lambda x: x[..., :3], "H must have shape"),
-        ("z", lambda x: None, "H, z, w1 and w2 must be given together"),
-        ("slot_k", lambda x: x.mT.contiguous().mT, "slot_k must be contiguous"),
-        ("weight", lambda x: x.half(), "weight must be float32, got float16"),
-    ],
-)
-def test_compact_refuses_bad_input_and_writes_nothing(name, change, message):
-    a = layer()
-    before = {n: a[n].clone() for n in LAYER}
-    bad = a | {name: change(a[name])}
-    with pytest.raises(RuntimeError, match=f"compact: {message}"):
-        ops.compact(
-            bad["k"], bad["v"], torch.rand(2, 2, 5), a["score"].clone(), bad["valid"],
-            *(bad[n] for n in LAYER[:6]), H=bad["H"], z=bad["z"], maps=a["maps"], rule=RULES[0],
-        )  # fmt: skip
-    assert all(torch.equal(a[n], before[n]) for n in LAYER)
-    with pytest.raises(ValueError, match="compact: exactly one of rule and rank"):
-        ops.compact(a["k"], a["v"], a["score"], a["score"], None, *(a[n] for n in LAYER[:6]))
-
-
-@pytest.mark.parametrize("name", ["k", "v", "slot_k", "slot_v", "H", "workspace"])
-def test_a_launch_refuses_rows_that_do_not_begin_at_16_bytes(launched, name):
-    a = moved(layer(D=64), launched)
-    size = ops.compact_workspace(a["k"], a["slot_k"], a["maps"])
-    a["workspace"] = torch.zeros(size, dtype=torch.uint8, device=launched)
-    a[name] = misplaced(a[name])
-    before = {n: a[n].clone() for n in LAYER}
-    score = chunk_score_of(layer(D=64)).to(launched)
-    with pytest.raises(RuntimeError, match=MISALIGNED):
-        ops.compact(
-            a["k"], a["v"], score, a["score"].clone(), None, *(a[n] for n in LAYER[:6]),
-            H=a["H"], z=a["z"], maps=a["maps"], rule=RULES[0], workspace=a["workspace"],
-        )  # fmt: skip
-    assert all(torch.equal(a[n], before[n]) for n in LAYER)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("state", [True, False])
+def test_compact_passes_opcheck(dtype, state):
+    args = pages.arguments("compact", dtype=dtype, state=state)
+    torch.library.opcheck(torch.ops.less.compact.default, tuple(args.values()))
 
 
 @pytest.mark.parametrize("kind", ["paper", "exp"])

@@ -10,6 +10,7 @@ from tests.ops.common import layer
 
 pytest.importorskip("less._C")
 from tests.ops import flat as ops
+from tests.ops import pages
 
 RULES = [
     Rule(recent=4, sinks=0, by_score=True, per_age=False),
@@ -265,52 +266,8 @@ def test_a_score_that_is_nan_ranks_lowest(simd):
     assert a["position"][0, 0, 17] == 30
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_decode_step_passes_opcheck(int8):
-    a = layer(T=1)
-    a = clone(with_int8_slots(a) if int8 else a)
-    w = a["maps"].get
-    torch.library.opcheck(
-        torch.ops.less.decode_step.default,
-        (
-            a["q"], a["k"], a["v"], a["valid"], torch.zeros_like(a["q"]), a["slot_k"], a["slot_v"],
-            a.get("k_scale"), a.get("v_scale"), a["position"], a["score"], a["weight"], a["seen"],
-            a["H"], a["z"], a["share"], None, w("q_w1"), w("q_w2"), None, None, w("q_bias"),
-            w("k_w1"), w("k_w2"), None, None, w("k_bias"), None, None, None, 1, 0.2, 0.0, 0.9, True,
-            4, 0, True, False, 2, False,
-        ),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("q", lambda x: x[..., 0], r"q must be \[B, Q, 1, D\]"),
-        ("k", lambda x: x.repeat(1, 1, 2, 1), r"k must have shape \[2, 2, 1, 16\], got"),
-        ("v", lambda x: x.half(), "v must be float32, got float16"),
-        ("out", lambda x: x[:, :1], "out must have shape"),
-        ("valid", lambda x: x[0], r"valid must have shape \[2, 1\], got \[1\]"),
-        ("slot_k", lambda x: x.to(torch.int8), "(slot_k must be float32|k_scale)"),
-        ("position", lambda x: x.long(), "position must be int32, got int64"),
-        ("share", lambda x: x.float(), "share must be float64, got float32"),
-        ("seen", lambda x: x.int(), "seen must be int64, got int32"),
-        ("H", lambda x: x[..., :3], "H must have shape"),
-        ("z", lambda x: None, "H, z, share, q_w1, q_w2, k_w1 and k_w2 must be given together"),
-        (
-            "maps",
-            lambda x: x | {"k_w2": x["k_w2"][..., :2].contiguous(), "k_bias": None},
-            "k_w2 must have the rank of q_w2, 4, got 2",
-        ),
-    ],
-)
-def test_decode_step_refuses_bad_input_and_writes_nothing(name, change, message):
-    a = clone(layer(T=1))
-    before = {n: a[n].clone() for n in WRITTEN}
-    with pytest.raises(RuntimeError, match=f"decode_step: .*{message}"):
-        fused(a | {name: change(a[name])}, rule=RULES[0])
-    assert all(torch.equal(a[n], before[n]) for n in WRITTEN)
-
-
-def test_decode_step_refuses_an_unknown_fate_of_the_victim():
-    with pytest.raises(ValueError, match="decode_step: victim must be 'fold', 'forget' or 'none'"):
-        fused(clone(layer(T=1)), rule=RULES[0], victim="merge")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("state", [True, False])
+def test_decode_step_passes_opcheck(dtype, state):
+    args = pages.arguments("decode_step", dtype=dtype, state=state)
+    torch.library.opcheck(torch.ops.less.decode_step.default, tuple(args.values()))

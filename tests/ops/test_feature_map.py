@@ -7,6 +7,7 @@ from tests.ops import flat_reference as reference
 
 pytest.importorskip("less._C")
 from tests.ops import flat as ops
+from tests.ops import pages
 
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 3, 5, 16, 12, 8), (1, 2, 3, 13, 7, 5), (1, 4, 2, 128, 512, 16)]
 # Of a GPU: every head dim, more rows than a block takes, ranks up to the highest, widths that no 16
@@ -162,41 +163,6 @@ def test_rows_of_small_maps_have_the_same_bits_in_any_batch_and_thread_count(
     assert torch.equal(ops.psi(x[2:3, :, 40:41], maps, "exp"), whole[2:3, :, 40:41])
 
 
-@pytest.mark.parametrize("dtype", MAP_DTYPES, ids=str)
-def test_feature_map_of_small_maps_passes_opcheck(dtype):
-    maps, _ = narrowed(random_maps(2, 2, 8, 6, 3, "exp"), dtype)
-    names = ("k_w1", "k_w2", "k_w1_scale", "k_w2_scale", "k_bias")
-    args = (torch.randn(1, 2, 4, 8), *(maps.get(n) for n in names), None, None, None, 1)
-    torch.library.opcheck(torch.ops.less.feature_map.default, args)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"w1_scale": None}, "w1_scale and w2_scale belong to int8 weights, and must be given"),
-        ({"w2_scale": None}, "w1_scale and w2_scale belong to int8 weights, and must be given"),
-        ({"w1_scale": torch.ones(2, 8)}, r"w1_scale must have shape \[2, 6\], got \[2, 8\]"),
-        ({"w2_scale": torch.ones(2, 3).half()}, "w2_scale must be float32, got float16"),
-        ({"w2": torch.zeros(2, 6, 3)}, "w2 must be int8, got float32"),
-        (
-            {"w1": torch.zeros(2, 8, 6), "w2": torch.zeros(2, 6, 3)},
-            "w1_scale and w2_scale belong to int8 weights",
-        ),
-    ],
-)
-def test_feature_map_refuses_scales_that_do_not_fit(change, message):
-    args = {
-        "x": torch.zeros(1, 2, 4, 8),
-        "w1": torch.zeros(2, 8, 6, dtype=torch.int8),
-        "w2": torch.zeros(2, 6, 3, dtype=torch.int8),
-        "w1_scale": torch.ones(2, 6),
-        "w2_scale": torch.ones(2, 3),
-    }
-    assert torch.equal(ops.feature_map(**args, kind="exp"), torch.ones(1, 2, 4, 3))
-    with pytest.raises(RuntimeError, match=f"feature_map: {message}"):
-        ops.feature_map(**{**args, **change}, kind="exp")
-
-
 def test_exp_features_are_clamped_and_never_overflow(simd):
     maps = random_maps(1, 1, 8, 8, 3, "exp")
     x = torch.randn(1, 1, 40, 8) * 1e4
@@ -225,29 +191,11 @@ def test_a_row_has_the_same_bits_in_any_batch_and_thread_count(simd, with_thread
     assert torch.equal(ops.psi(x[2:3, :, 40:41], maps, "paper"), whole[2:3, :, 40:41])
 
 
+@pytest.mark.parametrize("query", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, *MAP_DTYPES], ids=str)
 @pytest.mark.parametrize("kind", ["paper", "exp"])
-def test_feature_map_passes_opcheck(kind):
-    maps = random_maps(2, 2, 8, 6, 3, kind)
-    x = torch.randn(1, 2, 4, 8)
-    rest = [maps.get(n) for n in ("k_bias", "k_mix", "k_scale", "k_mix_scale")]
-    args = (x, maps["k_w1"], maps["k_w2"], None, None, *rest, {"paper": 0, "exp": 1}[kind])
-    torch.library.opcheck(torch.ops.less.feature_map.default, args)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(2, 3, 4)}, r"x must be \[B, heads, T, D\]"),
-        ({"x": torch.zeros(1, 2, 4, 8, dtype=torch.float64)}, "x must be float32, bfloat16 or"),
-        ({"w1": torch.zeros(2, 9, 6)}, r"w1 must have shape \[2, 8, 6\], got \[2, 9, 6\]"),
-        ({"w2": torch.zeros(2, 6, 3).half()}, "w2 must be float32, got float16"),
-        ({"bias": torch.zeros(2, 4)}, r"bias must have shape \[2, 3\], got \[2, 4\]"),
-        ({"mix": torch.zeros(2, 3, 3)}, "mix belongs to kind 0"),
-    ],
-)
-def test_feature_map_refuses_bad_input(change, message):
-    args = {"x": torch.zeros(1, 2, 4, 8), "w1": torch.zeros(2, 8, 6), "w2": torch.zeros(2, 6, 3)}
-    with pytest.raises(RuntimeError, match=f"feature_map: {message}"):
-        ops.feature_map(**{**args, **change}, kind="exp")
-    with pytest.raises(ValueError, match="feature_map: kind must be 'paper' or 'exp', got 'no'"):
-        ops.feature_map(**args, kind="no")
+def test_feature_map_passes_opcheck(kind, dtype, query):
+    args = pages.arguments("feature_map", kind=kind, maps_dtype=dtype)
+    if not query:
+        args |= {"x": args["x"][:, : pages.K], "query": False}
+    torch.library.opcheck(torch.ops.less.feature_map.default, tuple(args.values()))
