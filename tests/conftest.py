@@ -6,6 +6,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -57,14 +58,15 @@ def on_emulator(item: pytest.Item) -> bool:
     if "emulator" in getattr(item, "fixturenames", ()):
         return True
     params = params_of(item)
-    return "emulated" in (params.get("launched"), params.get("device"))
+    return "emulated" in (params.get("launched"), params.get("device"), params.get("backend"))
 
 
 def built(item: pytest.Item) -> bool:
     """Whether LESS_CUDA_HEAD_DIMS has the head dim D that a test asks of the emulator, or a GPU."""
     dims = os.environ.get("LESS_CUDA_HEAD_DIMS", "").replace(",", " ").split()
     params = params_of(item)
-    launched = on_emulator(item) or "cuda" in (params.get("launched"), params.get("device"))
+    where = (params.get("launched"), params.get("device"), params.get("backend"))
+    launched = on_emulator(item) or "cuda" in where
     return not dims or not launched or str(params.get("D", dims[0])) in dims
 
 
@@ -196,6 +198,24 @@ def launched(request: pytest.FixtureRequest) -> torch.device:
     The emulated GPU's tensors lie on the CPU.
     """
     return launched_on(request.param, request)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Who computes a test's layers, and where: a backend's name, a device."""
+
+    backend: str
+    device: torch.device
+
+
+@pytest.fixture(params=["reference", "native", "emulated", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Computing:
+    """Runs the test once per backend: plain torch, CPU kernels, emulated and real GPU kernels."""
+    if request.param in ("reference", "native"):
+        if request.param == "native":
+            pytest.importorskip("less._C")
+        return Computing(request.param, torch.device("cpu"))
+    return Computing("native", launched_on(request.param, request))
 
 
 @pytest.fixture(params=[*(f"cpu-{level}" for level in simd_levels()), "emulated", "cuda"])

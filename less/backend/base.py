@@ -70,8 +70,11 @@ def add_share(step: Attended, at: Paged, plan: LayerPlan) -> None:
     if plan.maps is None:
         return
     K = plan.layout.kv_heads
-    index, there = at.index(step.share.shape[0])
+    index, there = at.index(step.share.shape[0], plan.spec.null_page)
     added = step.share.unflatten(1, (K, -1)).sum((2, 3), dtype=torch.float64)
-    added = torch.where(there[:, None], added, 0.0)
+    if at.pool.device.type == "cpu":
+        index, added = index[there], added[there]
+    else:  # which rows have a page would have to come back from the device: the rest adds nothing
+        added = torch.where(there[:, None], added, 0.0)
     for views in plan.layout.views(at.pool):
         views.share.index_add_(0, index, added[:, views.heads])

@@ -45,17 +45,20 @@ class NativeBackend:
 
     def attend(self, call: Call, new: Rows, at: Paged, plan: LayerPlan) -> Attended:
         """Attend."""
-        phi_q = ops.phi(call.q, plan) if self._something_left(at, plan) else None
+        phi_q = ops.phi(call.q, plan) if self._something_left(call, at, plan) else None
         return ops.chunk_attention(call.q, new, call.valid, at, plan, out=call.out, phi_q=phi_q)
 
     @staticmethod
-    def _something_left(at: Paged, plan: LayerPlan) -> bool:
+    def _something_left(call: Call, at: Paged, plan: LayerPlan) -> bool:
         """Whether a state can hold anything; a GPU is not asked, because that would wait for it."""
         if plan.maps is None:
             return False
         if at.pool.device.type != "cpu" or torch.compiler.is_compiling():
             return True
-        seen = plan.layout.views(at.pool)[0].seen
+        index, there = at.index(call.q.shape[0], plan.spec.null_page)
+        if at.rows is not None and at.rows.fresh is not None:
+            there = there & ~at.rows.fresh
+        seen = plan.layout.views(at.pool)[0].seen[index[there]]
         return bool((seen > min(plan.layout.capacities)).any())
 
     def compact(

@@ -107,9 +107,7 @@ def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor
     """
     if dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"quantize: dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
-    result: tuple[Tensor, Tensor] = torch.ops.less.quantize(
-        x.contiguous(), dtype == torch.float8_e4m3fn
-    )
+    result: tuple[Tensor, Tensor] = torch.ops.less.quantize(_rows(x), dtype == torch.float8_e4m3fn)
     return result
 
 

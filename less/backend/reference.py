@@ -129,14 +129,13 @@ class ReferenceBackend:
 
 def _pages(at: Paged, plan: LayerPlan, B: int) -> tuple[Tensor, Tensor]:
     """Page of each row and whether it has one; refuses what the ops refuse."""
-    index, there = at.index(B)
+    index, there = at.index(B, plan.spec.null_page)
     N = at.pool.shape[0]
     if at.rows is None:
         if N < B:
             raise ValueError(f"attend: pool must have a page for each of {B} rows, got {N}")
         return index, there
     pages = at.rows.pages
-    there = there & (pages != plan.spec.null_page)
     beyond = (pages >= N) & (pages != plan.spec.null_page)
     if bool(beyond.any()):
         raise ValueError(
@@ -144,7 +143,7 @@ def _pages(at: Paged, plan: LayerPlan, B: int) -> tuple[Tensor, Tensor]:
         )
     if index[there].unique().numel() != int(there.sum()):
         raise ValueError(f"attend: pages must differ, got {pages.tolist()}")
-    return torch.where(there, index, 0), there
+    return index, there
 
 
 def _valid(valid: Tensor | None, there: Tensor, T: int) -> Tensor:

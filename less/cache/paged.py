@@ -90,6 +90,15 @@ class PagedLayer:
         if backend is None or isinstance(backend, str):
             backend = backends.choose(backend, self.device)
         self.backend = backend
+        wanted = backend.dtypes(self.device)
+        if layout.dtype not in wanted:
+            raise ValueError(
+                f"{op}: layout's dtype must be one of {', '.join(map(str, wanted))} with the "
+                f"{backend.name} backend on {self.device.type}, got {layout.dtype}"
+            )
+        least, most = -(1 << 31), (1 << 31) - 1
+        if require_int(op, "null_page", null_page, least) > most:
+            raise ValueError(f"{op}: null_page must be at most {most}, got {null_page}")
         packed = None if maps is None else PackedMaps.pack(maps, kind, self.device)
         spec = LayerSpec(
             q_heads=q_heads,
@@ -167,7 +176,7 @@ class PagedLayer:
     def _check_room(self, op: str, at: Paged, call: Call) -> None:
         """Refuse more tokens than a layer that keeps every token has slots; waits for a GPU."""
         B, _, T, _ = call.q.shape
-        index, there = at.index(B)
+        index, there = at.index(B, self.plan.spec.null_page)
         seen = self.layout.views(at.pool)[0].seen.index_select(0, index)
         if at.rows is not None and at.rows.fresh is not None:
             there = there & ~at.rows.fresh
@@ -209,7 +218,7 @@ class PagedLayer:
         Returns:
             The slots [B, K, S, ...] and int64 [B].
         """
-        index, there = at.index(B)
+        index, there = at.index(B, self.plan.spec.null_page)
         S = self.layout.slots
         views = self.layout.views(at.pool)
         runs = [v.slots.select(index) for v in views]

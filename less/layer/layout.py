@@ -209,7 +209,12 @@ class PageLayout:
             raise ValueError(f"{op}: pool must be bytes (uint8 or int8), got {pool.dtype}")
         pool = pool.view(torch.uint8)
         if pool.dim() > 2:
-            pool = pool.flatten(1)
+            flat = pool.flatten(1)
+            if flat.data_ptr() != pool.data_ptr():  # a copy, which would take what is written
+                raise ValueError(
+                    f"{op}: pool's pages must be contiguous and apart, got strides {pool.stride()}"
+                )
+            pool = flat
         if pool.dim() != 2 or pool.shape[1] != self.nbytes:
             raise ValueError(
                 f"{op}: pool must have shape [N, {self.nbytes}], got {list(pool.shape)}"

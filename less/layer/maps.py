@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from less._check import require_shape
 from less.dtypes import CODES
 from less.layer.kinds import KINDS, ORDER, kind_of
 
@@ -55,12 +56,15 @@ class PackedMaps(Maps):
             device: Where to.
 
         Raises:
-            ValueError: The kind or a name is unknown.
+            ValueError: The kind or a name is unknown, or a matrix is missing.
         """
         row = kind_of("maps", kind)
         unknown = tensors.keys() - row.tensors.keys() - row.scales.keys()
         if unknown:
             raise ValueError(f"maps: kind {kind!r} has no tensors {sorted(unknown)}")
+        missing = [n for n in row.matrices if n not in tensors]
+        if missing:
+            raise ValueError(f"maps: kind {kind!r} needs tensors {missing}")
         ordered = {n: tensors[n] for n in ORDER if n in tensors}
         at, offsets = 0, {}
         for n, x in ordered.items():
@@ -78,6 +82,25 @@ class PackedMaps(Maps):
     def to(self, device: torch.device | str) -> PackedMaps:
         """A copy on another device."""
         return PackedMaps.pack(self.tensors, self.kind, device)
+
+    def check(self, op: str, q_heads: int, kv_heads: int, head_dim: int) -> None:
+        """Refuse tensors that are not of these shapes, for the width and rank of their own.
+
+        Args:
+            op: Who asks, for the message.
+            q_heads: Query heads Q.
+            kv_heads: Kv heads K.
+            head_dim: Head dim D.
+
+        Raises:
+            ValueError: A tensor has another shape; the message names it.
+        """
+        row = KINDS[self.kind]
+        sizes = {"Q": q_heads, "K": kv_heads, "D": head_dim, "R": self.rank}
+        sizes["E"] = row.size(self.tensors, "E")
+        shapes = {**row.tensors, **row.scales}
+        for n, x in self.tensors.items():
+            require_shape(op, f"maps' {n}", x, [sizes[letter] for letter in shapes[n]])
 
     def described(self) -> tuple[int, int, int, int, int]:
         """Kind, dtype of the matrices, hidden width E, rank R, and which tensors there are."""

@@ -135,15 +135,18 @@ class Paged:
     pool: Tensor
     rows: PageRows | None = None
 
-    def index(self, B: int) -> tuple[Tensor, Tensor]:
+    def index(self, B: int, null_page: int) -> tuple[Tensor, Tensor]:
         """The page of each of B rows, int64 [B], and whether the row has one, bool [B].
 
-        A row without a page has the number 0. Numbers outside the pool mean no page; the caller
-        excludes a spec's null page.
+        A row without a page has the number 0.
+
+        Args:
+            B: Rows.
+            null_page: The number that means no page, besides those outside the pool.
         """
         if self.rows is None:
             every = torch.arange(B, device=self.pool.device)
             return every, torch.ones(B, dtype=torch.bool, device=self.pool.device)
         pages = self.rows.pages.long()
-        there = (pages >= 0) & (pages < self.pool.shape[0])
+        there = (pages >= 0) & (pages < self.pool.shape[0]) & (pages != null_page)
         return torch.where(there, pages, 0), there

@@ -127,6 +127,8 @@ class LayerPlan:
             )
         if self.spec.victim == "fold" and self.maps is None:
             raise ValueError(f"{op}: victim 'fold' needs maps")
+        if self.maps is not None:
+            self.maps.check(op, Q, K, self.layout.head_dim)
 
     @cached_property
     def encoded(self) -> Tensor:
