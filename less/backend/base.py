@@ -75,6 +75,7 @@ def add_share(step: Attended, at: Paged, plan: LayerPlan) -> None:
     if at.pool.device.type == "cpu":
         index, added = index[there], added[there]
     else:  # which rows have a page would have to come back from the device: the rest adds nothing
-        added = torch.where(there[:, None], added, 0.0)
+        added = torch.where(there.unsqueeze(1), added, 0.0)
     for views in plan.layout.views(at.pool):
-        views.share.index_add_(0, index, added[:, views.heads])
+        first, count = views.heads.start, views.heads.stop - views.heads.start
+        views.share.index_add_(0, index, added.narrow(1, first, count))

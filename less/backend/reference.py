@@ -11,7 +11,7 @@ from torch import Tensor
 from less import reference
 from less.backend.base import add_share
 from less.dtypes import EIGHT_BITS, FLOATS
-from less.layer import Call, LayerPlan, Maps, Paged, PageViews, Rows, Slots, State
+from less.layer import Call, LayerPlan, Maps, Paged, PageViews, Rows, Slots, State, put_rows
 from less.reference import Attended
 
 
@@ -182,4 +182,4 @@ def _runs(at: Paged, plan: LayerPlan, index: Tensor, there: Tensor) -> Iterator[
 def _put(views: Slots | State, after: Slots | State, index: Tensor, there: Tensor) -> None:
     for name, mine in vars(views).items():
         if mine is not None:
-            mine.index_copy_(0, index[there], getattr(after, name)[there].to(mine.dtype))
+            put_rows(mine, index[there], getattr(after, name)[there].to(mine.dtype))

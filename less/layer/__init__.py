@@ -3,7 +3,7 @@
 from less.layer.layout import PageLayout, PageViews
 from less.layer.maps import Maps, PackedMaps
 from less.layer.pool import Paged, PageRows, allocate
-from less.layer.rows import Call, Rows, Slots, State
+from less.layer.rows import Call, Rows, Slots, State, put_rows
 from less.layer.spec import LayerPlan, LayerSpec, encode
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "State",
     "allocate",
     "encode",
+    "put_rows",
 ]

@@ -247,23 +247,24 @@ class PageLayout:
         Args:
             pool: uint8 [N, page], as ``check_pool`` returns it.
         """
+        # narrow, not slices: those look at the device, which tensors without values do not have.
         numbers = pool.view(torch.int64)
-        seen = numbers[:, 0]
-        share = numbers[:, _SHARE // 8 : _SHARE // 8 + self.kv_heads].view(torch.float64)
+        seen = numbers.select(1, 0)
+        share = numbers.narrow(1, _SHARE // 8, self.kv_heads).view(torch.float64)
         views = []
         for run in self.runs():
             head = self.heads[run.start]
             first = head["position"].offset
             nbytes = head["score"].offset + field_bytes(head["score"].nbytes) - first
             count = run.stop - run.start
-            heads = pool[:, first : first + count * nbytes].unflatten(1, (count, nbytes))
+            heads = pool.narrow(1, first, count * nbytes).unflatten(1, (count, nbytes))
             of = {}
             for label, field in head.items():
-                at = field.offset - first
-                flat = heads[:, :, at : at + field.nbytes].view(field.dtype)
+                flat = heads.narrow(2, field.offset - first, field.nbytes).view(field.dtype)
                 of[label] = flat.unflatten(2, field.shape)
             state = State(of.pop("H"), of.pop("z")) if self.rank else None
-            views.append(PageViews(run, Slots(**of), state, share[:, run], seen))
+            own = share.narrow(1, run.start, count)
+            views.append(PageViews(run, Slots(**of), state, own, seen))
         return views
 
     def clear(self, pool: Tensor) -> None:

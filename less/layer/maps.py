@@ -70,13 +70,16 @@ class PackedMaps(Maps):
         for n, x in ordered.items():
             offsets[n] = at
             at += -(-x.numel() * x.element_size() // _ALIGN) * _ALIGN
-        memory = torch.zeros(at, dtype=torch.uint8, device=device)
-        views = {}
+        source = next(iter(ordered.values())).device
+        memory = torch.zeros(at, dtype=torch.uint8, device=source)
         for n, x in ordered.items():
             nbytes = x.numel() * x.element_size()
-            view = memory[offsets[n] : offsets[n] + nbytes].view(x.dtype).view(x.shape)
-            view.copy_(x)
-            views[n] = view
+            memory.narrow(0, offsets[n], nbytes).view(x.dtype).view(x.shape).copy_(x)
+        memory = memory.to(device)
+        views = {}
+        for n, x in ordered.items():
+            part = memory.narrow(0, offsets[n], x.numel() * x.element_size())
+            views[n] = part.view(x.dtype).view(x.shape)
         return cls(kind, views, memory)
 
     def to(self, device: torch.device | str) -> PackedMaps:

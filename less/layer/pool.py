@@ -54,11 +54,12 @@ def allocate(
         _huge_pages(memory)
     else:
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    pools = []
+    pools, at = [], 0
     for layout, size in zip(layouts, sizes, strict=True):
-        pool, memory = memory[:size].view(pages, layout.nbytes), memory[size:]
+        pool = memory.narrow(0, at, size).view(pages, layout.nbytes)
         layout.clear(pool)
         pools.append(pool)
+        at += size
     return pools
 
 

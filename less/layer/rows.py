@@ -8,6 +8,20 @@ import torch
 from torch import Tensor
 
 
+def of_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Copies of some rows of the first dimension, int64 [M], of any dtype."""
+    if x.dtype != torch.float8_e4m3fn:
+        return x.index_select(0, rows)
+    return x.view(torch.uint8).index_select(0, rows).view(x.dtype)  # torch selects no float8
+
+
+def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write rows of the first dimension, int64 [M], of any dtype, in place."""
+    if x.dtype == torch.float8_e4m3fn:
+        x, values = x.view(torch.uint8), values.view(torch.uint8)
+    x.index_copy_(0, rows, values)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Keys and values in the slots' dtype.
@@ -56,7 +70,7 @@ class Slots:
         """Copies of some batch rows, or pages: int64 [M]."""
         return replace(
             self,
-            **{n: x.index_select(0, rows) for n, x in vars(self).items() if x is not None},
+            **{n: of_rows(x, rows) for n, x in vars(self).items() if x is not None},
         )
 
     @classmethod

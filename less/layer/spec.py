@@ -129,6 +129,7 @@ class LayerPlan:
             raise ValueError(f"{op}: victim 'fold' needs maps")
         if self.maps is not None:
             self.maps.check(op, Q, K, self.layout.head_dim)
+        _ = self.encoded  # made now: a step makes nothing
 
     @cached_property
     def encoded(self) -> Tensor:
