@@ -81,6 +81,7 @@ struct Head {
   // Where query m lies in [B, Q, T].
   LESS_DEVICE int64_t query_at(const ChunkAttentionParams& p, const KeyLists& lists, int m) const {
     const int i = m / G;
+    // narrow: a number of a query, whose lanes read its row
     return (first + m - i * G) * p.T + (lists.token == nullptr ? i : lists.token[b * p.T + i]);
   }
 };
@@ -310,8 +311,10 @@ LESS_DEVICE void split_rows(const void* x, DType dtype, int64_t D, const Index& 
       if (from >= 0 && d < D) {
         const int64_t at = from * D + d;
         if (of_bytes(dtype)) {
+          // narrow: four elements a lane, 16 bytes where they are float32
           four_bytes(static_cast<const uint32_t*>(x)[at / 4], dtype, v);
         } else {
+          // narrow: four elements a lane, 16 bytes where they are float32
           load_four(x, dtype, at, v);
         }
       }

@@ -55,6 +55,7 @@ LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, i
   for (int i = threadIdx.x; i < kFoldTile * pieces; i += kFoldThreads) {
     const int token = i / pieces, c = i - token * pieces;
     const bool there = first + token < end;
+    // narrow: a number of a token, whose lanes read its row
     const int64_t source = there ? list[first + token] : 0;
     const V* rows = static_cast<const V*>(source < S ? p.slots.v : p.v);
     copy_async16(s.v + (buffer * kFoldTile + token) * row_bytes + c * 16,
@@ -63,8 +64,10 @@ LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, i
   if constexpr (sizeof(V) == 1) {
     if (threadIdx.x < kFoldTile) {
       const bool there = first + threadIdx.x < end;
+      // narrow: a lane a token, side by side
       const int64_t source = there ? list[first + threadIdx.x] : 0;
       const float* scales = source < S ? p.slots.v_scale : p.v_scale;
+      // narrow: a lane a token, side by side
       s.scale[buffer * kFoldTile + threadIdx.x] = there ? scales[row_of(source)] : 0.0f;
     }
   }
@@ -79,6 +82,7 @@ LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, i
   } else {
     for (int i = threadIdx.x; i < kFoldTile * s.rows; i += kFoldThreads) {
       const int token = i / s.rows, r = i % s.rows;
+      // narrow: R features of a token, R any number, side by side
       to[i] = first + token < end && r < R ? psi[token * R + r] : 0.0f;
     }
   }
@@ -194,6 +198,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   if (blockIdx.y == 0 && int(threadIdx.x) < R) {
     float sum = 0.0f;
     for (int64_t strip = 0; strip < strips; ++strip) {
+      // narrow: a lane a feature, side by side
       sum += part[strip * w.part_size + R * D + threadIdx.x];
     }
     float* z = p.z + head * R + threadIdx.x;

@@ -114,11 +114,13 @@ struct Candidates {
   int64_t T;
   int64_t seen;  // before the call
 
+  // narrow: a lane a token, side by side
   LESS_DEVICE bool there(int64_t t) const { return t < T && (valid == nullptr || valid[t]); }
 
   // Of those who rank alike the older leaves first. The call's tokens are younger than the slots',
   // and in order.
   LESS_DEVICE uint32_t age_key(int64_t i) const {
+    // narrow: a lane a slot, side by side
     return uint32_t(i < S ? int64_t{position[i]} : seen + i - S) + 1u;
   }
 };
@@ -137,13 +139,14 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int64_t candid
   const int64_t after = c.seen + tokens;
   int held = 0, total;
   for (int64_t s = threadIdx.x; s < c.S; s += kSelectThreads) {
-    const int32_t position = c.position[s];
+    const int32_t position = c.position[s];  // narrow: a lane a slot, side by side
     uint32_t key = 0;
     if (position >= 0) {
+      // narrow: a lane a slot, side by side
       key = key_of(c.rank != nullptr ? c.rank[s] : rank_of(rule, after, position, c.slot_score[s]));
       ++held;
     }
-    store(c.key + s, key);
+    store(c.key + s, key);  // narrow: a lane a slot, side by side
   }
   int64_t position = c.seen;
   for (int64_t t0 = 0; t0 < candidates - c.S; t0 += kSelectThreads) {
@@ -153,10 +156,11 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int64_t candid
     uint32_t key = 0;
     if (there) {
       key = key_of(c.rank != nullptr
-                       ? c.rank[c.S + t]
+                       ? c.rank[c.S + t]  // narrow: a lane a token, side by side
+                       // narrow: a lane a token, side by side
                        : rank_of(rule, after, int32_t(position + before), c.chunk_score[t]));
     }
-    if (t < candidates - c.S) store(c.key + c.S + t, key);
+    if (t < candidates - c.S) store(c.key + c.S + t, key);  // narrow: a lane a token, side by side
     position += total;
   }
   block_prefix(held, sums, total);
@@ -185,7 +189,7 @@ LESS_DEVICE Leavers find_leavers(const Candidates& c, const SelectShared& s, int
 }
 
 LESS_DEVICE bool leaves(const Candidates& c, const Leavers& who, int64_t i) {
-  const uint32_t key = c.key[i];
+  const uint32_t key = c.key[i];  // narrow: a lane a candidate, side by side
   return key != 0 && (key < who.rank || (key == who.rank && c.age_key(i) <= who.age));
 }
 
@@ -218,12 +222,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   for (int64_t s0 = 0; s0 < S; s0 += kSelectThreads) {
     const int64_t s = s0 + threadIdx.x;
     const bool gone = s < S && leaves(c, who, s);
-    const bool open = s < S && (gone || c.key[s] == 0);
+    const bool open = s < S && (gone || c.key[s] == 0);  // narrow: a lane a slot, side by side
     const int before = block_prefix(int(gone) | int(open) << 16, sums, total);
     const int place = listed + (before & 0xffff);
-    if (gone && place < T) store(list + place, int32_t(s));
+    if (gone && place < T) store(list + place, int32_t(s));  // narrow: a lane a slot, side by side
+    // narrow: a lane a slot, side by side
     if (open) store(free + freed + (before >> 16), int32_t(s));
-    if (s < S) store(take + s, open ? kEmpty : kStays);
+    if (s < S) store(take + s, open ? kEmpty : kStays);  // narrow: a lane a slot, side by side
     listed += total & 0xffff;
     freed += total >> 16;
   }
@@ -238,11 +243,12 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     const int before = block_prefix(int(gone) | int(there) << 16, sums, total);
     const int gone_before = before & 0xffff, there_before = before >> 16;
     const int place = gone ? listed + gone_before : taken + there_before - gone_before;
+    // narrow: a lane a token, side by side
     if (gone && place < T) store(list + place, int32_t(S + t));
     if (there && !gone && place < freed) {
-      const int32_t slot = free[place];
-      store(take + slot, int32_t(t));
-      store(position + slot, int32_t(next + there_before));
+      const int32_t slot = free[place];                      // narrow: a lane a token, side by side
+      store(take + slot, int32_t(t));                        // narrow: a lane a token, side by side
+      store(position + slot, int32_t(next + there_before));  // narrow: a lane a token, side by side
     }
     listed += total & 0xffff;
     taken += (total >> 16) - (total & 0xffff);

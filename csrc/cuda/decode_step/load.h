@@ -63,12 +63,14 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
   for (int i = t; i < plan.per; i += kDecodeThreads) {
     const bool in = i < n;
     const int64_t slot = row * S + first + i;
+    // narrow: a lane a slot, side by side
     const int32_t position = in ? p.slots.position[slot] : -1;
     s.position()[i] = position;
-    s.weight()[i] = in ? p.slots.weight[slot] : 0.0f;
-    s.score()[i] = in ? p.slots.score[slot] : 0.0f;
+    s.weight()[i] = in ? p.slots.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    s.score()[i] = in ? p.slots.score[slot] : 0.0f;    // narrow: a lane a slot, side by side
     if constexpr (kScaled) {
-      s.k_scale()[i] = in ? p.slots.k_scale[slot] : 0.0f;
+      s.k_scale()[i] = in ? p.slots.k_scale[slot] : 0.0f;  // narrow: a lane a slot, side by side
+      // narrow: a lane a slot, side by side
       s.v_scale()[i] = position >= 0 ? p.slots.v_scale[slot] : 0.0f;
     }
   }
@@ -92,6 +94,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries() {
 #pragma unroll 1
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
     float four[4];
+    // narrow: four 16-bit elements a lane, of the one token
     load_four(p.q, p.q_dtype, query(0) + i, four);
     store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
@@ -117,6 +120,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
 #pragma unroll 1
     for (int d = lane * 4; d < kD; d += 128) {
       float four[4];
+      // narrow: four 16-bit elements a lane, of the one token
       load_four(p.q, p.q_dtype, query(g) + d, four);
       store16_shared(s.q() + g * kD + d,
                      bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
@@ -145,6 +149,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_row(const void* x, float* to, float* sc
 #pragma unroll 1
     for (int d = lane * 4; d < kD; d += 128) {
       float four[4];
+      // narrow: four 16-bit elements a lane, of the one token
       load_four(x, p.kv_dtype, row * kD + d, four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
@@ -156,6 +161,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_row(const void* x, float* to, float* sc
 #pragma unroll 1
   for (int d = lane * 4; d < kD; d += 128) {
     float four[4];
+    // narrow: four 16-bit elements a lane, of the one token
     load_four(x, p.kv_dtype, row * kD + d, four);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -34,18 +34,21 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
 #pragma unroll 1
   for (int slot = begin + t; slot < end; slot += kDecodeThreads) {
     const int of = own ? split : slot / plan.per, i = slot - of * plan.per;
+    // narrow: a lane a slot, side by side
     const int32_t position = own ? s.position()[i] : p.slots.position[row * S + slot];
+    // narrow: a lane a slot, side by side
     float score = own ? s.score()[i] : p.slots.score[row * S + slot];
     if (p.scores) {
       const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
       float received = 0.0f;
 #pragma unroll 1
       for (int g = 0; g < G; ++g) {
+        // narrow: a lane a slot, side by side
         const float mass = own ? s.mass()[g * stride + i] : masses[g * plan.per];
         received = fmaf(mass, s.sum()[of * G + g], received);
       }
       score = position >= 0 ? fmaf(score, p.decay, received) : 0.0f;
-      store(p.slots.score + row * S + slot, score);
+      store(p.slots.score + row * S + slot, score);  // narrow: a lane a slot, side by side
     }
     const DecodeCandidate here = candidate(slot, position, score);
     if (here.below(best)) best = here;
@@ -97,17 +100,19 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
   const int64_t slot = row * S + victim.slot;
   float k_scale = 1.0f, v_scale = 1.0f;
   if constexpr (kScaled) {
-    k_scale = kept ? p.slots.k_scale[slot] : s.token()[0];
-    v_scale = kept ? p.slots.v_scale[slot] : s.token()[1];
+    k_scale = kept ? p.slots.k_scale[slot] : s.token()[0];  // narrow: the same number for all lanes
+    v_scale = kept ? p.slots.v_scale[slot] : s.token()[1];  // narrow: the same number for all lanes
   }
   const T* const keys = static_cast<const T*>(p.slots.k) + slot * kD;
   const T* const values = static_cast<const T*>(p.slots.v) + slot * kD + column;
 #pragma unroll 1
   for (int d = t; d < kD; d += kDecodeThreads) {
+    // narrow: a lane an element of the one row that leaves
     s.victim_key()[d] = (kept ? widened(keys[d]) : s.key()[d]) * k_scale;
   }
 #pragma unroll 1
   for (int c = t; c < width; c += kDecodeThreads) {
+    // narrow: a lane an element of the one row that leaves
     s.victim_value()[c] = (kept ? widened(values[c]) : s.value()[column + c]) * v_scale;
   }
   __syncthreads();
@@ -155,6 +160,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     h.w = fmaf(psi[r], v.w, h.w);
     store16(p.H + (row * R + r) * kD + column + c, bits_of<uint4>(h));
   }
+  // narrow: a lane a feature, side by side
   if (rank == 0 && t < R) store(p.z + row * R + t, p.z[row * R + t] + psi[t]);
 }
 
