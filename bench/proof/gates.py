@@ -79,8 +79,9 @@ def judge(
         given = [excuse for line in one.lines if (excuse := excuse_of(line))]
         if not given:
             narrow[f"{width}-byte {one.opcode} in a loop, {where(one)}"] += 1
-        elif used is not None:
-            used.setdefault(given[0], set()).add(demangled.split("<")[0])
+        if used is not None:
+            for excuse in given:
+                used.setdefault(excuse, set()).add(demangled.split("<")[0])
     return wrong + [f"{times} x {what}" for what, times in sorted(narrow.items())]
 
 
