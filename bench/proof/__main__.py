@@ -11,16 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from bench.native import ROOT
 
 from . import report
-from .gates import EXCEPTIONS, Narrow, judge
+from .gates import Excuse, judge
 from .launches import Launch, Occupancy, all_launches, occupancy
 from .toolchain import (
     ProofError,
     Unit,
+    all_excuses,
     compile_unit,
     demangle,
+    excuse_of,
     head_dims,
     jobs,
-    source_of,
     sources,
     work,
 )
@@ -40,14 +41,14 @@ def distinct(units: Sequence[Unit]) -> None:
         seen.update((unit.arch, one.name) for one in unit.kernels)
 
 
-def judge_all(units: Sequence[Unit], used: set[Narrow]) -> list[str]:
-    """What is wrong, a line each; exceptions that excused something go into `used`."""
+def judge_all(units: Sequence[Unit], used: dict[Excuse, set[str]]) -> list[str]:
+    """What is wrong, a line each; `used` as in `judge`."""
     wrong = []
     for unit in units:
         for kernel in unit.kernels:
             name = demangle(kernel.name)
             resources = unit.resources[kernel.name]
-            found = judge(kernel, resources, name, source_of, EXCEPTIONS, used)
+            found = judge(kernel, resources, name, excuse_of, used)
             wrong += [f"sm_{unit.arch} {name}: {what}" for what in found]
     return wrong
 
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(jobs()) as pool:
         units = list(pool.map(lambda one: compile_unit(*one), work(files, args.arch)))
     distinct(units)
-    used: set[Narrow] = set()
+    used: dict[Excuse, set[str]] = {}
     wrong = judge_all(units, used)
     whole = args.only is None and not head_dims()
     everything = whole and set(args.arch) == set(ARCHS)
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong += missing_kernels()
     if everything:
         wrong += [
-            f"an exception that excuses nothing: {one}" for one in EXCEPTIONS if one not in used
+            f"{one.file}:{one.line}: its comment excuses nothing"
+            for one in sorted(all_excuses() - set(used), key=lambda one: (one.file, one.line))
         ]
     kernels = sum(len(unit.kernels) for unit in units)
     print(f"proof: {kernels} kernels in {len(files)} files for sm_{', sm_'.join(args.arch)}")
