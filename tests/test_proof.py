@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.proof import gates, ptxas, report, sass, toolchain
-from bench.proof.__main__ import distinct
+from bench.proof.__main__ import distinct, main
 from bench.proof.launches import Launch, Occupancy
 from bench.proof.roofline import MACHINES, decode_bytes, in_flight
 from bench.proof.toolchain import Unit
@@ -256,15 +256,25 @@ def test_the_report_is_whole_tables_with_every_figure() -> None:
     rows = [(step(B=B), 100, 128, Occupancy(blocks=5, warps=20, most_warps=64)) for B in (1, 8)]
     excuses = [gates.Excuse("fold.cu", line, "as it is wanted") for line in (20, 21)]
     used = {excuse: {"fold_kernel"} for excuse in excuses}
-    text = report.write(units, ("80", "90a"), used, rows)
+    text = report.write(units, ("80", "90a"), (64, 128), used, rows)
     for table in text.split("\n\n"):
         lines = [line.replace("\\|", "") for line in table.split("\n") if line.startswith("| ")]
         assert len({line.count("|") for line in lines}) <= 1, table
     assert text.count("| `fold_kernel` | fold.cu | as it is wanted |") == 1
+    assert "for sm_80, sm_90a and head dims 64, 128:" in text
     assert "| `fold_kernel` | 1 | 40 | 40 | 128 |" in text
     assert "| 7x8x2 | 7 | 128 | 100 | 128 | 5 | 20/64 |" in text
     total = decode_bytes(step(B=8)).total
     assert f"| {total / 1e6:.3f} | {total / 3.0e12 * 1e6:.2f} |" in text
+
+
+def test_a_page_without_its_models_head_dim_is_refused_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LESS_CUDA_HEAD_DIMS", "64 96")
+    with pytest.raises(SystemExit):
+        main(["--write"])
+    assert "must have 128, the page's models'; got [64, 96]" in capsys.readouterr().err
 
 
 def test_the_page_has_every_op_that_is_launched() -> None:

@@ -17,6 +17,7 @@ from .toolchain import (
     ProofError,
     Unit,
     all_excuses,
+    all_head_dims,
     compile_unit,
     demangle,
     excuse_of,
@@ -83,20 +84,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--only", metavar="FILE", help="a single file of csrc/cuda, by its stem")
     parser.add_argument(
-        "--write", action="store_true", help="docs/kernels.md for these architectures, if not all"
+        "--write",
+        action="store_true",
+        help="docs/kernels.md for these architectures and head dims, if not all",
     )
     args = parser.parse_args(argv)
+    dims = sorted(head_dims() or all_head_dims())
     if args.write and "90a" not in args.arch:
         parser.error("--write: the page tells of launches on sm_90a; --arch must have 90a")
+    if args.write and 128 not in dims:
+        parser.error(f"--write: LESS_CUDA_HEAD_DIMS must have 128, the page's models'; got {dims}")
     files = [path for path in sources() if args.only in (None, path.stem)]
     with ThreadPoolExecutor(jobs()) as pool:
         units = list(pool.map(lambda one: compile_unit(*one), work(files, args.arch)))
     distinct(units)
     used: dict[Excuse, set[str]] = {}
     wrong = judge_all(units, used)
-    whole = args.only is None and not head_dims()
-    everything = whole and set(args.arch) == set(ARCHS)
-    if args.only is None:
+    whole = args.only is None
+    everything = whole and dims == sorted(all_head_dims()) and set(args.arch) == set(ARCHS)
+    if whole:
         wrong += missing_kernels()
     if everything:
         wrong += [
@@ -106,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kernels = sum(len(unit.kernels) for unit in units)
     print(f"proof: {kernels} kernels in {len(files)} files for sm_{', sm_'.join(args.arch)}")
     if (everything or (whole and args.write)) and not wrong:
-        DOCS.write_text(report.write(units, args.arch, used, with_occupancy(units)))
+        DOCS.write_text(report.write(units, args.arch, dims, used, with_occupancy(units)))
         print(f"proof: wrote {DOCS.relative_to(ROOT)}")
     if wrong:
         print("proof: GATES THAT DO NOT HOLD:", *wrong, sep="\n  ")

@@ -19,9 +19,10 @@ figure below was measured on one.
 
 ## Gates
 
-Of every kernel, for {archs}: no spilled register, no stack, no local memory, no generic load or
-store; in every main loop (one without a loop inside), accesses of global memory of 16 bytes (or
-bulk copies), but for lines that a comment in the source excuses (`// narrow: <why>`):
+Of every kernel, for {archs} and head dims {head_dims}:
+no spilled register, no stack, no local memory, no generic load or store; in every main loop (one
+without a loop inside), accesses of global memory of 16 bytes (or bulk copies), but for lines that
+a comment in the source excuses (`// narrow: <why>`):
 
 {excuses}
 
@@ -147,6 +148,7 @@ def _excuses(used: Mapping[Excuse, Collection[str]]) -> str:
 def write(
     units: Sequence[Unit],
     archs: Sequence[str],
+    head_dims: Sequence[int],
     used: Mapping[Excuse, Collection[str]],
     launches: Sequence[tuple[Launch, int, int, Occupancy]],
 ) -> str:
@@ -155,6 +157,7 @@ def write(
     Args:
         units: All that was compiled.
         archs: For which architectures.
+        head_dims: For which head dims.
         used: The excuses that were needed, and for which kernels.
         launches: On sm_90a: with registers, static shared memory, and what an SM holds.
     """
@@ -166,6 +169,7 @@ def write(
     return HEAD.format(
         version=".".join(map(str, cuda_toolkit.require().version)),
         archs=", ".join(f"sm_{arch}" for arch in archs),
+        head_dims=", ".join(map(str, head_dims)),
         excuses=_excuses(used),
         registers=_registers(units, archs),
         launches=_launches(launches),
