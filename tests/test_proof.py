@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.proof import gates, ptxas, report, sass
-from bench.proof.__main__ import distinct
+from bench.proof import gates, ptxas, report, sass, toolchain
+from bench.proof.__main__ import distinct, main
 from bench.proof.launches import Launch, Occupancy
 from bench.proof.roofline import MACHINES, decode_bytes, in_flight
 from bench.proof.toolchain import Unit
@@ -45,11 +45,20 @@ SASS = f"""
 """
 
 
-def judged(text: str, *exceptions: gates.Narrow, resources: ptxas.Resources = CLEAN) -> list[str]:
+def judged(
+    text: str,
+    sources: dict[str, str] | None = None,
+    resources: ptxas.Resources = CLEAN,
+    used: dict[gates.Excuse, set[str]] | None = None,
+) -> list[str]:
+    """What the gates say of machine code whose sources are these, by path below csrc/cuda."""
     (kernel,) = sass.parse(text)
-    return gates.judge(
-        kernel, resources, "fold_kernel<float, 4>", lambda line: f"text of {line[1]}", exceptions
-    )
+    excuses = {file: gates.excuses(file, source) for file, source in (sources or {}).items()}
+
+    def excuse_of(line: sass.Line) -> gates.Excuse | None:
+        return excuses.get(gates.short_name(line[0]), {}).get(line[1])
+
+    return gates.judge(kernel, resources, "fold_kernel<float, 4>", excuse_of, used)
 
 
 def planted(before: str, after: str) -> str:
@@ -114,19 +123,72 @@ def test_a_stack_and_spills_are_caught(resources: ptxas.Resources) -> None:
     assert "stack" in wrong or "spills" in wrong
 
 
-def test_an_exception_excuses_its_kernel_and_its_line_alone() -> None:
-    narrow = planted("LDG.E.128 R4", "LDG.E R4")
-    assert judged(narrow, gates.Narrow("^fold_kernel<", "text of 20", "why")) == []
-    assert judged(narrow, gates.Narrow("^fold_kernel<", "text of 21", "why")) != []
-    assert judged(narrow, gates.Narrow("^quantize", "text of 20", "why")) != []
+NARROW = planted("LDG.E.128 R4", "LDG.E R4")  # of device.h:58, called by fold.cu:20
+COMMENT = "// narrow: as the test wants it"
 
 
-def test_an_exception_excuses_no_local_memory() -> None:
-    assert judged(planted("LDC R1", "LDL R1"), gates.Narrow("", "", "all")) != []
+def source(*at: tuple[int, str]) -> str:
+    """30 lines of code, but for those that are given by number."""
+    lines = ["code();"] * 30
+    for number, line in at:
+        lines[number - 1] = line
+    return "\n".join(lines)
 
 
-def test_every_exception_has_a_reason() -> None:
-    assert all(len(one.reason) > 20 for one in gates.EXCEPTIONS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        source((20, f"load();  {COMMENT}")),
+        source((20, f"load();  // the first; {COMMENT[3:]}")),
+        source((19, f"  {COMMENT}")),
+        source((18, COMMENT), (19, "// and more of why")),
+    ],
+    ids=["behind", "behind other words", "above", "above, in two lines"],
+)
+def test_a_comment_excuses_the_narrow_access_of_its_line(text: str) -> None:
+    used: dict[gates.Excuse, set[str]] = {}
+    assert judged(NARROW, {"fold.cu": text}, used=used) == []
+    ((excuse, kernels),) = used.items()
+    assert (excuse.file, excuse.line, kernels) == ("fold.cu", 20, {"fold_kernel"})
+    assert excuse.reason.startswith("as the test wants it")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        source(),
+        source((20, "load();  // a narrow row: as the test wants it")),
+        source((21, f"code();  {COMMENT}")),
+        source((19, f"code();  {COMMENT}")),
+        source((18, COMMENT), (19, "")),
+        source((18, COMMENT)),
+        source((20, "load();  // narrow:")),
+    ],
+    ids=["none", "other words", "below", "behind the line above", "an empty line between",
+         "a line between", "no reason"],
+)  # fmt: skip
+def test_a_narrow_access_without_its_comment_is_caught(text: str) -> None:
+    (wrong,) = judged(NARROW, {"fold.cu": text})
+    assert "1 x 4-byte LDG.E in a loop, device.h:58 < fold.cu:20" in wrong
+
+
+def test_a_comment_at_a_helper_or_at_its_call_excuses_the_access() -> None:
+    helper = "\n" * 56 + f"{COMMENT}\nload();"
+    assert judged(NARROW, {"device.h": helper}) == []
+    assert judged(NARROW, {"compact.cu": helper}) != []
+
+
+def test_a_comment_excuses_no_local_memory_and_no_spills() -> None:
+    every = {"fold.cu": source(*((n, f"code();  {COMMENT}") for n in range(1, 31)))}
+    assert judged(planted("LDC R1", "LDL R1"), every) != []
+    assert judged(SASS, every, ptxas.Resources(40, 0, spilled=24)) != []
+
+
+def test_the_kernels_excuses_have_reasons() -> None:
+    found = toolchain.all_excuses()
+    assert found
+    for excuse in found:
+        assert len(excuse.reason) > 20, excuse
 
 
 def test_a_kernel_that_several_head_dims_have_counts_once() -> None:
@@ -192,16 +254,27 @@ def test_the_report_is_whole_tables_with_every_figure() -> None:
     (kernel,) = sass.parse(SASS)
     units = [Unit(Path("fold.cu"), arch, [kernel], {KERNEL: CLEAN}) for arch in ("80", "90a")]
     rows = [(step(B=B), 100, 128, Occupancy(blocks=5, warps=20, most_warps=64)) for B in (1, 8)]
-    text = report.write(units, ("80", "90a"), set(gates.EXCEPTIONS), rows)
+    excuses = [gates.Excuse("fold.cu", line, "as it is wanted") for line in (20, 21)]
+    used = {excuse: {"fold_kernel"} for excuse in excuses}
+    text = report.write(units, ("80", "90a"), (64, 128), used, rows)
     for table in text.split("\n\n"):
         lines = [line.replace("\\|", "") for line in table.split("\n") if line.startswith("| ")]
         assert len({line.count("|") for line in lines}) <= 1, table
-    for one in gates.EXCEPTIONS:
-        assert one.reason in text
+    assert text.count("| `fold_kernel` | fold.cu | as it is wanted |") == 1
+    assert "for sm_80, sm_90a and head dims 64, 128:" in text
     assert "| `fold_kernel` | 1 | 40 | 40 | 128 |" in text
     assert "| 7x8x2 | 7 | 128 | 100 | 128 | 5 | 20/64 |" in text
     total = decode_bytes(step(B=8)).total
     assert f"| {total / 1e6:.3f} | {total / 3.0e12 * 1e6:.2f} |" in text
+
+
+def test_a_page_without_its_models_head_dim_is_refused_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LESS_CUDA_HEAD_DIMS", "64 96")
+    with pytest.raises(SystemExit):
+        main(["--write"])
+    assert "must have 128, the page's models'; got [64, 96]" in capsys.readouterr().err
 
 
 def test_the_page_has_every_op_that_is_launched() -> None:

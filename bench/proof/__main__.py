@@ -11,16 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from bench.native import ROOT
 
 from . import report
-from .gates import EXCEPTIONS, Narrow, judge
+from .gates import Excuse, judge
 from .launches import Launch, Occupancy, all_launches, occupancy
 from .toolchain import (
     ProofError,
     Unit,
+    all_excuses,
+    all_head_dims,
     compile_unit,
     demangle,
+    excuse_of,
     head_dims,
     jobs,
-    source_of,
     sources,
     work,
 )
@@ -40,14 +42,14 @@ def distinct(units: Sequence[Unit]) -> None:
         seen.update((unit.arch, one.name) for one in unit.kernels)
 
 
-def judge_all(units: Sequence[Unit], used: set[Narrow]) -> list[str]:
-    """What is wrong, a line each; exceptions that excused something go into `used`."""
+def judge_all(units: Sequence[Unit], used: dict[Excuse, set[str]]) -> list[str]:
+    """What is wrong, a line each; `used` as in `judge`."""
     wrong = []
     for unit in units:
         for kernel in unit.kernels:
             name = demangle(kernel.name)
             resources = unit.resources[kernel.name]
-            found = judge(kernel, resources, name, source_of, EXCEPTIONS, used)
+            found = judge(kernel, resources, name, excuse_of, used)
             wrong += [f"sm_{unit.arch} {name}: {what}" for what in found]
     return wrong
 
@@ -82,29 +84,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--only", metavar="FILE", help="a single file of csrc/cuda, by its stem")
     parser.add_argument(
-        "--write", action="store_true", help="docs/kernels.md for these architectures, if not all"
+        "--write",
+        action="store_true",
+        help="docs/kernels.md for these architectures and head dims, if not all",
     )
     args = parser.parse_args(argv)
+    dims = sorted(head_dims() or all_head_dims())
     if args.write and "90a" not in args.arch:
         parser.error("--write: the page tells of launches on sm_90a; --arch must have 90a")
+    if args.write and 128 not in dims:
+        parser.error(f"--write: LESS_CUDA_HEAD_DIMS must have 128, the page's models'; got {dims}")
     files = [path for path in sources() if args.only in (None, path.stem)]
     with ThreadPoolExecutor(jobs()) as pool:
         units = list(pool.map(lambda one: compile_unit(*one), work(files, args.arch)))
     distinct(units)
-    used: set[Narrow] = set()
+    used: dict[Excuse, set[str]] = {}
     wrong = judge_all(units, used)
-    whole = args.only is None and not head_dims()
-    everything = whole and set(args.arch) == set(ARCHS)
-    if args.only is None:
+    whole = args.only is None
+    everything = whole and dims == sorted(all_head_dims()) and set(args.arch) == set(ARCHS)
+    if whole:
         wrong += missing_kernels()
     if everything:
         wrong += [
-            f"an exception that excuses nothing: {one}" for one in EXCEPTIONS if one not in used
+            f"{one.file}:{one.line}: its comment excuses nothing"
+            for one in sorted(all_excuses() - set(used), key=lambda one: (one.file, one.line))
         ]
     kernels = sum(len(unit.kernels) for unit in units)
     print(f"proof: {kernels} kernels in {len(files)} files for sm_{', sm_'.join(args.arch)}")
     if (everything or (whole and args.write)) and not wrong:
-        DOCS.write_text(report.write(units, args.arch, used, with_occupancy(units)))
+        DOCS.write_text(report.write(units, args.arch, dims, used, with_occupancy(units)))
         print(f"proof: wrote {DOCS.relative_to(ROOT)}")
     if wrong:
         print("proof: GATES THAT DO NOT HOLD:", *wrong, sep="\n  ")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 
-from .gates import EXCEPTIONS, Narrow
+from .gates import Excuse
 from .launches import Launch, Occupancy
 from .roofline import LATENCY, MACHINES, decode_bytes, in_flight
 from .toolchain import Unit, cuda_toolkit, demangle
@@ -19,11 +19,12 @@ figure below was measured on one.
 
 ## Gates
 
-Of every kernel, for {archs}: no spilled register, no stack, no local memory, no generic load or
-store; in every main loop (one without a loop inside), accesses of global memory of 16 bytes (or
-bulk copies), but for these:
+Of every kernel, for {archs} and head dims {head_dims}:
+no spilled register, no stack, no local memory, no generic load or store; in every main loop (one
+without a loop inside), accesses of global memory of 16 bytes (or bulk copies), but for lines that
+a comment in the source excuses (`// narrow: <why>`):
 
-{exceptions}
+{excuses}
 
 ## Registers
 
@@ -133,16 +134,22 @@ def _flight(rows: Sequence[tuple[Launch, int, int, Occupancy]]) -> str:
                  lines)  # fmt: skip
 
 
-def _exceptions(used: set[Narrow]) -> str:
-    rows = [[f"`{one.kernel}`", f"`{one.source}`" if one.source else "any", one.reason]
-            for one in EXCEPTIONS if one in used]  # fmt: skip
-    return table(["kernel", "line of source", "why"], rows) if rows else "none."
+def _excuses(used: Mapping[Excuse, Collection[str]]) -> str:
+    of_reason: dict[str, tuple[set[str], set[str]]] = {}
+    for excuse, kernels in used.items():
+        names, files = of_reason.setdefault(excuse.reason, (set(), set()))
+        names.update(f"`{name}`" for name in kernels)
+        files.add(excuse.file)
+    rows = [[", ".join(sorted(names)), ", ".join(sorted(files)), reason]
+            for reason, (names, files) in of_reason.items()]  # fmt: skip
+    return table(["kernels", "lines in", "why"], sorted(rows)) if rows else "none."
 
 
 def write(
     units: Sequence[Unit],
     archs: Sequence[str],
-    used: set[Narrow],
+    head_dims: Sequence[int],
+    used: Mapping[Excuse, Collection[str]],
     launches: Sequence[tuple[Launch, int, int, Occupancy]],
 ) -> str:
     """The text of docs/kernels.md.
@@ -150,7 +157,8 @@ def write(
     Args:
         units: All that was compiled.
         archs: For which architectures.
-        used: The exceptions that were needed.
+        head_dims: For which head dims.
+        used: The excuses that were needed, and for which kernels.
         launches: On sm_90a: with registers, static shared memory, and what an SM holds.
     """
     steps = [row for row in launches if row[0].op == "decode_step"]
@@ -161,7 +169,8 @@ def write(
     return HEAD.format(
         version=".".join(map(str, cuda_toolkit.require().version)),
         archs=", ".join(f"sm_{arch}" for arch in archs),
-        exceptions=_exceptions(used),
+        head_dims=", ".join(map(str, head_dims)),
+        excuses=_excuses(used),
         registers=_registers(units, archs),
         launches=_launches(launches),
         bandwidths=" and ".join(f"{m.bandwidth / 1e12:.1f} TB/s ({m.name})" for m in MACHINES),

@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.native import ROOT
 
 from . import ptxas, sass
+from .gates import Excuse, excuses, short_name
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -197,13 +198,18 @@ def demangle(name: str) -> str:
     return re.sub(r"\((?:int|bool|long|unsigned int)\)", "", "".join(out))
 
 
+def excuse_of(line: sass.Line) -> Excuse | None:
+    """The excuse of a line of source; None where it has none, or the file is not there."""
+    return _excuses(line[0]).get(line[1])
+
+
+def all_excuses() -> set[Excuse]:
+    """Those of all files of csrc/cuda."""
+    files = [path for path in CUDA.rglob("*") if path.suffix in (".cu", ".h")]
+    return {excuse for path in files for excuse in _excuses(str(path)).values()}
+
+
 @cache
-def _lines(file: str) -> list[str]:
+def _excuses(file: str) -> dict[int, Excuse]:
     path = Path(file)
-    return path.read_text().split("\n") if path.is_file() else []
-
-
-def source_of(line: sass.Line) -> str:
-    """The text of a line of source; nothing where the file is not there."""
-    lines = _lines(line[0])
-    return lines[line[1] - 1] if 0 < line[1] <= len(lines) else ""
+    return excuses(short_name(file), path.read_text()) if path.is_file() else {}

@@ -44,6 +44,7 @@ LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* coun
       if (w < warp) before += of_pass[w];
       kept += of_pass[w];
     }
+    // narrow: a lane a key, side by side
     if (i < n) store(list + (mine ? before : n - 1 - (i - before)), int32_t(i));
   }
   if (thread == 0) store(count, int32_t(kept));
@@ -59,12 +60,14 @@ __global__ void __launch_bounds__(kListThreads)
         memory == nullptr ? nullptr : head(p.layout, memory, h).slots.position;
     const int own = memory == nullptr ? 0 : p.layout.slots[h];
     partition(
+        // narrow: a lane a slot, side by side
         int(S), [=](int s) { return s < own && position[s] >= 0; }, lists.slot + x * S,
         lists.slots + x);
   } else {
     const int64_t b = x - rows;
     const bool* valid = p.valid + b * p.T;
     partition(
+        // narrow: a lane a token, side by side
         int(p.T), [valid](int t) { return valid[t]; }, lists.token + b * p.T, lists.tokens + b);
   }
 }

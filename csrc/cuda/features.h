@@ -48,12 +48,14 @@ LESS_DEVICE float clamped(float x) {
 
 // Feature r of a head before the mix: all of it, but for the paper's psi, where it is h_r.
 LESS_DEVICE float feature(const FeatureMaps& m, int64_t head, int r, float y) {
+  // narrow: a lane a feature, side by side
   if (m.w2_scale != nullptr) y *= m.w2_scale[head * m.R + r];
   if (m.kind == MapKind::exp) {
-    if (m.bias != nullptr) y += m.bias[head * m.R + r];
+    if (m.bias != nullptr) y += m.bias[head * m.R + r];  // narrow: a lane a feature, side by side
     return exp_clamped(clamped(y));
   }
   y = gelu(y);
+  // narrow: a lane a feature, side by side
   return m.mix == nullptr ? fabsf(y) : fabsf(m.scale[head * m.R + r]) * y;
 }
 
@@ -62,7 +64,9 @@ LESS_DEVICE float mixed_feature(const FeatureMaps& m, int64_t head, int r, const
   const float* A = m.mix + head * m.R * m.R + r;
   float sum = 0.0f;
 #pragma unroll 4
+  // narrow: a lane a feature, side by side
   for (int q = 0; q < m.R; ++q) sum = fmaf(h[q], A[q * m.R], sum);
+  // narrow: a lane a feature, side by side
   return fabsf(fmaf(sum, m.mix_scale[head * m.R + r], h[r]));
 }
 

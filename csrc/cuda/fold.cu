@@ -19,7 +19,7 @@ constexpr int kFoldThreads = 256;
 template <int kN>
 LESS_DEVICE void load_columns(const float* h, float (&x)[kN]) {
   if constexpr (kN == 1) {
-    x[0] = *h;
+    x[0] = *h;  // narrow: rows of no whole number of 16 bytes, element by element
   } else {
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
@@ -35,7 +35,7 @@ LESS_DEVICE void load_columns(const float* h, float (&x)[kN]) {
 template <int kN>
 LESS_DEVICE void store_columns(float* h, const float (&x)[kN]) {
   if constexpr (kN == 1) {
-    store(h, x[0]);
+    store(h, x[0]);  // narrow: rows of no whole number of 16 bytes, element by element
   } else {
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
@@ -65,12 +65,14 @@ __global__ void __launch_bounds__(kFoldThreads, 2) fold_kernel(FoldParams p) {
     for (int r = 0; r < kFoldRows; ++r) {
       if (r >= rows) break;
       load_columns<kN>(H + r * p.D + column, h[r]);
+      // narrow: a number of a feature, by one lane
       mass[r] = column == 0 ? z[r] : 0.0f;  // the writer alone reads
     }
     for (int64_t n = 0; n < p.N; ++n) {
-      if (keep != nullptr && !keep[n]) continue;
+      if (keep != nullptr && !keep[n]) continue;  // narrow: the same number for all lanes
       float x[kN];
       if constexpr (kN == 1) {
+        // narrow: rows of no whole number of 16 bytes, element by element
         x[0] = widened(v[n * p.D + column]);
       } else {
         widen16<T>(load16_nc(v + n * p.D + column), x);
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2) fold_kernel(FoldParams p) {
 #pragma unroll
       for (int r = 0; r < kFoldRows; ++r) {
         if (r >= rows) break;
-        const float weight = psi[n * p.R + r];
+        const float weight = psi[n * p.R + r];  // narrow: the same number for all lanes
         mass[r] += weight;
 #pragma unroll
         for (int i = 0; i < kN; ++i) h[r][i] = fmaf(weight, x[i], h[r][i]);
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2) fold_kernel(FoldParams p) {
     for (int r = 0; r < kFoldRows; ++r) {
       if (r >= rows) break;
       store_columns<kN>(H + r * p.D + column, h[r]);
-      if (column == 0) store(z + r, mass[r]);
+      if (column == 0) store(z + r, mass[r]);  // narrow: a number of a feature, by one lane
     }
   }
 }

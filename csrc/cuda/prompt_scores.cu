@@ -46,7 +46,7 @@ LESS_DEVICE float fade_of(float log_decay, int x) { return x == 0 ? 0.0f : float
 LESS_DEVICE float shift_of(const ChunkAttentionParams& p, const KeyLists& lists, const KvHead& head,
                            const float* lse, float log_decay, int m) {
   if (m >= head.tokens * head.G) return kInfinity;
-  const float mass = lse[head.query_at(p, lists, m)];
+  const float mass = lse[head.query_at(p, lists, m)];  // narrow: a lane a query, side by side
   if (mass == -kInfinity) return kInfinity;
   return mass * kLog2E - fade_of(log_decay, head.tokens - 1 - m / head.G);
 }
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
 
   const auto key = [&](int r) -> int64_t {
     const int n = first + r;
+    // narrow: a number of a row, whose lanes read it
     return n >= from.count ? -1 : from.index == nullptr ? n : from.index[n];
   };
   const auto key_row = [&](int r) -> int64_t {
@@ -136,7 +137,9 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
       const int n = row + lane / 4 + 8 * i;
       const int64_t at = key(n);
       scale[i] = logit.scale;
+      // narrow: a number of a key, the same for four lanes
       if (Scheme::kScaled && at >= 0 && from.k_scale != nullptr) scale[i] *= from.k_scale[at];
+      // narrow: a number of a key, the same for four lanes
       weight[i] = at >= 0 && from.weight != nullptr ? from.weight[at] * kLog2E : 0.0f;
       sees[i] = slots ? 0 : (first + n) * head.G;
     }
@@ -189,9 +192,10 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
     float score = sum_of_quad(sum[i]);
     const int n = first + row + lane / 4 + 8 * i;
     if (lane % 4 != 0 || n >= all) continue;
-    const int at = from.index == nullptr ? n : from.index[n];
+    const int at = from.index == nullptr ? n : from.index[n];  // narrow: a lane a key, side by side
     if (n >= from.count) score = 0.0f;
     if (slots && n < from.count) {
+      // narrow: a lane a key, side by side
       score = fmaf(less::head(p.layout, head.page, head.h).slots.score[at], kept, score);
     }
     store(to + at, score);

@@ -18,7 +18,7 @@ LESS_HD int64_t rows_of(const QuantizeParams& p) { return p.B * p.heads * p.T; }
 template <typename T, int kN>
 LESS_DEVICE void load_piece(const T* x, float (&piece)[kN]) {
   if constexpr (kN == 1) {
-    piece[0] = widened(*x);
+    piece[0] = widened(*x);  // narrow: rows of no whole number of 16 bytes, element by element
   } else {
     widen16<T>(load16(x), piece);
   }
@@ -33,11 +33,12 @@ LESS_DEVICE void store_piece(Eight* out, const float (&piece)[kN], float scale, 
     word[i / 4] |= uint32_t(bits_of<uint8_t>(eight)) << (8 * (i % 4));
   }
   if constexpr (kN == 1) {
+    // narrow: rows of no whole number of 16 bytes, element by element
     store(reinterpret_cast<uint8_t*>(out), uint8_t(word[0]));
   } else if constexpr (kN == 4) {
-    store(reinterpret_cast<uint32_t*>(out), word[0]);
+    store(reinterpret_cast<uint32_t*>(out), word[0]);  // narrow: 16 bytes that were read become 4
   } else {
-    store8(out, make_uint2(word[0], word[1]));
+    store8(out, make_uint2(word[0], word[1]));  // narrow: 16 bytes that were read become 8
   }
 }
 

@@ -89,6 +89,7 @@ struct KvHead {
   }
 
   LESS_DEVICE int token(const ChunkAttentionParams& p, const KeyLists& lists, int i) const {
+    // narrow: a number of a query, whose lanes read its row
     return lists.token == nullptr ? i : lists.token[b * p.T + i];
   }
 
@@ -327,8 +328,10 @@ LESS_DEVICE void split_rows(const void* x, DType dtype, int64_t D, const At& at,
       float v[4] = {};
       if (from >= 0 && d < D) {
         if (has_scale(dtype)) {
+          // narrow: four elements a lane, 16 bytes where they are float32
           four_bytes(static_cast<const uint32_t*>(x)[(from + d) / 4], dtype, v);
         } else {
+          // narrow: four elements a lane, 16 bytes where they are float32
           load_four(x, dtype, from + d, v);
         }
       }

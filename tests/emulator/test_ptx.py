@@ -431,6 +431,15 @@ def test_a_wrappers_lines_are_reported_as_those_that_called_it() -> None:
     assert "device.h" not in text
 
 
+def test_a_kernels_lines_are_named_by_their_path_below_csrc_cuda() -> None:
+    body = """
+        .file 1 "/x/csrc/cuda/decode_step/mma.h"
+        .loc 1 20 5
+        ld.global.u32 %a1, [%in];"""
+    text = ptx2cpp.translate(module(entry("named", ARRAYS, body)))
+    assert text.count('{"decode_step/mma.h", 20}') == 1
+
+
 def test_the_command_reports_what_it_cannot_translate(tmp_path: Path) -> None:
     source = tmp_path / "wrong.ptx"
     source.write_text(module(entry("wrong", ARRAYS, "frobnicate.u32 %a1;")))

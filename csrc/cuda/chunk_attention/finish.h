@@ -74,13 +74,14 @@ class Meeting {
     sums = Running<kColumns>();
 #pragma unroll 1
     for (int split = 0; split < splits_.count; ++split) {
-      const uint2 top = load8(part_rest(split));
+      const uint2 top = load8(part_rest(split));  // narrow: two numbers of a lane, side by side
       sums.top[0] = fmaxf(sums.top[0], __uint_as_float(top.x));
       sums.top[1] = fmaxf(sums.top[1], __uint_as_float(top.y));
     }
 #pragma unroll 1
     for (int split = 0; split < splits_.count; ++split) {
       const float* const at = part(split);
+      // narrow: two numbers of a lane, side by side
       const uint2 top = load8(part_rest(split)), total = load8(part_rest(split) + 32 * 2);
       const float x[2] = {__uint_as_float(top.x), __uint_as_float(top.y)};
       const float sum[2] = {__uint_as_float(total.x), __uint_as_float(total.y)};
@@ -199,6 +200,7 @@ class Finish {
       const int m = (begin + x % tokens) * head_.G + x / tokens, row = m - first_;
       if (row < 0 || row >= Shape::kRows) continue;
       if (m >= p_.T * head_.G) continue;
+      // narrow: a lane a query, side by side
       store(to + head_.query_at(p_, lists_, m), from[number_at(row)]);
     }
   }
@@ -216,7 +218,9 @@ class Finish {
       const int rows = min(kStateRows, p_.layout.R - first);
 #pragma unroll 1
       for (int r = lane_ % 4; r < rows; r += 4) {
+        // narrow: a number of a feature, the same for eight lanes
         mass[0] = fmaf(phi[phi_at(row_, r)], z[first + r], mass[0]);
+        // narrow: a number of a feature, the same for eight lanes
         mass[1] = fmaf(phi[phi_at(row_ + 8, r)], z[first + r], mass[1]);
       }
     }
@@ -263,6 +267,7 @@ class Finish {
       const int row = x / kStateRows, r = x % kStateRows, m = first_ + row;
       if (r >= rows) continue;
       phi[phi_at(row, r)] = m < head_.tokens * head_.G
+                                // narrow: R features of a query, R any number, side by side
                                 ? p_.phi_q[head_.query_at(p_, lists_, m) * p_.layout.R + first + r]
                                 : 0.0f;
     }

@@ -83,9 +83,12 @@ class Stream {
     factors_ = {-kInfinity, 1.0f, 1.0f};
     const int64_t at = row(int(threadIdx.x));
     if (at < 0) return;
+    // narrow: a lane a slot, side by side
     factors_.weight = from_.weight == nullptr ? 0.0f : from_.weight[at] * kLog2E;
     if constexpr (Scheme::kScaled) {
+      // narrow: a lane a slot, side by side
       if (from_.k_scale != nullptr) factors_.k = from_.k_scale[at];
+      // narrow: a lane a slot, side by side
       if (from_.v_scale != nullptr) factors_.v = from_.v_scale[at];
     }
   }
@@ -120,6 +123,7 @@ class Stream {
  private:
   LESS_DEVICE int64_t row(int r) const {
     const int n = first_ + r;
+    // narrow: a number of a row, whose lanes read it
     return n >= from_.count ? -1 : from_.index == nullptr ? n : from_.index[n];
   }
   // Elements from the first row to row r of the tile; < 0: there is none.

@@ -64,6 +64,7 @@ LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, c
   for (int i = threadIdx.x; i < kFoldTile * pieces; i += kFoldThreads) {
     const int token = i / pieces, c = i - token * pieces;
     const bool there = first + token < end;
+    // narrow: a number of a token, whose lanes read its row
     const int source = there ? list[first + token] : 0;
     const V* values = source < S ? static_cast<const V*>(kept.v) + int64_t{source} * D
                                  : static_cast<const V*>(p.call.v.data) +
@@ -74,9 +75,11 @@ LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, c
   if constexpr (sizeof(V) == 1) {
     if (threadIdx.x < kFoldTile) {
       const bool there = first + int(threadIdx.x) < end;
+      // narrow: a lane a token, side by side
       const int source = there ? list[first + int(threadIdx.x)] : 0;
       const float* scale =
           source < S ? kept.v_scale + source : p.call.v_scale + at.row * p.T + (source - S);
+      // narrow: a lane a token, side by side
       s.scale[buffer * kFoldTile + threadIdx.x] = there ? *scale : 0.0f;
     }
   }
@@ -91,6 +94,7 @@ LESS_DEVICE void stage_tile(const CompactParams& p, const CompactWorkspace& w, c
   } else {
     for (int i = threadIdx.x; i < kFoldTile * s.rows; i += kFoldThreads) {
       const int token = i / s.rows, r = i % s.rows;
+      // narrow: R features of a token, R any number, side by side
       to[i] = first + token < end && r < R ? psi[token * R + r] : 0.0f;
     }
   }
@@ -213,6 +217,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   if (blockIdx.y == 0 && int(threadIdx.x) < R) {
     float sum = 0.0f;
     for (int64_t strip = 0; strip < strips; ++strip) {
+      // narrow: a lane a feature, side by side
       sum += part[strip * w.part_size + R * D + threadIdx.x];
     }
     float* z = state.z + threadIdx.x;

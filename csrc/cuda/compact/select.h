@@ -111,11 +111,13 @@ struct Candidates {
 
   LESS_DEVICE int64_t count() const { return (S + T + 3) / 4 * 4; }
 
+  // narrow: a lane a token, side by side
   LESS_DEVICE bool there(int64_t t) const { return t < T && (valid == nullptr || valid[t]); }
 
   // Of those who rank alike the older leaves first. The call's tokens are younger than the slots',
   // and in order.
   LESS_DEVICE uint32_t age_key(int64_t i) const {
+    // narrow: a lane a slot, side by side
     return uint32_t(i < S ? int64_t{position[i]} : seen + i - S) + 1u;
   }
 };
@@ -133,14 +135,16 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
   const int64_t after = c.seen + tokens;
   int held = 0, total;
   for (int64_t s = threadIdx.x; s < c.S; s += kSelectThreads) {
-    const int32_t position = c.position[s];
+    const int32_t position = c.position[s];  // narrow: a lane a slot, side by side
     uint32_t key = 0;
     if (position >= 0) {
+      // narrow: a lane a slot, side by side
       key = key_of(c.slot_rank != nullptr ? c.slot_rank[s]
+                                          // narrow: a lane a slot, side by side
                                           : rank_of(rule, after, position, c.slot_score[s]));
       ++held;
     }
-    store(c.key + s, key);
+    store(c.key + s, key);  // narrow: a lane a slot, side by side
   }
   int64_t position = c.seen;
   for (int64_t t0 = 0; t0 < c.count() - c.S; t0 += kSelectThreads) {
@@ -150,10 +154,11 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     uint32_t key = 0;
     if (there) {
       key = key_of(c.token_rank != nullptr
-                       ? c.token_rank[t]
+                       ? c.token_rank[t]  // narrow: a lane a token, side by side
+                       // narrow: a lane a token, side by side
                        : rank_of(rule, after, int32_t(position + before), c.token_score[t]));
     }
-    if (t < c.count() - c.S) store(c.key + c.S + t, key);
+    if (t < c.count() - c.S) store(c.key + c.S + t, key);  // narrow: a lane a token, side by side
     position += total;
   }
   block_prefix(held, sums, total);
@@ -181,7 +186,7 @@ LESS_DEVICE Leavers find_leavers(const Candidates& c, const SelectShared& s, int
 }
 
 LESS_DEVICE bool leaves(const Candidates& c, const Leavers& who, int64_t i) {
-  const uint32_t key = c.key[i];
+  const uint32_t key = c.key[i];  // narrow: a lane a candidate, side by side
   return key != 0 && (key < who.rank || (key == who.rank && c.age_key(i) <= who.age));
 }
 
@@ -224,12 +229,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   for (int64_t s0 = 0; s0 < S; s0 += kSelectThreads) {
     const int64_t s = s0 + threadIdx.x;
     const bool gone = s < S && leaves(c, who, s);
-    const bool open = s < S && (gone || c.key[s] == 0);
+    const bool open = s < S && (gone || c.key[s] == 0);  // narrow: a lane a slot, side by side
     const int before = block_prefix(int(gone) | int(open) << 16, sums, total);
     const int place = listed + (before & 0xffff);
-    if (gone && place < T) store(list + place, int32_t(s));
+    if (gone && place < T) store(list + place, int32_t(s));  // narrow: a lane a slot, side by side
+    // narrow: a lane a slot, side by side
     if (open) store(free + freed + (before >> 16), int32_t(s));
-    if (s < S) store(take + s, open ? kEmpty : kStays);
+    if (s < S) store(take + s, open ? kEmpty : kStays);  // narrow: a lane a slot, side by side
     listed += total & 0xffff;
     freed += total >> 16;
   }
@@ -244,11 +250,12 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     const int before = block_prefix(int(gone) | int(there) << 16, sums, total);
     const int gone_before = before & 0xffff, there_before = before >> 16;
     const int place = gone ? listed + gone_before : taken + there_before - gone_before;
+    // narrow: a lane a token, side by side
     if (gone && place < T) store(list + place, int32_t(S + t));
     if (there && !gone && place < freed) {
-      const int32_t slot = free[place];
-      store(take + slot, int32_t(t));
-      store(position + slot, int32_t(next + there_before));
+      const int32_t slot = free[place];                      // narrow: a lane a token, side by side
+      store(take + slot, int32_t(t));                        // narrow: a lane a token, side by side
+      store(position + slot, int32_t(next + there_before));  // narrow: a lane a token, side by side
     }
     listed += total & 0xffff;
     taken += (total >> 16) - (total & 0xffff);

@@ -64,12 +64,14 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
   for (int i = t; i < plan.per; i += kDecodeThreads) {
     const bool in = i < n;
     const int slot = first + i;
+    // narrow: a lane a slot, side by side
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
-    s.weight()[i] = in ? of.weight[slot] : 0.0f;
-    s.score()[i] = in ? of.score[slot] : 0.0f;
+    s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    s.score()[i] = in ? of.score[slot] : 0.0f;    // narrow: a lane a slot, side by side
     if constexpr (kScaled) {
-      s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;
+      s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;  // narrow: a lane a slot, side by side
+      // narrow: a lane a slot, side by side
       s.v_scale()[i] = position >= 0 ? of.v_scale[slot] : 0.0f;
     }
   }
@@ -93,6 +95,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries() {
 #pragma unroll 1
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
     float four[4];
+    // narrow: four 16-bit elements a lane, of the one token
     load_four(p.q.data, p.q.dtype, query(p.q, i / kD) + i % kD, four);
     store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
@@ -118,6 +121,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
 #pragma unroll 1
     for (int d = lane * 4; d < kD; d += 128) {
       float four[4];
+      // narrow: four 16-bit elements a lane, of the one token
       load_four(p.q.data, p.q.dtype, query(p.q, g) + d, four);
       store16_shared(s.q() + g * kD + d,
                      bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
@@ -147,6 +151,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float
 #pragma unroll 1
     for (int d = lane * 4; d < kD; d += 128) {
       float four[4];
+      // narrow: four 16-bit elements a lane, of the one token
       load_four(x.data, x.dtype, from + d, four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
@@ -158,6 +163,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float
 #pragma unroll 1
   for (int d = lane * 4; d < kD; d += 128) {
     float four[4];
+    // narrow: four 16-bit elements a lane, of the one token
     load_four(x.data, x.dtype, from + d, four);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -65,6 +65,7 @@ LESS_DEVICE float map_element(DType dtype, const unsigned char* shared, int i) {
 LESS_DEVICE void copy_bytes(unsigned char* shared, const unsigned char* global, int count,
                             int valid) {
 #pragma unroll 1
+  // narrow: weights of no whole number of 16 bytes, byte by byte
   for (int i = threadIdx.x; i < count; i += kDecodeThreads) shared[i] = i < valid ? global[i] : 0;
 }
 
@@ -73,6 +74,7 @@ LESS_DEVICE uint4 load_bytes(const unsigned char* global, int valid) {
   uint4 w = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
   for (int i = min(valid, 16) - 1; i >= 0; --i) {
+    // narrow: weights of no whole number of 16 bytes, byte by byte
     const uint32_t byte = global[i];
     const uint32_t bits = byte << (i % 4 * 8);
     if (i < 4) {
@@ -173,6 +175,7 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
       float sum = s.sums[t];
 #pragma unroll
       for (int w = 1; w < kDecodeWarps; ++w) sum += s.sums[w * kDecodeMapColumns + t];
+      // narrow: a lane a hidden column, side by side
       if (e < E && m.w1_scale != nullptr) sum *= m.w1_scale[(first + g) * E + e];
       s.hidden[t] = e < E ? gelu(sum) : 0.0f;
     }

@@ -54,6 +54,7 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
 template <typename Case>
 LESS_DEVICE float DecodeBlock<Case>::part_float(int of, int i) const {
   if (plan.cluster) return load_cluster(s.part() + i, of);
+  // narrow: a lane a number of a part, side by side
   return alone() ? s.part()[i] : plan.parts[(row * plan.splits + of) * plan.part + i];
 }
 
@@ -95,6 +96,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     }
     const float* const z = state().z;
 #pragma unroll 1
+    // narrow: the same number for all lanes
     for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], z[r], low);
     const float inverse = 1.0f / total;
     float kept = inverse;
@@ -144,6 +146,7 @@ LESS_DEVICE void DecodeBlock<Case>::write_out() {
       four[2] = fmaf(factor, h.z, four[2]);
       four[3] = fmaf(factor, h.w, four[3]);
     }
+    // narrow: four 16-bit elements a lane, of the one token
     store_four(p.out.data, p.out.dtype, query(p.out, g) + column + c, four);
   }
   if (R > 0 && rank == 0 && t == 0) {

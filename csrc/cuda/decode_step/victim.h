@@ -30,18 +30,21 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
 #pragma unroll 1
   for (int slot = begin + t; slot < end; slot += kDecodeThreads) {
     const int of = own ? split : slot / plan.per, i = slot - of * plan.per;
+    // narrow: a lane a slot, side by side
     const int32_t position = own ? s.position()[i] : of_head.position[slot];
+    // narrow: a lane a slot, side by side
     float score = own ? s.score()[i] : of_head.score[slot];
     if (p.spec.scores) {
       const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
       float received = 0.0f;
 #pragma unroll 1
       for (int g = 0; g < G; ++g) {
+        // narrow: a lane a slot, side by side
         const float mass = own ? s.mass()[g * stride + i] : masses[g * plan.per];
         received = fmaf(mass, s.sum()[of * G + g], received);
       }
       score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
-      store(of_head.score + slot, score);
+      store(of_head.score + slot, score);  // narrow: a lane a slot, side by side
     }
     const DecodeCandidate here = candidate(slot, position, score);
     if (here.below(best)) best = here;
@@ -94,17 +97,19 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
   const int64_t slot = victim.slot;
   float k_scale = 1.0f, v_scale = 1.0f;
   if constexpr (kScaled) {
-    k_scale = kept ? of.k_scale[slot] : s.token()[0];
-    v_scale = kept ? of.v_scale[slot] : s.token()[1];
+    k_scale = kept ? of.k_scale[slot] : s.token()[0];  // narrow: the same number for all lanes
+    v_scale = kept ? of.v_scale[slot] : s.token()[1];  // narrow: the same number for all lanes
   }
   const T* const keys = static_cast<const T*>(of.k) + slot * kD;
   const T* const values = static_cast<const T*>(of.v) + slot * kD + column;
 #pragma unroll 1
   for (int d = t; d < kD; d += kDecodeThreads) {
+    // narrow: a lane an element of the one row that leaves
     s.victim_key()[d] = (kept ? widened(keys[d]) : s.key()[d]) * k_scale;
   }
 #pragma unroll 1
   for (int c = t; c < width; c += kDecodeThreads) {
+    // narrow: a lane an element of the one row that leaves
     s.victim_value()[c] = (kept ? widened(values[c]) : s.value()[column + c]) * v_scale;
   }
   __syncthreads();
@@ -153,6 +158,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     h.w = fmaf(psi[r], v.w, h.w);
     store16(to.H + r * kD + column + c, bits_of<uint4>(h));
   }
+  // narrow: a lane a feature, side by side
   if (rank == 0 && t < R) store(to.z + t, to.z[t] + psi[t]);
 }
 

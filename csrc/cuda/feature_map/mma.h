@@ -170,6 +170,7 @@ LESS_DEVICE void stage_matrix(const W* from, int64_t from_row, int rows, int val
   for (int i = threadIdx.x; i < rows * kWidth; i += kMapThreads) {
     const int row = i / kWidth, c = i % kWidth;
     reinterpret_cast<W*>(to + row * to_row)[c] =
+        // narrow: weights of no whole number of 16 bytes, element by element
         c < valid ? from[row * from_row + c] : narrowed<W>(0.0f);
   }
 }
@@ -185,6 +186,7 @@ LESS_DEVICE void stage_run(const W* from, int count, bool aligned, unsigned char
     return;
   }
 #pragma unroll 1
+  // narrow: weights of no whole number of 16 bytes, element by element
   for (int i = threadIdx.x; i < count; i += kMapThreads) reinterpret_cast<W*>(to)[i] = from[i];
 }
 
@@ -292,6 +294,7 @@ LESS_DEVICE void project(const Shared& s, const FeatureMaps& m, int64_t head, in
     for (int tile = 0; tile < 2; ++tile) {
       for (int i = 0; i < 2; ++i) {
         const int column = e + warp * 16 + tile * 8 + lane % 4 * 2 + i;
+        // narrow: a lane a hidden column, side by side
         column_scale[tile][i] = column < m.E ? m.w1_scale[head * m.E + column] : 0.0f;
       }
     }
@@ -336,6 +339,7 @@ LESS_DEVICE void finish_rows(const FeatureMaps& m, int64_t head, float* y, const
     for (int part = 1; part < kParts; ++part) sum += at[part * kRows * kYRow];
     sum = feature(m, head, r, sum);
     if (m.mix == nullptr) {
+      // narrow: R features of a token, R any number, side by side
       store(out + output[row] * R + r, sum);
     } else {
       at[0] = sum;
@@ -345,6 +349,7 @@ LESS_DEVICE void finish_rows(const FeatureMaps& m, int64_t head, float* y, const
   __syncthreads();
   for (int i = threadIdx.x; i < count * R; i += kMapThreads) {
     const int row = i / R, r = i - row * R;
+    // narrow: R features of a token, R any number, side by side
     store(out + output[row] * R + r, mixed_feature(m, head, r, y + row * kYRow));
   }
 }
