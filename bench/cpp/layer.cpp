@@ -211,8 +211,7 @@ void Layer::advance() {
 DType Layer::token() const { return shape_.T == 1 ? shape_.model : shape_.slots; }
 
 HeadRows Layer::rows(void* data, DType dtype, int64_t heads) const {
-  const int64_t T = shape_.T, D = shape_.D;
-  return {.data = data, .dtype = dtype, .b = heads * T * D, .h = T * D, .t = D};
+  return contiguous_rows(data, dtype, heads, shape_.T, shape_.D);
 }
 
 LayerSpec Layer::spec(Victim victim) const {

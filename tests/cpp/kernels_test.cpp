@@ -144,24 +144,22 @@ void test_simd() {
 // -- rows of heads
 // ---------------------------------------------------------------------------------
 
-HeadRows contiguous(const void* data, DType dtype, int64_t heads, int64_t T, int64_t D) {
-  return {const_cast<void*>(data), dtype, heads * T * D, T * D, D};
-}
-
-// A copy of rows [B, heads, T, D]; tokens before heads, or after.
+// A copy of rows [B, heads, T, D]: contiguous, or tokens before heads with a gap of NaN behind
+// every row.
 struct Arranged {
   std::vector<char> bytes;
   HeadRows rows;
   int64_t B, heads, T, D;
 
   Arranged(DType dtype, int64_t B_, int64_t heads_, int64_t T_, int64_t D_, bool token_major)
-      : bytes(B_ * heads_ * T_ * D_ * bytes_of(dtype), char(0xff)),
-        rows(contiguous(bytes.data(), dtype, heads_, T_, D_)),
+      : bytes(B_ * heads_ * T_ * (D_ + kGap) * bytes_of(dtype), char(0xff)),
+        rows(contiguous_rows(bytes.data(), dtype, heads_, T_, D_)),
         B(B_),
         heads(heads_),
         T(T_),
         D(D_) {
-    if (token_major) rows = {bytes.data(), dtype, T * heads * D, D, heads * D};
+    const int64_t apart = D + kGap;
+    if (token_major) rows = {bytes.data(), dtype, T * heads * apart, apart, heads * apart};
   }
   Arranged(const std::vector<char>& from, DType dtype, int64_t B_, int64_t heads_, int64_t T_,
            int64_t D_, bool token_major)
@@ -170,9 +168,11 @@ struct Arranged {
   }
   Arranged(const Arranged&) = delete;
 
-  // Contiguous, tokens after heads.
+  static constexpr int64_t kGap = 5;
+
+  // Contiguous.
   std::vector<char> read() {
-    std::vector<char> to(bytes.size());
+    std::vector<char> to(B * heads * T * D * bytes_of(rows.dtype));
     each([&](char* row, int64_t i, int64_t n) { std::memcpy(to.data() + i * n, row, n); });
     return to;
   }
@@ -214,17 +214,19 @@ void test_fold(DType dtype) {
 }
 
 void test_quantize(DType dtype) {
-  const int64_t rows = 7, D = 43;
+  const int64_t B = 2, heads = 3, T = 4, rows = B * heads * T, D = 43;
   const Rows x(Random(3).normal(rows * D), dtype, D);
   std::vector<float> exact(x.wide.begin(), x.wide.end()), scale(rows);
   std::fill(exact.begin(), exact.begin() + (dtype == DType::f32 ? D : 0), 0.0f);
   const Rows input(exact, dtype, D), wanted(exact, DType::i8, D);
   std::vector<int8_t> eight(rows * D, 99);
-  cpu::quantize({contiguous(input.bytes.data(), dtype, 1, rows, D), eight.data(), scale.data(),
-                 DType::i8, 1, 1, rows, D},
-                0, rows);
-  expect(scale == wanted.scale, "scales differ");
-  expect(std::memcmp(eight.data(), wanted.bytes.data(), eight.size()) == 0, "rows differ");
+  for (bool token_major : {false, true}) {
+    const Arranged from(input.bytes, dtype, B, heads, T, D, token_major);
+    std::fill(eight.begin(), eight.end(), int8_t(99));
+    cpu::quantize({from.rows, eight.data(), scale.data(), DType::i8, B, heads, T, D}, 0, rows);
+    expect(scale == wanted.scale, "scales differ");
+    expect(std::memcmp(eight.data(), wanted.bytes.data(), eight.size()) == 0, "rows differ");
+  }
 }
 
 // Random weights of `heads` maps, and the struct that points at them.
@@ -689,7 +691,7 @@ void test_decode_step(DType dtype, int64_t held, Victim victim, const Rule& rule
 // -- pages: the same bits however they and the caller's rows lie
 // ------------------------------------
 
-// One op of a layer: a call of several tokens with one of padding, or a step.
+// One op of a layer: a call of several tokens, with or without padding, or a step.
 struct Op {
   const char* name;
   int64_t T;
@@ -702,11 +704,16 @@ Outcome padded_call(const Layer& layer, const Part& part, Pages& pages) {
   return call(layer, part, pages, valid.get());
 }
 
+Outcome whole_call(const Layer& layer, const Part& part, Pages& pages) {
+  return call(layer, part, pages);
+}
+
 Outcome folding_step(const Layer& layer, const Part& part, Pages& pages) {
   return step(layer, part, pages, Victim::fold);
 }
 
-const Op kOps[] = {{"call", 30, padded_call}, {"step", 1, folding_step}};
+const Op kOps[] = {
+    {"padded call", 30, padded_call}, {"call", 30, whole_call}, {"step", 1, folding_step}};
 
 // `got`, of all rows and heads, holds the bits of `alone`, of a part of them with the same slots.
 void expect_part(const Layer& layer, const Part& part, const Outcome& got, const Pages& pages,
