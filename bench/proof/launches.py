@@ -58,7 +58,7 @@ def all_launches(clusters: bool) -> list[Launch]:
     """
     folder = BUILD / "launches"
     folder.mkdir(parents=True, exist_ok=True)
-    asked = ROOT / "csrc" / "emulator" / "host.cpp"  # what launchers ask of the device
+    asked = ROOT / "emulator" / "host.cpp"  # what launchers ask of the device
     files = [*sources(), asked, HERE / "launches.cpp"]
     with ThreadPoolExecutor(jobs()) as pool:
         objects = list(pool.map(lambda file: _compile(file, folder), files))

@@ -172,7 +172,9 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   copy_async_wait<0>();
   int* const was_last = reinterpret_cast<int*>(shared.weight);
   if (cut && !Meeting<Scheme, kD>(splits, head, was_last).join(split, sums)) return;
-  Finish<Scheme, kD>(p, lists, head, first).run(sums, lse, shared);
+  // The head is read again: kept through the tiles, it takes registers that sm_80 has not got.
+  const KvHead again(p, lists, head.row);
+  Finish<Scheme, kD>(p, lists, again, first).run(sums, lse, shared);
 }
 
 namespace {
