@@ -56,7 +56,8 @@ class PackedMaps(Maps):
             device: Where to.
 
         Raises:
-            ValueError: The kind or a name is unknown, or a matrix is missing.
+            ValueError: The kind or a name is unknown, a matrix is missing, or matrices differ in
+                dtype.
         """
         row = kind_of("maps", kind)
         unknown = tensors.keys() - row.tensors.keys() - row.scales.keys()
@@ -65,6 +66,10 @@ class PackedMaps(Maps):
         missing = [n for n in row.matrices if n not in tensors]
         if missing:
             raise ValueError(f"maps: kind {kind!r} needs tensors {missing}")
+        dtypes = {tensors[n].dtype for n in row.matrices}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"maps: matrices must share a dtype, got {names}")
         ordered = {n: tensors[n] for n in ORDER if n in tensors}
         at, offsets = 0, {}
         for n, x in ordered.items():

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from less.layer.kinds import KINDS
 from less.policies import Rule
 from tests.emulated import Emulator
 from tests.helpers import random_maps, random_qkv
@@ -29,7 +30,7 @@ from tests.ops.test_decode_step_launched import RULES, WRITTEN, make, next_token
 def feature_map() -> None:
     """More rows than a warp's, two chunks of hidden columns, of which the last is not full."""
     maps = random_maps(1, 1, 64, 72, 8, "paper")
-    narrow = {n: x.half() if n in ("k_w1", "k_w2") else x for n, x in maps.items()}
+    narrow = {n: x.half() if n in KINDS["paper"].matrices else x for n, x in maps.items()}
     ops.psi(torch.randn(1, 1, 20, 64).half(), narrow, "paper")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from less.layer.kinds import KINDS
 from less.policies import Rule
 from tests.helpers import random_maps, random_qkv
 from tests.ops.common import SCALES, in_int8, layer
@@ -18,6 +19,7 @@ pytest.importorskip("less._C")
 from tests.ops import flat as ops
 
 B, Q, K, D, R, E = 1, 8, 2, 64, 8, 128
+MATRICES = KINDS["exp"].matrices
 WIDTH = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
 
 
@@ -106,7 +108,7 @@ def test_emulated_feature_map_reads_what_it_must_in_whole_sectors_without_confli
 ):
     T = 64
     maps = random_maps(K, K, D, E, R, kind)
-    maps |= {n: maps[n].to(dtype) for n in ("k_w1", "k_w2")}
+    maps |= {n: maps[n].to(dtype) for n in MATRICES}
     ops.psi(torch.randn(B, K, T, D).to(dtype), maps, kind)
     profile = counting.profile()
     # With float weights, the features of four rows meet when a block has its sums, once or, where
@@ -125,7 +127,7 @@ def test_emulated_compact_reads_what_it_must_and_only_single_numbers_lie_apart(c
     T, S = 256, 32
     a = layer(B=B, K=K, Q=K, T=T, S=S, D=D, R=R, E=64, dtype=torch.float32)
     a["position"] = torch.arange(S, dtype=torch.int32).repeat(B, K, 1)
-    maps = a["maps"] | {n: a["maps"][n].half() for n in ("k_w1", "k_w2")}
+    maps = a["maps"] | {n: a["maps"][n].half() for n in MATRICES}
     rows = ("k", "v", "slot_k", "slot_v")
     a = in_int8(a)[0] if dtype == torch.int8 else a | {n: a[n].to(dtype) for n in rows}
     ops.compact(
