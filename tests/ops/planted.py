@@ -63,9 +63,7 @@ def check_attended(args: dict[str, Any], numbers: dict[str, Any], **options: Any
         n: x.float() if n in ("q", "k", "v", "slot_k", "slot_v") else x for n, x in numbers.items()
     }
     options |= {"scale": 0.1, "decay": 0.9}
-    want = reference.chunk_attention(
-        **wide, **{n: x for n, x in options.items() if n != "workspace"}
-    )
+    want = reference.chunk_attention(**wide, **options)
     got = ops.chunk_attention(**args, **options)
     for x, y in zip(got, (want.out, want.slot_score, want.chunk_score, want.share), strict=True):
         check(x, y)
@@ -78,11 +76,9 @@ def chunk_attention() -> None:
     check_attended({n: eight[n] for n in (*ROWS, *SCALES)}, {n: plain[n] for n in ROWS}, valid=None)
     a = layer(B=3, Q=4, K=2, T=40, S=140, D=64, R=5, dtype=torch.float16)
     valid = torch.arange(40) >= torch.tensor([[38], [40], [3]])
-    size = ops.chunk_attention_workspace(a["q"], a["slot_k"], True)
-    workspace = torch.zeros(size, dtype=torch.uint8)
     for state in ((), ("phi_q", "H", "z")):
         args = {n: a[n] for n in (*ROWS, *state)}
-        check_attended(args, args, valid=valid, workspace=workspace)
+        check_attended(args, args, valid=valid)
 
 
 def prompt_scores() -> None:
