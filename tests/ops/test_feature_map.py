@@ -142,7 +142,7 @@ def test_a_gpu_refuses_sizes_that_no_kernel_takes_by_name(launched, D, R, messag
         ops.psi(torch.zeros(1, 2, 3, D, device=launched), maps, "exp")
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 2, 0)])
 def test_no_rows_have_no_features(launched, shape):
     B, N, T = shape
     maps = on(launched, random_maps(N, N, 64, 16, 8, "exp"))
