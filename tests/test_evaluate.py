@@ -191,7 +191,7 @@ def test_recovered_is_the_share_of_the_baselines_loss():
 
 
 def test_without_a_sidekick_the_default_policy_has_a_row_of_the_same_budget():
-    listed = methods.standard_methods(16, 16, torch.float16)
+    listed = methods.standard_methods(16, torch.float16)
     assert [m.name for m in listed] == ["full cache", "sinks + recent", "H2O", "decayed H2O"]
     assert listed[-1].policy == default_policy(16) == LessConfig(tokens=16).policy_at(16)
 
@@ -200,7 +200,7 @@ def test_without_a_sidekick_the_default_policy_has_a_row_of_the_same_budget():
 def test_equal_bytes_never_give_eviction_less_than_the_state(model, dtype):
     sidekick = tiny_sidekick()
     budget = 16
-    listed = methods.standard_methods(budget, 16, dtype, sidekick, H2O(8, 8, decay=0.98))
+    listed = methods.standard_methods(budget, dtype, sidekick, H2O(8, 8, decay=0.98))
     by_name = {m.name: m for m in listed}
     less = cache_for(model, H2O(8, 8), sidekick, dtype=dtype).memory()
     held = less["slots"] + less["state"]
@@ -258,7 +258,7 @@ def test_the_nearest_trained_policy_is_taken():
 
 def test_compare_measures_every_method(model, chunks):
     listed = methods.standard_methods(
-        16, 16, torch.float16, tiny_sidekick(), H2O(8, 8, decay=0.98), tiny_sidekick(hidden=12)
+        16, torch.float16, tiny_sidekick(), H2O(8, 8, decay=0.98), tiny_sidekick(hidden=12)
     )
     full = measure_full(model, chunks, probes=2)
     results = compare(model, chunks, listed, full, 16, start=16)

@@ -55,11 +55,7 @@ class NativeBackend:
             return False
         if at.pool.device.type != "cpu" or torch.compiler.is_compiling():
             return True
-        index, there = at.index(call.q.shape[0], plan.spec.null_page)
-        if at.rows is not None and at.rows.fresh is not None:
-            there = there & ~at.rows.fresh
-        seen = plan.layout.views(at.pool)[0].seen[index[there]]
-        return bool((seen > min(plan.layout.capacities)).any())
+        return bool((plan.seen(at, call.q.shape[0]) > min(plan.layout.capacities)).any())
 
     def compact(
         self,

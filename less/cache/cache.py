@@ -117,7 +117,7 @@ class LessKVCache(CacheProtocol):
         self.device = named_device(op, device)
         chosen = backends.choose(backend, self.device)
         self.backend = chosen.name
-        check_dtype(op, dtype, chosen, self.device)
+        check_dtype(op, "dtype", dtype, chosen, self.device)
         self.scale = positive(op, "scale", 1.0 / math.sqrt(head_dim) if scale is None else scale)
         self.softcap = None if softcap is None else positive(op, "softcap", softcap)
         self.dtype = dtype

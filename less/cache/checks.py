@@ -85,8 +85,10 @@ def policy_text(policies: Sequence[Policy | None]) -> str:
     )
 
 
-def check_dtype(op: str, dtype: torch.dtype, backend: Backend, device: torch.device) -> None:
-    """Refuse a dtype of the slots that a backend does not have on a device.
+def check_dtype(
+    op: str, name: str, dtype: torch.dtype, backend: Backend, device: torch.device
+) -> None:
+    """Refuse a dtype of the slots, by its argument's name, that a backend has not on a device.
 
     Raises:
         ValueError: It is one.
@@ -95,7 +97,7 @@ def check_dtype(op: str, dtype: torch.dtype, backend: Backend, device: torch.dev
     if dtype not in wanted:
         names = ", ".join(str(d) for d in wanted)
         raise ValueError(
-            f"{op}: dtype must be one of {names} with the {backend.name} backend on "
+            f"{op}: {name} must be one of {names} with the {backend.name} backend on "
             f"{device.type}, got {dtype}"
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from less import backend as backends
 from less._check import require_int
 from less.backend import Backend
-from less.cache.checks import check_call, positive
+from less.cache.checks import check_call, check_dtype, positive
 from less.layer import (
     Call,
     LayerPlan,
@@ -90,12 +90,7 @@ class PagedLayer:
         if backend is None or isinstance(backend, str):
             backend = backends.choose(backend, self.device)
         self.backend = backend
-        wanted = backend.dtypes(self.device)
-        if layout.dtype not in wanted:
-            raise ValueError(
-                f"{op}: layout's dtype must be one of {', '.join(map(str, wanted))} with the "
-                f"{backend.name} backend on {self.device.type}, got {layout.dtype}"
-            )
+        check_dtype(op, "layout's dtype", layout.dtype, backend, self.device)
         least, most = -(1 << 31), (1 << 31) - 1
         if require_int(op, "null_page", null_page, least) > most:
             raise ValueError(f"{op}: null_page must be at most {most}, got {null_page}")
@@ -176,12 +171,7 @@ class PagedLayer:
     def _check_room(self, op: str, at: Paged, call: Call) -> None:
         """Refuse more tokens than a layer that keeps every token has slots; waits for a GPU."""
         B, _, T, _ = call.q.shape
-        index, there = at.index(B, self.plan.spec.null_page)
-        seen = self.layout.views(at.pool)[0].seen.index_select(0, index)
-        if at.rows is not None and at.rows.fresh is not None:
-            there = there & ~at.rows.fresh
-        seen = torch.where(there, seen, 0)
-        seen = seen + (T if call.valid is None else call.valid.sum(1))
+        seen = self.plan.seen(at, B) + (T if call.valid is None else call.valid.sum(1))
         room = min(self.layout.capacities)
         if bool((seen > room).any()):
             raise ValueError(
@@ -232,5 +222,4 @@ class PagedLayer:
                 parts.append(torch.cat([x, missing], 2))
             tensors[name] = torch.cat(parts, 1)
         tensors["position"].masked_fill_(~there[:, None, None], -1)
-        seen = torch.where(there, views[0].seen.index_select(0, index), 0)
-        return Slots(**tensors), seen
+        return Slots(**tensors), self.plan.seen(at, B)

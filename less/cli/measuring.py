@@ -301,9 +301,7 @@ def methods_for(subject: Subject, budget: int) -> list[Method]:
 
     sidekick, dtype = subject.sidekick, subject.dtype
     policy = trained_policy(sidekick, budget) if sidekick is not None else None
-    methods = standard_methods(
-        budget, subject.facts.head_dim, dtype, sidekick, policy, subject.paper
-    )
+    methods = standard_methods(budget, dtype, sidekick, policy, subject.paper)
     if sidekick is not None:
         rule = methods[-1].policy
         assert rule is not None

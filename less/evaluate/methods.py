@@ -63,7 +63,6 @@ def state_bytes(budget: int, sidekick: Sidekick, dtype: torch.dtype) -> int:
 
 def standard_methods(
     budget: int,
-    head_dim: int,
     dtype: torch.dtype,
     sidekick: Sidekick | None = None,
     sidekick_policy: Policy | None = None,
@@ -73,7 +72,6 @@ def standard_methods(
 
     Args:
         budget: Tokens per head, C.
-        head_dim: D.
         dtype: Of the slots.
         sidekick: The one under test; None leaves out LESS and the rows at its bytes, and has the
             default policy in their place.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from less._check import require_int
 from less.dtypes import CODES, has_scale, name, state_dtype
-from less.layer.rows import Rows, Slots, State
+from less.layer.rows import Slots, State
 
 FIELD_ALIGN = 128
 MAX_KV_HEADS = 128
@@ -177,14 +177,13 @@ class PageLayout:
                     head[field] = Field(at, shape, dtype)
                     at += field_bytes(head[field].nbytes)
             heads.append(head)
-        self.__dict__["nbytes"] = at
         return tuple(heads)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
-        """Bytes of a page."""
-        _ = self.heads  # which puts the number here
-        return int(self.__dict__["nbytes"])
+        """Bytes of a page: up to where its last field ends."""
+        last = self.heads[-1]["score"]
+        return last.offset + field_bytes(last.nbytes)
 
     def bytes_of(self, *fields: str) -> int:
         """Bytes of some fields in one page, padding to 128 bytes included."""
@@ -272,6 +271,3 @@ class PageLayout:
         pool.zero_()
         for views in self.views(pool):
             views.slots.position.fill_(-1)
-
-
-__all__ = ["FIELD_ALIGN", "MAX_KV_HEADS", "Field", "PageLayout", "PageViews", "Rows", "field_bytes"]

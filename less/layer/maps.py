@@ -11,8 +11,7 @@ from torch import Tensor
 from less._check import require_shape
 from less.dtypes import CODES
 from less.layer.kinds import KINDS, ORDER, kind_of
-
-_ALIGN = 128
+from less.layer.layout import field_bytes
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,18 @@ class PackedMaps(Maps):
         at, offsets = 0, {}
         for n, x in ordered.items():
             offsets[n] = at
-            at += -(-x.numel() * x.element_size() // _ALIGN) * _ALIGN
+            at += field_bytes(x.nbytes)
         source = next(iter(ordered.values())).device
         memory = torch.zeros(at, dtype=torch.uint8, device=source)
+
+        def view(n: str) -> Tensor:
+            x = ordered[n]
+            return memory.narrow(0, offsets[n], x.nbytes).view(x.dtype).view(x.shape)
+
         for n, x in ordered.items():
-            nbytes = x.numel() * x.element_size()
-            memory.narrow(0, offsets[n], nbytes).view(x.dtype).view(x.shape).copy_(x)
+            view(n).copy_(x)
         memory = memory.to(device)
-        views = {}
-        for n, x in ordered.items():
-            part = memory.narrow(0, offsets[n], x.numel() * x.element_size())
-            views[n] = part.view(x.dtype).view(x.shape)
-        return cls(kind, views, memory)
+        return cls(kind, {n: view(n) for n in ordered}, memory)
 
     def to(self, device: torch.device | str) -> PackedMaps:
         """A copy on another device."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from less.dtypes import CODES
 from less.layer.layout import PageLayout
 from less.layer.maps import PackedMaps
+from less.layer.pool import Paged
 from less.policies import Rule
 
 #: The actions on an evicted token, as in ``Victim`` of csrc/params.h. ``"none"``: no token joins
@@ -135,3 +136,18 @@ class LayerPlan:
     def encoded(self) -> Tensor:
         """What the ops take of it, int64 on the CPU."""
         return encode(self.spec, self.layout, self.maps)
+
+    def seen(self, at: Paged, B: int) -> Tensor:
+        """Tokens that the sequence of each row has seen, int64 [B].
+
+        0 for a row without a page, or whose page begins with this call.
+
+        Args:
+            at: The layer's pages.
+            B: Rows.
+        """
+        index, there = at.index(B, self.spec.null_page)
+        if at.rows is not None and at.rows.fresh is not None:
+            there = there & ~at.rows.fresh
+        seen = self.layout.views(at.pool)[0].seen.index_select(0, index)
+        return torch.where(there, seen, 0)
