@@ -221,3 +221,11 @@ def test_a_paged_layer_that_keeps_every_token_refuses_one_too_many_and_writes_no
     out = layer.attend(pool, *random_qkv(2, 4, 2, 12, 8), pages=pages, fresh=fresh)
     assert out[0].isfinite().all()
     assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("pages", [None, torch.tensor([1], dtype=torch.int32)])
+def test_a_paged_layer_says_by_name_what_is_no_tensor(pages):
+    layer = PagedLayer(H2O(6, 6), PageLayout(2, 8, 12, torch.float32), q_heads=4)
+    _, k, v = random_qkv(1, 4, 2, 1, 8)
+    with pytest.raises(TypeError, match=r"attend: q must be a torch\.Tensor, got list"):
+        layer.attend(layer.new_pool(2), [1.0], k, v, pages=pages)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from less import backend as backends
-from less._check import require_int
+from less._check import require_int, require_tensor
 from less.backend import Backend
 from less.cache.checks import check_call, check_dtype, positive
 from less.layer import (
@@ -159,7 +159,7 @@ class PagedLayer:
         elif fresh is not None:
             raise ValueError(f"{op}: fresh must come with pages")
         B = pool.shape[0] if rows is None else rows.pages.shape[0]
-        if rows is None and q.dim() == 4:
+        if rows is None and require_tensor(op, "q", q).dim() == 4:
             B = min(B, q.shape[0])
         call = Call(q, k, v, valid, out)
         check_call(op, call, self.plan, B, pool.device)
