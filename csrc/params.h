@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/layout.h"
 #include "common/rule.h"
+#include "common/space.h"
 
 namespace less {
 
@@ -96,10 +97,25 @@ struct FeatureMaps {
   int64_t R;
 };
 
-// A layer's maps; of rank 0 where it has none.
+// A layer's maps, of rank 0 where it has none; and the space of its rows.
 struct Maps {
   FeatureMaps phi;  // of Q heads
   FeatureMaps psi;  // of K heads
+  Space space;
+};
+
+// y = x in a layer's space, or back out of it
+struct RotateParams {
+  Space space;
+  HeadRows x;         // [B, heads, T, D]
+  float* y;           // [B, heads, T, D]  written
+  const bool* valid;  // [B, T]            false: y is 0; null: all valid
+  Rotation rotation;
+  int64_t B;
+  int64_t heads;  // Q of queries and output, K of keys and values
+  int64_t K;
+  int64_t T;
+  int64_t D;
 };
 
 // y[b,n,t,:] = map_n(x[b,n,t,:])
@@ -128,7 +144,7 @@ struct ResetParams {
 struct CallRows {
   HeadRows k;
   HeadRows v;
-  const float* k_scale;  // [B, K, T]  of each row of k; null unless the slots are i8 or fp8
+  const float* k_scale;  // [B, K, T]  of each row of k; null unless it is i8 or fp8
   const float* v_scale;  // [B, K, T]  of each row of v
 };
 
@@ -141,7 +157,9 @@ struct ChunkAttentionParams {
   HeadRows q;          // [B, Q, T, D]
   CallRows call;       // [B, K, T, D]
   const bool* valid;   // [B, T]        false: padding; null: all valid
-  const float* phi_q;  // [B, Q, T, R]  null: no state
+  const float* phi_q;  // [B, Q, T, R]  null: no state; of rows in a space [B, Q, T, R + 1], the
+                       //               last of which is what the query's logits lack
+  bool shifted;        // whether phi_q has that
   HeadRows out;        // [B, Q, T, D]  of q's dtype; written, 0 for padding and without a page
   float* score;        // [B, K, S + T] after the call, of slots and tokens; written. S: layout.S,
                        //               and 0 where a head has fewer slots
@@ -198,7 +216,7 @@ struct DecodeStepParams {
   Pool pool;          // written
   Maps maps;          // with a state
   HeadRows q;         // [B, Q, 1, D]
-  HeadRows k;         // [B, K, 1, D]  rounded to the slots' dtype on entry
+  HeadRows k;         // [B, K, 1, D]  taken into the space and rounded on entry
   HeadRows v;         // [B, K, 1, D]  of k's dtype
   HeadRows out;       // [B, Q, 1, D]  of q's dtype; written, 0 for a row without a token or a page
   const bool* valid;  // [B]           false: this row has no token; null: all have

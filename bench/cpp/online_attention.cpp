@@ -86,7 +86,7 @@ void attend(const DecodeStepParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void online_attention(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  switch (p.layout.dtype) {
+  switch (p.layout.k_dtype) {
     case DType::f32:
       return attend<float>(p, begin, end);
     case DType::bf16:

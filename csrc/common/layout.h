@@ -2,13 +2,16 @@
 // address in it. less/layer/layout.py is the same in Python; a test holds one to the other.
 //
 //   header   int64 seen, 8 bytes of nothing, double share[K]
-//   head 0   position [S]  k [S, D]  k_scale [S]  weight [S]  v [S, D]  v_scale [S]  z [R]
-//            H [R, D]  score [S]
+//   head 0   position [S]
+//            hot_k [W, D]  hot_k_scale [W]  k [S - W, D]  k_scale [S - W]  weight [S]
+//            hot_v [W, D]  hot_v_scale [W]  v [S - W, D]  v_scale [S - W]
+//            z [R]  H [R, D]  score [S]
 //   head 1   ...           each head with a number of slots S of its own
 //
 // The fields of a head lie in the order in which a step reads them. Every field begins at a
-// multiple of kFieldAlign bytes; a head's rows are contiguous. Scales exist for rows of 8 bits
-// alone, z and H where R > 0.
+// multiple of kFieldAlign bytes; a head's rows are contiguous. The first W slots are hot: those of
+// the first `sinks` tokens, then a ring of the last `hot`. Formats that are not packed have none.
+// Scales exist for rows of 8 bits and fewer, weights where no row is packed, z and H where R > 0.
 #pragma once
 
 #include <cstdint>
@@ -26,23 +29,48 @@ struct Layout {
   int64_t nbytes;  // of a page
   int32_t K;
   int32_t D;
-  int32_t R;                   // rank of the state; 0: there is none
-  int32_t S;                   // slots of the head that has most
-  DType dtype;                 // of k and v
+  int32_t R;      // rank of the state; 0: there is none
+  int32_t S;      // slots of the head that has most, hot ones included
+  int32_t sinks;  // hot slots of the first tokens
+  int32_t hot;    // and of the last
+  DType k_dtype;  // of keys that are not hot
+  DType v_dtype;  // of their values
+  DType call_dtype;            // of hot rows and of a call's own; without hot slots that of k
   int32_t slots[kMaxKvHeads];  // of each head
   int32_t first[kMaxKvHeads];  // where each head begins, in units of kFieldAlign
 };
 
+// Hot slots W of each head.
+LESS_HD constexpr int32_t hot_slots(const Layout& layout) { return layout.sinks + layout.hot; }
+
+// The hot slot of the token at a position.
+LESS_HD constexpr int64_t hot_slot(const Layout& layout, int64_t position) {
+  return position < layout.sinks ? position
+                                 : layout.sinks + (position - layout.sinks) % layout.hot;
+}
+
+// Whether a token lies in a hot slot once n tokens were seen.
+LESS_HD constexpr bool is_hot(const Layout& layout, int64_t position, int64_t n) {
+  return position < layout.sinks || position >= n - layout.hot;
+}
+
 // What one head keeps of the tokens that stay.
 struct Slots {
-  int32_t* position;  // [S]     -1: empty
-  void* k;            // [S, D]  keys after the rotary embedding, of the layout's dtype
-  float* k_scale;     // [S]     of each row of k: max|x| / 127, of fp8 / 448; else null
-  float* weight;      // [S]     log-weights, added to the logits
-  void* v;            // [S, D]  values
-  float* v_scale;     // [S]     of each row of v
-  float* score;       // [S]
+  int32_t* position;   // [S]         -1: empty
+  void* hot_k;         // [W, D]      of call_dtype, as hot_v; null: there are none
+  float* hot_k_scale;  // [W]         of rows of 8 bits
+  void* k;             // [S - W, D]  keys after the rotary embedding, of k_dtype
+  float* k_scale;      // [S - W]     of each row of k of 8 bits; else null
+  uint16_t* k_half;    // [S - W]     of each packed row of k, fp16; else null
+  float* weight;       // [S]         log-weights, added to the logits; null: 0
+  void* hot_v;         // [W, D]
+  float* hot_v_scale;  // [W]
+  void* v;             // [S - W, D]  values
+  float* v_scale;      // [S - W]     of each row of v
+  uint16_t* v_half;    // [S - W]
+  float* score;        // [S]
   int64_t S;
+  int64_t W;
 };
 
 // What one head keeps of those that left; null where R = 0.
@@ -61,21 +89,37 @@ LESS_HD constexpr int64_t field_bytes(int64_t bytes) {
   return (bytes + kFieldAlign - 1) / kFieldAlign * kFieldAlign;
 }
 
-// Where the fields of a head with S slots begin, in bytes from the head's own beginning.
-struct HeadOffsets {
-  int64_t position, k, k_scale, weight, v, v_scale, z, H, score, nbytes;
+// Formats of a layer's rows, and how many slots of a head are hot.
+struct Formats {
+  DType k, v, call;
+  int64_t W;
 };
 
-LESS_HD constexpr HeadOffsets head_offsets(DType dtype, int64_t D, int64_t R, int64_t S) {
-  const int64_t numbers = field_bytes(4 * S), rows = field_bytes(row_bytes(dtype, D) * S);
-  const int64_t scales = has_scale(dtype) ? numbers : 0;
+LESS_HD constexpr Formats formats(const Layout& layout) {
+  return {layout.k_dtype, layout.v_dtype, layout.call_dtype, hot_slots(layout)};
+}
+
+// Where the fields of a head with S slots begin, in bytes from the head's own beginning.
+struct HeadOffsets {
+  int64_t position, hot_k, hot_k_scale, k, k_scale, weight, hot_v, hot_v_scale, v, v_scale, z, H,
+      score, nbytes;
+};
+
+LESS_HD constexpr HeadOffsets head_offsets(const Formats& of, int64_t D, int64_t R, int64_t S) {
+  const int64_t numbers = field_bytes(4 * S), cold = S - of.W;
+  const int64_t hot = field_bytes(row_bytes(of.call, D) * of.W);
+  const int64_t hot_scales = field_bytes(scale_bytes(of.call) * of.W);
   HeadOffsets at{};
-  at.k = at.position + numbers;
-  at.k_scale = at.k + rows;
-  at.weight = at.k_scale + scales;
-  at.v = at.weight + numbers;
-  at.v_scale = at.v + rows;
-  at.z = at.v_scale + scales;
+  at.hot_k = at.position + numbers;
+  at.hot_k_scale = at.hot_k + hot;
+  at.k = at.hot_k_scale + hot_scales;
+  at.k_scale = at.k + field_bytes(row_bytes(of.k, D) * cold);
+  at.weight = at.k_scale + field_bytes(scale_bytes(of.k) * cold);
+  at.hot_v = at.weight + (packed(of.v) ? 0 : numbers);
+  at.hot_v_scale = at.hot_v + hot;
+  at.v = at.hot_v_scale + hot_scales;
+  at.v_scale = at.v + field_bytes(row_bytes(of.v, D) * cold);
+  at.z = at.v_scale + field_bytes(scale_bytes(of.v) * cold);
   at.H = at.z + field_bytes(4 * R);
   at.score = at.H + field_bytes(4 * R * D);
   at.nbytes = at.score + numbers;
@@ -84,21 +128,27 @@ LESS_HD constexpr HeadOffsets head_offsets(DType dtype, int64_t D, int64_t R, in
 
 LESS_HD constexpr int64_t header_bytes(int64_t K) { return field_bytes(16 + 8 * K); }
 
-// The layout of K <= kMaxKvHeads heads, of slots[h] slots each.
+// Completes a layout that has all but its slots and bytes: K <= kMaxKvHeads heads, of slots[h] > W
+// slots each.
+inline void place_heads(Layout& layout, const int64_t* slots) {
+  int64_t at = header_bytes(layout.K);
+  for (int64_t h = 0; h < layout.K; ++h) {
+    layout.slots[h] = int32_t(slots[h]);
+    layout.first[h] = int32_t(at / kFieldAlign);
+    layout.S = layout.slots[h] > layout.S ? layout.slots[h] : layout.S;
+    at += head_offsets(formats(layout), layout.D, layout.R, slots[h]).nbytes;
+  }
+  layout.nbytes = at;
+}
+
+// The layout of K heads whose rows have one dtype that is not packed.
 inline Layout make_layout(DType dtype, int64_t K, int64_t D, int64_t R, const int64_t* slots) {
   Layout layout{};
   layout.K = int32_t(K);
   layout.D = int32_t(D);
   layout.R = int32_t(R);
-  layout.dtype = dtype;
-  int64_t at = header_bytes(K);
-  for (int64_t h = 0; h < K; ++h) {
-    layout.slots[h] = int32_t(slots[h]);
-    layout.first[h] = int32_t(at / kFieldAlign);
-    layout.S = layout.slots[h] > layout.S ? layout.slots[h] : layout.S;
-    at += head_offsets(dtype, D, R, slots[h]).nbytes;
-  }
-  layout.nbytes = at;
+  layout.k_dtype = layout.v_dtype = layout.call_dtype = dtype;
+  place_heads(layout, slots);
   return layout;
 }
 
@@ -117,31 +167,45 @@ LESS_HD Span head_span(const Layout& layout, unsigned char* page, int64_t h) {
   return {page + begin, end - begin};
 }
 
-// The head of a layer whose dtype and head dim the caller knows: those of the layout, or constants
-// that are equal to them.
-LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, DType dtype, int64_t D) {
+// The head of a layer whose formats and head dim the caller knows: those of the layout, or
+// constants that are equal to them.
+LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Formats& of,
+                  int64_t D) {
   const int64_t S = layout.slots[h];
-  const HeadOffsets at = head_offsets(dtype, D, layout.R, S);
+  const HeadOffsets at = head_offsets(of, D, layout.R, S);
   unsigned char* const base = head_span(layout, page, h).data;
-  const bool scaled = has_scale(dtype), state = layout.R > 0;
+  const bool state = layout.R > 0, hot = of.W > 0;
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
+  const auto halves = [base](int64_t offset) { return reinterpret_cast<uint16_t*>(base + offset); };
   return {
       .slots = {.position = reinterpret_cast<int32_t*>(base + at.position),
+                .hot_k = hot ? base + at.hot_k : nullptr,
+                .hot_k_scale = hot && has_scale(of.call) ? floats(at.hot_k_scale) : nullptr,
                 .k = base + at.k,
-                .k_scale = scaled ? floats(at.k_scale) : nullptr,
-                .weight = floats(at.weight),
+                .k_scale = scale_bytes(of.k) == 4 ? floats(at.k_scale) : nullptr,
+                .k_half = packed(of.k) ? halves(at.k_scale) : nullptr,
+                .weight = packed(of.v) ? nullptr : floats(at.weight),
+                .hot_v = hot ? base + at.hot_v : nullptr,
+                .hot_v_scale = hot && has_scale(of.call) ? floats(at.hot_v_scale) : nullptr,
                 .v = base + at.v,
-                .v_scale = scaled ? floats(at.v_scale) : nullptr,
+                .v_scale = scale_bytes(of.v) == 4 ? floats(at.v_scale) : nullptr,
+                .v_half = packed(of.v) ? halves(at.v_scale) : nullptr,
                 .score = floats(at.score),
-                .S = S},
+                .S = S,
+                .W = of.W},
       .state = {.H = state ? floats(at.H) : nullptr,
                 .z = state ? floats(at.z) : nullptr,
                 .share = reinterpret_cast<double*>(page + 16) + h},
   };
 }
 
+// The head of a layer that has one dtype, which is not packed.
+LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, DType dtype, int64_t D) {
+  return head(layout, page, h, Formats{dtype, dtype, dtype, 0}, D);
+}
+
 LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {
-  return head(layout, page, h, layout.dtype, layout.D);
+  return head(layout, page, h, formats(layout), layout.D);
 }
 
 // A layer's pages, and which of them a call's rows use.

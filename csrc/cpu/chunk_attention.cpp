@@ -454,7 +454,7 @@ void attend(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  with_type<RowTypes>(p.layout.dtype,
+  with_type<RowTypes>(p.layout.k_dtype,
                       [&](auto type) { attend<typename decltype(type)::type>(p, begin, end); });
 }
 

@@ -224,7 +224,7 @@ void compact_heads(const CompactParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void compact(const CompactParams& p, int64_t begin, int64_t end) {
-  with_type<RowTypes>(p.layout.dtype, [&](auto type) {
+  with_type<RowTypes>(p.layout.k_dtype, [&](auto type) {
     compact_heads<typename decltype(type)::type>(p, begin, end);
   });
 }

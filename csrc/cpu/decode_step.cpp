@@ -361,7 +361,7 @@ void decode(const DecodeStepParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void decode_step(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  with_type<RowTypes>(p.layout.dtype,
+  with_type<RowTypes>(p.layout.k_dtype,
                       [&](auto type) { decode<typename decltype(type)::type>(p, begin, end); });
 }
 

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     const int stage = tile % Shape::kStages;
     const uint16_t* k = shared.k + stage * Shape::kKeyTile;
     const uint16_t* v = shared.v + stage * Shape::kValueTile;
-    if constexpr (Shape::kStages == 1) stream.place(p.layout.dtype, p.spec.D, shared.k, shared.v);
+    if constexpr (Shape::kStages == 1) stream.place(p.layout.k_dtype, p.spec.D, shared.k, shared.v);
     copy_async_wait<0>();
     __syncthreads();
     if (tile + 1 < end_tile) fetch(tile + 1);
@@ -242,7 +242,7 @@ struct Workspace {
 
   explicit Workspace(const ChunkAttentionParams& p) {
     int64_t floats = 0;
-    dispatch(p.q.dtype, p.layout.dtype, p.spec.D, CutKeys{p, splits, floats});
+    dispatch(p.q.dtype, p.layout.k_dtype, p.spec.D, CutKeys{p, splits, floats});
     Carver carver{p.workspace};
     splits.arrived = carver.take<int32_t>(p.B * p.spec.K);  // first: where it is, whatever T
     splits.parts = carver.take<float>(floats);
@@ -260,7 +260,7 @@ struct Workspace {
 
 cudaError_t attend(const ChunkAttentionParams& p, const KeyLists& lists, const Splits& splits,
                    float* lse, cudaStream_t stream) {
-  return dispatch(p.q.dtype, p.layout.dtype, p.spec.D, Attend{p, lists, splits, lse, stream});
+  return dispatch(p.q.dtype, p.layout.k_dtype, p.spec.D, Attend{p, lists, splits, lse, stream});
 }
 
 int64_t chunk_attention_workspace(const ChunkAttentionParams& p) { return Workspace(p).bytes; }

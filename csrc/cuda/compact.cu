@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kInsertThreads)
     }
   }
   // Rows in pieces of 16 bytes, k's and then v's.
-  const int64_t element = bytes_of(p.layout.dtype);
+  const int64_t element = bytes_of(p.layout.k_dtype);
   const auto call_rows = [&](const HeadRows& rows) {
     return static_cast<const unsigned char*>(rows.data) + offset(rows, head.b, head.h, 0) * element;
   };
@@ -102,7 +102,7 @@ cudaError_t fold_list(const CompactParams& p, const CompactWorkspace& w, cudaStr
   rows.T = p.T;
   cudaError_t error = features(p.maps.psi, rows, stream);
   if (error != cudaSuccess) return error;
-  error = with_dtype<RowTypes>(p.layout.dtype, cudaErrorInvalidValue, [&](auto type) {
+  error = with_dtype<RowTypes>(p.layout.k_dtype, cudaErrorInvalidValue, [&](auto type) {
     return launch_fold<typename decltype(type)::type>(p, w, stream);
   });
   if (error != cudaSuccess) return error;
@@ -119,7 +119,7 @@ int64_t compact_workspace(const CompactParams& p) { return CompactWorkspace(p).b
 cudaError_t compact(const CompactParams& p, cudaStream_t stream) {
   const int64_t heads = p.B * p.spec.K, S = p.layout.S;
   if (heads == 0 || S == 0) return cudaSuccess;
-  const int64_t bytes = row_bytes(p.layout.dtype, p.spec.D);
+  const int64_t bytes = row_bytes(p.layout.k_dtype, p.spec.D);
   if (bytes % 16 != 0) return cudaErrorInvalidValue;
   if (!aligned16({p.call.k.data, p.call.v.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;

@@ -83,7 +83,7 @@ cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   plan.dependent = p.spec.dependent && limits.clusters;
   constexpr bool eight = sizeof(T) == 1;
   plan.mma =
-      p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) && (eight || p.q.dtype == p.layout.dtype);
+      p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) && (eight || p.q.dtype == p.layout.k_dtype);
   const int eighth = (plan.S + kDecodeCluster - 1) / kDecodeCluster;
   const int range = eighth < kRangeMin ? kRangeMin : (eighth + 15) / 16 * 16;
   if (limits.clusters && range <= kClusterRange) {
@@ -137,7 +137,7 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
     DecodeStepParams p = params;
     p.q.dtype = q_dtype;
     if (p.B == 0 || p.spec.Q == 0 || !supported(p)) return 0;
-    with_dtype<RowTypes>(p.layout.dtype, cudaErrorInvalidValue, [&](auto type) {
+    with_dtype<RowTypes>(p.layout.k_dtype, cudaErrorInvalidValue, [&](auto type) {
       return for_each_plan<typename decltype(type)::type>(p, [&](DecodePlan& plan) {
         const int64_t bytes = lay_out(p, plan);
         most = bytes > most ? bytes : most;
@@ -154,7 +154,7 @@ cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   if (!aligned16({p.q.data, p.k.data, p.v.data, p.out.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
-  return with_dtype<RowTypes>(p.layout.dtype, cudaErrorInvalidValue, [&](auto type) {
+  return with_dtype<RowTypes>(p.layout.k_dtype, cudaErrorInvalidValue, [&](auto type) {
     using T = typename decltype(type)::type;
     return for_each_plan<T>(p, [&](DecodePlan& plan) {
       lay_out(p, plan);

@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
       copy_rows<kD, Shape::kColumns, Shape::kThreads>(from.k, p.spec.D, key_row, shared.k);
     } else if constexpr (kIsWide<Scheme>) {
       split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kColumns, Shape::kThreads>(
-          from.k, p.layout.dtype, p.spec.D, key_row, shared.k);
+          from.k, p.layout.k_dtype, p.spec.D, key_row, shared.k);
     } else {
       Bytes<kD, Shape::kColumns, Shape::kThreads> bytes;
       bytes.fetch(from.k, p.spec.D, key_row);
-      bytes.template place<typename Scheme::KeyTag>(p.layout.dtype, shared.k);
+      bytes.template place<typename Scheme::KeyTag>(p.layout.k_dtype, shared.k);
     }
     const Logit logit(p);
     float scale[2], weight[2];
@@ -249,7 +249,7 @@ ChunkAttentionParams as_chunk(const PromptScoresParams& p) {
   chunk.spec.softcap = p.softcap;
   chunk.spec.decay = p.decay;
   chunk.spec.scores = true;
-  chunk.layout.dtype = p.k_dtype;
+  chunk.layout.k_dtype = p.k_dtype;
   chunk.q = contiguous_rows(p.q, p.q_dtype, p.Q, p.T, p.D);
   chunk.call.k = contiguous_rows(p.k, p.k_dtype, p.K, p.T, p.D);
   chunk.call.k_scale = p.k_scale;
@@ -279,7 +279,7 @@ cudaError_t prompt_scores(const PromptScoresParams& p, cudaStream_t stream) {
 
 cudaError_t sum_columns(const ChunkAttentionParams& p, const KeyLists& lists, const float* lse,
                         cudaStream_t stream) {
-  return dispatch(p.q.dtype, p.layout.dtype, p.spec.D, SumColumns{p, lists, lse, stream});
+  return dispatch(p.q.dtype, p.layout.k_dtype, p.spec.D, SumColumns{p, lists, lse, stream});
 }
 
 }  // namespace less::cuda

@@ -132,7 +132,7 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
   auto* const memory = head.page == nullptr ? static_cast<unsigned char*>(p.q.data) : head.page;
   const Slots of = less::head(p.layout, memory, p.layout.S == 0 ? 0 : head.h).slots;
   const CallRows& call = p.call;
-  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.dtype), D = p.spec.D;
+  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.k_dtype), D = p.spec.D;
   const void* const k = advance(call.k.data, offset(call.k, head.b, head.h, 0) * bytes);
   const void* const v = call.v.data == nullptr
                             ? nullptr

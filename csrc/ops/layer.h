@@ -21,7 +21,7 @@ struct LayerArguments {
   int64_t kind;      // of the maps; -1: there are none
   DType w_dtype;     // of their matrices
   int64_t E;         // their hidden width
-  uint64_t present;  // which tensors they have: bits in the order of less.layer.kinds.ORDER
+  uint64_t present;  // which tensors it has: bits in the order of less.layer.kinds.ORDER
   int32_t null_page;
   bool has_rule;  // false: the spec's rule is none, and ranks are the caller's
 };
@@ -32,7 +32,11 @@ enum : int64_t {
   Q,
   K,
   D,
-  dtype,
+  k_dtype,
+  v_dtype,
+  call_dtype,
+  hot_sinks,
+  hot,
   R,
   victim,
   scores,
@@ -51,21 +55,22 @@ enum : int64_t {
   E,
   map_rank,
   present,
-  reserved,
   kFixed
 };
 }  // namespace layer_fields
 
-// The formats of rows that this library's kernels have are those up to this one.
+// Whether this library's kernels have a format of rows.
+constexpr bool has_kernels(DType dtype) {
 #ifdef LESS_LAUNCHES
-constexpr DType kLastFormat = DType::fp8;
+  return !packed(dtype);
 #else
-constexpr DType kLastFormat = DType::i8;
+  return dtype != DType::fp8 && !packed(dtype);
 #endif
+}
 
-// The constants of a layer, with slots of a format up to `last`. Whatever the numbers are, what
-// they lead to lies within the pool and the maps that are checked against them.
-inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last = kLastFormat) {
+// The constants of a layer. Whatever the numbers are, what they lead to lies within the pool and
+// the maps that are checked against them. `any`: of formats that have no kernels here, too.
+inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any = false) {
   using namespace layer_fields;
   // Bytes of a page: no product below overflows, nor does Layout::first.
   constexpr int64_t kMost = int64_t{1} << 37;
@@ -87,13 +92,25 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
       fail(op, ": layer's ", name, " must be in ", low, " .. ", high, ", got ", x[i]);
     }
   };
-  if (x[version] != 1) fail(op, ": layer must be of version 1, got ", x[version]);
+  if (x[version] != 2) fail(op, ": layer must be of version 2, got ", x[version]);
   within("K", K, 1, kMaxKvHeads);
   within("Q", Q, 1, 1 << 20);
   within("D", D, 1, 1 << 16);
   within("R", R, 0, 1 << 16);
   if (x[Q] % x[K] != 0) fail(op, ": q's heads must be a multiple of ", x[K], ", got ", x[Q]);
-  within("dtype", dtype, 0, int64_t(last));
+  for (const auto& [name, i] : {std::pair{"k_dtype", k_dtype}, std::pair{"v_dtype", v_dtype},
+                                std::pair{"call_dtype", call_dtype}}) {
+    within(name, i, 0, int64_t(DType::b2));
+    if (!any && !has_kernels(DType(x[i]))) fail(op, ": layer's ", name, " has no kernels: ", x[i]);
+  }
+  const bool few = packed(DType(x[k_dtype])) || packed(DType(x[v_dtype]));
+  within("hot_sinks", hot_sinks, 0, few ? 1 << 20 : 0);
+  within("hot", hot, few ? 1 : 0, few ? 1 << 20 : 0);
+  if (few ? !packed(DType(x[v_dtype])) || packed(DType(x[call_dtype])) || x[D] % 8 != 0
+          : x[k_dtype] != x[v_dtype] || x[k_dtype] != x[call_dtype]) {
+    fail(op, ": layer's dtypes do not go together: ", x[k_dtype], ", ", x[v_dtype], " and ",
+         x[call_dtype], " at head dim ", x[D]);
+  }
   within("victim", victim, 0, int64_t(Victim::fold));
   for (const auto& [name, i] : {std::pair{"scores", scores}, std::pair{"dependent", dependent},
                                 std::pair{"has_rule", has_rule}, std::pair{"by_score", by_score},
@@ -105,15 +122,23 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
   within("kind", kind, -1, int64_t(MapKind::exp));
   within("dtype of maps", w_dtype, 0, int64_t(DType::i8));
   within("hidden width", E, 0, 1 << 20);
-  within("reserved number", reserved, 0, 0);
   within("null_page", null_page, INT32_MIN, INT32_MAX);
   if (count != kFixed + x[K]) {
     fail(op, ": layer must list the slots of ", x[K], " kv heads, got ", count - kFixed);
   }
+  Layout layout{};
+  layout.K = int32_t(x[K]);
+  layout.D = int32_t(x[D]);
+  layout.R = int32_t(x[R]);
+  layout.sinks = int32_t(x[hot_sinks]);
+  layout.hot = int32_t(x[hot]);
+  layout.k_dtype = DType(x[k_dtype]);
+  layout.v_dtype = DType(x[v_dtype]);
+  layout.call_dtype = DType(x[call_dtype]);
   int64_t bytes = 0;
   for (int64_t h = 0; h < x[K]; ++h) {
-    within("slots", kFixed + h, 1, INT32_MAX / 2);
-    bytes += head_offsets(DType(x[dtype]), x[D], x[R], x[kFixed + h]).nbytes;
+    within("slots", kFixed + h, hot_slots(layout) + 1, INT32_MAX / 2);
+    bytes += head_offsets(formats(layout), x[D], x[R], x[kFixed + h]).nbytes;
     if (bytes > kMost) fail(op, ": layer's page must have at most ", kMost, " bytes");
   }
   if (!(float(number(scale)) > 0.0F && std::isfinite(float(number(scale))))) {
@@ -126,7 +151,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, DType last
   if (x[kind] >= 0 && x[map_rank] != x[R]) {
     fail(op, ": maps must have the state's rank, ", x[R], ", got ", x[map_rank]);
   }
-  const Layout layout = make_layout(DType(x[dtype]), x[K], x[D], x[R], x + kFixed);
+  place_heads(layout, x + kFixed);
   if (layer.size(0) != x[R] + 1 || layer.size(1) != layout.S) {
     fail(op, ": layer's shape must begin with ", x[R] + 1, ", ", layout.S, ", got ",
          shape_text(layer.sizes()));
@@ -253,20 +278,20 @@ inline HeadRows head_rows(const Arguments& arguments, const char* name, const Te
   return {.data = data, .dtype = dtype, .b = stride[0], .h = stride[1], .t = stride[2]};
 }
 
-// The k, v [B, K, T, D] of a call, of the slots' dtype; scales [2, B, K, T], of the rows of k and
-// of those of v, belong to slots of 8 bits, and to them alone.
+// The k, v [B, K, T, D] of a call, of the dtype of the (hot) slots; scales [2, B, K, T], of the rows
+// of k and of those of v, belong to rows of 8 bits, and to them alone.
 inline CallRows call_rows(const Arguments& arguments, const LayerArguments& layer, const Tensor& k,
                           const Tensor& v, const OptionalTensor& scales, int64_t B, int64_t T) {
   const char* op = arguments.op;
   const int64_t K = layer.spec.K, D = layer.spec.D;
-  const DType dtype = layer.layout.dtype;
+  const DType dtype = layer.layout.call_dtype;
   for (const auto& [name, x] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
     if (row_dtype(op, name, *x) != dtype) {
       fail(op, ": ", name, " must have the slots' dtype, got ", dtype_name(x->scalar_type()));
     }
   }
   if (bool(scales) != has_scale(dtype)) {
-    fail(op, ": scales belong to slots of 8 bits, and must be given with them");
+    fail(op, ": scales belong to rows of 8 bits, and must be given with them");
   }
   arguments.check("scales", scales, ScalarType::Float, {2, B, K, T});
   const float* const k_scale = optional_floats(scales);
@@ -276,11 +301,11 @@ inline CallRows call_rows(const Arguments& arguments, const LayerArguments& laye
           .v_scale = scales ? k_scale + B * K * T : nullptr};
 }
 
-// The maps of a layer, uint8 [bytes] as less.layer.maps packs them; none where it has none.
+// The space and the maps of a layer, uint8 [bytes] as less.layer packs them; none where it has none.
 inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
                       const OptionalTensor& maps) {
   const char* op = arguments.op;
-  if (bool(maps) != (layer.kind >= 0)) {
+  if (bool(maps) != (layer.kind >= 0 || layer.present != 0)) {
     fail(op, ": maps must be given where the layer has some, and only there");
   }
   if (!maps) return {};
@@ -288,7 +313,7 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   const int64_t E = layer.E, R = layer.layout.R;
   const MapKind kind = MapKind(layer.kind);
 #ifdef LESS_LAUNCHES
-  if (E < 1) fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
+  if (layer.kind >= 0 && E < 1) fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
   if (R > 64) fail(op, ": w2 must have a rank of at most 64 on a GPU, got ", R);
 #endif
   check_dim(op, "maps", *maps, 1, "[bytes]");
@@ -321,6 +346,16 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
     return side;
   };
   Maps read{};
+  Space& space = read.space;
+  for (const float** x : {&space.key_mean, &space.key_in, &space.query_in, &space.key_shift,
+                          &space.value_mean, &space.value_in, &space.value_out}) {
+    *x = floats(K * D);
+    if (bool(*x) != bool(space.key_mean)) fail(op, ": a space must have all of its tensors");
+  }
+  if (layer.kind < 0) {
+    arguments.check("maps", *maps, ScalarType::Byte, {at});
+    return read;
+  }
   read.phi = side(Q);
   read.psi = side(K);
   read.psi.mix = floats(K * R * R);

@@ -20,14 +20,14 @@ class Backend(Protocol):
     def workspace(self) -> int:
         """Bytes of scratch that the backend has allocated."""
 
-    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
-        """Dtypes that slots may have on this device."""
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype | str, ...]:
+        """Dtypes and packed formats that slots may have on this device."""
 
     def reserve(self, plan: LayerPlan, at: Paged, B: int) -> None:
         """Allocate scratch for decode steps of B rows of this layer; layers share it."""
 
-    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
-        """A call's keys and values in the slots' dtype, contiguous or not."""
+    def rounded(self, k: Tensor, v: Tensor, plan: LayerPlan) -> Rows:
+        """A call's keys and values in the layer's space, in the dtype of its (hot) slots."""
 
     def attend(self, call: Call, new: Rows, at: Paged, plan: LayerPlan) -> Attended:
         """Attend over slots, state and the call's tokens; writes ``call.out`` where it is given.
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
         Args:
             call: Whose q, valid and out are used.
-            new: Its keys and values in the slots' dtype.
+            new: Its keys and values, as ``rounded`` makes them.
             at: The layer's pages.
             plan: The layer.
         """
@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Insert the call's tokens, evict and fold: writes the pages.
 
         Args:
-            new: The call's keys and values in the slots' dtype.
+            new: The call's keys and values, as ``rounded`` makes them.
             valid: bool [B, T] or None.
             step: What ``attend`` returned.
             at: The layer's pages; none of them begins.

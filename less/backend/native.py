@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from less.backend import ops
 from less.backend.base import add_share
 from less.dtypes import has_scale
 from less.layer import Call, LayerPlan, Paged, Rows
-from less.reference import Attended, rounded
+from less.reference import Attended, query_shift, rounded
 
 
 class NativeBackend:
@@ -26,7 +28,7 @@ class NativeBackend:
         """Bytes of the scratch that a GPU's decode steps share."""
         return 0 if self._scratch is None else self._scratch.nbytes
 
-    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype | str, ...]:
         """Those of the kernels."""
         return ops.slot_dtypes(device)
 
@@ -36,8 +38,11 @@ class NativeBackend:
         if wanted > self.workspace:
             self._scratch = torch.zeros(wanted, dtype=torch.uint8, device=at.pool.device)
 
-    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
-        """Keys and values in the slots' dtype."""
+    def rounded(self, k: Tensor, v: Tensor, plan: LayerPlan) -> Rows:
+        """Keys and values in the layer's space, in the dtype of its (hot) slots."""
+        dtype = plan.layout.hot_type.stored
+        if plan.space is not None:
+            k, v = ops.rotate(k, plan, "key"), ops.rotate(v, plan, "value")
         if not has_scale(dtype):
             return rounded(k, v, dtype)
         (eight_k, k_scale), (eight_v, v_scale) = ops.quantize(k, dtype), ops.quantize(v, dtype)
@@ -46,7 +51,16 @@ class NativeBackend:
     def attend(self, call: Call, new: Rows, at: Paged, plan: LayerPlan) -> Attended:
         """Attend."""
         phi_q = ops.phi(call.q, plan) if self._something_left(call, at, plan) else None
-        return ops.chunk_attention(call.q, new, call.valid, at, plan, out=call.out, phi_q=phi_q)
+        if plan.space is None:
+            return ops.chunk_attention(call.q, new, call.valid, at, plan, out=call.out, phi_q=phi_q)
+        query = ops.rotate(call.q, plan, "query")
+        if phi_q is not None:
+            shift = query_shift(query, plan.space, plan.spec.scale)
+            phi_q = torch.cat([phi_q, shift.unsqueeze(-1)], -1)
+        step = ops.chunk_attention(query, new, call.valid, at, plan, phi_q=phi_q)
+        out = ops.rotate(step.out, plan, "output", call.valid)
+        out = out.to(call.q.dtype) if call.out is None else call.out.copy_(out)
+        return replace(step, out=out)
 
     @staticmethod
     def _something_left(call: Call, at: Paged, plan: LayerPlan) -> bool:

@@ -14,8 +14,10 @@ import re
 import torch
 from torch import Tensor
 
-from less.layer import Call, LayerPlan, PackedMaps, Paged, Rows
+from less.dtypes import FORMATS
+from less.layer import Call, LayerPlan, Paged, Rows
 from less.reference import Attended
+from less.reference.codec import ROTATIONS
 
 # Absent where less was installed with LESS_NATIVE=off. A library that is there but fails to load
 # stays an error.
@@ -67,9 +69,9 @@ def _unserved(architectures: list[str], capability: tuple[int, int]) -> str | No
     )
 
 
-def slot_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Dtypes of slots that the native ops support on this device."""
-    everywhere = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+def slot_dtypes(device: torch.device) -> tuple[torch.dtype | str, ...]:
+    """Dtypes and packed formats of slots that the native ops support on this device."""
+    everywhere = (torch.float32, torch.bfloat16, torch.float16, torch.int8, *FORMATS)
     return everywhere if device.type == "cpu" else (*everywhere, torch.float8_e4m3fn)
 
 
@@ -123,10 +125,6 @@ def _scales(rows: Rows) -> Tensor | None:
     return torch.stack([rows.k_scale, rows.v_scale])
 
 
-def _memory(maps: PackedMaps | None) -> Tensor | None:
-    return None if maps is None else maps.memory
-
-
 def _packed(at: Paged) -> Tensor | None:
     return None if at.rows is None else at.rows.packed
 
@@ -148,7 +146,7 @@ def feature_map(x: Tensor, plan: LayerPlan, query: bool) -> Tensor:
     """
     if plan.maps is None:
         raise ValueError("feature_map: the layer has no maps")
-    y: Tensor = torch.ops.less.feature_map(_rows(x), plan.maps.memory, plan.encoded, query)
+    y: Tensor = torch.ops.less.feature_map(_rows(x), plan.memory, plan.encoded, query)
     return y
 
 
@@ -160,6 +158,32 @@ def phi(q: Tensor, plan: LayerPlan) -> Tensor:
 def psi(k: Tensor, plan: LayerPlan) -> Tensor:
     """Features of keys [B, K, T, D] -> float32 [B, K, T, R]."""
     return feature_map(k, plan, query=False)
+
+
+def rotate(x: Tensor, plan: LayerPlan, rotation: str, valid: Tensor | None = None) -> Tensor:
+    """Take rows into a layer's space, or out of it; ``less.reference.rotate`` defines it.
+
+    Args:
+        x: Queries or output [B, Q, T, D], keys or values [B, K, T, D]; float32, bfloat16 or
+            float16.
+        plan: The layer, which has a space.
+        rotation: ``"query"``, ``"key"``, ``"value"`` or ``"output"``.
+        valid: bool [B, T]; where False the result is 0. None: all valid.
+
+    Returns:
+        float32 of x's shape, contiguous; keys and values with the reference's bits.
+
+    Raises:
+        RuntimeError: A shape or dtype differs from the above, or the layer has no space.
+    """
+    y: Tensor = torch.ops.less.rotate(
+        _rows(x),
+        valid if valid is None else valid.contiguous(),
+        plan.memory,
+        plan.encoded,
+        ROTATIONS.index(rotation),
+    )
+    return y
 
 
 def chunk_attention(
@@ -176,12 +200,13 @@ def chunk_attention(
 
     Args:
         q: [B, Q, T, D], float32, bfloat16 or float16.
-        new: The call's tokens in the slots' dtype, [B, K, T, D].
+        new: The call's tokens in the dtype of the (hot) slots, [B, K, T, D].
         valid: bool [B, T] or None.
         at: The layer's pages. Written only where one begins.
         plan: The layer.
         out: [B, Q, T, D] of q's dtype: where to write; None: a new tensor that lies as q does.
-        phi_q: float32 [B, Q, T, R]; None: the state is left out.
+        phi_q: float32 [B, Q, T, R], of a layer with a space [B, Q, T, R + 1], the last number
+            being ``query_shift``; None: the state is left out.
 
     Returns:
         What ``less.reference.Attended`` says; scores are [B, K, S + T] with S the slots of the
@@ -269,7 +294,7 @@ def compact(
     ``less.reference.compact`` defines it.
 
     Args:
-        new: The call's tokens in the slots' dtype, [B, K, T, D].
+        new: The call's tokens in the dtype of the (hot) slots, [B, K, T, D].
         valid: bool [B, T] or None.
         score: Scores after the call, of slots and tokens, float32 [B, K, S + T], S the slots of
             the head that has most.
@@ -294,7 +319,7 @@ def compact(
         at.pool,
         _packed(at),
         plan.encoded,
-        _memory(plan.maps),
+        plan.memory,
     )
 
 
@@ -331,7 +356,7 @@ def decode_step(call: Call, at: Paged, plan: LayerPlan, workspace: Tensor | None
         at.pool,
         _packed(at),
         plan.encoded,
-        _memory(plan.maps),
+        plan.memory,
         workspace,
     )
     return out
@@ -364,6 +389,12 @@ if _native:
     def _quantize_fake(x: Tensor, fp8: bool = False) -> tuple[Tensor, Tensor]:
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
         return torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else torch.int8), scale
+
+    @torch.library.register_fake("less::rotate")
+    def _rotate_fake(
+        x: Tensor, valid: Tensor | None, maps: Tensor, layer: Tensor, rotation: int
+    ) -> Tensor:
+        return x.new_empty(x.shape, dtype=torch.float32)
 
     @torch.library.register_fake("less::feature_map")
     def _feature_map_fake(x: Tensor, maps: Tensor, layer: Tensor, query: bool) -> Tensor:

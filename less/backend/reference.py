@@ -10,8 +10,8 @@ from torch import Tensor
 
 from less import reference
 from less.backend.base import add_share
-from less.dtypes import EIGHT_BITS, FLOATS
-from less.layer import Call, LayerPlan, Maps, Paged, PageViews, Rows, Slots, State, put_rows
+from less.dtypes import EIGHT_BITS, FLOATS, FORMATS
+from less.layer import Call, LayerPlan, Maps, Paged, PageViews, Rows, Slots, Space, State, put_rows
 from less.reference import Attended
 
 
@@ -24,6 +24,7 @@ class _Run:
     state: State | None
     seen: Tensor  # [B]
     maps: Maps | None
+    space: Space | None
     queries: slice  # their query heads
 
 
@@ -33,16 +34,19 @@ class ReferenceBackend:
     name = "reference"
     workspace = 0
 
-    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype | str, ...]:
         """All."""
-        return (*FLOATS, *EIGHT_BITS, torch.float64)
+        return (*FLOATS, *EIGHT_BITS, torch.float64, *FORMATS)
 
     def reserve(self, plan: LayerPlan, at: Paged, B: int) -> None:
         """Nothing."""
 
-    def rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
-        """Keys and values in the slots' dtype."""
-        return reference.rounded(k, v, dtype)
+    def rounded(self, k: Tensor, v: Tensor, plan: LayerPlan) -> Rows:
+        """Keys and values in the layer's space, in the dtype of its (hot) slots."""
+        if plan.space is not None:
+            k = reference.rotate(k, plan.space, "key")
+            v = reference.rotate(v, plan.space, "value")
+        return reference.rounded(k, v, plan.layout.hot_type.stored)
 
     def attend(self, call: Call, new: Rows, at: Paged, plan: LayerPlan) -> Attended:
         """Attend, heads with equally many slots at a time."""
@@ -56,18 +60,22 @@ class ReferenceBackend:
         outs, scores, shares = [], [], []
         for run in _runs(at, plan, index, there):
             q = call.q[:, run.queries]
+            query = q if run.space is None else reference.rotate(q, run.space, "query")
             step = reference.chunk_attention(
-                q,
+                query,
                 _of(new, run.views.heads),
                 valid,
                 run.slots,
                 plan.spec,
                 phi_q=None if run.maps is None else reference.phi(q, run.maps),
                 state=run.state,
+                shift=None
+                if run.space is None
+                else reference.query_shift(query, run.space, plan.spec.scale),
             )
             own = run.slots.position.shape[2]
             absent = step.score.new_zeros(*step.score.shape[:2], S - own)
-            outs.append(step.out)
+            outs.append(_result(step.out, q.dtype, valid, run.space))
             shares.append(step.share)
             scores.append(torch.cat([step.score[..., :own], absent, step.score[..., own:]], 2))
         out = torch.cat(outs, 1)
@@ -105,6 +113,8 @@ class ReferenceBackend:
                 rank=None if rank is None else here(rank),
                 state=run.state,
                 maps=run.maps,
+                sinks=plan.layout.sinks or 0,
+                space=run.space,
             )
             _put(run.views.slots, after.slots, index, there)
             if run.views.state is not None and after.state is not None:
@@ -117,7 +127,7 @@ class ReferenceBackend:
 
     def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
         """Attend, then compact."""
-        new = self.rounded(call.k, call.v, plan.layout.dtype)
+        new = self.rounded(call.k, call.v, plan)
         step = self.attend(call, new, at, plan)
         if plan.spec.victim == "none":
             add_share(step, at, plan)
@@ -125,6 +135,13 @@ class ReferenceBackend:
             begun = at if at.rows is None else Paged(at.pool, at.rows.used())
             self.compact(new, call.valid, step, begun, plan, None)
         return step.out
+
+
+def _result(out: Tensor, dtype: torch.dtype, valid: Tensor, space: Space | None) -> Tensor:
+    """Attention's output outside of the space, 0 for padding."""
+    if space is None:
+        return out
+    return reference.rotate(out, space, "output", valid).to(dtype)
 
 
 def _pages(at: Paged, plan: LayerPlan, B: int) -> tuple[Tensor, Tensor]:
@@ -175,11 +192,11 @@ def _runs(at: Paged, plan: LayerPlan, index: Tensor, there: Tensor) -> Iterator[
             None if views.state is None else views.state.select(index),
             torch.where(there, views.seen.index_select(0, index), 0),
             maps,
+            None if plan.space is None else plan.space.heads(heads),
             queries,
         )
 
 
 def _put(views: Slots | State, after: Slots | State, index: Tensor, there: Tensor) -> None:
-    for name, mine in vars(views).items():
-        if mine is not None:
-            put_rows(mine, index[there], getattr(after, name)[there].to(mine.dtype))
+    for name, mine in (views.tensors() if isinstance(views, Slots) else vars(views)).items():
+        put_rows(mine, index[there], getattr(after, name)[there].to(mine.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from less.layer import (
     PageRows,
     Rows,
     Slots,
+    Space,
     allocate,
 )
 from less.policies import Policy
@@ -46,6 +48,8 @@ class PagedLayer:
         q_heads: Query heads Q, a multiple of the kv heads.
         maps: Feature maps: a layer of a ``Sidekick`` by name, of the layout's rank. None: no state.
         kind: Their kind, ``"paper"`` or ``"exp"``.
+        space: The space of the rows of a packed format, or of any other; None: that without means
+            and scales for packed formats, none for others.
         victim: ``"fold"`` or ``"forget"``: what becomes of an evicted token. None: ``"fold"`` with
             maps, ``"forget"`` without.
         scale: Factor of q.k; 1/sqrt(D) by default.
@@ -68,6 +72,7 @@ class PagedLayer:
         *,
         maps: Mapping[str, Tensor] | None = None,
         kind: str = "exp",
+        space: Space | None = None,
         victim: str | None = None,
         scale: float | None = None,
         softcap: float | None = None,
@@ -107,7 +112,11 @@ class PagedLayer:
             victim=victim or ("forget" if packed is None else "fold"),
             null_page=null_page,
         )
-        self.plan = LayerPlan(spec, layout, packed)
+        if space is None and layout.format.packed:
+            space = Space.of(layout.kv_heads, layout.head_dim)
+        if space is not None:
+            space = (space if not spec.softcap else space.without_key_mean()).to(self.device)
+        self.plan = LayerPlan(spec, layout, packed, space)
 
     def new_pool(self, pages: int) -> Tensor:
         """A pool of empty pages, uint8 [pages, page]."""
@@ -183,7 +192,7 @@ class PagedLayer:
         """``attend`` without its checks."""
         if self.policy.rule is not None and call.q.shape[2] == 1:
             return self.backend.decode_step(call, at, self.plan)
-        new = self.backend.rounded(call.k, call.v, self.layout.dtype)
+        new = self.backend.rounded(call.k, call.v, self.plan)
         step = self.backend.attend(call, new, at, self.plan)
         at = at if at.rows is None else Paged(at.pool, at.rows.used())
         rank = self._rank(step, new, call.valid, at) if self.policy.rule is None else None
@@ -192,7 +201,7 @@ class PagedLayer:
 
     def _rank(self, step: Attended, new: Rows, valid: Tensor | None, at: Paged) -> Tensor:
         slots, seen = self.held(at, new.k.shape[0])
-        tokens = candidates(slots, new, step.score, seen, valid)
+        tokens = candidates(slots, new, step.score, seen, valid, self.plan.space)
         return checked_rank(self.policy, tokens)
 
     def held(self, at: Paged, B: int) -> tuple[Slots, Tensor]:
@@ -213,13 +222,14 @@ class PagedLayer:
         views = self.layout.views(at.pool)
         runs = [v.slots.select(index) for v in views]
         tensors = {}
-        for name in (n for n, x in vars(runs[0]).items() if x is not None):
+        for name in runs[0].tensors():
             empty = -1 if name == "position" else 0
             parts = []
             for run in runs:
                 x = getattr(run, name)
-                missing = x.new_full((*x.shape[:2], S - x.shape[2], *x.shape[3:]), empty)
+                lacks = S - run.position.shape[2] if not name.startswith("hot_") else 0
+                missing = x.new_full((*x.shape[:2], lacks, *x.shape[3:]), empty)
                 parts.append(torch.cat([x, missing], 2))
             tensors[name] = torch.cat(parts, 1)
         tensors["position"].masked_fill_(~there[:, None, None], -1)
-        return Slots(**tensors), self.plan.seen(at, B)
+        return replace(runs[0], **tensors), self.plan.seen(at, B)

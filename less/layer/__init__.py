@@ -4,6 +4,7 @@ from less.layer.layout import PageLayout, PageViews
 from less.layer.maps import Maps, PackedMaps
 from less.layer.pool import Paged, PageRows, allocate
 from less.layer.rows import Call, Rows, Slots, State, put_rows
+from less.layer.space import Space
 from less.layer.spec import LayerPlan, LayerSpec, encode
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Paged",
     "Rows",
     "Slots",
+    "Space",
     "State",
     "allocate",
     "encode",

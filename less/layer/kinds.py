@@ -12,9 +12,13 @@ from functools import cached_property
 
 from torch import Tensor
 
-#: Every tensor that a kind may have, in the order in which they lie in memory; ``read_maps`` of
-#: csrc/ops/layer.h reads them in it. Each one's place is its bit in ``MapKind.present``.
+from less.layer.space import SPACE
+
+#: Every tensor that a layer may have, those of its space and then of its maps, in the order in
+#: which they lie in memory; ``read_maps`` of csrc/ops/layer.h reads them in it. Each one's place is
+#: its bit in ``present``.
 ORDER = (
+    *SPACE,
     "q_w1",
     "q_w1_scale",
     "q_w2",
@@ -65,10 +69,10 @@ class MapKind:
                 return int(tensors[name].shape[letters.index(letter)])
         return 0
 
-    @staticmethod
-    def present(tensors: Mapping[str, Tensor]) -> int:
-        """Which tensors there are, as the ops take it: bit i for ``ORDER[i]``."""
-        return sum(1 << i for i, name in enumerate(ORDER) if name in tensors)
+
+def present(tensors: Mapping[str, Tensor]) -> int:
+    """Which tensors there are, as the ops take it: bit i for ``ORDER[i]``."""
+    return sum(1 << i for i, name in enumerate(ORDER) if name in tensors)
 
 
 _Q_LAYERS = {"q_w1": "QDE", "q_w2": "QER"}

@@ -7,11 +7,15 @@ Everything that one layer stores for one sequence is one page. A page begins wit
 and goes on with the kv heads one after the other, each with a number of slots S of its own and its
 fields in the order in which a step reads them:
 
-    position int32 [S]    k [S, D]    k_scale float32 [S]    weight float32 [S]
-    v [S, D]    v_scale float32 [S]    z float32 [R]    H float32 [R, D]    score float32 [S]
+    position int32 [S]    hot_k [W, D]    hot_k_scale float32 [W]    k [S - W, D]    k_scale [S - W]
+    weight float32 [S]    hot_v [W, D]    hot_v_scale float32 [W]    v [S - W, D]    v_scale [S - W]
+    z float32 [R]    H float32 [R, D]    score float32 [S]
 
-Scales exist only for rows of 8 bits, z and H only where R > 0. Every field begins at a multiple of
-128 bytes. csrc/common/layout.h is the same in C++.
+The first W slots are hot: those of the first ``sinks`` tokens, then a ring of the last ``hot``.
+Only packed formats have them (W = 0 otherwise), and those have no weights: a slot is one token.
+Scales are float32 for rows of 8 bits, float16 for packed rows, and exist for no others; z and H
+exist only where R > 0. Every field begins at a multiple of 128 bytes. csrc/common/layout.h is the
+same in C++.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from less._check import require_int
-from less.dtypes import CODES, has_scale, name, state_dtype
+from less.dtypes import HOT_DTYPES, ROW_TYPES, RowFormat, RowType, name, row_format, state_dtype
 from less.layer.rows import Slots, State
 
 FIELD_ALIGN = 128
@@ -77,7 +81,7 @@ class PageViews:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> view, of the fields that exist."""
-        views = {n: x for n, x in vars(self.slots).items() if x is not None}
+        views = self.slots.tensors()
         if self.state is not None:
             views |= vars(self.state)
         return views | {"share": self.share, "seen": self.seen}
@@ -92,19 +96,26 @@ class PageLayout:
         head_dim: Head dim D.
         capacity: Slots of every head, at least 1; or a tuple with one number per kv head.
         dtype: Of the slots' keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn
-            (float64 only with the reference).
+            (float64 only with the reference); or a packed format by name, such as ``"k4v4"``
+            (``less.dtypes.FORMATS``): bits of keys and of values.
         rank: Rank R of the low-rank state; 0: no state.
+        sinks: First tokens that stay for good in hot rows, of a packed format; 4 by default.
+        hot: Last tokens that lie in hot rows, of a packed format; at least 1, 16 by default.
+        hot_dtype: Of hot rows: int8, float16 or float32.
 
     Raises:
-        ValueError: A number is out of range, the number of capacities is not K, or the dtype is
-            none of the above.
+        ValueError: A number is out of range, the number of capacities is not K, the dtype is
+            none of the above, or a head has no slot beside its hot ones.
     """
 
     kv_heads: int
     head_dim: int
     capacity: int | tuple[int, ...]
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype | str = torch.float16
     rank: int = 0
+    sinks: int | None = None
+    hot: int | None = None
+    hot_dtype: torch.dtype = torch.int8
 
     def __post_init__(self) -> None:
         """Refuse what is no layout, by name."""
@@ -114,9 +125,7 @@ class PageLayout:
         require_int(op, "rank", self.rank, 0)
         if self.kv_heads > MAX_KV_HEADS:
             raise ValueError(f"{op}: kv_heads must be at most {MAX_KV_HEADS}, got {self.kv_heads}")
-        if self.dtype not in CODES:
-            known = ", ".join(name(d) for d in CODES)
-            raise ValueError(f"{op}: dtype must be one of {known}, got {self.dtype}")
+        packed = row_format(op, self.dtype).packed
         if isinstance(self.capacity, Sequence):
             if len(self.capacity) != self.kv_heads:
                 raise ValueError(
@@ -131,6 +140,46 @@ class PageLayout:
             object.__setattr__(self, "capacity", listed[0] if same else listed)
         else:
             require_int(op, "capacity", self.capacity, 1)
+        self._check_hot(op, packed)
+
+    def _check_hot(self, op: str, packed: bool) -> None:
+        for field, least, default in (("sinks", 0, 4), ("hot", 1, 16)):
+            given = getattr(self, field)
+            if not packed and given:
+                raise ValueError(
+                    f"{op}: {field} belongs to packed formats, not to {self.dtype}, got {given}"
+                )
+            value = default if given is None else given
+            if packed:
+                require_int(op, field, value, least)
+            object.__setattr__(self, field, value if packed else 0)
+        if self.hot_dtype not in HOT_DTYPES:
+            known = ", ".join(map(name, HOT_DTYPES))
+            raise ValueError(f"{op}: hot_dtype must be one of {known}, got {self.hot_dtype}")
+        if packed and self.head_dim % 8:
+            raise ValueError(
+                f"{op}: head_dim must be a multiple of 8 for {self.dtype}, got {self.head_dim}"
+            )
+        if min(self.capacities) <= self.hot_slots:
+            raise ValueError(
+                f"{op}: capacity must be above {self.hot_slots}, the hot slots of {self.dtype} "
+                f"(sinks {self.sinks}, hot {self.hot}), got {min(self.capacities)}"
+            )
+
+    @property
+    def format(self) -> RowFormat:
+        """How keys and values of slots that are not hot are stored."""
+        return row_format("PageLayout", self.dtype)
+
+    @property
+    def hot_type(self) -> RowType:
+        """How hot rows are stored, and a call's own rows: those of the slots without hot ones."""
+        return ROW_TYPES[self.hot_dtype] if self.hot_slots else self.format.k
+
+    @property
+    def hot_slots(self) -> int:
+        """Hot slots W of each head."""
+        return (self.sinks or 0) + (self.hot or 0)
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -152,28 +201,28 @@ class PageLayout:
     @cached_property
     def heads(self) -> tuple[dict[str, Field], ...]:
         """The fields of each head, by name, in the order in which they lie."""
-        numbers = state_dtype(self.dtype)
+        numbers, W, D = state_dtype(self.dtype), self.hot_slots, self.head_dim
+        hot, cold = self.hot_type, self.format
         at, heads = self.header_bytes, []
         for S in self.capacities:
-            fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            fields: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
                 "position": ((S,), torch.int32),
-                "k": ((S, self.head_dim), self.dtype),
-                "k_scale": ((S,), torch.float32),
-                "weight": ((S,), numbers),
-                "v": ((S, self.head_dim), self.dtype),
-                "v_scale": ((S,), torch.float32),
-                "z": ((self.rank,), numbers),
-                "H": ((self.rank, self.head_dim), numbers),
+                "hot_k": ((W, D), hot.stored if W else None),
+                "hot_k_scale": ((W,), hot.scale if W else None),
+                "k": ((S - W, cold.k.width(D)), cold.k.stored),
+                "k_scale": ((S - W,), cold.k.scale),
+                "weight": ((S,), None if cold.packed else numbers),
+                "hot_v": ((W, D), hot.stored if W else None),
+                "hot_v_scale": ((W,), hot.scale if W else None),
+                "v": ((S - W, cold.v.width(D)), cold.v.stored),
+                "v_scale": ((S - W,), cold.v.scale),
+                "z": ((self.rank,), numbers if self.rank else None),
+                "H": ((self.rank, D), numbers if self.rank else None),
                 "score": ((S,), numbers),
             }
-            absent: set[str] = set()
-            if not has_scale(self.dtype):
-                absent |= {"k_scale", "v_scale"}
-            if not self.rank:
-                absent |= {"z", "H"}
             head = {}
             for field, (shape, dtype) in fields.items():
-                if field not in absent:
+                if dtype is not None:
                     head[field] = Field(at, shape, dtype)
                     at += field_bytes(head[field].nbytes)
             heads.append(head)
@@ -263,7 +312,7 @@ class PageLayout:
                 of[label] = flat.unflatten(2, field.shape)
             state = State(of.pop("H"), of.pop("z")) if self.rank else None
             own = share.narrow(1, run.start, count)
-            views.append(PageViews(run, Slots(**of), state, own, seen))
+            views.append(PageViews(run, Slots(**of, format=self.format), state, own, seen))
         return views
 
     def clear(self, pool: Tensor) -> None:

@@ -10,8 +10,38 @@ from torch import Tensor
 
 from less._check import require_shape
 from less.dtypes import CODES
-from less.layer.kinds import KINDS, ORDER, kind_of
+from less.layer.kinds import KINDS, ORDER, kind_of, present
 from less.layer.layout import field_bytes
+
+
+def in_one_piece(
+    tensors: Mapping[str, Tensor], device: torch.device | str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Copy tensors into one piece of memory, in the order of ``ORDER``.
+
+    Args:
+        tensors: By name.
+        device: Where to.
+
+    Returns:
+        uint8 [bytes], each tensor at a multiple of 128 bytes; and views of it by name.
+    """
+    ordered = {n: tensors[n] for n in ORDER if n in tensors}
+    at, offsets = 0, {}
+    for n, x in ordered.items():
+        offsets[n] = at
+        at += field_bytes(x.nbytes)
+    source = next(iter(ordered.values())).device
+    memory = torch.zeros(at, dtype=torch.uint8, device=source)
+
+    def view(n: str) -> Tensor:
+        x = ordered[n]
+        return memory.narrow(0, offsets[n], x.nbytes).view(x.dtype).view(x.shape)
+
+    for n, x in ordered.items():
+        view(n).copy_(x)
+    memory = memory.to(device)
+    return memory, {n: view(n) for n in ordered}
 
 
 @dataclass(frozen=True)
@@ -69,22 +99,8 @@ class PackedMaps(Maps):
         if len(dtypes) > 1:
             names = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"maps: matrices must share a dtype, got {names}")
-        ordered = {n: tensors[n] for n in ORDER if n in tensors}
-        at, offsets = 0, {}
-        for n, x in ordered.items():
-            offsets[n] = at
-            at += field_bytes(x.nbytes)
-        source = next(iter(ordered.values())).device
-        memory = torch.zeros(at, dtype=torch.uint8, device=source)
-
-        def view(n: str) -> Tensor:
-            x = ordered[n]
-            return memory.narrow(0, offsets[n], x.nbytes).view(x.dtype).view(x.shape)
-
-        for n, x in ordered.items():
-            view(n).copy_(x)
-        memory = memory.to(device)
-        return cls(kind, {n: view(n) for n in ordered}, memory)
+        memory, views = in_one_piece(tensors, device)
+        return cls(kind, views, memory)
 
     def to(self, device: torch.device | str) -> PackedMaps:
         """A copy on another device."""
@@ -113,5 +129,5 @@ class PackedMaps(Maps):
         """Kind, dtype of the matrices, hidden width E, rank R, and which tensors there are."""
         row = KINDS[self.kind]
         dtype = self.tensors[row.matrices[0]].dtype
-        hidden, present = row.size(self.tensors, "E"), row.present(self.tensors)
-        return row.number, CODES[dtype], hidden, self.rank, present
+        hidden = row.size(self.tensors, "E")
+        return row.number, CODES[dtype], hidden, self.rank, present(self.tensors)

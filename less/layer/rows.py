@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from less.dtypes import ROW_TYPES, RowFormat
+
 
 def of_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Copies of some rows of the first dimension, int64 [M], of any dtype."""
@@ -24,7 +26,7 @@ def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Keys and values in the slots' dtype.
+    """Keys and values in a dtype of slots: for a call, that of the hot ones where there are such.
 
     Attributes:
         k: [B, K, N, D].
@@ -41,37 +43,59 @@ class Rows:
 
 @dataclass(frozen=True)
 class Slots:
-    """The kept tokens of heads with equally many slots S.
+    """The kept tokens of heads with equally many slots S, of which the first W are hot.
 
     Attributes:
         position: int32 [B, K, S], -1 where the slot is empty.
-        k: Keys after the rotary embedding [B, K, S, D].
-        v: Values [B, K, S, D].
-        weight: Log-weights, added to the logits, float32 [B, K, S].
+        k: Keys after the rotary embedding [B, K, S - W, D], or their codes.
+        v: Values [B, K, S - W, D], or their codes.
+        weight: Log-weights, added to the logits, float32 [B, K, S]; None: 0.
         score: float32 [B, K, S].
-        k_scale: float32 [B, K, S], of each row of k; None unless k and v are of 8 bits.
-        v_scale: float32 [B, K, S], likewise.
+        k_scale: [B, K, S - W], of each row of k: float32 of 8 bits, float16 of packed rows; None
+            for others.
+        v_scale: [B, K, S - W], likewise.
+        hot_k: Keys of hot slots [B, K, W, D]; None where there are none.
+        hot_v: Their values.
+        hot_k_scale: float32 [B, K, W], of hot rows of 8 bits.
+        hot_v_scale: float32 [B, K, W], likewise.
+        format: How k and v are stored; None: as numbers of their dtype.
     """
 
     position: Tensor
     k: Tensor
     v: Tensor
-    weight: Tensor
+    weight: Tensor | None
     score: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    hot_k: Tensor | None = None
+    hot_v: Tensor | None = None
+    hot_k_scale: Tensor | None = None
+    hot_v_scale: Tensor | None = None
+    format: RowFormat | None = None
 
     @property
-    def rows(self) -> Rows:
-        """Keys and values alone."""
-        return Rows(self.k, self.v, self.k_scale, self.v_scale)
+    def rows(self) -> RowFormat:
+        """How k and v are stored."""
+        return self.format or RowFormat(ROW_TYPES[self.k.dtype], ROW_TYPES[self.v.dtype])
+
+    @property
+    def hot_slots(self) -> int:
+        """Hot slots W."""
+        return 0 if self.hot_k is None else self.hot_k.shape[2]
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Log-weights [B, K, S], 0 where none are kept."""
+        return torch.zeros_like(self.score) if self.weight is None else self.weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        return {n: x for n, x in vars(self).items() if isinstance(x, Tensor)}
 
     def select(self, rows: Tensor) -> Slots:
         """Copies of some batch rows, or pages: int64 [M]."""
-        return replace(
-            self,
-            **{n: of_rows(x, rows) for n, x in vars(self).items() if x is not None},
-        )
+        return replace(self, **{n: of_rows(x, rows) for n, x in self.tensors().items()})
 
     @classmethod
     def empty(

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from less.dtypes import CODES
+from less._check import require_shape
+from less.layer.kinds import present
 from less.layer.layout import PageLayout
-from less.layer.maps import PackedMaps
+from less.layer.maps import PackedMaps, in_one_piece
 from less.layer.pool import Paged
+from less.layer.space import SPACE, Space
 from less.policies import Rule
 
 #: The actions on an evicted token, as in ``Victim`` of csrc/params.h. ``"none"``: no token joins
 #: and none is evicted, so that a step computes attention only.
 VICTIMS = {"none": 0, "forget": 1, "fold": 2}
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,27 @@ def _bits(x: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
-def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) -> Tensor:
+def encode(
+    spec: LayerSpec,
+    layout: PageLayout,
+    maps: PackedMaps | None = None,
+    space: Space | None = None,
+) -> Tensor:
     """The constants of a layer as the ops take them, on the CPU; made once.
 
     Args:
         spec: Its constants.
         layout: Its page.
         maps: Its feature maps; None: it has none.
+        space: The space of its rows; None: they are stored as they come.
 
     Returns:
-        int64 [R + 1, S, 24 + K]: the same 24 + K numbers for every R and S, in memory once.
+        int64 [R + 1, S, 27 + K]: the same 27 + K numbers for every R and S, in memory once.
         csrc/ops/layer.h reads them. The shape is for tracers, which see only shapes.
     """
+    kind, w_dtype, hidden, rank, tensors = (-1, 0, 0, 0, 0) if maps is None else maps.described()
+    if space is not None:
+        tensors |= present(space.tensors())
     rule = spec.rule or Rule(recent=0, sinks=0, by_score=False, per_age=False)
     numbers = torch.tensor(
         [
@@ -78,7 +89,11 @@ def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) 
             spec.q_heads,
             layout.kv_heads,
             layout.head_dim,
-            CODES[layout.dtype],
+            layout.format.k.code,
+            layout.format.v.code,
+            layout.hot_type.code,
+            layout.sinks,
+            layout.hot,
             layout.rank,
             VICTIMS[spec.victim],
             int(spec.scores),
@@ -92,8 +107,11 @@ def encode(spec: LayerSpec, layout: PageLayout, maps: PackedMaps | None = None) 
             _bits(spec.scale),
             _bits(spec.softcap),
             _bits(spec.decay),
-            *((-1, 0, 0, 0, 0) if maps is None else maps.described()),
-            0,
+            kind,
+            w_dtype,
+            hidden,
+            rank,
+            tensors,
             *layout.capacities,
         ],
         dtype=torch.int64,
@@ -109,11 +127,15 @@ class LayerPlan:
         spec: Its constants.
         layout: Its page.
         maps: Its feature maps; None: it has none.
+        space: The space in which its rows are stored; None: rows are stored as they come.
+        memory: Space and maps in one piece, uint8 [bytes], as the ops take them; None: neither.
     """
 
     spec: LayerSpec
     layout: PageLayout
     maps: PackedMaps | None = None
+    space: Space | None = None
+    memory: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
@@ -130,12 +152,34 @@ class LayerPlan:
             raise ValueError(f"{op}: victim 'fold' needs maps")
         if self.maps is not None:
             self.maps.check(op, Q, K, self.layout.head_dim)
+            object.__setattr__(self, "memory", self.maps.memory)
+        if self.space is not None:
+            self._pack_space(op, self.space)
+        if self.layout.format.packed and self.space is None:
+            raise ValueError(f"{op}: rows of {self.layout.dtype} need a space")
         _ = self.encoded  # made now: a step makes nothing
+
+    def _pack_space(self, op: str, space: Space) -> None:
+        """Put space and maps into one piece of memory, of which both become views."""
+        shape = [self.layout.kv_heads, self.layout.head_dim]
+        for label, x in space.tensors().items():
+            require_shape(op, label, x, shape)
+        if self.spec.softcap and bool((space.key_mean != 0).any()):
+            raise ValueError(f"{op}: key_mean must be 0 under a soft-cap")
+        maps = {} if self.maps is None else self.maps.tensors
+        device = space.key_mean.device if self.maps is None else self.maps.memory.device
+        memory, views = in_one_piece(
+            {**{n: x.to(device) for n, x in space.tensors().items()}, **maps}, device
+        )
+        object.__setattr__(self, "space", Space(**{n: views.pop(n) for n in SPACE}))
+        if self.maps is not None:
+            object.__setattr__(self, "maps", PackedMaps(self.maps.kind, views, memory))
+        object.__setattr__(self, "memory", memory)
 
     @cached_property
     def encoded(self) -> Tensor:
         """What the ops take of it, int64 on the CPU."""
-        return encode(self.spec, self.layout, self.maps)
+        return encode(self.spec, self.layout, self.maps, self.space)
 
     def seen(self, at: Paged, B: int) -> Tensor:
         """Tokens that the sequence of each row has seen, int64 [B].

@@ -11,6 +11,14 @@ Efficient LLM Inference", ICML 2024, arXiv:2402.09398.
 """
 
 from less.reference.attention import Attended, capped, chunk_attention, prompt_scores
+from less.reference.codec import (
+    decode,
+    encode,
+    keys_out_of_space,
+    query_shift,
+    rotate,
+    slot_floats,
+)
 from less.reference.eviction import Compacted, candidates, chunk_position, compact, survivors
 from less.reference.maps import EXP_CLAMP, feature_map, fold, phi, psi
 from less.reference.numbers import dequantize, floats, quantize, rounded
@@ -33,19 +41,25 @@ __all__ = [
     "chunk_attention",
     "chunk_position",
     "compact",
+    "decode",
     "decode_step",
     "dequantize",
+    "encode",
     "evict_schedule",
     "feature_map",
     "floats",
     "fold",
+    "keys_out_of_space",
     "parallel",
     "phi",
     "prompt_scores",
     "psi",
     "quantize",
+    "query_shift",
+    "rotate",
     "rounded",
     "run",
+    "slot_floats",
     "spec_of",
     "survivors",
 ]

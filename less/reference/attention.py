@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from less.layer import LayerSpec, Rows, Slots, State
+from less.reference.codec import slot_floats
 from less.reference.numbers import accumulator, floats
 
 
@@ -40,6 +41,7 @@ def chunk_attention(
     *,
     phi_q: Tensor | None = None,
     state: State | None = None,
+    shift: Tensor | None = None,
 ) -> Attended:
     """Attend over the kept slots, the low-rank state and, causally, the call's own tokens.
 
@@ -58,14 +60,16 @@ def chunk_attention(
         spec: Scale, soft-cap, decay, and whether there are scores.
         phi_q: Features of the queries [B, Q, T, R], or None for eviction alone.
         state: With ``phi_q``.
+        shift: What the logits of each query lack [B, Q, T] (``query_shift``), of rows in a space of
+            their own; None: nothing.
 
     Source: arXiv:2402.09398, eq. 4.
     """
     B, Q, T, D = q.shape
     K, S = slots.position.shape[1], slots.position.shape[2]
     G = Q // K
-    (k, v), (slot_k, slot_v) = floats(new), floats(slots.rows)
-    position, weight, score = slots.position, slots.weight, slots.score
+    (k, v), (slot_k, slot_v) = floats(new), slot_floats(slots)
+    position, weight, score = slots.position, slots.log_weight, slots.score
     dtype = torch.promote_types(accumulator(q), accumulator(k))
     if valid is None:
         valid = torch.ones(B, T, dtype=torch.bool, device=q.device)
@@ -98,6 +102,8 @@ def chunk_attention(
         low_value = torch.einsum("bkgtr,bkrd->bkgtd", features, state.H.to(dtype))
         has_mass = ~(low <= 0)  # NaN too
         log_low = torch.where(has_mass, low.clamp(min=torch.finfo(dtype).tiny).log(), -torch.inf)
+        if shift is not None:
+            log_low = log_low - shift.to(dtype).view(B, K, G, T, 1)
         both = torch.maximum(top, log_low)
         a = (top - both).exp()
         b = torch.where(has_mass, (log_low - both).exp(), 0.0)

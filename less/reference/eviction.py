@@ -7,8 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from less.layer import LayerSpec, Maps, Rows, Slots, State
+from less.dtypes import ROW_TYPES
+from less.layer import LayerSpec, Maps, Rows, Slots, Space, State
 from less.policies.base import Candidates, rank_by_rule
+from less.reference.codec import (
+    decode,
+    encode,
+    keys_out_of_space,
+    slot_floats,
+    values_out_of_space,
+)
 from less.reference.maps import fold, psi
 from less.reference.numbers import floats
 
@@ -42,7 +50,12 @@ def chunk_position(seen: Tensor, valid: Tensor | None, B: int, T: int) -> tuple[
 
 
 def candidates(
-    slots: Slots, new: Rows, score: Tensor, seen: Tensor, valid: Tensor | None = None
+    slots: Slots,
+    new: Rows,
+    score: Tensor,
+    seen: Tensor,
+    valid: Tensor | None = None,
+    space: Space | None = None,
 ) -> Candidates:
     """The tokens that compete for the slots: those in them, then the call's.
 
@@ -52,18 +65,21 @@ def candidates(
         score: Scores after the call [B, K, S + T].
         seen: int64 [B], tokens seen before the call.
         valid: bool [B, T], False for padding, or None.
+        space: Of the rows; keys and values are taken back out of it.
     """
     B, K, T, _ = new.k.shape
     position, after = chunk_position(seen, valid, B, T)
-    (held_k, held_v), (k, v) = floats(slots.rows), floats(new)
-    unweighted = slots.weight.new_zeros(B, K, T)
+    (held_k, held_v), (k, v) = slot_floats(slots), floats(new)
+    keys, values = torch.cat([held_k, k], 2), torch.cat([held_v, v], 2)
+    if space is not None:
+        keys, values = keys_out_of_space(keys, space), values_out_of_space(values, space)
     return Candidates(
         position=torch.cat([slots.position, position[:, None].expand(B, K, T)], 2),
         score=score,
-        weight=torch.cat([slots.weight, unweighted], 2),
+        weight=torch.cat([slots.log_weight, slots.score.new_zeros(B, K, T)], 2),
         seen=after,
-        k=torch.cat([held_k, k], 2),
-        v=torch.cat([held_v, v], 2),
+        k=keys,
+        v=values,
     )
 
 
@@ -93,14 +109,21 @@ def compact(
     rank: Tensor | None = None,
     state: State | None = None,
     maps: Maps | None = None,
+    sinks: int = 0,
+    space: Space | None = None,
 ) -> Compacted:
     """Let a call's tokens join the slots; fold or forget what no longer fits.
 
     Capacity is S. Kept slots stay where they are; kept tokens of the call take the free slots in
     ascending order, the older token the lower slot.
 
+    Of W hot slots, the first ``sinks`` belong to the first tokens for good, and the others are a
+    ring of the last W - sinks tokens. Those never compete. A token that is in the ring no longer is
+    encoded, and competes with the others for the S - W slots that are not hot.
+
     Args:
-        new: The call's tokens in the slots' dtype, T of them.
+        new: The call's tokens, T of them, in the dtype of the slots; of the hot ones, where there
+            are such.
         valid: bool [B, T] or None.
         score: Scores after the call, of slots and tokens [B, K, S + T].
         slots: What is kept.
@@ -109,35 +132,101 @@ def compact(
         rank: The policy's ranks [B, K, S + T]; None: by the spec's rule.
         state: The low-rank state.
         maps: The layer's feature maps.
+        sinks: Of the hot slots.
+        space: Of the rows: psi is taken of keys outside of it.
     """
     B, K, S = slots.position.shape
-    tokens = candidates(slots, new, score, seen, valid)
+    W = slots.hot_slots
+    T = new.k.shape[2]
+    at, after_seen = chunk_position(seen, valid, B, T)
+    position = torch.cat([slots.position, at[:, None].expand(B, K, T)], 2)
     if rank is None:
         if spec.rule is None:
             raise ValueError("compact: rank must be given where the spec has no rule")
-        rank = rank_by_rule(spec.rule, tokens.position, score, tokens.seen)
-    keep = survivors(tokens.position, rank, S)
+        rank = rank_by_rule(spec.rule, position, score, after_seen)
+    hot = torch.zeros_like(position, dtype=torch.bool)
+    if W:
+        ring = position >= (after_seen - (W - sinks)).view(B, 1, 1)
+        hot = (position >= 0) & ((position < sinks) | ring)
+    keep = survivors(torch.where(hot, -1, position), rank, S - W)
+    stored = _candidate_rows(slots, new)
     if spec.victim == "fold":
         if state is None or maps is None:
             raise ValueError("compact: victim 'fold' needs state and maps")
-        leaves = (tokens.position >= 0) & ~keep
-        state = fold(state, psi(tokens.k, maps), tokens.v, leaves)
-    stays = keep[..., :S]
-    after = replace(
-        slots,
-        position=torch.where(stays, slots.position, -1),
-        score=torch.where(stays, score[..., :S], 0.0),
-        weight=torch.where(stays, slots.weight, 0.0),
-        **{n: x.clone() for n, x in vars(slots.rows).items() if x is not None},
-    )
+        k, v = (decode(*stored[n], getattr(slots.rows, n)) for n in ("k", "v"))
+        if space is not None:
+            k = keys_out_of_space(k, space)
+        leaves = (position >= 0) & ~keep & ~hot
+        state = fold(state, psi(k, maps), v, leaves)
+    after = _Writer(slots)
     for b in range(B):
         for h in range(K):
-            joins = keep[b, h, S:].nonzero()[:, 0]
-            free = (~stays[b, h]).nonzero()[: len(joins), 0]
-            for name, x in vars(new).items():
-                if x is not None:
-                    mine = getattr(after, name)
-                    mine[b, h, free] = x[b, h, joins].to(mine.dtype)
-            after.position[b, h, free] = tokens.position[b, h, S + joins]
-            after.score[b, h, free] = score[b, h, S + joins]
-    return Compacted(after, state, tokens.seen)
+            if W:
+                moves = hot[b, h].nonzero()[:, 0]
+                moves = moves[moves >= S] - S
+                token = at[b, moves].long()
+                place = torch.where(token < sinks, token, sinks + (token - sinks) % (W - sinks))
+                for label in ("k", "v", "k_scale", "v_scale"):
+                    if (x := getattr(new, label)) is not None:
+                        after.tensors[f"hot_{label}"][b, h, place] = x[b, h, moves]
+                after.take(b, h, place, position[b, h, S + moves], score[b, h, S + moves])
+                stays = hot[b, h, :W].nonzero()[:, 0]
+                after.take(b, h, stays, position[b, h, stays], score[b, h, stays])
+            stays = W + keep[b, h, W:S].nonzero()[:, 0]
+            after.take(b, h, stays, position[b, h, stays], score[b, h, stays])
+            joins = torch.cat([keep[b, h, :W].nonzero()[:, 0], S + keep[b, h, S:].nonzero()[:, 0]])
+            joins = joins[position[b, h, joins].argsort()]
+            free = W + (~keep[b, h, W:S]).nonzero()[: len(joins), 0]
+            for label, (codes, scale) in stored.items():
+                after.tensors[label][b, h, free - W] = codes[b, h, joins]
+                if scale is not None:
+                    after.tensors[f"{label}_scale"][b, h, free - W] = scale[b, h, joins]
+            after.take(b, h, free, position[b, h, joins], score[b, h, joins])
+            if slots.weight is not None:
+                kept = torch.where(keep[b, h, :S], slots.weight[b, h], 0.0)
+                after.tensors["weight"][b, h] = kept
+    return Compacted(after.slots(), state, after_seen)
+
+
+def _candidate_rows(slots: Slots, new: Rows) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The rows of slots and call as slots that are not hot store them, [B, K, S + T, ...]."""
+    found = {}
+    for label in ("k", "v"):
+        kind = getattr(slots.rows, label)
+        mine, mine_scale = getattr(slots, label), getattr(slots, f"{label}_scale")
+        codes = new_codes = getattr(new, label)
+        scale = new_scale = getattr(new, f"{label}_scale")
+        if slots.hot_slots:
+            hot = [getattr(slots, f"hot_{label}"), getattr(slots, f"hot_{label}_scale")]
+            both = [
+                None if x is None else torch.cat([x, y], 2)
+                for x, y in zip(hot, (new_codes, new_scale), strict=True)
+            ]
+            hot_type = ROW_TYPES[new_codes.dtype]
+            assert both[0] is not None
+            codes, scale = encode(decode(both[0], both[1], hot_type), kind)
+        W = slots.hot_slots
+        codes = torch.cat([codes[:, :, :W], mine, codes[:, :, W:].to(mine.dtype)], 2)
+        if mine_scale is not None and scale is not None:
+            scale = torch.cat([scale[:, :, :W], mine_scale, scale[:, :, W:]], 2)
+        found[label] = codes, scale
+    return found
+
+
+class _Writer:
+    """Slots on their way to become others: nobody in them, rows as they were."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._old = slots
+        self.tensors = {n: x.clone() for n, x in slots.tensors().items()}
+        self.tensors["position"].fill_(-1)
+        self.tensors["score"].zero_()
+
+    def take(self, b: int, h: int, place: Tensor, position: Tensor, score: Tensor) -> None:
+        """Put tokens into slots."""
+        self.tensors["position"][b, h, place] = position.to(torch.int32)
+        self.tensors["score"][b, h, place] = score
+
+    def slots(self) -> Slots:
+        """What became of them."""
+        return replace(self._old, **self.tensors)

@@ -60,7 +60,7 @@ LESS_DEVICE Row locate(const FeatureRows& in, const RowBlock& block, int i) {
     if (source < S) {
       const Slots kept = less::head(in.layout, page(in.pool, b), block.head).slots;
       const float scale = kept.k_scale == nullptr ? 1.0f : kept.k_scale[source];
-      const int64_t bytes = source * row_bytes(in.layout.dtype, in.layout.D);
+      const int64_t bytes = source * row_bytes(in.layout.k_dtype, in.layout.D);
       return {reinterpret_cast<uint64_t>(kept.k) + uint64_t(bytes), scale, output};
     }
     token = source - S;

@@ -1,0 +1,197 @@
+"""Packed rows: how a row of floats becomes codes of few bits and a scale, and back.
+
+A row x [D] is stored as codes of b = 4, 3 or 2 bits and one float16 scale: x = scale level[code].
+The 2^b levels are Lloyd and Max's for the Gaussian, which rows are close to once they are rotated
+(``less.layer.space``). Every step is one float32 rounding in a fixed order, so that kernels get the
+same bits:
+
+1. rms = sqrt(sum x^2 / D), summed by ``ordered_sum``;
+2. code = the number of thresholds t, the midpoints of neighbouring levels, with x > t rms;
+3. scale = sum x level / sum level^2, the best for these codes, rounded to float16, at most 65504.
+
+Packing, little bits first: of 4 bits byte i holds the codes of dims i and i + D/2; of 2 bits those
+of i, i + D/4, i + D/2, i + 3D/4. Of 3 bits, the lower two lie as a row of 2 bits, and then the
+third: byte i holds those of i, i + D/8, ..., i + 7D/8.
+
+Source: S. Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28, 1982.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from less.dtypes import RowFormat, RowType
+from less.layer import Rows, Slots, Space
+from less.layer.space import butterflies
+from less.reference.numbers import dequantize, floats, quantize
+
+#: The positive levels of b bits, ascending, of at most 8 bits; the negative ones mirror them.
+LEVELS = {
+    4: (6, 18, 31, 44, 58, 75, 96, 127),
+    3: (14, 45, 79, 127),
+    2: (38, 127),
+}
+#: What of a level is one rms of the row.
+RMS = {4: 46.5, 3: 59.0, 2: 84.0}
+#: What ``rotate`` takes, by the numbers of ``Rotation`` in csrc/common/space.h.
+ROTATIONS = ("query", "key", "value", "output")
+LARGEST_SCALE = 65504.0  # of float16
+
+
+def levels(bits: int) -> Tensor:
+    """The values of the codes 0, 1, ..., in units of a row's scale: float32 [2^bits], ascending."""
+    return torch.tensor(_integers(bits)) / 64.0
+
+
+def thresholds(bits: int) -> list[float]:
+    """Where one code ends and the next begins, in units of a row's rms, ascending."""
+    n = _integers(bits)
+    return [(a + b) / (2 * RMS[bits]) for a, b in itertools.pairwise(n)]
+
+
+def _integers(bits: int) -> tuple[int, ...]:
+    positive = LEVELS[bits]
+    return (*(-n for n in reversed(positive)), *positive)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """Sum over the last dim in the order of all kernels.
+
+    Of 16 lanes, lane j adds up the numbers j, j + 16, ...; then lanes j and j + 8 are added, j and
+    j + 4, j and j + 2, and the last two.
+    """
+    D = x.shape[-1]
+    lanes = torch.nn.functional.pad(x, (0, -D % 16)).unflatten(-1, (-1, 16))
+    total = lanes[..., 0, :]
+    for i in range(1, lanes.shape[-2]):
+        total = total + lanes[..., i, :]
+    for half in (8, 4, 2, 1):
+        total = total[..., :half] + total[..., half : 2 * half]
+    return total[..., 0]
+
+
+def codes_and_scale(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The codes of rows, uint8 [..., D], and their scales, float16 [...].
+
+    Args:
+        x: Rows, [..., D]; computed in float32.
+        bits: 4, 3 or 2.
+    """
+    x = x.float()
+    level = levels(bits)
+    rms = (ordered_sum(x * x) / x.shape[-1]).sqrt()
+    code = torch.zeros(x.shape, dtype=torch.long)
+    for t in thresholds(bits):
+        code += x > rms.unsqueeze(-1) * t  # t becomes float32
+    value = level[code]
+    scale = ordered_sum(x * value) / ordered_sum(value * value)
+    return code.to(torch.uint8), scale.clamp(max=LARGEST_SCALE).to(torch.float16)
+
+
+def pack(code: Tensor, bits: int) -> Tensor:
+    """Codes [..., D] as bytes [..., bits D / 8]."""
+
+    def fields(x: Tensor, count: int) -> Tensor:
+        parts = x.to(torch.int32).unflatten(-1, (count, -1))
+        shift = torch.arange(count, dtype=torch.int32) * (8 // count)
+        return (parts << shift.unsqueeze(-1)).sum(-2).to(torch.uint8)
+
+    if bits == 3:
+        return torch.cat([fields(code & 3, 4), fields(code >> 2, 8)], -1)
+    return fields(code, 8 // bits)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Bytes [..., bits D / 8] as codes, int64 [..., D]."""
+
+    def fields(x: Tensor, count: int) -> Tensor:
+        width = 8 // count
+        shift = torch.arange(count) * width
+        return ((x.long().unsqueeze(-2) >> shift.unsqueeze(-1)) & ((1 << width) - 1)).flatten(-2)
+
+    if bits == 3:
+        split = packed.shape[-1] * 2 // 3
+        return fields(packed[..., :split], 4) | fields(packed[..., split:], 8) << 2
+    return fields(packed, 8 // bits)
+
+
+def encode(x: Tensor, kind: RowType) -> tuple[Tensor, Tensor | None]:
+    """Rows of floats [..., D] as they are stored, and their scales [...] where they have any."""
+    if kind.packed:
+        code, scale = codes_and_scale(x, kind.bits)
+        return pack(code, kind.bits), scale
+    if kind.scale is not None:
+        return quantize(x, dtype=kind.stored)
+    return x.to(kind.stored), None
+
+
+def decode(stored: Tensor, scale: Tensor | None, kind: RowType) -> Tensor:
+    """The numbers [..., D] that stored rows stand for."""
+    if scale is None:
+        return stored
+    if kind.packed:
+        return levels(kind.bits)[unpack(stored, kind.bits)] * scale.float().unsqueeze(-1)
+    return dequantize(stored, scale)
+
+
+def slot_floats(slots: Slots) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, K, S, D] that slots stand for, hot ones first."""
+    form: RowFormat = slots.rows
+    k, v = decode(slots.k, slots.k_scale, form.k), decode(slots.v, slots.v_scale, form.v)
+    if slots.hot_k is None or slots.hot_v is None:
+        return k, v
+    hot = floats(Rows(slots.hot_k, slots.hot_v, slots.hot_k_scale, slots.hot_v_scale))
+    return torch.cat([hot[0].to(k.dtype), k], 2), torch.cat([hot[1].to(v.dtype), v], 2)
+
+
+def rotate(x: Tensor, space: Space, rotation: str, valid: Tensor | None = None) -> Tensor:
+    """Take rows into a layer's space, or attention's output back out of it.
+
+    Args:
+        x: Queries or output [B, Q, T, D], keys or values [B, K, T, D].
+        space: The layer's.
+        rotation: ``"query"``, ``"key"``, ``"value"`` or ``"output"``.
+        valid: bool [B, T]; where False the result is 0. None: all valid.
+
+    Returns:
+        x's shape, float32, or float64 of float64 x.
+    """
+    x = x.double() if x.dtype == torch.float64 else x.float()
+    if rotation == "query":
+        y = butterflies(x * _per_head(space.query_in, x))
+    elif rotation == "key":
+        y = butterflies((x - _per_head(space.key_mean, x)) * _per_head(space.key_in, x))
+    elif rotation == "value":
+        y = butterflies((x - _per_head(space.value_mean, x)) * _per_head(space.value_in, x))
+    elif rotation == "output":
+        y = values_out_of_space(x, space)
+    else:
+        raise ValueError(f"rotate: rotation must be one of {ROTATIONS}, got {rotation!r}")
+    return y if valid is None else torch.where(valid[:, None, :, None], y, 0.0)
+
+
+def keys_out_of_space(k: Tensor, space: Space) -> Tensor:
+    """Keys [B, K, N, D] back out of the space."""
+    return butterflies(k) * _per_head(space.query_in, k) + _per_head(space.key_mean, k)
+
+
+def values_out_of_space(v: Tensor, space: Space) -> Tensor:
+    """Values [B, K, N, D], or attention's output [B, Q, T, D], back out of the space."""
+    return butterflies(v) * _per_head(space.value_out, v) + _per_head(space.value_mean, v)
+
+
+def query_shift(q: Tensor, space: Space, scale: float) -> Tensor:
+    """Scale q.m_k of queries in the space [B, Q, T, D] -> [B, Q, T].
+
+    It is what the logits of all slots of a query lack. It counts only where they meet the low-rank
+    state, whose mass is absolute.
+    """
+    return scale * (q * _per_head(space.key_shift, q)).sum(-1)
+
+
+def _per_head(x: Tensor, like: Tensor) -> Tensor:
+    """A kv head's numbers [K, D] for each head of [B, heads, T, D], [heads, 1, D]."""
+    return x.to(like.dtype).repeat_interleave(like.shape[1] // x.shape[0], 0).unsqueeze(1)
