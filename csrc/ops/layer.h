@@ -64,7 +64,7 @@ constexpr bool has_kernels(DType dtype) {
 #ifdef LESS_LAUNCHES
   return !packed(dtype);
 #else
-  return dtype != DType::fp8 && !packed(dtype);
+  return dtype != DType::fp8;
 #endif
 }
 
