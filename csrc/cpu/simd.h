@@ -79,6 +79,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kNative)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kNative)));
 typedef int8_t Bytes __attribute__((vector_size(kNative)));
 typedef float Four __attribute__((vector_size(16)));
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
 // The same where they lie in memory: aligned as their elements only, of whatever type.
 typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
@@ -99,6 +100,7 @@ LESS_INLINE void store_bytes(Bytes x, void* p) { *static_cast<BytesInMemory*>(p)
 //   signed_ints(x)      from 8 bits, the sign above
 //   low_halves(a)       the lower 16 bits of each element, where the upper 16 are zero
 //   low_bytes(a)        the lower 8 bits of each element, which is within +-127
+//   look_up(table, i)   table[i] of each i, which is below 16
 
 #if defined(LESS_ISA_avx512)
 
@@ -113,6 +115,9 @@ LESS_INLINE Ints unsigned_ints(Halves x) { return (Ints)_mm512_cvtepu16_epi32((_
 LESS_INLINE Ints signed_ints(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
 LESS_INLINE Halves low_halves(Ints a) { return (Halves)_mm512_cvtepi32_epi16((__m512i)a); }
 LESS_INLINE Bytes low_bytes(Ints a) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)a); }
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  return (Sixteen)_mm_shuffle_epi8((__m128i)table, (__m128i)i);
+}
 
 #elif defined(LESS_ISA_avx2)
 
@@ -136,6 +141,9 @@ LESS_INLINE Bytes low_bytes(Ints a) {
   const __m128i halves = _mm_packs_epi32(lower, _mm256_extracti128_si256((__m256i)a, 1));
   return (Bytes)_mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
 }
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  return (Sixteen)_mm_shuffle_epi8((__m128i)table, (__m128i)i);
+}
 
 #elif defined(LESS_ISA_neon)
 
@@ -158,6 +166,9 @@ LESS_INLINE Bytes low_bytes(Ints a) {
   std::memcpy(&x, &four, sizeof x);
   return x;
 }
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  return (Sixteen)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
+}
 
 #else
 
@@ -168,6 +179,11 @@ LESS_INLINE Ints unsigned_ints(Halves x) { return __builtin_convertvector(x, Int
 LESS_INLINE Ints signed_ints(Bytes x) { return __builtin_convertvector(x, Ints); }
 LESS_INLINE Halves low_halves(Ints a) { return __builtin_convertvector(a, Halves); }
 LESS_INLINE Bytes low_bytes(Ints a) { return __builtin_convertvector(a, Bytes); }
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  Sixteen x;
+  for (int n = 0; n < 16; ++n) x[n] = table[i[n]];
+  return x;
+}
 
 LESS_INLINE Floats from_fp16(Halves x) {
   const Ints half = __builtin_convertvector(x, Ints);
