@@ -17,7 +17,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/stored.h"
+#include "cpu/codec.h"
 #include "cpu/features.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -42,7 +42,7 @@ struct Lowest {
 // Slots whose rows are stored alike.
 struct Group {
   int64_t first, count;  // of the head's slots
-  StoredRows k, v;
+  Stored k, v;
 };
 
 // One head after the other.
@@ -98,8 +98,8 @@ class Step {
     const int64_t slot = hot_slot(p_.layout, seen_);
     const Token left{slots_.position[slot], slots_.score[slot]};
     if (left.position >= 0) encode(slot);
-    put(slots_hot_k().at(slot), new_k());
-    put(slots_hot_v().at(slot), new_v());
+    copy_row(new_k(), 0, group_[0].k, slot, D_);
+    copy_row(new_v(), 0, group_[0].v, slot, D_);
     hold(slot, token);
     if (left.position >= 0) join(left, left_k(), left_v());
   }
@@ -123,27 +123,23 @@ class Step {
     S_ = slots_.S;
     stride_ = padded(S_ + 1);
     const Layout& of = p_.layout;
-    group_[0] = {0, W_, slots_hot_k(), slots_hot_v()};
-    group_[1] = {W_, S_ - W_,
-                 stored_rows(of.k_dtype, D_, slots_.k, slots_.k_scale, slots_.k_half),
-                 stored_rows(of.v_dtype, D_, slots_.v, slots_.v_scale, slots_.v_half)};
+    group_[0] = {0, W_, hot_keys(of, slots_), hot_values(of, slots_)};
+    group_[1] = {W_, S_ - W_, cold_keys(of, slots_), cold_values(of, slots_)};
     seen_ = *seen(own);
     held_ = 0;
     for (int64_t s = 0; s < S_; ++s) held_ += slots_.position[s] >= 0;
   }
 
-  StoredRows slots_hot_k() const {
-    return stored_rows(p_.layout.call_dtype, D_, slots_.hot_k, slots_.hot_k_scale, nullptr);
-  }
-  StoredRows slots_hot_v() const {
-    return stored_rows(p_.layout.call_dtype, D_, slots_.hot_v, slots_.hot_v_scale, nullptr);
-  }
   // The token's rows, as its slot will hold them.
-  StoredRow new_k() { return {p_.layout.call_dtype, D_, new_row_[0], &new_scale_[0]}; }
-  StoredRow new_v() { return {p_.layout.call_dtype, D_, new_row_[1], &new_scale_[1]}; }
+  Stored new_k() { return stored(p_.layout.call_dtype, new_row_[0], &new_scale_[0], nullptr, D_); }
+  Stored new_v() { return stored(p_.layout.call_dtype, new_row_[1], &new_scale_[1], nullptr, D_); }
   // Those of the token that leaves its hot slot, as another slot will hold them.
-  StoredRow left_k() { return {p_.layout.k_dtype, D_, left_row_[0], &left_scale_[0]}; }
-  StoredRow left_v() { return {p_.layout.v_dtype, D_, left_row_[1], &left_scale_[1]}; }
+  Stored left_k() {
+    return stored(p_.layout.k_dtype, left_row_[0], &left_scale_[0], &left_half_[0], D_);
+  }
+  Stored left_v() {
+    return stored(p_.layout.v_dtype, left_row_[1], &left_scale_[1], &left_half_[1], D_);
+  }
 
   // The query head of the group's g-th.
   int64_t query(int64_t g) const { return head_ * G_ + g; }
@@ -179,16 +175,16 @@ class Step {
       rotate_row(space, Rotation::key, head_, D_, key_);
       rotate_row(space, Rotation::value, head_, D_, value_);
     }
-    encode_row(key_, new_k());
-    encode_row(value_, new_v());
+    encode_row(new_k(), 0, key_, D_);
+    encode_row(new_v(), 0, value_, D_);
   }
 
   // The rows of a hot slot, as the other slots hold rows.
   void encode(int64_t slot) {
-    decode_row(slots_hot_k().at(slot), key_);
-    decode_row(slots_hot_v().at(slot), value_);
-    encode_row(key_, left_k());
-    encode_row(value_, left_v());
+    decode_row(group_[0].k, slot, D_, key_);
+    decode_row(group_[0].v, slot, D_, value_);
+    encode_row(left_k(), 0, key_, D_);
+    encode_row(left_v(), 0, value_, D_);
   }
 
   // f(group, first, count) for each run of slots that hold a token, first counted from the group's
@@ -213,7 +209,7 @@ class Step {
   // logit_[g] = l over slots and token, -inf for empty slots and the padding.
   void logits() {
     for_each_run([this](const Group& group, int64_t first, int64_t count) {
-      dots_of_rows(group.k.dtype, q_, G_, width_, group.k.row(first), count, D_,
+      dots_of_rows(group.k.dtype, q_, G_, width_, group.k.rows + first * group.k.stride, count, D_,
                    logit_ + group.first + first, stride_, &stream_);
     });
     dots_of_rows(p_.layout.call_dtype, q_, G_, width_, new_row_[0], 1, D_, logit_ + S_, stride_,
@@ -284,8 +280,8 @@ class Step {
       p = weight_;
     }
     for_each_run([=, this](const Group& group, int64_t first, int64_t count) {
-      add_weighted_rows(group.v.dtype, p + group.first + first, G_, stride_, group.v.row(first),
-                        count, D_, out_, width_, &stream_);
+      add_weighted_rows(group.v.dtype, p + group.first + first, G_, stride_,
+                        group.v.rows + first * group.v.stride, count, D_, out_, width_, &stream_);
     });
     add_weighted_rows(p_.layout.call_dtype, p + S_, G_, stride_, new_row_[1], 1, D_, out_, width_,
                       nullptr);
@@ -334,33 +330,32 @@ class Step {
   }
 
   // A token takes a slot that is not hot: a free one, or the victim's; or is the victim itself.
-  void join(const Token& token, const StoredRow& k, const StoredRow& v) {
-    // Empty slots left, the token's own hot one not counted: it is taken by now.
-    int64_t slot = S_;
-    const bool free = first_free(slot);
-    if (!free) {
+  void join(const Token& token, const Stored& k, const Stored& v) {
+    const Group& cold = group_[1];
+    int64_t slot = first_free();
+    if (slot < 0) {
       slot = choose(token);
       if (p_.spec.victim == Victim::fold) {
-        const Group& group = group_[1];
-        fold(slot < S_ ? group.k.at(slot - W_) : k, slot < S_ ? group.v.at(slot - W_) : v);
+        if (slot < S_) {
+          fold(cold.k, cold.v, slot - W_);
+        } else {
+          fold(k, v, 0);
+        }
       }
     }
     if (slot == S_) return;
-    put(group_[1].k.at(slot - W_), k);
-    put(group_[1].v.at(slot - W_), v);
+    copy_row(k, 0, cold.k, slot - W_, D_);
+    copy_row(v, 0, cold.v, slot - W_, D_);
     hold(slot, token);
   }
 
-  // The lowest empty slot that is not hot, if there is one.
-  bool first_free(int64_t& slot) const {
-    if (held_ == S_) return false;
+  // The lowest empty slot that is not hot; -1: there is none.
+  int64_t first_free() const {
+    if (held_ == S_) return -1;
     for (int64_t s = W_; s < S_; ++s) {
-      if (slots_.position[s] < 0) {
-        slot = s;
-        return true;
-      }
+      if (slots_.position[s] < 0) return s;
     }
-    return false;
+    return -1;
   }
 
   // The victim: a slot, or S_ for the token itself. All slots that are not hot are held.
@@ -393,9 +388,9 @@ class Step {
     return lowest.source;
   }
 
-  void fold(const StoredRow& k, const StoredRow& v) {
-    decode_row(k, key_);
-    decode_row(v, value_);
+  void fold(const Stored& k, const Stored& v, int64_t row) {
+    decode_row(k, row, D_, key_);
+    decode_row(v, row, D_, value_);
     if (rotates_) key_out_of_space(p_.maps.space, head_, D_, key_);
     features(p_.maps.psi, head_, key_, hidden_, features_);
     fold_token(features_, value_, R_, D_, state_.H, state_.z);
@@ -423,8 +418,9 @@ class Step {
   float *top_, *total_;  // [G]
   float *key_, *value_;  // [width]
   float *new_row_[2], *left_row_[2];
-  float new_scale_[2], left_scale_[2];  // of fp16 scales the lower half
-  float* features_;                     // [R]
+  float new_scale_[2], left_scale_[2];
+  uint16_t left_half_[2];
+  float* features_;  // [R]
   float* hidden_;
 };
 

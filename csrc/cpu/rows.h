@@ -7,10 +7,30 @@
 #include <algorithm>
 
 #include "common/layout.h"
+#include "cpu/codec.h"
 #include "cpu/row_format.h"
 #include "cpu/softmax.h"
 
 namespace less::cpu::LESS_ISA {
+
+// The scales of rows, by which their numbers are multiplied.
+struct NoScales {
+  LESS_INLINE Vec times(Vec a, int64_t, int) const { return a; }
+};
+template <typename T>
+struct ScalesOf {
+  const T* scale;
+
+  LESS_INLINE Vec times(Vec a, int64_t s, int n) const { return a * load_some(scale + s, n); }
+};
+
+// Calls f with the scales of rows.
+template <typename F>
+LESS_INLINE void with_scales(const Stored& rows, F f) {
+  if (packed(rows.dtype)) return f(ScalesOf<fp16>{reinterpret_cast<const fp16*>(rows.half)});
+  if (rows.scale != nullptr) return f(ScalesOf<float>{rows.scale});
+  f(NoScales{});
+}
 
 // Heads that may share one pass over rows of so many fields: as many accumulators as fit.
 template <int kFields>

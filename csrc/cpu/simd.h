@@ -80,6 +80,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kNative)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kNative)));
 typedef int8_t Bytes __attribute__((vector_size(kNative)));
 typedef float Four __attribute__((vector_size(16)));
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
 // The same where they lie in memory: aligned as their elements only, of whatever type.
 typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
@@ -101,6 +102,7 @@ LESS_INLINE void store_bytes(Bytes x, void* p) { *static_cast<BytesInMemory*>(p)
 //   low_halves(a)       the lower 16 bits of each element, where the upper 16 are zero
 //   low_bytes(a)        the lower 8 bits of each element, which is within +-127
 //   looked_up(t, i)     t[i & 15] of a table of 16 numbers
+//   look_up(table, i)   table[i] of each i, which is below 16
 
 #if defined(LESS_ISA_avx512)
 
@@ -117,6 +119,9 @@ LESS_INLINE Halves low_halves(Ints a) { return (Halves)_mm512_cvtepi32_epi16((__
 LESS_INLINE Bytes low_bytes(Ints a) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)a); }
 LESS_INLINE Floats looked_up(const Floats (&table)[1], Ints i) {
   return _mm512_permutexvar_ps((__m512i)i, table[0]);
+}
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  return (Sixteen)_mm_shuffle_epi8((__m128i)table, (__m128i)i);
 }
 
 #elif defined(LESS_ISA_avx2)
@@ -146,6 +151,9 @@ LESS_INLINE Floats looked_up(const Floats (&table)[2], Ints i) {
   const Floats high = _mm256_permutevar8x32_ps(table[1], (__m256i)i);
   return _mm256_blendv_ps(low, high, (Floats)(i << 28));
 }
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  return (Sixteen)_mm_shuffle_epi8((__m128i)table, (__m128i)i);
+}
 
 #elif defined(LESS_ISA_neon)
 
@@ -174,6 +182,9 @@ LESS_INLINE Floats looked_up(const Floats (&table)[4], Ints i) {
   const Ints at = (i & 15) * 0x04040404 + 0x03020100;
   return (Floats)vqtbl4q_u8(bytes, (uint8x16_t)at);
 }
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  return (Sixteen)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
+}
 
 #else
 
@@ -188,6 +199,11 @@ LESS_INLINE Floats looked_up(const Floats (&table)[4], Ints i) {
   i &= 15;
   Floats x;
   for (int lane = 0; lane < kNative; ++lane) x[lane] = table[i[lane] / kNative][i[lane] % kNative];
+  return x;
+}
+LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  Sixteen x;
+  for (int n = 0; n < 16; ++n) x[n] = table[i[n]];
   return x;
 }
 
