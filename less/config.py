@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from less.budget import BETA, deal, most_within, page_bytes, parse_bytes, pyramid
+from less.budget import BETA, deal, least_tokens, most_within, page_bytes, parse_bytes, pyramid
+from less.calibration import Calibration
+from less.dtypes import FORMATS, HOT_DTYPES, name
 from less.policies import Full, Policy, policy_from_dict, policy_to_dict
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
@@ -57,6 +59,11 @@ class LessConfig:
             that the sidekick was trained with, or ``default_policy``.
         dtype: Of the slots, by name; None: the model's.
         sidekick: Folder or shipped name of the feature maps; None: evicted tokens are forgotten.
+        rows: In place of ``dtype``: one of its names, or a packed format such as "k4v4".
+        sinks: First tokens in finer rows, of packed formats; None: 4.
+        hot: Last tokens in finer rows, of packed formats; None: 16.
+        hot_dtype: Of the finer rows: "int8", "float16" or "float32".
+        calibration: Folder that ``less-kv calibrate`` wrote; None: rows are rotated alone.
 
     Raises:
         ValueError: A setting is wrong, or contradicts another; the message names it.
@@ -72,6 +79,11 @@ class LessConfig:
     policy: Policy | None = None
     dtype: str | None = None
     sidekick: str | None = None
+    rows: str | None = None
+    sinks: int | None = None
+    hot: int | None = None
+    hot_dtype: str = "int8"
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         """Check every setting by itself, and those that go together."""
@@ -99,6 +111,7 @@ class LessConfig:
             raise ValueError(
                 f"LessConfig: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}"
             )
+        self._check_rows()
         if not (self.sidekick is None or isinstance(self.sidekick, (str, os.PathLike))):
             raise ValueError(
                 f"LessConfig: sidekick must be a folder or a shipped name, got "
@@ -106,6 +119,54 @@ class LessConfig:
             )
         if isinstance(self.sidekick, os.PathLike):
             object.__setattr__(self, "sidekick", os.fspath(self.sidekick))
+
+    def _check_rows(self) -> None:
+        if isinstance(self.rows, torch.dtype):
+            object.__setattr__(self, "rows", name(self.rows))
+        if isinstance(self.hot_dtype, torch.dtype):
+            object.__setattr__(self, "hot_dtype", name(self.hot_dtype))
+        if self.rows is not None:
+            if self.dtype is not None:
+                raise ValueError("LessConfig: dtype and rows say the same; give one of them")
+            known = (*_DTYPES, *FORMATS)
+            if self.rows not in known:
+                raise ValueError(
+                    f"LessConfig: rows must be one of {', '.join(known)}, got {self.rows!r}"
+                )
+        finer = [name(d) for d in HOT_DTYPES]
+        if self.hot_dtype not in finer:
+            raise ValueError(
+                f"LessConfig: hot_dtype must be one of {', '.join(finer)}, got {self.hot_dtype!r}"
+            )
+        if isinstance(self.calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        if not (self.calibration is None or isinstance(self.calibration, str)):
+            raise ValueError(
+                "LessConfig: calibration must be a folder, got "
+                f"{type(self.calibration).__name__}; an object goes to cache(model, calibration=...)"
+            )
+        if self.rows in FORMATS or not (self.sinks is None and self.hot is None):
+            _ = self._least  # refuses sinks and hot that are wrong
+
+    @property
+    def _format(self) -> torch.dtype | str | None:
+        """Dtype of the slots, or a packed format; None: the model's dtype."""
+        chosen = self.rows or self.dtype
+        return chosen if chosen is None or chosen in FORMATS else getattr(torch, chosen)
+
+    @property
+    def _hot(self) -> dict[str, Any]:
+        """The settings of hot rows, by the names that caches take."""
+        return {
+            "sinks": self.sinks,
+            "hot": self.hot,
+            "hot_dtype": getattr(torch, self.hot_dtype),
+        }
+
+    @property
+    def _least(self) -> int:
+        """The fewest tokens of a head."""
+        return least_tokens(self._format or torch.float16, self.sinks, self.hot)
 
     def _check_budget(self) -> None:
         given = [n for n in ("tokens", "share", "bytes") if getattr(self, n) is not None]
@@ -157,6 +218,7 @@ class LessConfig:
         sidekick: Sidekick | None = None,
         max_tokens: int | None = None,
         backend: str | None = None,
+        calibration: Calibration | None = None,
     ) -> LessKVCache:
         """Build the cache for a transformers model.
 
@@ -167,6 +229,7 @@ class LessConfig:
             sidekick: In place of the one that the config names.
             max_tokens: In place of the config's.
             backend: As in ``LessKVCache``.
+            calibration: In place of the one that the config names.
 
         Raises:
             UnsupportedModelError: The model cannot run on a bounded cache.
@@ -178,8 +241,18 @@ class LessConfig:
         if sidekick is None:
             sidekick = self.load_sidekick()
         policies = self.policies(model, batch, prompt_tokens, sidekick, max_tokens)
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return cache_for(model, policies, sidekick, batch=batch, dtype=dtype, backend=backend)
+        if calibration is None and self.calibration is not None:
+            calibration = Calibration.from_pretrained(self.calibration)
+        return cache_for(
+            model,
+            policies,
+            sidekick,
+            batch=batch,
+            dtype=self._format,
+            backend=backend,
+            calibration=calibration,
+            **self._hot,
+        )
 
     def policies(
         self,
@@ -197,13 +270,20 @@ class LessConfig:
         from less.hf.models import describe
 
         facts = describe(model, "LessConfig")
-        dtype = facts.dtype if self.dtype is None else getattr(torch, self.dtype)
+        dtype = facts.dtype if self._format is None else self._format
         rank = sidekick.rank if sidekick is not None else 0
         capacities = self.capacities(
             facts.layers,
             lambda tokens, evicts: (
                 batch
-                * page_bytes(facts.kv_heads, facts.head_dim, dtype, tokens, rank if evicts else 0)
+                * page_bytes(
+                    facts.kv_heads,
+                    facts.head_dim,
+                    dtype,
+                    tokens,
+                    rank if evicts else 0,
+                    **self._hot,
+                )
             ),
             native=tuple(facts.windows),
             native_bytes=batch * facts.kv_heads * facts.window_bytes,
@@ -275,9 +355,10 @@ class LessConfig:
         else:
             total = self._total_in_tokens(len(bounded), prompt_tokens)
         for i, tokens in zip(bounded, deal(total, weights), strict=True):
-            if tokens < 1:
+            if tokens < self._least:
+                few = f", and {self.rows} keeps {self._least} or more" if self._least > 1 else ""
                 raise ValueError(
-                    f"LessConfig: layer {i} would keep {tokens} tokens: {total} for "
+                    f"LessConfig: layer {i} would keep {tokens} tokens{few}: {total} for "
                     f"{len(bounded)} layers with shape={self.shape!r}; raise the budget"
                     + ("" if self.shape == "uniform" else " or flatten the shape")
                 )
@@ -297,16 +378,18 @@ class LessConfig:
         """Tokens of all bounded layers together; ``held`` is what the budget pays for besides."""
         assert self.bytes is not None
         budget, spent = parse_bytes("LessConfig", self.bytes), sum(held.values())
-        least = spent + len(weights) * layer_bytes(1, True)
+        fewest = self._least
+        least = spent + len(weights) * layer_bytes(fewest, True)
         if budget < least:
             beside = " and ".join(f"{n:,} bytes of {what}" for what, n in held.items() if n)
+            count = "one token" if fewest == 1 else f"{fewest} tokens"
             raise ValueError(
-                f"LessConfig: bytes={budget:,} cannot hold one token per head in each of "
+                f"LessConfig: bytes={budget:,} cannot hold {count} per head in each of "
                 f"{len(weights)} layers{' beside ' if beside else ''}{beside}: that takes {least:,}"
             )
 
         def cost(total: int) -> int:
-            return sum(layer_bytes(max(tokens, 1), True) for tokens in deal(total, weights))
+            return sum(layer_bytes(max(tokens, fewest), True) for tokens in deal(total, weights))
 
         return most_within(budget - spent, cost)
 
@@ -389,12 +472,14 @@ class LessConfig:
         """
         here = Path(folder)
         values = self.to_dict()
-        if self.sidekick is not None and self.sidekick not in shipped_names():
-            path = Path(self.sidekick).resolve()
-            inside = path.is_relative_to(here.resolve())
-            values["sidekick"] = (
-                path.relative_to(here.resolve()).as_posix() if inside else str(path)
-            )
+        for setting in ("sidekick", "calibration"):
+            folder_of = getattr(self, setting)
+            if folder_of is not None and folder_of not in shipped_names():
+                path = Path(folder_of).resolve()
+                inside = path.is_relative_to(here.resolve())
+                values[setting] = (
+                    path.relative_to(here.resolve()).as_posix() if inside else str(path)
+                )
         here.mkdir(parents=True, exist_ok=True)
         text = json.dumps(values, indent=2) + "\n"
         (here / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -413,9 +498,10 @@ class LessConfig:
             raise ValueError(f"LessConfig: cannot read {file}: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"LessConfig: {file} must hold an object")
-        name = values.get("sidekick")
-        if isinstance(name, str) and name not in shipped_names():
-            values["sidekick"] = str(Path(folder) / name)  # a whole path stays what it is
+        for setting in ("sidekick", "calibration"):
+            named = values.get(setting)
+            if isinstance(named, str) and named not in shipped_names():
+                values[setting] = str(Path(folder) / named)  # a whole path stays what it is
         return cls.from_dict(values)
 
 
