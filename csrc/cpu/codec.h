@@ -222,19 +222,22 @@ struct Stored {
 inline Stored stored(DType dtype, void* rows, float* scale, uint16_t* half, int64_t D) {
   return {dtype, static_cast<unsigned char*>(rows), row_bytes(dtype, D), scale, half};
 }
-inline Stored hot_keys(const Layout& layout, const Slots& slots) {
-  return stored(layout.call_dtype, slots.hot_k, slots.hot_k_scale, nullptr, layout.D);
+
+// The keys or values of a head's slots: of W hot ones, then of the others.
+struct SlotRows {
+  Stored hot, cold;
+  int64_t W;
+};
+
+inline SlotRows key_rows(const Layout& layout, const Slots& slots) {
+  return {stored(layout.call_dtype, slots.hot_k, slots.hot_k_scale, nullptr, layout.D),
+          stored(layout.k_dtype, slots.k, slots.k_scale, slots.k_half, layout.D), slots.W};
 }
-inline Stored hot_values(const Layout& layout, const Slots& slots) {
-  return stored(layout.call_dtype, slots.hot_v, slots.hot_v_scale, nullptr, layout.D);
+inline SlotRows value_rows(const Layout& layout, const Slots& slots) {
+  return {stored(layout.call_dtype, slots.hot_v, slots.hot_v_scale, nullptr, layout.D),
+          stored(layout.v_dtype, slots.v, slots.v_scale, slots.v_half, layout.D), slots.W};
 }
-// Of the slots that are not hot, from slot W on.
-inline Stored cold_keys(const Layout& layout, const Slots& slots) {
-  return stored(layout.k_dtype, slots.k, slots.k_scale, slots.k_half, layout.D);
-}
-inline Stored cold_values(const Layout& layout, const Slots& slots) {
-  return stored(layout.v_dtype, slots.v, slots.v_scale, slots.v_half, layout.D);
-}
+
 // The T tokens of a kv head of a call; scales [B, heads, T], or null.
 inline Stored call_rows(const HeadRows& rows, const float* scale, int64_t b, int64_t h,
                         int64_t heads, int64_t T) {
