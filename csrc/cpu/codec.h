@@ -222,6 +222,19 @@ struct Stored {
 inline Stored stored(DType dtype, void* rows, float* scale, uint16_t* half, int64_t D) {
   return {dtype, static_cast<unsigned char*>(rows), row_bytes(dtype, D), scale, half};
 }
+inline Stored hot_keys(const Layout& layout, const Slots& slots) {
+  return stored(layout.call_dtype, slots.hot_k, slots.hot_k_scale, nullptr, layout.D);
+}
+inline Stored hot_values(const Layout& layout, const Slots& slots) {
+  return stored(layout.call_dtype, slots.hot_v, slots.hot_v_scale, nullptr, layout.D);
+}
+// Of the slots that are not hot, from slot W on.
+inline Stored cold_keys(const Layout& layout, const Slots& slots) {
+  return stored(layout.k_dtype, slots.k, slots.k_scale, slots.k_half, layout.D);
+}
+inline Stored cold_values(const Layout& layout, const Slots& slots) {
+  return stored(layout.v_dtype, slots.v, slots.v_scale, slots.v_half, layout.D);
+}
 
 // The keys or values of a head's slots: of W hot ones, then of the others.
 struct SlotRows {
@@ -230,12 +243,10 @@ struct SlotRows {
 };
 
 inline SlotRows key_rows(const Layout& layout, const Slots& slots) {
-  return {stored(layout.call_dtype, slots.hot_k, slots.hot_k_scale, nullptr, layout.D),
-          stored(layout.k_dtype, slots.k, slots.k_scale, slots.k_half, layout.D), slots.W};
+  return {hot_keys(layout, slots), cold_keys(layout, slots), slots.W};
 }
 inline SlotRows value_rows(const Layout& layout, const Slots& slots) {
-  return {stored(layout.call_dtype, slots.hot_v, slots.hot_v_scale, nullptr, layout.D),
-          stored(layout.v_dtype, slots.v, slots.v_scale, slots.v_half, layout.D), slots.W};
+  return {hot_values(layout, slots), cold_values(layout, slots), slots.W};
 }
 
 // The T tokens of a kv head of a call; scales [B, heads, T], or null.
