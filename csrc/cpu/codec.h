@@ -235,6 +235,20 @@ inline Stored cold_keys(const Layout& layout, const Slots& slots) {
 inline Stored cold_values(const Layout& layout, const Slots& slots) {
   return stored(layout.v_dtype, slots.v, slots.v_scale, slots.v_half, layout.D);
 }
+
+// The keys or values of a head's slots: of W hot ones, then of the others.
+struct SlotRows {
+  Stored hot, cold;
+  int64_t W;
+};
+
+inline SlotRows key_rows(const Layout& layout, const Slots& slots) {
+  return {hot_keys(layout, slots), cold_keys(layout, slots), slots.W};
+}
+inline SlotRows value_rows(const Layout& layout, const Slots& slots) {
+  return {hot_values(layout, slots), cold_values(layout, slots), slots.W};
+}
+
 // The T tokens of a kv head of a call; scales [B, heads, T], or null.
 inline Stored call_rows(const HeadRows& rows, const float* scale, int64_t b, int64_t h,
                         int64_t heads, int64_t T) {

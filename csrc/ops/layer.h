@@ -24,6 +24,8 @@ struct LayerArguments {
   uint64_t present;  // which tensors it has: bits in the order of less.layer.kinds.ORDER
   int32_t null_page;
   bool has_rule;  // false: the spec's rule is none, and ranks are the caller's
+
+  bool has_space() const { return (present & 1) != 0; }
 };
 
 namespace layer_fields {
@@ -278,8 +280,8 @@ inline HeadRows head_rows(const Arguments& arguments, const char* name, const Te
   return {.data = data, .dtype = dtype, .b = stride[0], .h = stride[1], .t = stride[2]};
 }
 
-// The k, v [B, K, T, D] of a call, of the dtype of the (hot) slots; scales [2, B, K, T], of the rows
-// of k and of those of v, belong to rows of 8 bits, and to them alone.
+// The k, v [B, K, T, D] of a call, of the dtype of the (hot) slots; scales [2, B, K, T], of the
+// rows of k and of those of v, belong to rows of 8 bits, and to them alone.
 inline CallRows call_rows(const Arguments& arguments, const LayerArguments& layer, const Tensor& k,
                           const Tensor& v, const OptionalTensor& scales, int64_t B, int64_t T) {
   const char* op = arguments.op;
@@ -301,7 +303,8 @@ inline CallRows call_rows(const Arguments& arguments, const LayerArguments& laye
           .v_scale = scales ? k_scale + B * K * T : nullptr};
 }
 
-// The space and the maps of a layer, uint8 [bytes] as less.layer packs them; none where it has none.
+// The space and the maps of a layer, uint8 [bytes] as less.layer packs them; none where it has
+// none.
 inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
                       const OptionalTensor& maps) {
   const char* op = arguments.op;
@@ -313,7 +316,8 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   const int64_t E = layer.E, R = layer.layout.R;
   const MapKind kind = MapKind(layer.kind);
 #ifdef LESS_LAUNCHES
-  if (layer.kind >= 0 && E < 1) fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
+  if (layer.kind >= 0 && E < 1)
+    fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
   if (R > 64) fail(op, ": w2 must have a rank of at most 64 on a GPU, got ", R);
 #endif
   check_dim(op, "maps", *maps, 1, "[bytes]");

@@ -83,7 +83,8 @@ def codes_and_scale(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     level = levels(bits)
-    rms = (ordered_sum(x * x) / x.shape[-1]).sqrt()
+    square = ordered_sum(x * x) / x.shape[-1]
+    rms = square.double().sqrt().float()  # torch's root of float32 is not always the nearest
     code = torch.zeros(x.shape, dtype=torch.long)
     for t in thresholds(bits):
         code += x > rms.unsqueeze(-1) * t  # t becomes float32
