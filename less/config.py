@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ import torch
 
 from less.budget import BETA, deal, least_tokens, most_within, page_bytes, parse_bytes, pyramid
 from less.calibration import Calibration
-from less.dtypes import FORMATS, HOT_DTYPES, name
+from less.dtypes import FORMATS
 from less.policies import Full, Policy, policy_from_dict, policy_to_dict
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
+from less.settings import DTYPES, check_budget, check_rows, check_shape
 from less.sidekick import Sidekick, shipped, shipped_names
 from less.sidekick.trained import trained_policy as trained_policy
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
 _VERSION = 1
-_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ class LessConfig:
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        self._check_budget()
-        self._check_shape()
+        check_budget(self)
+        check_shape(self)
         for name in ("full_layers", "max_tokens"):
             value = getattr(self, name)
             if name == "max_tokens" and value is None:
@@ -107,11 +106,11 @@ class LessConfig:
             )
         if isinstance(self.policy, Full):
             raise ValueError("LessConfig: policy Full has no budget; see full_layers")
-        if self.dtype not in (None, *_DTYPES):
+        if self.dtype not in (None, *DTYPES):
             raise ValueError(
-                f"LessConfig: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}"
+                f"LessConfig: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
             )
-        self._check_rows()
+        check_rows(self)
         if not (self.sidekick is None or isinstance(self.sidekick, (str, os.PathLike))):
             raise ValueError(
                 f"LessConfig: sidekick must be a folder or a shipped name, got "
@@ -119,34 +118,6 @@ class LessConfig:
             )
         if isinstance(self.sidekick, os.PathLike):
             object.__setattr__(self, "sidekick", os.fspath(self.sidekick))
-
-    def _check_rows(self) -> None:
-        if isinstance(self.rows, torch.dtype):
-            object.__setattr__(self, "rows", name(self.rows))
-        if isinstance(self.hot_dtype, torch.dtype):
-            object.__setattr__(self, "hot_dtype", name(self.hot_dtype))
-        if self.rows is not None:
-            if self.dtype is not None:
-                raise ValueError("LessConfig: dtype and rows say the same; give one of them")
-            known = (*_DTYPES, *FORMATS)
-            if self.rows not in known:
-                raise ValueError(
-                    f"LessConfig: rows must be one of {', '.join(known)}, got {self.rows!r}"
-                )
-        finer = [name(d) for d in HOT_DTYPES]
-        if self.hot_dtype not in finer:
-            raise ValueError(
-                f"LessConfig: hot_dtype must be one of {', '.join(finer)}, got {self.hot_dtype!r}"
-            )
-        if isinstance(self.calibration, os.PathLike):
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
-        if not (self.calibration is None or isinstance(self.calibration, str)):
-            raise ValueError(
-                "LessConfig: calibration must be a folder, got "
-                f"{type(self.calibration).__name__}; an object goes to cache(model, calibration=...)"
-            )
-        if self.rows in FORMATS or not (self.sinks is None and self.hot is None):
-            _ = self._least  # refuses sinks and hot that are wrong
 
     @property
     def _format(self) -> torch.dtype | str | None:
@@ -167,46 +138,6 @@ class LessConfig:
     def _least(self) -> int:
         """The fewest tokens of a head."""
         return least_tokens(self._format or torch.float16, self.sinks, self.hot)
-
-    def _check_budget(self) -> None:
-        given = [n for n in ("tokens", "share", "bytes") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "LessConfig: one of tokens, share and bytes must be given, got "
-                + (" and ".join(given) or "none")
-            )
-        if self.bytes is not None:
-            parse_bytes("LessConfig", self.bytes)
-        if self.share is not None:
-            _check_number("share", self.share)
-            if not 0 < self.share <= 1:
-                raise ValueError(f"LessConfig: share must be in (0, 1], got {self.share}")
-        if self.tokens is not None:
-            counts = self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
-            for count in counts:
-                if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                    raise ValueError(
-                        "LessConfig: tokens must be a whole number >= 1, or a list of them, got "
-                        f"{self.tokens!r}"
-                    )
-
-    def _check_shape(self) -> None:
-        _check_number("beta", self.beta)
-        if self.shape == "pyramid":
-            pyramid(2, self.beta)
-        if isinstance(self.tokens, tuple) and self.shape != "uniform":
-            raise ValueError("LessConfig: a list of tokens is a shape already; leave shape alone")
-        if isinstance(self.shape, str):
-            if self.shape not in ("uniform", "pyramid"):
-                raise ValueError(
-                    "LessConfig: shape must be 'uniform', 'pyramid' or a list of one weight per "
-                    f"layer, got {self.shape!r}"
-                )
-            return
-        for weight in self.shape:
-            _check_number("shape", weight)
-            if weight <= 0:
-                raise ValueError(f"LessConfig: weights of shape must be above 0, got {weight}")
 
     # -- the cache -----------------------------------------------------------------------------
 
@@ -503,11 +434,6 @@ class LessConfig:
             if isinstance(named, str) and named not in shipped_names():
                 values[setting] = str(Path(folder) / named)  # a whole path stays what it is
         return cls.from_dict(values)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"LessConfig: {name} must be a number, got {value!r}")
 
 
 def _check_length(name: str, values: Sequence[object], layers: int) -> None:

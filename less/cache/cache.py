@@ -335,9 +335,9 @@ class LessKVCache(Described, CacheProtocol):
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
             ``maps`` (the sidekick's weights, and means and scales of channels), ``workspace``
-            (counters, and the scratch of a GPU's kernels), ``native`` (k and v of layers that slide, which grow until their windows are
-            full), ``total`` of these, and ``full``:
-            the k and v that a full cache would hold of the same tokens now, in this cache's dtype,
+            (counters, and the scratch of a GPU's kernels), ``native`` (k and v of layers that
+            slide, which grow until their windows are full), ``total`` of these, and ``full``: the
+            k and v that a full cache would hold of the same tokens now, in this cache's dtype,
             or in 16 bits where that has fewer, which full caches are not held in; for layers that
             slide, what they hold. ``slots``, ``state`` and the counters are ``batch`` times
             ``PageLayout.nbytes`` of every layer.
