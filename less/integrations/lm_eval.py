@@ -5,8 +5,9 @@ Importing this module registers the model. The harness's own command line, with 
     python -m less.integrations.lm_eval run --model less-kv \
         --model_args pretrained=FOLDER,tokens=64,sidekick=FOLDER --tasks TASK
 
-Log-likelihoods come through the real cache: the first tokens, as many as the smallest layer keeps,
-at once (nothing leaves there, so it is the same), then ``chunk`` tokens per step, one by default.
+Log-likelihoods come through the real cache: the first tokens, as many as ``LessKVCache.at_once``
+says, at once (nothing leaves there, so it is the same), then ``chunk`` tokens per step, one by
+default.
 A single forward pass over prompt and answer would be exact attention, with nothing evicted.
 """
 
@@ -28,6 +29,10 @@ from less.policies import import_policies, policy_from_text
 from less.sidekick import Sidekick
 
 _TRAINED = "trained"  # of ``policy=``: the sidekick's own
+_SETTINGS = (  # of LessConfig, by the same names
+    *("tokens", "share", "bytes", "shape", "beta", "full_layers", "max_tokens"),
+    *("rows", "sinks", "hot", "hot_dtype", "calibration"),
+)
 
 
 @register_model("less-kv")
@@ -44,8 +49,9 @@ class LessLM(HFLM):  # type: ignore[misc]
         imports: Module or file that defines policies, or several; imported first.
         slots: Dtype of the slots, "float16" say.
         chunk: Tokens per step once something may be evicted.
-        **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers`` and
-            ``max_tokens`` are ``LessConfig``'s; the rest is the harness's.
+        **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers``,
+            ``max_tokens``, ``rows``, ``sinks``, ``hot``, ``hot_dtype`` and ``calibration`` are
+            ``LessConfig``'s; the rest is the harness's.
 
     Raises:
         ValueError: A setting is wrong or given twice; the message names it.
@@ -65,8 +71,7 @@ class LessLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"less-kv: chunk must be a whole number of tokens >= 1, got {chunk!r}")
-        names = ("tokens", "share", "bytes", "shape", "beta", "full_layers", "max_tokens")
-        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
         for module in [imports] if isinstance(imports, str) else imports:
             import_policies("less-kv: imports", module)
         if policy is not None:
@@ -87,6 +92,7 @@ class LessLM(HFLM):  # type: ignore[misc]
             sidekick = LessConfig(tokens=1, sidekick=sidekick).load_sidekick()
         self.less_config = config
         self.less_sidekick = config.load_sidekick() if sidekick is None else sidekick
+        self.less_calibration = config.load_calibration()
         self.chunk = chunk
         self._held: tuple[tuple[int, int], LessKVCache] | None = None
         super().__init__(pretrained, **kwargs)
@@ -100,7 +106,11 @@ class LessLM(HFLM):  # type: ignore[misc]
         if self._held is None or self._held[0] != key:
             self._held = None  # two at once would be too many
             cache = self.less_config.cache(
-                self.model, rows, prompt_tokens=prompt_tokens, sidekick=self.less_sidekick
+                self.model,
+                rows,
+                prompt_tokens=prompt_tokens,
+                sidekick=self.less_sidekick,
+                calibration=self.less_calibration,
             )
             self._held = (key, cache)
         self._held[1].reset()
@@ -116,8 +126,7 @@ class LessLM(HFLM):  # type: ignore[misc]
         """
         cache = self._cache(*inps.shape)
         length = inps.shape[1]
-        kept = min(p.capacity for p in cache.policies if p is not None)
-        cuts = [0, *range(min(kept, length), length, self.chunk), length]
+        cuts = [0, *range(min(cache.at_once, length), length, self.chunk), length]
         with (
             torch.no_grad(),
             torch.autocast(
