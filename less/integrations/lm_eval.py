@@ -23,7 +23,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from less.cache import LessKVCache
+from less.calibration import Calibration
 from less.config import LessConfig
+from less.dtypes import FORMATS
 from less.hf import attach
 from less.policies import import_policies, policy_from_text
 from less.sidekick import Sidekick
@@ -31,7 +33,7 @@ from less.sidekick import Sidekick
 _TRAINED = "trained"  # of ``policy=``: the sidekick's own
 _SETTINGS = (  # of LessConfig, by the same names
     *("tokens", "share", "bytes", "shape", "beta", "full_layers", "max_tokens"),
-    *("rows", "sinks", "hot", "hot_dtype", "calibration"),
+    *("rows", "sinks", "hot", "hot_dtype"),
 )
 
 
@@ -47,11 +49,12 @@ class LessLM(HFLM):  # type: ignore[misc]
         policy: "h2o", "sinks", "trained" (the sidekick's own, else the default policy), or any
             policy's name and settings, ``Policy.to_dict``'s result, as JSON or as it is.
         imports: Module or file that defines policies, or several; imported first.
-        slots: Dtype of the slots, "float16" say.
+        slots: Dtype of the slots, "float16" say, or a packed format.
+        calibration: A ``Calibration``, or in place of the config's: a folder.
         chunk: Tokens per step once something may be evicted.
         **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers``,
-            ``max_tokens``, ``rows``, ``sinks``, ``hot``, ``hot_dtype`` and ``calibration`` are
-            ``LessConfig``'s; the rest is the harness's.
+            ``max_tokens``, ``rows``, ``sinks``, ``hot`` and ``hot_dtype`` are ``LessConfig``'s;
+            the rest is the harness's.
 
     Raises:
         ValueError: A setting is wrong or given twice; the message names it.
@@ -66,6 +69,7 @@ class LessLM(HFLM):  # type: ignore[misc]
         policy: str | Mapping[str, Any] | None = None,
         imports: str | Sequence[str] = (),
         slots: str | None = None,
+        calibration: str | Calibration | None = None,
         chunk: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -81,7 +85,9 @@ class LessLM(HFLM):  # type: ignore[misc]
                 else policy_from_text("less-kv: policy", policy, [_TRAINED])
             )
         if slots is not None:
-            settings["dtype"] = slots
+            if "rows" in settings:
+                raise ValueError("less-kv: slots and rows say the same; give one of them")
+            settings["rows" if slots in FORMATS else "dtype"] = slots
         if config is not None and settings:
             raise ValueError(f"less-kv: config has these settings already: {sorted(settings)}")
         if config is None:
@@ -92,7 +98,9 @@ class LessLM(HFLM):  # type: ignore[misc]
             sidekick = LessConfig(tokens=1, sidekick=sidekick).load_sidekick()
         self.less_config = config
         self.less_sidekick = config.load_sidekick() if sidekick is None else sidekick
-        self.less_calibration = config.load_calibration()
+        if isinstance(calibration, str):
+            calibration = Calibration.from_pretrained(calibration)
+        self.less_calibration = config.load_calibration() if calibration is None else calibration
         self.chunk = chunk
         self._held: tuple[tuple[int, int], LessKVCache] | None = None
         super().__init__(pretrained, **kwargs)
