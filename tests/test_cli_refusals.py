@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from less import Calibration, Sidekick
 from less.cli import main, rows
-from less.dtypes import FORMATS, ROW_TYPES, name
+from less.dtypes import FORMATS, ROW_TYPES
 from less.evaluate import assets
 from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_calibration, tiny_sidekick
 
@@ -199,7 +199,7 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
 
 def test_the_formats_that_commands_know_are_the_librarys():
     assert tuple(FORMATS) == rows.FORMATS
-    assert set(rows.DTYPES) < {name(dtype) for dtype in ROW_TYPES}
+    assert set(rows.DTYPES) < {row.name for row in ROW_TYPES.values()}
 
 
 @pytest.mark.parametrize("command", ALL)

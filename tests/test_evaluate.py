@@ -107,7 +107,7 @@ def test_packed_caches_in_one_pass_with_others_equal_each_alone(model, chunks):
 
     together = through_caches(model, chunks, caches())
     for nats, cache in zip(together, caches(), strict=True):
-        assert apart(nats, through_caches(model, chunks, [cache])[0]) < 1e-4
+        assert apart(nats, through_caches(model, chunks, [cache])[0]) < 5e-3  # one code
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,8 @@ def test_feeding_the_first_tokens_at_once_equals_single_steps(model, chunks, dec
         for t in range(LENGTH - 1):
             logits = model(chunks[:, t : t + 1], past_key_values=cache).logits[:, 0]
             cost = -logits.log_softmax(-1).gather(1, chunks[:, t + 1 : t + 2])[:, 0]
-            torch.testing.assert_close(ours.values[:, t + 1], cost.double(), atol=2e-4, rtol=1e-4)
+            bound = 5e-3 if stored else 2e-4  # one code
+            torch.testing.assert_close(ours.values[:, t + 1], cost.double(), atol=bound, rtol=1e-4)
 
 
 def test_the_first_token_is_predicted_by_nothing(model, chunks):

