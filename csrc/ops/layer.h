@@ -12,6 +12,9 @@
 #include <vector>
 
 #include "ops/check.h"
+#ifdef LESS_LAUNCHES
+#include "cuda/head_dims.h"
+#endif
 
 namespace less::ops {
 
@@ -62,7 +65,7 @@ enum : int64_t {
 // Whether this library's kernels have a format of rows.
 constexpr bool has_kernels(DType dtype) {
 #ifdef LESS_LAUNCHES
-  return !packed(dtype);
+  return true;
 #else
   return dtype != DType::fp8 && !packed(dtype);
 #endif
@@ -180,6 +183,29 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
   };
 }
 
+// Whether a layer's rows live in a space of their own.
+inline bool has_space(const LayerArguments& layer) { return (layer.present & 1) != 0; }
+
+// Refuses rows for which this library has no kernels yet.
+inline void check_rows([[maybe_unused]] const char* op,
+                       [[maybe_unused]] const LayerArguments& layer) {
+#ifdef LESS_LAUNCHES
+  const Layout& layout = layer.layout;
+  const bool few = packed(layout.v_dtype);
+  if ((few || has_space(layer)) && (layout.R > 0 || layer.spec.victim == Victim::fold)) {
+    fail(op, ": packed rows with feature maps have no CUDA kernel yet; use victim forget, without ",
+         "maps");
+  }
+  if (few && layout.call_dtype != DType::i8) {
+    fail(op, ": hot rows of packed formats must be int8 on a GPU");
+  }
+  if (few && !cuda::packed_head_dim(layout.D)) {
+    fail(op, ": packed rows must have a head dim of a multiple of 64, at most 256, on a GPU, got ",
+         layout.D);
+  }
+#endif
+}
+
 // Refuses page numbers that the pool has not, and a page that two rows have. On a GPU the numbers
 // are not looked at: what the pool has not is no page there.
 inline void check_pages([[maybe_unused]] const char* op, [[maybe_unused]] const Pool& pool,
@@ -278,8 +304,8 @@ inline HeadRows head_rows(const Arguments& arguments, const char* name, const Te
   return {.data = data, .dtype = dtype, .b = stride[0], .h = stride[1], .t = stride[2]};
 }
 
-// The k, v [B, K, T, D] of a call, of the dtype of the (hot) slots; scales [2, B, K, T], of the rows
-// of k and of those of v, belong to rows of 8 bits, and to them alone.
+// The k, v [B, K, T, D] of a call, of the dtype of the (hot) slots; scales [2, B, K, T], of the
+// rows of k and of those of v, belong to rows of 8 bits, and to them alone.
 inline CallRows call_rows(const Arguments& arguments, const LayerArguments& layer, const Tensor& k,
                           const Tensor& v, const OptionalTensor& scales, int64_t B, int64_t T) {
   const char* op = arguments.op;
@@ -301,7 +327,8 @@ inline CallRows call_rows(const Arguments& arguments, const LayerArguments& laye
           .v_scale = scales ? k_scale + B * K * T : nullptr};
 }
 
-// The space and the maps of a layer, uint8 [bytes] as less.layer packs them; none where it has none.
+// The space and the maps of a layer, uint8 [bytes] as less.layer packs them; none where it has
+// none.
 inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
                       const OptionalTensor& maps) {
   const char* op = arguments.op;
@@ -313,7 +340,8 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   const int64_t E = layer.E, R = layer.layout.R;
   const MapKind kind = MapKind(layer.kind);
 #ifdef LESS_LAUNCHES
-  if (layer.kind >= 0 && E < 1) fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
+  if (layer.kind >= 0 && E < 1)
+    fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
   if (R > 64) fail(op, ": w2 must have a rank of at most 64 on a GPU, got ", R);
 #endif
   check_dim(op, "maps", *maps, 1, "[bytes]");

@@ -37,11 +37,11 @@ Tensor rotate(Tensor x, OptionalTensor valid, Tensor maps, Tensor layer, int64_t
       .D = D,
   };
 #ifdef LESS_LAUNCHES
+  check_row_dim(kOp, "x", D);
   launch(arguments, cuda::rotate, params, {{"x", x}});
 #else
-  torch::stable::parallel_for(
-      0, B * heads * T, grain(8 * D),
-      [&](int64_t begin, int64_t end) { cpu::rotate(params, begin, end); });
+  torch::stable::parallel_for(0, B * heads * T, grain(8 * D),
+                              [&](int64_t begin, int64_t end) { cpu::rotate(params, begin, end); });
 #endif
   return y;
 }
@@ -49,4 +49,5 @@ Tensor rotate(Tensor x, OptionalTensor valid, Tensor maps, Tensor layer, int64_t
 }  // namespace
 }  // namespace less::ops
 
-LESS_OP(rotate, "rotate(Tensor x, Tensor? valid, Tensor maps, Tensor layer, int rotation) -> Tensor")
+LESS_OP(rotate,
+        "rotate(Tensor x, Tensor? valid, Tensor maps, Tensor layer, int rotation) -> Tensor")
