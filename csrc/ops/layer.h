@@ -67,7 +67,7 @@ constexpr bool has_kernels(DType dtype) {
 #ifdef LESS_LAUNCHES
   return true;
 #else
-  return dtype != DType::fp8 && !packed(dtype);
+  return dtype != DType::fp8;
 #endif
 }
 

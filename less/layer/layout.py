@@ -306,13 +306,15 @@ class PageLayout:
             nbytes = head["score"].offset + field_bytes(head["score"].nbytes) - first
             count = run.stop - run.start
             heads = pool.narrow(1, first, count * nbytes).unflatten(1, (count, nbytes))
-            of = {}
+            of: dict[str, Tensor] = {}
             for label, field in head.items():
                 flat = heads.narrow(2, field.offset - first, field.nbytes).view(field.dtype)
                 of[label] = flat.unflatten(2, field.shape)
             state = State(of.pop("H"), of.pop("z")) if self.rank else None
             own = share.narrow(1, run.start, count)
-            views.append(PageViews(run, Slots(**of, format=self.format), state, own, seen))
+            weight = of.pop("weight", None)
+            slots = Slots(weight=weight, format=self.format, **of)
+            views.append(PageViews(run, slots, state, own, seen))
         return views
 
     def clear(self, pool: Tensor) -> None:
