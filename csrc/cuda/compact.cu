@@ -15,7 +15,6 @@
 #include "cuda/compact/fold.h"
 #include "cuda/compact/select.h"
 #include "cuda/feature_map/rows.h"
-#include "cuda/head_dims.h"
 #include "cuda/kernels.h"
 #include "cuda/types.h"
 

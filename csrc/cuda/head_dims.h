@@ -20,10 +20,6 @@ constexpr int kHeadDims[] = {LESS_HEAD_DIMS};
 
 constexpr bool head_dim_built(int D) { return (LESS_HEAD_DIM_MASK >> (D / 16) & 1) != 0; }
 
-// Those whose packed rows kernels take: a row of any format is then words of 4 bytes, and one of 4
-// or 2 bits pieces of 16.
-constexpr bool packed_head_dim(int64_t D) { return D % 64 == 0 && D <= 256; }
-
 template <typename F, int... kDims>
 bool with_head_dim(int64_t D, const F& f, std::integer_sequence<int, kDims...>) {
   const auto with = [&](auto head_dim) {

@@ -11,10 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/codec.h"
 #include "ops/check.h"
-#ifdef LESS_LAUNCHES
-#include "cuda/head_dims.h"
-#endif
 
 namespace less::ops {
 
@@ -199,7 +197,7 @@ inline void check_rows([[maybe_unused]] const char* op,
   if (few && layout.call_dtype != DType::i8) {
     fail(op, ": hot rows of packed formats must be int8 on a GPU");
   }
-  if (few && !cuda::packed_head_dim(layout.D)) {
+  if (few && !packed_head_dim(layout.D)) {
     fail(op, ": packed rows must have a head dim of a multiple of 64, at most 256, on a GPU, got ",
          layout.D);
   }
