@@ -297,9 +297,9 @@ inline void encode_row(const Stored& of, int64_t n, const float* x, int64_t D) {
   }
 }
 
-// Row j of `to` becomes row i of `from`, of the same format.
-inline void copy_row(const Stored& from, int64_t i, const Stored& to, int64_t j, int64_t D) {
-  std::memcpy(to.rows + j * to.stride, from.rows + i * from.stride, row_bytes(to.dtype, D));
+// Row j of `to`, which lie without gaps, becomes row i of `from`, of the same format.
+LESS_INLINE void copy_row(const Stored& from, int64_t i, const Stored& to, int64_t j) {
+  std::memcpy(to.rows + j * to.stride, from.rows + i * from.stride, to.stride);
   if (to.scale != nullptr) to.scale[j] = from.scale[i];
   if (to.half != nullptr) to.half[j] = from.half[i];
 }

@@ -48,7 +48,7 @@ class Compaction {
         folds_(p.spec.victim == Victim::fold),
         arena_(folds_ ? FeaturePanel::size(p.maps.psi) + Arena::size(D_ * kLanes) +
                             Arena::size(R_ * kTokens) + Arena::size(kTokens * D_) +
-                            Arena::size(features_scratch(p.maps.psi))
+                            Arena::size(kLanes * D_) + Arena::size(features_scratch(p.maps.psi))
                       : 0),
         coded_(D_),
         row_(D_) {
@@ -57,6 +57,7 @@ class Compaction {
     keys_ = arena_.take(D_ * kLanes);
     features_ = arena_.take(R_ * kTokens);
     values_ = arena_.take(kTokens * D_);
+    rows_ = arena_.take(kLanes * D_);
     scratch_ = arena_.take(features_scratch(p.maps.psi));
   }
 
@@ -142,8 +143,8 @@ class Compaction {
         continue;
       }
       const int64_t slot = hot_slot(p_.layout, at);
-      copy_row(k_.call, t, k_.slots.hot, slot, D_);
-      copy_row(v_.call, t, v_.slots.hot, slot, D_);
+      copy_row(k_.call, t, k_.slots.hot, slot);
+      copy_row(v_.call, t, v_.slots.hot, slot);
       position[slot] = at;
       score[slot] = call_score[t];
     }
@@ -161,7 +162,7 @@ class Compaction {
   void take(const Kept& x, int64_t slot, int64_t source) {
     const auto [rows, i] = find(x, source);
     const int64_t W = x.slots.W;
-    if (W == 0) return copy_row(*rows, i, x.slots.cold, slot, D_);
+    if (W == 0) return copy_row(*rows, i, x.slots.cold, slot);
     decode_row(*rows, i, D_, row_.data());
     encode_row(x.slots.cold, slot - W, row_.data(), D_);
   }
@@ -190,11 +191,24 @@ class Compaction {
     }
   }
 
-  // The key or value of a candidate as floats: those that a slot that is not hot has of it.
-  void load(const Kept& x, int64_t source, float* out) {
+  // out [count, D]: the keys or values of candidates, those of the call last, as floats: those that
+  // a slot that is not hot has of them.
+  void load(const Kept& x, const int32_t* source, int64_t count, float* out) {
+    if (x.slots.W > 0) {
+      for (int64_t n = 0; n < count; ++n) load_encoded(x, source[n], out + n * D_);
+      return;
+    }
+    int64_t slots = 0;
+    while (slots < count && source[slots] < S_) ++slots;
+    decode_rows(x.slots.cold, slots, [=](int64_t n) { return source[n]; }, D_, out);
+    const auto token = [=, S = S_](int64_t n) { return source[slots + n] - S; };
+    decode_rows(x.call, count - slots, token, D_, out + slots * D_);
+  }
+
+  void load_encoded(const Kept& x, int64_t source, float* out) {
     const auto [rows, i] = find(x, source);
     decode_row(*rows, i, D_, out);
-    if (x.slots.W == 0 || rows == &x.slots.cold) return;
+    if (rows == &x.slots.cold) return;
     float scale;
     uint16_t half;
     const Stored one{x.slots.cold.dtype, coded_.data(), 0, &scale, &half};
@@ -202,12 +216,12 @@ class Compaction {
     decode_row(one, 0, D_, out);
   }
 
-  // The same of a key, as psi takes it.
-  const float* load_key(int64_t head, int64_t source) {
-    load(k_, source, row_.data());
+  // Keys, as psi takes them.
+  void load_keys(int64_t head, const int32_t* source, int64_t count, float* out) {
+    load(k_, source, count, out);
     const Space& space = p_.maps.space;
-    if (space.key_mean != nullptr) key_out_of_space(space, head, D_, row_.data());
-    return row_.data();
+    if (space.key_mean == nullptr) return;
+    for (int64_t n = 0; n < count; ++n) key_out_of_space(space, head, D_, out + n * D_);
   }
 
   // Folds those who leave. Few are taken one by one, by the loops of decode_step:
@@ -219,18 +233,18 @@ class Compaction {
     for (int64_t first = 0; first < leaving; first += kTokens) {
       const int64_t count = std::min(kTokens, leaving - first);
       const int32_t* source = leaving_.data() + first;
-      for (int64_t n = 0; n < count; ++n) load(v_, source[n], values_ + n * D);
+      load(v_, source, count, values_);
       if (few) {
+        load_keys(head, source, count, rows_);
         for (int64_t n = 0; n < count; ++n) {
-          features(p_.maps.psi, head, load_key(head, source[n]), scratch_, features_ + n * R);
+          features(p_.maps.psi, head, rows_ + n * D, scratch_, features_ + n * R);
         }
       } else {
         for (int64_t lane = 0; lane < count; lane += kLanes) {
           const int64_t rows = std::min(kLanes, count - lane);
+          load_keys(head, source + lane, rows, rows_);
           if (rows < kLanes) std::fill(keys_, keys_ + D * kLanes, 0.0f);
-          for (int64_t n = 0; n < rows; ++n) {
-            put_lane(load_key(head, source[lane + n]), D, n, keys_);
-          }
+          for (int64_t n = 0; n < rows; ++n) put_lane(rows_ + n * D, D, n, keys_);
           psi_->run(keys_, features_ + lane, kTokens);
         }
       }
@@ -248,6 +262,7 @@ class Compaction {
   float* keys_ = nullptr;             // [D][kLanes]
   float* features_ = nullptr;         // [R, kTokens], or [kTokens, R] of few
   float* values_ = nullptr;           // [kTokens, D]
+  float* rows_ = nullptr;             // [kLanes, D]
   float* scratch_ = nullptr;          // of features()
   std::vector<unsigned char> coded_;  // a row of at most 8 bits a number
   std::vector<float> row_;            // [D]

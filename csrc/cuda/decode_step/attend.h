@@ -2,7 +2,7 @@
 // head.
 #pragma once
 
-#include "cuda/decode_step/block.h"
+#include "cuda/decode_step/packed.h"
 
 namespace less::cuda {
 
@@ -48,7 +48,13 @@ LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int item, int tiles)
   copy_async_commit();
   const unsigned char* const here = stage(received);
   received = after(received);
-  return here;
+  if constexpr (kPacked) {
+    widen_rows(here, item % tiles, item >= tiles);
+    __syncthreads();
+    return s.widened();
+  } else {
+    return here;
+  }
 }
 
 // Queries g0 on, the chunks that this lane takes.
@@ -142,8 +148,8 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       float dot = mass[i];
       if constexpr (kScaled) dot *= s.k_scale()[i];
       if constexpr (kScaled && kMma) dot *= q_scale()[g];
-      const float logit =
-          s.position()[i] >= 0 ? capped(dot * p.spec.scale) + s.weight()[i] : -kInfinity;
+      float logit = s.position()[i] >= 0 ? capped(dot * p.spec.scale) : -kInfinity;
+      if constexpr (!kPacked) logit += s.weight()[i];
       mass[i] = logit;
       top = fmaxf(top, logit);
     }

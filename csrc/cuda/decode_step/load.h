@@ -1,7 +1,7 @@
 // What decode_step's kernel reads once: the slots through a ring of tiles, and all the rest.
 #pragma once
 
-#include "cuda/decode_step/block.h"
+#include "cuda/decode_step/packed.h"
 
 namespace less::cuda {
 
@@ -10,9 +10,12 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask(int item, int tiles) {
   unsigned char* const to = stage(asked);
   asked = after(asked);
-  if (item < tiles) {
+  if (item >= tiles * (1 + decode_passes<T, kD, kMma>(G))) return;
+  if constexpr (kPacked) {
+    ask_for_rows(to, item % tiles, item >= tiles);
+  } else if (item < tiles) {
     ask_for_keys(to, item);
-  } else if (item < tiles * (1 + decode_passes<T, kD, kMma>(G))) {
+  } else {
     ask_for_values(to, (item - tiles) % tiles);
   }
 }
@@ -67,9 +70,13 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
     // narrow: a lane a slot, side by side
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
-    s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
-    s.score()[i] = in ? of.score[slot] : 0.0f;    // narrow: a lane a slot, side by side
-    if constexpr (kScaled) {
+    s.score()[i] = in ? of.score[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    if constexpr (kPacked) {
+      if (in) load_scales(of, i, slot, position >= 0);
+    } else {
+      s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    }
+    if constexpr (kScaled && !kPacked) {
       s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;  // narrow: a lane a slot, side by side
       // narrow: a lane a slot, side by side
       s.v_scale()[i] = position >= 0 ? of.v_scale[slot] : 0.0f;
@@ -86,6 +93,12 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
       store8_shared(narrow_q() + i / kD * kRow + i % kD, make_uint2(0, 0));
     }
   }
+  // Of packed slots, only the last split looks at the token.
+  if (!kPacked || last_split()) load_token();
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_token() {
   if (warp == 0) load_row(p.k, s.key(), s.token());
   if (warp == 1) load_row(p.v, s.value(), s.token() + 1);
 }

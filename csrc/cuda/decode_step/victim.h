@@ -12,6 +12,20 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::candidate(int slot, int32_t posit
   return {rank_of(p.spec.rule, seen + 1, position, score), position, slot, 0.0f};
 }
 
+// Whether a slot's token may leave, and as whom. Of packed slots those of hot rows stay; but whose
+// hot slot the token takes competes with those in cold slots, as none of them.
+template <typename Case>
+LESS_DEVICE bool DecodeBlock<Case>::competes(int slot, int32_t position, float score,
+                                             DecodeCandidate& as) const {
+  as = candidate(slot, position, score);
+  if constexpr (kPacked) {
+    if (slot >= hot_slots(p.layout)) return true;
+    as.slot = S;
+    return position >= 0 && slot == hot_slot(p.layout, seen);
+  }
+  return true;
+}
+
 // Writes the scores of this block's slots; who of them would leave.
 template <typename Case>
 LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
@@ -46,10 +60,10 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
       score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
       store(of_head.score + slot, score);  // narrow: a lane a slot, side by side
     }
-    const DecodeCandidate here = candidate(slot, position, score);
-    if (here.below(best)) best = here;
+    DecodeCandidate here;
+    if (competes(slot, position, score, here) && here.below(best)) best = here;
   }
-  if (rank == ranks - 1 && t == 0) {
+  if (!kPacked && rank == ranks - 1 && t == 0) {
     const DecodeCandidate token = candidate(S, int32_t(seen), s.token()[2]);
     if (token.below(best)) best = token;
   }
@@ -162,6 +176,24 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
   if (rank == 0 && t < R) store(to.z + t, to.z[t] + psi[t]);
 }
 
+// A chunk of a row, as the slots hold it.
+template <typename Case>
+LESS_DEVICE uint4 DecodeBlock<Case>::narrowed_chunk(const float* from) {
+  constexpr int kN = 4 / int(sizeof(T));
+  uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int e = 0; e < Tile::kElements; ++e) {
+    if constexpr (sizeof(T) == 4) {
+      word[e] = bits_of<uint32_t>(from[e]);
+    } else if constexpr (sizeof(T) == 2) {
+      word[e / kN] |= uint32_t(bits_of<uint16_t>(narrowed<T>(from[e]))) << (e % kN * 16);
+    } else {
+      word[e / kN] |= uint32_t(bits_of<uint8_t>(narrowed<T>(from[e]))) << (e % kN * 8);
+    }
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
 // The token takes a slot; S is none.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
@@ -171,22 +203,9 @@ LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
   for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
     const bool key = i < Tile::kChunks;
     const int chunk = key ? i : i - Tile::kChunks;
-    const float* const from = (key ? s.key() : s.value()) + chunk * Tile::kElements;
-    constexpr int kN = 4 / int(sizeof(T));
-    uint32_t word[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int e = 0; e < Tile::kElements; ++e) {
-      if constexpr (sizeof(T) == 4) {
-        word[e] = bits_of<uint32_t>(from[e]);
-      } else if constexpr (sizeof(T) == 2) {
-        word[e / kN] |= uint32_t(bits_of<uint16_t>(narrowed<T>(from[e]))) << (e % kN * 16);
-      } else {
-        word[e / kN] |= uint32_t(bits_of<uint8_t>(narrowed<T>(from[e]))) << (e % kN * 8);
-      }
-    }
     store16(
         static_cast<unsigned char*>(key ? to.k : to.v) + int64_t{slot} * Tile::kBytes + chunk * 16,
-        make_uint4(word[0], word[1], word[2], word[3]));
+        narrowed_chunk((key ? s.key() : s.value()) + chunk * Tile::kElements));
   }
   if (t != 0) return;
   if constexpr (kScaled) {
