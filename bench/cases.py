@@ -22,6 +22,7 @@ from less.layer import (
     Paged,
     Rows,
     Slots,
+    Space,
     State,
     allocate,
 )
@@ -177,6 +178,27 @@ def quantize(s: Shape, dtype: torch.dtype) -> Case:
         error=error,
         bytes=s.B * s.K * tokens * (s.D * (dtype.itemsize + 1) + 4),
         formula="BKT(D (bytes + 1) + 4), T = 512",
+    )
+
+
+def rotate(s: Shape, dtype: torch.dtype) -> Case:
+    """A call of 512 keys into the space of packed rows."""
+    tokens = 512
+    g = torch.Generator().manual_seed(12)
+    x = torch.randn(s.B, s.K, tokens, s.D, generator=g).to(dtype)
+    space = Space.of(s.K, s.D, key_mean=torch.randn(s.K, s.D, generator=g))
+    spec = LayerSpec(s.Q, scale=1.0, decay=1.0, rule=None, victim="forget")
+    plan = LayerPlan(spec, PageLayout(s.K, s.D, s.S), space=space)
+
+    def error() -> float:
+        same = torch.equal(ops.rotate(x, plan, "key"), reference.rotate(x, space, "key"))
+        return 0.0 if same else float("inf")
+
+    return Case(
+        run=lambda: ops.rotate(x, plan, "key"),
+        error=error,
+        bytes=s.B * s.K * tokens * s.D * (dtype.itemsize + 4),
+        formula="BKTD (bytes + 4), T = 512",
     )
 
 
@@ -362,6 +384,7 @@ CASES: dict[str, Callable[[Shape, torch.dtype], Case]] = {
     for case in (
         fold,
         quantize,
+        rotate,
         feature_map,
         chunk_attention,
         prompt_scores,

@@ -190,7 +190,7 @@ Layer::Layer(const Shape& shape, uint64_t seed, std::byte* pool)
     z_ = floats(heads * s.R, 1.0f, 2.0f);
     phi_q_ = floats(s.B * s.Q * s.T * s.R, 0.0f, 1.0f);
     psi_k_ = floats(tokens * s.R, 0.0f, 1.0f);
-    maps_ = {.phi = maps(s.Q, s.maps), .psi = maps(s.K, s.maps)};
+    maps_ = {.phi = maps(s.Q, s.maps), .psi = maps(s.K, s.maps), .space = {}};
   }
 }
 
@@ -252,6 +252,7 @@ ChunkAttentionParams Layer::chunk_attention() const {
           .call = call(),
           .valid = nullptr,
           .phi_q = phi_q_,
+          .shifted = false,
           .out = rows(out_, s.model, s.Q),
           .score = score_,
           .share = share_q_,

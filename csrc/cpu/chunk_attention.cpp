@@ -17,15 +17,14 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/codec.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
 #include "cpu/softmax.h"
 #include "cpu/state.h"
-#include "cpu/types.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -95,34 +94,30 @@ struct Tile {
   const float* weight;  // [count], null: 0
 };
 
-// Rows [n, D] of a kv head, a stride apart, and the scales [n] of int8 ones.
-template <typename T>
-struct Rows {
-  const T* x;
-  const float* scale;
-  int64_t stride;
+// Rows index[i] - first, i < count, as floats: where they lie, or decoded into scratch.
+const float* tile_rows(const Stored& rows, const int32_t* index, int64_t first, int64_t count,
+                       int64_t D, float* scratch) {
+  if (rows.dtype == DType::f32) {
+    const bool dense =
+        index[count - 1] - index[0] == count - 1 && rows.stride == row_bytes(DType::f32, D);
+    if (dense || count == 1) {
+      return reinterpret_cast<const float*>(rows.rows + (index[0] - first) * rows.stride);
+    }
+  }
+  decode_rows(rows, count, [=](int64_t i) { return index[i] - first; }, D, scratch);
+  return scratch;
+}
 
-  Rows(const void* slots, const float* scales, int64_t D)
-      : x(static_cast<const T*>(slots)), scale(scales), stride(D) {}
-  // Of the call, whose scales are [B, K, T].
-  Rows(const HeadRows& call, const float* scales, int64_t b, int64_t h, int64_t first)
-      : x(static_cast<const T*>(call.data) + offset(call, b, h, 0)),
-        scale(scales == nullptr ? nullptr : scales + first),
-        stride(call.t) {}
-};
-
-// `count` rows as floats: where they lie, or widened into scratch.
-template <typename T>
-const float* tile_rows(const Rows<T>& rows, const int32_t* index, int64_t count, int64_t D,
+// The same of slots, in ascending order: those below W are hot.
+const float* tile_rows(const SlotRows& rows, const int32_t* index, int64_t count, int64_t D,
                        float* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    const bool dense = index[count - 1] - index[0] == count - 1 && rows.stride == D;
-    if (dense || count == 1) return rows.x + index[0] * rows.stride;
-  }
-  for (int64_t n = 0; n < count; ++n) {
-    const float scale = rows.scale == nullptr ? 1.0f : rows.scale[index[n]];
-    widen_row(rows.x + index[n] * rows.stride, scale, D, scratch + n * D);
-  }
+  const int64_t hot = std::lower_bound(index, index + count, rows.W) - index;
+  if (hot == 0) return tile_rows(rows.cold, index, rows.W, count, D, scratch);
+  if (hot == count) return tile_rows(rows.hot, index, 0, count, D, scratch);
+  const auto row = [=](int64_t i) { return index[i]; };
+  decode_rows(rows.hot, hot, row, D, scratch);
+  const auto cold = [=, W = rows.W](int64_t i) { return index[hot + i] - W; };
+  decode_rows(rows.cold, count - hot, cold, D, scratch + hot * D);
   return scratch;
 }
 
@@ -210,7 +205,6 @@ void attend_panel(int vecs, const PanelStep& step) {
 }
 
 // The strips of one thread: what is in flight for a block, and scratch.
-template <typename T>
 class Attention {
  public:
   explicit Attention(const ChunkAttentionParams& p)
@@ -311,18 +305,19 @@ class Attention {
     if (first < slots) {
       const Slots& kept = keys_.head.slots;
       const int32_t* index = keys_.slot.data() + first;
-      const Rows<T> k(kept.k, kept.k_scale, D_), v(kept.v, kept.v_scale, D_);
-      tile.k = tile_rows(k, index, tile.count, D_, k_);
-      tile.v = tile_rows(v, index, tile.count, D_, v_);
-      for (int64_t n = 0; n < tile.count; ++n) weight_[n] = kept.weight[index[n]];
-      tile.weight = weight_;
+      tile.k = tile_rows(key_rows(p_.layout, kept), index, tile.count, D_, k_);
+      tile.v = tile_rows(value_rows(p_.layout, kept), index, tile.count, D_, v_);
+      if (kept.weight != nullptr) {
+        for (int64_t n = 0; n < tile.count; ++n) weight_[n] = kept.weight[index[n]];
+        tile.weight = weight_;
+      }
     } else {
-      const int64_t at = row_ * p_.T;
       const int32_t* index = keys_.token.data() + (first - slots);
-      const Rows<T> k(p_.call.k, p_.call.k_scale, b_, kv_, at);
-      const Rows<T> v(p_.call.v, p_.call.v_scale, b_, kv_, at);
-      tile.k = tile_rows(k, index, tile.count, D_, k_);
-      tile.v = tile_rows(v, index, tile.count, D_, v_);
+      const int64_t K = p_.spec.K, T = p_.T;
+      const Stored k = call_rows(p_.call.k, p_.call.k_scale, b_, kv_, K, T);
+      const Stored v = call_rows(p_.call.v, p_.call.v_scale, b_, kv_, K, T);
+      tile.k = tile_rows(k, index, 0, tile.count, D_, k_);
+      tile.v = tile_rows(v, index, 0, tile.count, D_, v_);
     }
     return tile;
   }
@@ -368,9 +363,13 @@ class Attention {
       factor_[m] = fade * inverse;
       take_lane(out_ + m / kLanes * D_ * kLanes, D_, m % kLanes, row_out_);
       for_each(row_out_, D_, [inverse](Vec x, int64_t, int) { return x * Vec(inverse); });
-      p_.share[at] = p_.phi_q == nullptr ? 0.0f
-                                         : merge_state(p_.phi_q + at * R, state.H, state.z, R, D_,
-                                                       top_[m], total_[m], row_out_);
+      float share = 0.0f;
+      if (p_.phi_q != nullptr) {
+        const float* const phi = p_.phi_q + at * (R + p_.shifted);
+        const float top = p_.shifted ? top_[m] + phi[R] : top_[m];
+        share = merge_state(phi, state.H, state.z, R, D_, top, total_[m], row_out_);
+      }
+      p_.share[at] = share;
       narrow(row_out_, D_, p_.out.dtype, offset(p_.out, b_, query, token), p_.out.data);
     }
   }
@@ -445,17 +444,11 @@ class Attention {
   int64_t tokens_ = 0;  // of the block
 };
 
-template <typename T>
-void attend(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  Attention<T> attention(p);
-  for (int64_t item = begin; item < end; ++item) attention.run(item / p.strips, item % p.strips);
-}
-
 }  // namespace
 
 void chunk_attention(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
-  with_type<RowTypes>(p.layout.k_dtype,
-                      [&](auto type) { attend<typename decltype(type)::type>(p, begin, end); });
+  Attention attention(p);
+  for (int64_t item = begin; item < end; ++item) attention.run(item / p.strips, item % p.strips);
 }
 
 void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {

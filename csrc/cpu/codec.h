@@ -235,6 +235,20 @@ inline Stored cold_keys(const Layout& layout, const Slots& slots) {
 inline Stored cold_values(const Layout& layout, const Slots& slots) {
   return stored(layout.v_dtype, slots.v, slots.v_scale, slots.v_half, layout.D);
 }
+
+// The keys or values of a head's slots: of W hot ones, then of the others.
+struct SlotRows {
+  Stored hot, cold;
+  int64_t W;
+};
+
+inline SlotRows key_rows(const Layout& layout, const Slots& slots) {
+  return {hot_keys(layout, slots), cold_keys(layout, slots), slots.W};
+}
+inline SlotRows value_rows(const Layout& layout, const Slots& slots) {
+  return {hot_values(layout, slots), cold_values(layout, slots), slots.W};
+}
+
 // The T tokens of a kv head of a call; scales [B, heads, T], or null.
 inline Stored call_rows(const HeadRows& rows, const float* scale, int64_t b, int64_t h,
                         int64_t heads, int64_t T) {
@@ -283,9 +297,9 @@ inline void encode_row(const Stored& of, int64_t n, const float* x, int64_t D) {
   }
 }
 
-// Row j of `to` becomes row i of `from`, of the same format.
-inline void copy_row(const Stored& from, int64_t i, const Stored& to, int64_t j, int64_t D) {
-  std::memcpy(to.rows + j * to.stride, from.rows + i * from.stride, row_bytes(to.dtype, D));
+// Row j of `to`, which lie without gaps, becomes row i of `from`, of the same format.
+LESS_INLINE void copy_row(const Stored& from, int64_t i, const Stored& to, int64_t j) {
+  std::memcpy(to.rows + j * to.stride, from.rows + i * from.stride, to.stride);
   if (to.scale != nullptr) to.scale[j] = from.scale[i];
   if (to.half != nullptr) to.half[j] = from.half[i];
 }

@@ -1,20 +1,25 @@
 // The call's tokens join the slots. Of slots and call the S highest ranks stay, of equals the older
 // leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), and forgotten.
 //
+// With W hot slots, the first tokens and the last ones have those, and do not compete. What leaves
+// the ring of the last ones is encoded, as is the rest of the call, and competes for the other S -
+// W. psi is taken of keys outside of their space; values fold in it.
+//
 // Range:  heads (b,k); one call owns each head whole.
 // Memory: the keys and values that leave are read once, those of the call that stay are copied;
 //         scratch is one tile of tokens, and a few bytes for each candidate.
-// Order:  leavers fold in ascending position; kept tokens of the call take the free slots in
-//         ascending order: neither the thread count nor the rest of the batch changes a bit.
+// Order:  leavers fold in ascending position; who joins takes the free slots in ascending order,
+// the
+//         older the lower: neither the thread count nor the rest of the batch changes a bit.
 #include <algorithm>
-#include <cstring>
 #include <optional>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "cpu/codec.h"
 #include "cpu/feature_panel.h"
 #include "cpu/fold.h"
-#include "cpu/types.h"
+#include "cpu/space.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -28,16 +33,11 @@ struct Candidate {
 };
 
 // The keys or values of a head and of its call.
-template <typename T>
 struct Kept {
-  T* slots;           // [S, D]
-  float* slot_scale;  // [S]
-  const T* call;      // [T, D], a stride apart
-  const float* call_scale;
-  int64_t stride;
+  SlotRows slots;
+  Stored call;
 };
 
-template <typename T>
 class Compaction {
  public:
   explicit Compaction(const CompactParams& p)
@@ -48,14 +48,16 @@ class Compaction {
         folds_(p.spec.victim == Victim::fold),
         arena_(folds_ ? FeaturePanel::size(p.maps.psi) + Arena::size(D_ * kLanes) +
                             Arena::size(R_ * kTokens) + Arena::size(kTokens * D_) +
-                            Arena::size(D_) + Arena::size(features_scratch(p.maps.psi))
-                      : 0) {
+                            Arena::size(kLanes * D_) + Arena::size(features_scratch(p.maps.psi))
+                      : 0),
+        coded_(D_),
+        row_(D_) {
     if (!folds_) return;
     psi_.emplace(p.maps.psi, arena_);
     keys_ = arena_.take(D_ * kLanes);
     features_ = arena_.take(R_ * kTokens);
     values_ = arena_.take(kTokens * D_);
-    row_ = arena_.take(D_);
+    rows_ = arena_.take(kLanes * D_);
     scratch_ = arena_.take(features_scratch(p.maps.psi));
   }
 
@@ -66,8 +68,9 @@ class Compaction {
     const Head head = less::head(p_.layout, own, h);
     const Slots& slots = head.slots;
     const int64_t S = slots.S;
-    k_ = kept(slots.k, slots.k_scale, p_.call.k, p_.call.k_scale, b, h);
-    v_ = kept(slots.v, slots.v_scale, p_.call.v, p_.call.v_scale, b, h);
+    const int64_t W = slots.W, K = p_.spec.K;
+    k_ = {key_rows(p_.layout, slots), call_rows(p_.call.k, p_.call.k_scale, b, h, K, T_)};
+    v_ = {value_rows(p_.layout, slots), call_rows(p_.call.v, p_.call.v_scale, b, h, K, T_)};
     int32_t* position = slots.position;
     float* score = slots.score;
     const float* slot_score = p_.score + row * (S_ + T_);
@@ -79,6 +82,8 @@ class Compaction {
     for (int64_t t = 0; t < T_; ++t) {
       if (p_.valid == nullptr || p_.valid[b * T_ + t]) chunk_position_[t] = int32_t(n++);
     }
+    // Whether a token of the hot slots or of the call does not compete.
+    const auto stays_hot = [&](int32_t at) { return W > 0 && is_hot(p_.layout, at, n); };
     tokens_.clear();
     const auto add = [&](int64_t source, int32_t at, float s) {
       if (at < 0) return;
@@ -86,51 +91,80 @@ class Compaction {
       if (r != r) r = -kInfinity;
       tokens_.push_back({r, at, int32_t(source)});
     };
-    for (int64_t s = 0; s < S; ++s) add(s, position[s], slot_score[s]);
-    for (int64_t t = 0; t < T_; ++t) add(S_ + t, chunk_position_[t], call_score[t]);
+    for (int64_t s = 0; s < W; ++s) {
+      if (!stays_hot(position[s])) add(s, position[s], slot_score[s]);
+    }
+    for (int64_t s = W; s < S; ++s) add(s, position[s], slot_score[s]);
+    for (int64_t t = 0; t < T_; ++t) {
+      if (!stays_hot(chunk_position_[t])) add(S_ + t, chunk_position_[t], call_score[t]);
+    }
 
     std::copy(slot_score, slot_score + S, score);
-    const int64_t leaving = std::max<int64_t>(0, int64_t(tokens_.size()) - S);
+    const auto leave = [&](int64_t slot) {
+      position[slot] = -1;
+      score[slot] = 0.0f;
+      if (slots.weight != nullptr) slots.weight[slot] = 0.0f;
+    };
+    const int64_t leaving = std::max<int64_t>(0, int64_t(tokens_.size()) - (S - W));
     if (leaving > 0) {
       choose(leaving, position);
       if (folds_) fold(h, head.state);
       for (int32_t source : leaving_) {
         if (source < S_) {
-          position[source] = -1;
-          score[source] = 0.0f;
-          slots.weight[source] = 0.0f;
+          leave(source);
         } else {
           chunk_position_[source - S_] = -1;
         }
       }
     }
-    int64_t slot = 0;
+    int64_t free = W;
+    const auto join = [&](int64_t source, int32_t at, float s) {
+      while (position[free] >= 0) ++free;
+      take(k_, free, source);
+      take(v_, free, source);
+      position[free] = at;
+      score[free] = s;
+    };
+    from_ring_.clear();
+    for (int64_t s = 0; s < W; ++s) {
+      if (position[s] >= 0 && !stays_hot(position[s])) from_ring_.push_back(int32_t(s));
+    }
+    std::sort(from_ring_.begin(), from_ring_.end(),
+              [position](int32_t a, int32_t b) { return position[a] < position[b]; });
+    for (int32_t s : from_ring_) {
+      join(s, position[s], slot_score[s]);
+      leave(s);
+    }
     for (int64_t t = 0; t < T_; ++t) {
-      if (chunk_position_[t] < 0) continue;
-      while (position[slot] >= 0) ++slot;
-      take(k_, slot, t);
-      take(v_, slot, t);
-      position[slot] = chunk_position_[t];
+      const int32_t at = chunk_position_[t];
+      if (at < 0) continue;
+      if (!stays_hot(at)) {
+        join(S_ + t, at, call_score[t]);
+        continue;
+      }
+      const int64_t slot = hot_slot(p_.layout, at);
+      copy_row(k_.call, t, k_.slots.hot, slot);
+      copy_row(v_.call, t, v_.slots.hot, slot);
+      position[slot] = at;
       score[slot] = call_score[t];
     }
   }
 
  private:
-  static constexpr bool kScaled = std::is_same_v<T, int8_t>;
-
-  Kept<T> kept(void* slots, float* slot_scale, const HeadRows& call, const float* call_scale,
-               int64_t b, int64_t h) const {
-    return {.slots = static_cast<T*>(slots),
-            .slot_scale = slot_scale,
-            .call = static_cast<const T*>(call.data) + offset(call, b, h, 0),
-            .call_scale = kScaled ? call_scale + (b * p_.spec.K + h) * p_.T : nullptr,
-            .stride = call.t};
+  // The rows of a candidate, and which of them is its own.
+  std::pair<const Stored*, int64_t> find(const Kept& x, int64_t source) const {
+    if (source >= S_) return {&x.call, source - S_};
+    if (source < x.slots.W) return {&x.slots.hot, source};
+    return {&x.slots.cold, source - x.slots.W};
   }
 
-  // Token t of the call takes a slot.
-  void take(const Kept<T>& x, int64_t slot, int64_t t) const {
-    std::memcpy(x.slots + slot * D_, x.call + t * x.stride, D_ * sizeof(T));
-    if constexpr (kScaled) x.slot_scale[slot] = x.call_scale[t];
+  // A candidate's row takes a slot that is not hot.
+  void take(const Kept& x, int64_t slot, int64_t source) {
+    const auto [rows, i] = find(x, source);
+    const int64_t W = x.slots.W;
+    if (W == 0) return copy_row(*rows, i, x.slots.cold, slot);
+    decode_row(*rows, i, D_, row_.data());
+    encode_row(x.slots.cold, slot - W, row_.data(), D_);
   }
 
   // Lists the sources of the `leaving` lowest candidates by ascending position. Only slots need
@@ -157,13 +191,37 @@ class Compaction {
     }
   }
 
-  // The key or value of a candidate, as floats.
-  void load(const Kept<T>& x, int64_t source, float* out) const {
-    const bool slot = source < S_;
-    const int64_t i = slot ? source : source - S_;
-    float scale = 1.0f;
-    if constexpr (kScaled) scale = slot ? x.slot_scale[i] : x.call_scale[i];
-    widen_row(slot ? x.slots + i * D_ : x.call + i * x.stride, scale, D_, out);
+  // out [count, D]: the keys or values of candidates, those of the call last, as floats: those that
+  // a slot that is not hot has of them.
+  void load(const Kept& x, const int32_t* source, int64_t count, float* out) {
+    if (x.slots.W > 0) {
+      for (int64_t n = 0; n < count; ++n) load_encoded(x, source[n], out + n * D_);
+      return;
+    }
+    int64_t slots = 0;
+    while (slots < count && source[slots] < S_) ++slots;
+    decode_rows(x.slots.cold, slots, [=](int64_t n) { return source[n]; }, D_, out);
+    const auto token = [=, S = S_](int64_t n) { return source[slots + n] - S; };
+    decode_rows(x.call, count - slots, token, D_, out + slots * D_);
+  }
+
+  void load_encoded(const Kept& x, int64_t source, float* out) {
+    const auto [rows, i] = find(x, source);
+    decode_row(*rows, i, D_, out);
+    if (rows == &x.slots.cold) return;
+    float scale;
+    uint16_t half;
+    const Stored one{x.slots.cold.dtype, coded_.data(), 0, &scale, &half};
+    encode_row(one, 0, out, D_);
+    decode_row(one, 0, D_, out);
+  }
+
+  // Keys, as psi takes them.
+  void load_keys(int64_t head, const int32_t* source, int64_t count, float* out) {
+    load(k_, source, count, out);
+    const Space& space = p_.maps.space;
+    if (space.key_mean == nullptr) return;
+    for (int64_t n = 0; n < count; ++n) key_out_of_space(space, head, D_, out + n * D_);
   }
 
   // Folds those who leave. Few are taken one by one, by the loops of decode_step:
@@ -175,20 +233,18 @@ class Compaction {
     for (int64_t first = 0; first < leaving; first += kTokens) {
       const int64_t count = std::min(kTokens, leaving - first);
       const int32_t* source = leaving_.data() + first;
-      for (int64_t n = 0; n < count; ++n) load(v_, source[n], values_ + n * D);
+      load(v_, source, count, values_);
       if (few) {
+        load_keys(head, source, count, rows_);
         for (int64_t n = 0; n < count; ++n) {
-          load(k_, source[n], row_);
-          features(p_.maps.psi, head, row_, scratch_, features_ + n * R);
+          features(p_.maps.psi, head, rows_ + n * D, scratch_, features_ + n * R);
         }
       } else {
         for (int64_t lane = 0; lane < count; lane += kLanes) {
           const int64_t rows = std::min(kLanes, count - lane);
+          load_keys(head, source + lane, rows, rows_);
           if (rows < kLanes) std::fill(keys_, keys_ + D * kLanes, 0.0f);
-          for (int64_t n = 0; n < rows; ++n) {
-            load(k_, source[lane + n], row_);
-            put_lane(row_, D, n, keys_);
-          }
+          for (int64_t n = 0; n < rows; ++n) put_lane(rows_ + n * D, D, n, keys_);
           psi_->run(keys_, features_ + lane, kTokens);
         }
       }
@@ -203,30 +259,26 @@ class Compaction {
   const bool folds_;
   Arena arena_;
   std::optional<FeaturePanel> psi_;
-  float* keys_ = nullptr;      // [D][kLanes]
-  float* features_ = nullptr;  // [R, kTokens], or [kTokens, R] of few
-  float* values_ = nullptr;    // [kTokens, D]
-  float* row_ = nullptr;       // [D]
-  float* scratch_ = nullptr;   // of features()
+  float* keys_ = nullptr;             // [D][kLanes]
+  float* features_ = nullptr;         // [R, kTokens], or [kTokens, R] of few
+  float* values_ = nullptr;           // [kTokens, D]
+  float* rows_ = nullptr;             // [kLanes, D]
+  float* scratch_ = nullptr;          // of features()
+  std::vector<unsigned char> coded_;  // a row of at most 8 bits a number
+  std::vector<float> row_;            // [D]
   std::vector<int32_t> chunk_position_;
   std::vector<Candidate> tokens_;
   std::vector<int32_t> leaving_;      // sources, by ascending position
+  std::vector<int32_t> from_ring_;    // slots of the ring whose tokens are too old for it, and stay
   std::vector<uint8_t> leaves_call_;  // [T]
-  Kept<T> k_{}, v_{};
+  Kept k_{}, v_{};
 };
-
-template <typename T>
-void compact_heads(const CompactParams& p, int64_t begin, int64_t end) {
-  Compaction<T> compaction(p);
-  for (int64_t row = begin; row < end; ++row) compaction.run(row);
-}
 
 }  // namespace
 
 void compact(const CompactParams& p, int64_t begin, int64_t end) {
-  with_type<RowTypes>(p.layout.k_dtype, [&](auto type) {
-    compact_heads<typename decltype(type)::type>(p, begin, end);
-  });
+  Compaction compaction(p);
+  for (int64_t row = begin; row < end; ++row) compaction.run(row);
 }
 
 }  // namespace less::cpu::LESS_ISA

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/codec.h"
 #include "cpu/features.h"
 #include "cpu/panel.h"
 #include "cpu/softmax.h"
@@ -28,6 +29,8 @@ class Blocks {
  public:
   explicit Blocks(const PromptScoresParams& p)
       : p_(p),
+        keys_(
+            stored(p.k_dtype, const_cast<void*>(p.k), const_cast<float*>(p.k_scale), nullptr, p.D)),
         G_(p.Q / p.K),
         arena_(Arena::size(p.D * kLanes) + Arena::size(kRows * p.D) + Arena::size(kRows * kLanes) +
                Arena::size(p.D) + Arena::size(kLanes) * 2),
@@ -99,10 +102,7 @@ class Blocks {
 
   void query(int64_t at, float* out) const { widen(p_.q, p_.q_dtype, at * p_.D, p_.D, out); }
 
-  void key(int64_t at, float* out) const {
-    if (p_.k_dtype != DType::i8) return widen(p_.k, p_.k_dtype, at * p_.D, p_.D, out);
-    widen_row(static_cast<const int8_t*>(p_.k) + at * p_.D, p_.k_scale[at], p_.D, out);
-  }
+  void key(int64_t at, float* out) const { decode_row(keys_, at, p_.D, out); }
 
   // logits_ of the panel and `count` rows.
   void multiply(int64_t count) {
@@ -178,6 +178,7 @@ class Blocks {
   }
 
   const PromptScoresParams& p_;
+  const Stored keys_;  // [B, K, T, D], only read
   const int64_t G_;
   Arena arena_;
   float* const panel_;   // [D][kLanes]

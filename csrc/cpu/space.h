@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "common/space.h"
 #include "cpu/features.h"
@@ -9,15 +10,87 @@
 
 namespace less::cpu::LESS_ISA {
 
+// The sums and differences of lanes i and i + kLength of every part.
+template <int kLength, size_t... i>
+LESS_INLINE Floats mix_lanes(Floats x, std::index_sequence<i...>) {
+  const Ints sign = {(i & kLength) != 0 ? INT32_MIN : 0 ...};
+  return Floats{x[i ^ kLength]...} + (Floats)((Ints)x ^ sign);
+}
+
+template <int kLength>
+LESS_INLINE Vec mix(Vec x) {
+  if constexpr (kLength < kNative) {
+    constexpr std::make_index_sequence<kNative> lanes;
+    LESS_EACH_PART(x.part[i] = mix_lanes<kLength>(x.part[i], lanes));
+    return x;
+  } else {
+    const Floats a = x.part[0], b = x.part[kParts - 1];
+    x.part[0] = a + b;
+    x.part[kParts - 1] = a - b;
+    return x;
+  }
+}
+
+// The butterflies of blocks within a vector.
+template <int kBlock>
+LESS_INLINE Vec mixed(Vec x) {
+  if constexpr (kBlock > 1) x = mix<1>(x);
+  if constexpr (kBlock > 2) x = mix<2>(x);
+  if constexpr (kBlock > 4) x = mix<4>(x);
+  if constexpr (kBlock > 8) x = mix<8>(x);
+  return x;
+}
+
+template <int kBlock>
+LESS_INLINE void small_blocks(float* x, int64_t D) {
+  for_each(x, D, [](Vec a, int64_t, int) { return mixed<kBlock>(a); });
+}
+
+// Those of kVecs vectors, or of the last length below, in registers.
+template <int kVecs, int kLength = kVecs / 2>
+LESS_INLINE void mix_vectors(Vec (&a)[kVecs]) {
+  if constexpr (kLength > 0) {
+    mix_vectors<kVecs, kLength / 2>(a);
+    for (int i = 0; i < kVecs; ++i) {
+      if ((i & kLength) != 0) continue;
+      const Vec sum = a[i] + a[i + kLength];
+      a[i + kLength] = a[i] - a[i + kLength];
+      a[i] = sum;
+    }
+  }
+}
+
+template <int kVecs>
+LESS_INLINE void large_blocks(float* x, int64_t D) {
+  constexpr int kV = Vec::kSize;
+  for (int64_t first = 0; first < D; first += kVecs * kV) {
+    Vec a[kVecs];
+    for (int i = 0; i < kVecs; ++i) a[i] = mixed<kV>(Vec::load(x + first + i * kV));
+    mix_vectors<kVecs>(a);
+    for (int i = 0; i < kVecs; ++i) a[i].store(x + first + i * kV);
+  }
+}
+
 // x [D] times the Hadamard matrix of +-1, blockwise, in place; the order is that of space.h.
-LESS_INLINE void butterflies(float* x, int64_t D) {
+inline void butterflies(float* x, int64_t D) {
+  constexpr int64_t kV = Vec::kSize, kMost = 8;  // vectors that are mixed in registers
   const int64_t block = hadamard_block(D);
-  for (int64_t length = 1; length < block; length *= 2) {
+  if (block < kV) {
+    if (block == 2) return small_blocks<2>(x, D);
+    if (block == 4) return small_blocks<4>(x, D);
+    if (block == 8) return small_blocks<8>(x, D);
+    return;
+  }
+  if (block == kV) return large_blocks<1>(x, D);
+  if (block == 2 * kV) return large_blocks<2>(x, D);
+  if (block == 4 * kV) return large_blocks<4>(x, D);
+  large_blocks<kMost>(x, D);
+  for (int64_t length = kMost * kV; length < block; length *= 2) {
     for (int64_t first = 0; first < D; first += 2 * length) {
-      for (int64_t i = first; i < first + length; ++i) {
-        const float a = x[i], b = x[i + length];
-        x[i] = a + b;
-        x[i + length] = a - b;
+      for (int64_t i = first; i < first + length; i += kV) {
+        const Vec a = Vec::load(x + i), b = Vec::load(x + i + length);
+        (a + b).store(x + i);
+        (a - b).store(x + i + length);
       }
     }
   }

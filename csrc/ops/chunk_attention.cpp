@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor> chunk_attention(Tensor q, Tensor k, Tensor v, Optiona
   }
   arguments.check("valid", valid, ScalarType::Bool, {B, T});
   if (phi_q && R == 0) fail(kOp, ": phi_q belongs to a layer with a state");
-  arguments.check("phi_q", phi_q, ScalarType::Float, {B, Q, T, R});
+  const bool shifted = of.has_space();
+  arguments.check("phi_q", phi_q, ScalarType::Float, {B, Q, T, R + shifted});
   ChunkAttentionParams params{
       .spec = of.spec,
       .layout = of.layout,
@@ -60,6 +61,7 @@ std::tuple<Tensor, Tensor> chunk_attention(Tensor q, Tensor k, Tensor v, Optiona
       .call = call_rows(arguments, of, k, v, scales, B, T),
       .valid = valid ? valid->const_data_ptr<bool>() : nullptr,
       .phi_q = optional_floats(phi_q),
+      .shifted = shifted,
       .out = head_rows(arguments, "out", out, q_dtype, {B, Q, T, D}),
       .score = nullptr,
       .share = nullptr,

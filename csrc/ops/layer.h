@@ -25,6 +25,8 @@ struct LayerArguments {
   uint64_t present;  // which tensors it has: bits in the order of less.layer.kinds.ORDER
   int32_t null_page;
   bool has_rule;  // false: the spec's rule is none, and ranks are the caller's
+
+  bool has_space() const { return (present & 1) != 0; }
 };
 
 namespace layer_fields {

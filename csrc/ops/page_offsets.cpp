@@ -6,7 +6,8 @@
 namespace less::ops {
 namespace {
 
-// int64 [K, 15]: where each head begins in its page, its thirteen fields in the order in which they lie
+// int64 [K, 15]: where each head begins in its page, its thirteen fields in the order in which they
+// lie
 // (-1: it has none such), and its end.
 Tensor page_offsets(Tensor layer) {
   const LayerArguments of = read_layer("page_offsets", layer, true);
@@ -28,9 +29,10 @@ Tensor page_offsets(Tensor layer) {
     const int64_t begin = offset(span.data);
     for (const int64_t at :
          {begin, offset(slots.position), offset(slots.hot_k), offset(slots.hot_k_scale),
-          offset(slots.k), scales(slots.k_scale, slots.k_half), offset(slots.weight), offset(slots.hot_v),
-          offset(slots.hot_v_scale), offset(slots.v), scales(slots.v_scale, slots.v_half), offset(state.z),
-          offset(state.H), offset(slots.score), begin + span.nbytes}) {
+          offset(slots.k), scales(slots.k_scale, slots.k_half), offset(slots.weight),
+          offset(slots.hot_v), offset(slots.hot_v_scale), offset(slots.v),
+          scales(slots.v_scale, slots.v_half), offset(state.z), offset(state.H),
+          offset(slots.score), begin + span.nbytes}) {
       *out++ = at;
     }
   }

@@ -58,18 +58,17 @@ class NativeBackend:
             shift = query_shift(query, plan.space, plan.spec.scale)
             phi_q = torch.cat([phi_q, shift.unsqueeze(-1)], -1)
         step = ops.chunk_attention(query, new, call.valid, at, plan, phi_q=phi_q)
-        out = ops.rotate(step.out, plan, "output", self._there(call, at, plan))
+        out = ops.rotate(step.out, plan, "output", self._has_output(call, at, plan))
         out = out.to(call.q.dtype) if call.out is None else call.out.copy_(out)
         return replace(step, out=out)
 
     @staticmethod
-    def _there(call: Call, at: Paged, plan: LayerPlan) -> Tensor | None:
-        """Which tokens have an output, bool [B, T]: no padding, none of a row without a page."""
+    def _has_output(call: Call, at: Paged, plan: LayerPlan) -> Tensor | None:
+        """Which tokens are not padding, of a row with a page: bool [B, T]; None: all."""
         if at.rows is None:
             return call.valid
-        B, _, T, _ = call.q.shape
-        there = at.index(B, plan.spec.null_page)[1][:, None].expand(B, T)
-        return there if call.valid is None else there & call.valid
+        there = at.index(call.q.shape[0], plan.spec.null_page)[1].unsqueeze(1)
+        return there.expand(-1, call.q.shape[2]) if call.valid is None else call.valid & there
 
     @staticmethod
     def _something_left(call: Call, at: Paged, plan: LayerPlan) -> bool:

@@ -70,7 +70,8 @@ def ordered_sum(x: Tensor) -> Tensor:
         total = total + lanes[..., i, :]
     for half in (8, 4, 2, 1):
         total = total[..., :half] + total[..., half : 2 * half]
-    return total[..., 0]
+    result: Tensor = total[..., 0]
+    return result
 
 
 def codes_and_scale(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,8 @@ def codes_and_scale(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     level = levels(bits)
-    rms = (ordered_sum(x * x) / x.shape[-1]).sqrt()
+    square = ordered_sum(x * x) / x.shape[-1]
+    rms = square.double().sqrt().float()  # torch's root of float32 is not always the nearest
     code = torch.zeros(x.shape, dtype=torch.long)
     for t in thresholds(bits):
         code += x > rms.unsqueeze(-1) * t  # t becomes float32
@@ -97,7 +99,8 @@ def pack(code: Tensor, bits: int) -> Tensor:
     def fields(x: Tensor, count: int) -> Tensor:
         parts = x.to(torch.int32).unflatten(-1, (count, -1))
         shift = torch.arange(count, dtype=torch.int32) * (8 // count)
-        return (parts << shift.unsqueeze(-1)).sum(-2).to(torch.uint8)
+        byte: Tensor = (parts << shift.unsqueeze(-1)).sum(-2).to(torch.uint8)
+        return byte
 
     if bits == 3:
         return torch.cat([fields(code & 3, 4), fields(code >> 2, 8)], -1)
@@ -110,7 +113,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     def fields(x: Tensor, count: int) -> Tensor:
         width = 8 // count
         shift = torch.arange(count) * width
-        return ((x.long().unsqueeze(-2) >> shift.unsqueeze(-1)) & ((1 << width) - 1)).flatten(-2)
+        code: Tensor = (x.long().unsqueeze(-2) >> shift.unsqueeze(-1)) & ((1 << width) - 1)
+        return code.flatten(-2)
 
     if bits == 3:
         split = packed.shape[-1] * 2 // 3

@@ -540,7 +540,9 @@ LayerSpec spec_of(const Layer& layer, const Part& part, Victim victim) {
 }
 
 Maps maps_of(const Layer& layer, const Part& part) {
-  return {.phi = part.of(layer.phi_maps.maps, Layer::G), .psi = part.of(layer.psi_maps.maps, 1)};
+  return {.phi = part.of(layer.phi_maps.maps, Layer::G),
+          .psi = part.of(layer.psi_maps.maps, 1),
+          .space = {}};
 }
 
 // chunk_attention, chunk_scores and compact.
@@ -576,6 +578,7 @@ Outcome call(const Layer& layer, const Part& part, Pages& pages, const bool* val
                                        .call = rows,
                                        .valid = valid,
                                        .phi_q = phi.data(),
+                                       .shifted = false,
                                        .out = out.rows,
                                        .score = outcome.score.data(),
                                        .share = outcome.share.data(),
@@ -848,12 +851,193 @@ void test_clear_page() {
   }
 }
 
+// -- packed rows
+// -------------------------------------------------------------------------------------
+
+void test_rotate(int64_t D) {
+  const int64_t B = 2, K = 2, heads = 4, T = 3;
+  Random random(6);
+  const std::vector<float> mean = random.normal(K * D), factor = random.normal(K * D);
+  const std::vector<float> back = random.normal(K * D), x = random.normal(B * heads * T * D);
+  const Space space{mean.data(), factor.data(), back.data(), nullptr,
+                    mean.data(), factor.data(), back.data()};
+  const bool valid[B * T] = {true, true, false, true, false, true};
+  for (Rotation rotation : {Rotation::query, Rotation::key, Rotation::value, Rotation::output}) {
+    std::vector<float> y(x.size(), NAN);
+    cpu::rotate({.space = space,
+                 .x = contiguous_rows(x.data(), DType::f32, heads, T, D),
+                 .y = y.data(),
+                 .valid = valid,
+                 .rotation = rotation,
+                 .B = B,
+                 .heads = heads,
+                 .K = K,
+                 .T = T,
+                 .D = D},
+                0, B * heads * T);
+    for (int64_t n = 0; n < B * heads * T; ++n) {
+      const int64_t at = n / T % heads / (heads / K) * D;
+      const bool out = rotation == Rotation::output, query = rotation == Rotation::query;
+      std::vector<float> wanted(x.begin() + n * D, x.begin() + (n + 1) * D);
+      for (int64_t d = 0; d < D && !out; ++d) {
+        wanted[d] = query ? wanted[d] * back[at + d] : (wanted[d] - mean[at + d]) * factor[at + d];
+      }
+      for (int64_t length = 1; length < hadamard_block(D); length *= 2) {
+        for (int64_t i = 0; i < D; ++i) {
+          if ((i & length) != 0) continue;
+          const float a = wanted[i], b = wanted[i + length];
+          wanted[i] = a + b;
+          wanted[i + length] = a - b;
+        }
+      }
+      for (int64_t d = 0; d < D && out; ++d) {
+        const float scaled = wanted[d] * back[at + d];
+        wanted[d] = scaled + mean[at + d];
+      }
+      if (!valid[n / T / heads * T + n % T]) wanted.assign(D, 0.0f);
+      expect(std::memcmp(&y[n * D], wanted.data(), D * sizeof(float)) == 0,
+             "rotation " + std::to_string(int(rotation)) + " of D=" + std::to_string(D));
+    }
+  }
+}
+
+// Tokens leave a window of one: compact encodes all but the last. Then a query attends to them.
+void test_packed(DType k_dtype, DType v_dtype, int64_t D) {
+  const int64_t T = 23, S = T + 2, hot = S - 1 - T;
+  Layout layout{};
+  layout.K = 1;
+  layout.D = int32_t(D);
+  layout.hot = int32_t(hot);
+  layout.k_dtype = k_dtype;
+  layout.v_dtype = v_dtype;
+  layout.call_dtype = DType::f32;
+  place_heads(layout, &S);
+  std::vector<float> memory(layout.nbytes / 4 + kFieldAlign);
+  auto* const data = reinterpret_cast<unsigned char*>(memory.data());
+  const Pool pool{data + (-reinterpret_cast<uintptr_t>(data)) % kFieldAlign,
+                  layout.nbytes,
+                  1,
+                  nullptr,
+                  nullptr,
+                  -1};
+  clear_page(layout, pool.data);
+  Random random(7);
+  std::vector<float> k = random.normal(T * D), v = random.normal(T * D), q = random.normal(D);
+  for (int64_t t = 0; t < 6;
+       ++t) {  // large, small, zero, one number, too large for a scale, too small
+    for (int64_t d = 0; d < D; ++d) {
+      const float sizes[] = {1e4f, 1e-4f, 0.0f, d == 3 ? 1.0f : 0.0f, 1e15f, 1e-44f};
+      v[t * D + d] *= sizes[t];
+    }
+  }
+  const std::vector<float> score(S + T, 0.0f);
+  LayerSpec spec{.Q = 1,
+                 .K = 1,
+                 .D = D,
+                 .scale = 0.1f,
+                 .softcap = 0.0f,
+                 .decay = 1.0f,
+                 .scores = false,
+                 .dependent = false,
+                 .victim = Victim::forget,
+                 .rule = {0, 0, true, false}};
+  const CallRows call{contiguous_rows(k.data(), DType::f32, 1, T, D),
+                      contiguous_rows(v.data(), DType::f32, 1, T, D), nullptr, nullptr};
+  cpu::compact({.spec = spec,
+                .layout = layout,
+                .pool = pool,
+                .maps = {},
+                .call = call,
+                .valid = nullptr,
+                .score = score.data(),
+                .rank = nullptr,
+                .workspace = nullptr,
+                .B = 1,
+                .T = T},
+               0, 1);
+  *seen(pool.data) = T;
+  const Slots slots = head(layout, pool.data, 0).slots;
+  std::vector<double> wide_k(T * D), wide_v(T * D);
+  const auto expect_row = [&](DType dtype, const void* rows, const uint16_t* half, int64_t t,
+                              const std::vector<float>& x, std::vector<double>& wide) {
+    std::vector<uint8_t> row(row_bytes(dtype, D));
+    const uint16_t wanted = naive::encode(dtype, &x[t * D], D, row.data());
+    const auto* const got = static_cast<const uint8_t*>(rows) + t * row_bytes(dtype, D);
+    expect(half[t] == wanted, "the scale of row " + std::to_string(t));
+    expect(std::memcmp(got, row.data(), row.size()) == 0, "codes of row " + std::to_string(t));
+    for (int64_t d = 0; d < D; ++d) {
+      wide[t * D + d] = naive::decode(dtype, row.data(), wanted, D, d);
+    }
+  };
+  for (int64_t t = 0; t + hot < T; ++t) {
+    expect(slots.position[hot + t] == t, "a token lies elsewhere");
+    expect_row(v_dtype, slots.v, slots.v_half, t, v, wide_v);
+    if (packed(k_dtype)) {
+      expect_row(k_dtype, slots.k, slots.k_half, t, k, wide_k);
+    } else {
+      const Rows rows(std::vector<float>(&k[t * D], &k[t * D] + D), k_dtype, D);
+      std::copy(rows.wide.begin(), rows.wide.end(), wide_k.begin() + t * D);
+    }
+  }
+  for (int64_t i = (T - hot) * D; i < T * D; ++i) {
+    wide_k[i] = k[i];
+    wide_v[i] = v[i];
+  }
+  slots.position[hot + 4] = -1;  // its numbers would drown the others'
+  std::vector<float> out(D, NAN), new_score(S + 1, NAN);
+  float share = NAN;
+  const CallRows token{contiguous_rows(k.data(), DType::f32, 1, 1, D),
+                       contiguous_rows(k.data(), DType::f32, 1, 1, D), nullptr, nullptr};
+  const ChunkAttentionParams attend{.spec = spec,
+                                    .layout = layout,
+                                    .pool = pool,
+                                    .q = contiguous_rows(q.data(), DType::f32, 1, 1, D),
+                                    .call = token,
+                                    .valid = nullptr,
+                                    .phi_q = nullptr,
+                                    .shifted = false,
+                                    .out = contiguous_rows(out.data(), DType::f32, 1, 1, D),
+                                    .score = new_score.data(),
+                                    .share = &share,
+                                    .received = nullptr,
+                                    .workspace = nullptr,
+                                    .strips = 1,
+                                    .B = 1,
+                                    .T = 1};
+  cpu::chunk_attention(attend, 0, 1);
+  std::vector<double> wanted(D, 0.0);
+  double total = 0.0, largest = 0.0;
+  for (int64_t n = 0; n <= T; ++n) {  // the token itself is the last
+    if (n == 4) continue;
+    double l = 0.0;
+    for (int64_t d = 0; d < D; ++d) l += 0.1 * q[d] * (n < T ? wide_k[n * D + d] : k[d]);
+    total += std::exp(l);
+    for (int64_t d = 0; d < D; ++d) {
+      wanted[d] += std::exp(l) * (n < T ? wide_v[n * D + d] : k[d]);
+    }
+  }
+  for (int64_t d = 0; d < D; ++d) largest = std::fmax(largest, std::fabs(wanted[d] / total));
+  for (int64_t d = 0; d < D; ++d) {
+    expect_close(out[d] / largest, wanted[d] / total / largest, 2e-6, "out", d);
+  }
+}
+
 void test_level(const std::string& level) {
   cpu::set_level(level);
   where = level + " simd";
   test_simd();
   where = level + " clear_page";
   test_clear_page();
+  for (int64_t D : {1, 6, 43, 64, 72, 80, 96, 128, 256, 512}) {
+    where = level + " rotate";
+    test_rotate(D);
+  }
+  for (int64_t D : {8, 64, 72, 80, 128, 1040}) {
+    where = level + " packed D=" + std::to_string(D);
+    for (DType dtype : {DType::b4, DType::b3, DType::b2}) test_packed(dtype, dtype, D);
+    test_packed(DType::i8, DType::b4, D);
+    test_packed(DType::b3, DType::b2, D);
+  }
   for (DType dtype : {DType::f32, DType::bf16, DType::fp16}) {
     where = level + " fold " + name(dtype);
     test_fold(dtype);

@@ -1,10 +1,12 @@
 // The method once more, in double loops over whole arrays: what the kernels are held against.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "common/codec.h"
 #include "common/half.h"
 #include "params.h"
 
@@ -36,8 +38,11 @@ struct Rows {
         return;
       case DType::i8:
         break;
-      case DType::fp8:
-        return;  // on a GPU alone
+      case DType::fp8:  // on a GPU alone
+      case DType::b4:   // encode()
+      case DType::b3:
+      case DType::b2:
+        return;
     }
     bytes.resize(n);
     scale.resize(n / D);
@@ -69,6 +74,41 @@ struct Rows {
     }
   }
 };
+
+// The codec's sum, in its order.
+inline float ordered_sum(const std::vector<float>& x) {
+  std::vector<float> lane(x.begin(), x.begin() + std::min<size_t>(x.size(), kCodecLanes));
+  lane.resize(kCodecLanes, 0.0f);
+  for (size_t i = kCodecLanes; i < x.size(); ++i) lane[i % kCodecLanes] += x[i];
+  for (int half = kCodecLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+// A packed row of x [D], and its scale.
+inline uint16_t encode(DType dtype, const float* x, int64_t D, uint8_t* row) {
+  const Levels& levels = levels_of(dtype);
+  std::vector<float> terms(D), squares(D);
+  for (int64_t d = 0; d < D; ++d) squares[d] = x[d] * x[d];
+  const float rms = std::sqrt(ordered_sum(squares) / float(D));
+  std::vector<int> code(D, 0);
+  for (int64_t d = 0; d < D; ++d) {
+    for (int i = 0; i + 1 < levels.count; ++i) code[d] += x[d] > rms * levels.threshold[i];
+    terms[d] = x[d] * levels.value[code[d]];
+    squares[d] = levels.value[code[d]] * levels.value[code[d]];
+  }
+  for (int64_t i = 0; i < row_bytes(dtype, D); ++i) {
+    row[i] = packed_byte(dtype, D, i, [&](int64_t d) { return code[d]; });
+  }
+  const float scale = ordered_sum(terms) / ordered_sum(squares);
+  return from_float<fp16>(scale > kLargestHalf ? kLargestHalf : scale).bits;
+}
+
+inline double decode(DType dtype, const uint8_t* row, uint16_t half, int64_t D, int64_t d) {
+  const int code = code_at(dtype, row, D, d);
+  return double(to_float(fp16{half})) * levels_of(dtype).value[code];
+}
 
 // A head's map at x [D], all weights float.
 inline std::vector<double> features(const FeatureMaps& m, int64_t head, const double* x) {
