@@ -200,6 +200,12 @@ struct DecodeBlock {
   LESS_DEVICE void run();
   LESS_DEVICE void clear();
 
+  // Where floats [d, d + 4) of a row in shared memory lie, d a multiple of 4, if lanes read those
+  // of 16 each at once: eight of them are then in different banks. `chunk`: d / 16, or the number
+  // of the 16 floats in several such rows.
+  static LESS_DEVICE int spread(int d, int chunk) { return kPacked ? d ^ (chunk / 2 % 4 * 4) : d; }
+  static LESS_DEVICE int spread(int d) { return spread(d, d / 16); }
+
   // -- load.h: what is read once
   LESS_DEVICE unsigned char* stage(int index) const {
     return s.ring() + index * (plan.tile * Tile::kBytes);
@@ -274,7 +280,6 @@ struct DecodeBlock {
   LESS_DEVICE void load_victim();
   LESS_DEVICE void fold();
   LESS_DEVICE bool competes(int slot, int32_t position, float score, DecodeCandidate& as) const;
-  static LESS_DEVICE uint4 narrowed_chunk(const float* from);
   LESS_DEVICE void take(int slot);
   LESS_DEVICE void count();
 };

@@ -110,7 +110,8 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries() {
     float four[4];
     // narrow: four 16-bit elements a lane, of the one token
     load_four(p.q.data, p.q.dtype, query(p.q, i / kD) + i % kD, four);
-    store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+    store16_shared(s.q() + i / kD * kD + spread(i % kD),
+                   bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
   }
 }
@@ -157,37 +158,43 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
 // A row [D] of the token's, rounded as the slots round it; one warp.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float* scale) {
+  constexpr int kEach = (kD + 127) / 128;  // of a lane, four numbers each
   const int64_t from = offset(x, b, head, 0);
+  float four[kEach][4];
+  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int d = lane * 4 + j * 128;
+    if (d >= kD) break;
+    // narrow: four 16-bit elements a lane, of the one token
+    load_four(x.data, x.dtype, from + d, four[j]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest = max(largest, bits_of<uint32_t>(four[j][i]) & 0x7fffffffu);
+    }
+  }
   float step = 1.0f;
   if constexpr (kScaled) {
-    uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
-#pragma unroll 1
-    for (int d = lane * 4; d < kD; d += 128) {
-      float four[4];
-      // narrow: four 16-bit elements a lane, of the one token
-      load_four(x.data, x.dtype, from + d, four);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
-    }
     largest = __reduce_max_sync(0xffffffffu, largest);
     step = bits_of<float>(largest) / (std::is_same_v<T, int8_t> ? 127.0f : 448.0f);
     if (lane == 0) *scale = step;
   }
-#pragma unroll 1
-  for (int d = lane * 4; d < kD; d += 128) {
-    float four[4];
-    // narrow: four 16-bit elements a lane, of the one token
-    load_four(x.data, x.dtype, from + d, four);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int d = lane * 4 + j * 128;
+    if (d >= kD) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      float& one = four[j][i];
       if constexpr (kScaled) {
         const bool sound = step > 0.0f && step < kInfinity;
-        four[i] = sound ? widened(narrowed<T>(four[i] / step)) : 0.0f;
+        one = sound ? widened(narrowed<T>(one / step)) : 0.0f;
       } else {
-        four[i] = widened(narrowed<T>(four[i]));
+        one = widened(narrowed<T>(one));
       }
     }
-    store16_shared(to + d, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+    store16_shared(to + d,
+                   bits_of<uint4>(make_float4(four[j][0], four[j][1], four[j][2], four[j][3])));
   }
 }
 

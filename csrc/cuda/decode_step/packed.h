@@ -141,11 +141,19 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
   }
   __syncthreads();  // who was there is not read any more
 #pragma unroll 1
-  for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
-    const bool key = i < Tile::kChunks;
-    const int chunk = key ? i : i - Tile::kChunks;
-    store16(static_cast<unsigned char*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD + chunk * 16,
-            narrowed_chunk((key ? s.key() : s.value()) + chunk * 16));
+  for (int i = t * 4; i < 2 * kD; i += kDecodeThreads * 4) {
+    const bool key = i < kD;
+    const int d = i % kD;
+    const float4 x = bits_of<float4>(load16_shared((key ? s.key() : s.value()) + d));
+    const float four[4] = {x.x, x.y, x.z, x.w};
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      word |= uint32_t(bits_of<uint8_t>(narrowed<int8_t>(four[e]))) << (e * 8);
+    }
+    auto* const row = static_cast<int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
+    // narrow: four numbers a lane, of the one token
+    store(reinterpret_cast<uint32_t*>(row + d), word);
   }
   if (t != 0) return;
   if (moves) {

@@ -176,24 +176,6 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
   if (rank == 0 && t < R) store(to.z + t, to.z[t] + psi[t]);
 }
 
-// A chunk of a row, as the slots hold it.
-template <typename Case>
-LESS_DEVICE uint4 DecodeBlock<Case>::narrowed_chunk(const float* from) {
-  constexpr int kN = 4 / int(sizeof(T));
-  uint32_t word[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int e = 0; e < Tile::kElements; ++e) {
-    if constexpr (sizeof(T) == 4) {
-      word[e] = bits_of<uint32_t>(from[e]);
-    } else if constexpr (sizeof(T) == 2) {
-      word[e / kN] |= uint32_t(bits_of<uint16_t>(narrowed<T>(from[e]))) << (e % kN * 16);
-    } else {
-      word[e / kN] |= uint32_t(bits_of<uint8_t>(narrowed<T>(from[e]))) << (e % kN * 8);
-    }
-  }
-  return make_uint4(word[0], word[1], word[2], word[3]);
-}
-
 // The token takes a slot; S is none.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
@@ -203,9 +185,22 @@ LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
   for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
     const bool key = i < Tile::kChunks;
     const int chunk = key ? i : i - Tile::kChunks;
+    const float* const from = (key ? s.key() : s.value()) + chunk * Tile::kElements;
+    constexpr int kN = 4 / int(sizeof(T));
+    uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int e = 0; e < Tile::kElements; ++e) {
+      if constexpr (sizeof(T) == 4) {
+        word[e] = bits_of<uint32_t>(from[e]);
+      } else if constexpr (sizeof(T) == 2) {
+        word[e / kN] |= uint32_t(bits_of<uint16_t>(narrowed<T>(from[e]))) << (e % kN * 16);
+      } else {
+        word[e / kN] |= uint32_t(bits_of<uint8_t>(narrowed<T>(from[e]))) << (e % kN * 8);
+      }
+    }
     store16(
         static_cast<unsigned char*>(key ? to.k : to.v) + int64_t{slot} * Tile::kBytes + chunk * 16,
-        narrowed_chunk((key ? s.key() : s.value()) + chunk * Tile::kElements));
+        make_uint4(word[0], word[1], word[2], word[3]));
   }
   if (t != 0) return;
   if constexpr (kScaled) {
