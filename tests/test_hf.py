@@ -830,6 +830,6 @@ def test_importing_less_costs_little_more_than_torch():
         "new = set(sys.modules) - before\n"
         "others = {m.split('.')[0] for m in new} - {'less'} - set(sys.stdlib_module_names)\n"
         "assert not others, others\n"
-        "assert len(new) <= 60, sorted(new)\n"
+        "assert len(new) <= 70, sorted(new)\n"
     )
     assert done.returncode == 0, done.stderr
