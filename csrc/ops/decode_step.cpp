@@ -48,7 +48,7 @@ void run_in_space(const Arguments& arguments, const DecodeStepParams& p, const R
                            .pool = p.pool};
   };
   const cuda::RotateJobs in{
-      {job(Rotation::query, p.q, Q, rows.q), job(Rotation::key, p.k, K, rows.k),
+      {job(query_rotation(p.layout.v_dtype), p.q, Q, rows.q), job(Rotation::key, p.k, K, rows.k),
        job(Rotation::value, p.v, K, rows.v)},
       3};
   launch(arguments, cuda::rotate_rows, in, tensors);
