@@ -19,17 +19,40 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 BETA = 20.0  # PyramidKV's
 
 
-def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, tokens: int, rank: int = 0) -> int:
+def page_bytes(
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype | str,
+    tokens: int,
+    rank: int = 0,
+    sinks: int | None = None,
+    hot: int | None = None,
+    hot_dtype: torch.dtype = torch.int8,
+) -> int:
     """Bytes of the page of one layer of one sequence: slots, state, header.
 
     Args:
         kv_heads: Kv heads K.
         head_dim: Head dim D.
-        dtype: Of the slots' rows.
-        tokens: Slots of each head, at least 1.
+        dtype: Of the slots' rows, or a packed format.
+        tokens: Slots of each head, at least ``least_tokens``.
         rank: Rank of the low-rank state; 0: there is none.
+        sinks: As in ``PageLayout``.
+        hot: Likewise.
+        hot_dtype: Likewise.
     """
-    return PageLayout(kv_heads, head_dim, tokens, dtype, rank).nbytes
+    return PageLayout(kv_heads, head_dim, tokens, dtype, rank, sinks, hot, hot_dtype).nbytes
+
+
+def least_tokens(dtype: torch.dtype | str, sinks: int | None = None, hot: int | None = None) -> int:
+    """The fewest slots that a head may have: one beside its hot ones.
+
+    Args:
+        dtype: Of the slots' rows, or a packed format.
+        sinks: As in ``PageLayout``.
+        hot: Likewise.
+    """
+    return PageLayout(1, 8, 1 << 24, dtype, 0, sinks, hot).hot_slots + 1
 
 
 def most_within(budget: int, cost: Callable[[int], int]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from less.budget import BETA, deal, most_within, page_bytes, parse_bytes, pyramid
+from less.budget import BETA, deal, least_tokens, most_within, page_bytes, parse_bytes, pyramid
+from less.calibration import Calibration
+from less.dtypes import FORMATS
 from less.policies import Full, Policy, policy_from_dict, policy_to_dict
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
+from less.settings import DTYPES, check_budget, check_rows, check_shape
 from less.sidekick import Sidekick, shipped, shipped_names
 from less.sidekick.trained import trained_policy as trained_policy
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
 _VERSION = 1
-_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class LessConfig:
             that the sidekick was trained with, or ``default_policy``.
         dtype: Of the slots, by name; None: the model's.
         sidekick: Folder or shipped name of the feature maps; None: evicted tokens are forgotten.
+        rows: In place of ``dtype``: one of its names, or a packed format such as "k4v4".
+        sinks: First tokens in finer rows, of packed formats; None: 4.
+        hot: Last tokens in finer rows, of packed formats; None: 16.
+        hot_dtype: Of the finer rows: "int8", "float16" or "float32".
+        calibration: Folder that ``less-kv calibrate`` wrote; None: rows are rotated alone.
 
     Raises:
         ValueError: A setting is wrong, or contradicts another; the message names it.
@@ -72,6 +78,11 @@ class LessConfig:
     policy: Policy | None = None
     dtype: str | None = None
     sidekick: str | None = None
+    rows: str | None = None
+    sinks: int | None = None
+    hot: int | None = None
+    hot_dtype: str = "int8"
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         """Check every setting by itself, and those that go together."""
@@ -80,8 +91,8 @@ class LessConfig:
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        self._check_budget()
-        self._check_shape()
+        check_budget(self)
+        check_shape(self)
         for name in ("full_layers", "max_tokens"):
             value = getattr(self, name)
             if name == "max_tokens" and value is None:
@@ -95,10 +106,11 @@ class LessConfig:
             )
         if isinstance(self.policy, Full):
             raise ValueError("LessConfig: policy Full has no budget; see full_layers")
-        if self.dtype not in (None, *_DTYPES):
+        if self.dtype not in (None, *DTYPES):
             raise ValueError(
-                f"LessConfig: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}"
+                f"LessConfig: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
             )
+        check_rows(self)
         if not (self.sidekick is None or isinstance(self.sidekick, (str, os.PathLike))):
             raise ValueError(
                 f"LessConfig: sidekick must be a folder or a shipped name, got "
@@ -107,45 +119,25 @@ class LessConfig:
         if isinstance(self.sidekick, os.PathLike):
             object.__setattr__(self, "sidekick", os.fspath(self.sidekick))
 
-    def _check_budget(self) -> None:
-        given = [n for n in ("tokens", "share", "bytes") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "LessConfig: one of tokens, share and bytes must be given, got "
-                + (" and ".join(given) or "none")
-            )
-        if self.bytes is not None:
-            parse_bytes("LessConfig", self.bytes)
-        if self.share is not None:
-            _check_number("share", self.share)
-            if not 0 < self.share <= 1:
-                raise ValueError(f"LessConfig: share must be in (0, 1], got {self.share}")
-        if self.tokens is not None:
-            counts = self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
-            for count in counts:
-                if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                    raise ValueError(
-                        "LessConfig: tokens must be a whole number >= 1, or a list of them, got "
-                        f"{self.tokens!r}"
-                    )
+    @property
+    def _format(self) -> torch.dtype | str | None:
+        """Dtype of the slots, or a packed format; None: the model's dtype."""
+        chosen = self.rows or self.dtype
+        return chosen if chosen is None or chosen in FORMATS else getattr(torch, chosen)
 
-    def _check_shape(self) -> None:
-        _check_number("beta", self.beta)
-        if self.shape == "pyramid":
-            pyramid(2, self.beta)
-        if isinstance(self.tokens, tuple) and self.shape != "uniform":
-            raise ValueError("LessConfig: a list of tokens is a shape already; leave shape alone")
-        if isinstance(self.shape, str):
-            if self.shape not in ("uniform", "pyramid"):
-                raise ValueError(
-                    "LessConfig: shape must be 'uniform', 'pyramid' or a list of one weight per "
-                    f"layer, got {self.shape!r}"
-                )
-            return
-        for weight in self.shape:
-            _check_number("shape", weight)
-            if weight <= 0:
-                raise ValueError(f"LessConfig: weights of shape must be above 0, got {weight}")
+    @property
+    def _hot(self) -> dict[str, Any]:
+        """The settings of hot rows, by the names that caches take."""
+        return {
+            "sinks": self.sinks,
+            "hot": self.hot,
+            "hot_dtype": getattr(torch, self.hot_dtype),
+        }
+
+    @property
+    def _least(self) -> int:
+        """The fewest tokens of a head."""
+        return least_tokens(self._format or torch.float16, self.sinks, self.hot)
 
     # -- the cache -----------------------------------------------------------------------------
 
@@ -157,6 +149,7 @@ class LessConfig:
         sidekick: Sidekick | None = None,
         max_tokens: int | None = None,
         backend: str | None = None,
+        calibration: Calibration | None = None,
     ) -> LessKVCache:
         """Build the cache for a transformers model.
 
@@ -167,6 +160,7 @@ class LessConfig:
             sidekick: In place of the one that the config names.
             max_tokens: In place of the config's.
             backend: As in ``LessKVCache``.
+            calibration: In place of the one that the config names.
 
         Raises:
             UnsupportedModelError: The model cannot run on a bounded cache.
@@ -178,8 +172,18 @@ class LessConfig:
         if sidekick is None:
             sidekick = self.load_sidekick()
         policies = self.policies(model, batch, prompt_tokens, sidekick, max_tokens)
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return cache_for(model, policies, sidekick, batch=batch, dtype=dtype, backend=backend)
+        if calibration is None:
+            calibration = self.load_calibration()
+        return cache_for(
+            model,
+            policies,
+            sidekick,
+            batch=batch,
+            dtype=self._format,
+            backend=backend,
+            calibration=calibration,
+            **self._hot,
+        )
 
     def policies(
         self,
@@ -197,13 +201,20 @@ class LessConfig:
         from less.hf.models import describe
 
         facts = describe(model, "LessConfig")
-        dtype = facts.dtype if self.dtype is None else getattr(torch, self.dtype)
+        dtype = facts.dtype if self._format is None else self._format
         rank = sidekick.rank if sidekick is not None else 0
         capacities = self.capacities(
             facts.layers,
             lambda tokens, evicts: (
                 batch
-                * page_bytes(facts.kv_heads, facts.head_dim, dtype, tokens, rank if evicts else 0)
+                * page_bytes(
+                    facts.kv_heads,
+                    facts.head_dim,
+                    dtype,
+                    tokens,
+                    rank if evicts else 0,
+                    **self._hot,
+                )
             ),
             native=tuple(facts.windows),
             native_bytes=batch * facts.kv_heads * facts.window_bytes,
@@ -275,9 +286,10 @@ class LessConfig:
         else:
             total = self._total_in_tokens(len(bounded), prompt_tokens)
         for i, tokens in zip(bounded, deal(total, weights), strict=True):
-            if tokens < 1:
+            if tokens < self._least:
+                few = f", and {self.rows} keeps {self._least} or more" if self._least > 1 else ""
                 raise ValueError(
-                    f"LessConfig: layer {i} would keep {tokens} tokens: {total} for "
+                    f"LessConfig: layer {i} would keep {tokens} tokens{few}: {total} for "
                     f"{len(bounded)} layers with shape={self.shape!r}; raise the budget"
                     + ("" if self.shape == "uniform" else " or flatten the shape")
                 )
@@ -297,16 +309,18 @@ class LessConfig:
         """Tokens of all bounded layers together; ``held`` is what the budget pays for besides."""
         assert self.bytes is not None
         budget, spent = parse_bytes("LessConfig", self.bytes), sum(held.values())
-        least = spent + len(weights) * layer_bytes(1, True)
+        fewest = self._least
+        least = spent + len(weights) * layer_bytes(fewest, True)
         if budget < least:
             beside = " and ".join(f"{n:,} bytes of {what}" for what, n in held.items() if n)
+            count = "one token" if fewest == 1 else f"{fewest} tokens"
             raise ValueError(
-                f"LessConfig: bytes={budget:,} cannot hold one token per head in each of "
+                f"LessConfig: bytes={budget:,} cannot hold {count} per head in each of "
                 f"{len(weights)} layers{' beside ' if beside else ''}{beside}: that takes {least:,}"
             )
 
         def cost(total: int) -> int:
-            return sum(layer_bytes(max(tokens, 1), True) for tokens in deal(total, weights))
+            return sum(layer_bytes(max(tokens, fewest), True) for tokens in deal(total, weights))
 
         return most_within(budget - spent, cost)
 
@@ -349,6 +363,10 @@ class LessConfig:
         name = self.sidekick
         return Sidekick.from_pretrained(shipped(name) if name in shipped_names() else name)
 
+    def load_calibration(self) -> Calibration | None:
+        """Read the calibration that the config names; None where it names none."""
+        return None if self.calibration is None else Calibration.from_pretrained(self.calibration)
+
     # -- JSON ----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -389,12 +407,14 @@ class LessConfig:
         """
         here = Path(folder)
         values = self.to_dict()
-        if self.sidekick is not None and self.sidekick not in shipped_names():
-            path = Path(self.sidekick).resolve()
-            inside = path.is_relative_to(here.resolve())
-            values["sidekick"] = (
-                path.relative_to(here.resolve()).as_posix() if inside else str(path)
-            )
+        for setting in ("sidekick", "calibration"):
+            folder_of = getattr(self, setting)
+            if folder_of is not None and folder_of not in shipped_names():
+                path = Path(folder_of).resolve()
+                inside = path.is_relative_to(here.resolve())
+                values[setting] = (
+                    path.relative_to(here.resolve()).as_posix() if inside else str(path)
+                )
         here.mkdir(parents=True, exist_ok=True)
         text = json.dumps(values, indent=2) + "\n"
         (here / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -413,15 +433,11 @@ class LessConfig:
             raise ValueError(f"LessConfig: cannot read {file}: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"LessConfig: {file} must hold an object")
-        name = values.get("sidekick")
-        if isinstance(name, str) and name not in shipped_names():
-            values["sidekick"] = str(Path(folder) / name)  # a whole path stays what it is
+        for setting in ("sidekick", "calibration"):
+            named = values.get(setting)
+            if isinstance(named, str) and named not in shipped_names():
+                values[setting] = str(Path(folder) / named)  # a whole path stays what it is
         return cls.from_dict(values)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"LessConfig: {name} must be a number, got {value!r}")
 
 
 def _check_length(name: str, values: Sequence[object], layers: int) -> None:

@@ -1,4 +1,7 @@
-"""Text files, read or refused by what is wrong with them; torch is not imported."""
+"""Files: texts, read or refused by what is wrong with them; and writing whole or not at all.
+
+torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -68,3 +71,20 @@ def around_section(path: Path, name: str) -> tuple[str, str]:
     if not (found and closed):
         raise ValueError(f"{path} has no lines {begin} … {end}")
     return head + begin, end + tail
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old one or the new one, never a part.
+
+    Raises:
+        OSError: It cannot be written; the old file is as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -4,6 +4,8 @@
 //   (with a soft-cap, softcap tanh(scale q.k / softcap) + weight)
 //   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
 //   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
+//   Where there are hot slots the token takes its own of them; who lay there is encoded, and is
+//   what a free slot, or the victim's, is for.
 //
 // Range:  (kv head, b), b fastest: a head's maps stay in cache over the rows of a batch.
 // Memory: a head's fields are read in the order in which they lie, and then the next head's: one
@@ -14,15 +16,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
+#include "cpu/codec.h"
 #include "cpu/features.h"
-#include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
 #include "cpu/softmax.h"
+#include "cpu/space.h"
 #include "cpu/state.h"
-#include "cpu/types.h"
 
 namespace less::cpu::LESS_ISA {
 namespace {
@@ -38,8 +39,13 @@ struct Lowest {
   }
 };
 
+// Slots whose rows are stored alike.
+struct Group {
+  int64_t first, count;  // of the head's slots
+  Stored k, v;
+};
+
 // One head after the other.
-template <typename T>
 class Step {
  public:
   explicit Step(const DecodeStepParams& p)
@@ -47,19 +53,23 @@ class Step {
         G_(p.spec.Q / p.spec.K),
         D_(p.spec.D),
         R_(p.maps.phi.w1 == nullptr ? 0 : p.layout.R),
-        width_(padded(p.spec.D)) {
+        W_(hot_slots(p.layout)),
+        width_(padded(p.spec.D)),
+        rotates_(p.maps.space.key_mean != nullptr),
+        scaled_(has_scale(p.layout.v_dtype) || has_scale(p.layout.call_dtype)) {
     Scratch scratch(total_floats());
     const int64_t most = padded(p.layout.S + 1);
     q_ = scratch.floats(G_ * width_);
+    plain_q_ = rotates_ && R_ > 0 ? scratch.floats(G_ * width_) : q_;
     out_ = scratch.floats(G_ * width_);
     logit_ = scratch.floats(G_ * most);
-    weight_ = kScaled ? scratch.floats(G_ * most) : nullptr;
+    weight_ = scaled_ ? scratch.floats(G_ * most) : nullptr;
     top_ = scratch.floats(G_);
     total_ = scratch.floats(G_);
     key_ = scratch.floats(width_);
     value_ = scratch.floats(width_);
-    new_k_ = reinterpret_cast<T*>(scratch.floats(width_));
-    new_v_ = reinterpret_cast<T*>(scratch.floats(width_));
+    for (float*& row : new_row_) row = scratch.floats(width_);
+    for (float*& row : left_row_) row = scratch.floats(width_);
     features_ = scratch.floats(padded(R_));
     hidden_ = scratch.floats(hidden_floats());
   }
@@ -78,17 +88,27 @@ class Step {
     weigh();
     if (R_ > 0) merge();
     for (int64_t g = 0; g < G_; ++g) {
-      narrow(out_ + g * width_, D_, p_.out.dtype, offset(p_.out, b_, query(g), 0), p_.out.data);
+      float* out = out_ + g * width_;
+      if (rotates_) rotate_row(p_.maps.space, Rotation::output, head_, D_, out);
+      narrow(out, D_, p_.out.dtype, offset(p_.out, b_, query(g), 0), p_.out.data);
     }
     if (p_.spec.victim == Victim::none) return;
-    const float score = p_.spec.scores ? add_scores() : 0.0f;
-    const int64_t slot = held_ < S_ ? first_free() : choose(score);
-    if (held_ == S_ && p_.spec.victim == Victim::fold) fold(slot);
-    if (slot < S_) take(slot, score);
+    const Token token{int32_t(seen_), p_.spec.scores ? add_scores() : 0.0f};
+    if (W_ == 0) return join(token, new_k(), new_v());
+    const int64_t slot = hot_slot(p_.layout, seen_);
+    const Token left{slots_.position[slot], slots_.score[slot]};
+    if (left.position >= 0) encode(slot);
+    copy_row(new_k(), 0, group_[0].k, slot);
+    copy_row(new_v(), 0, group_[0].v, slot);
+    hold(slot, token);
+    if (left.position >= 0) join(left, left_k(), left_v());
   }
 
  private:
-  static constexpr bool kScaled = std::is_same_v<T, int8_t>;
+  struct Token {
+    int32_t position;
+    float score;
+  };
 
   // What a work item reads; empty where its row has no page.
   Span span(int64_t item) const {
@@ -102,11 +122,23 @@ class Step {
     state_ = h.state;
     S_ = slots_.S;
     stride_ = padded(S_ + 1);
-    slot_k_ = static_cast<T*>(slots_.k);
-    slot_v_ = static_cast<T*>(slots_.v);
+    const Layout& of = p_.layout;
+    group_[0] = {0, W_, hot_keys(of, slots_), hot_values(of, slots_)};
+    group_[1] = {W_, S_ - W_, cold_keys(of, slots_), cold_values(of, slots_)};
     seen_ = *seen(own);
     held_ = 0;
     for (int64_t s = 0; s < S_; ++s) held_ += slots_.position[s] >= 0;
+  }
+
+  // The token's rows, as its slot will hold them.
+  Stored new_k() { return stored(p_.layout.call_dtype, new_row_[0], &new_scale_[0], nullptr, D_); }
+  Stored new_v() { return stored(p_.layout.call_dtype, new_row_[1], &new_scale_[1], nullptr, D_); }
+  // Those of the token that leaves its hot slot, as another slot will hold them.
+  Stored left_k() {
+    return stored(p_.layout.k_dtype, left_row_[0], &left_scale_[0], &left_half_[0], D_);
+  }
+  Stored left_v() {
+    return stored(p_.layout.v_dtype, left_row_[1], &left_scale_[1], &left_half_[1], D_);
   }
 
   // The query head of the group's g-th.
@@ -119,8 +151,8 @@ class Step {
   int64_t total_floats() const {
     constexpr auto line = Scratch::padded_floats;
     const int64_t most = padded(p_.layout.S + 1);
-    return 2 * line(G_ * width_) + (kScaled ? 2 : 1) * line(G_ * most) + 2 * line(G_) +
-           4 * line(width_) + line(padded(R_)) + line(hidden_floats());
+    return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
+           2 * line(G_) + 6 * line(width_) + line(padded(R_)) + line(hidden_floats());
   }
 
   void clear() {
@@ -129,53 +161,66 @@ class Step {
 
   // The queries, padded with zeros, and the token's key and value as the slots will hold them.
   void load() {
+    const Space& space = p_.maps.space;
     for (int64_t g = 0; g < G_; ++g) {
-      float* q = q_ + g * width_;
-      widen(p_.q.data, p_.q.dtype, offset(p_.q, b_, query(g), 0), D_, q);
-      std::fill(q + D_, q + width_, 0.0f);
+      float *q = q_ + g * width_, *plain = plain_q_ + g * width_;
+      widen(p_.q.data, p_.q.dtype, offset(p_.q, b_, query(g), 0), D_, plain);
+      std::fill(plain + D_, plain + width_, 0.0f);
+      if (plain != q) std::copy(plain, plain + width_, q);
+      if (rotates_) rotate_row(space, Rotation::query, head_, D_, q);
     }
     widen(p_.k.data, p_.k.dtype, offset(p_.k, b_, head_, 0), D_, key_);
     widen(p_.v.data, p_.v.dtype, offset(p_.v, b_, head_, 0), D_, value_);
-    if constexpr (kScaled) {
-      new_k_scale_ = quantize_row(key_, D_, new_k_);
-      new_v_scale_ = quantize_row(value_, D_, new_v_);
-    } else {
-      narrow(key_, D_, new_k_);
-      narrow(value_, D_, new_v_);
+    if (rotates_) {
+      rotate_row(space, Rotation::key, head_, D_, key_);
+      rotate_row(space, Rotation::value, head_, D_, value_);
     }
+    encode_row(new_k(), 0, key_, D_);
+    encode_row(new_v(), 0, value_, D_);
   }
 
-  // f(first, count) for each run of slots that hold a token: one run, all slots, in steady state.
+  // The rows of a hot slot, as the other slots hold rows.
+  void encode(int64_t slot) {
+    decode_row(group_[0].k, slot, D_, key_);
+    decode_row(group_[0].v, slot, D_, value_);
+    encode_row(left_k(), 0, key_, D_);
+    encode_row(left_v(), 0, value_, D_);
+  }
+
+  // f(group, first, count) for each run of slots that hold a token, first counted from the group's
+  // own: one run a group, all its slots, in steady state.
   template <typename F>
   LESS_INLINE void for_each_run(F f) const {
-    if (held_ == S_) return f(0, S_);
-    for (int64_t s = 0; s < S_;) {
-      const int64_t first = s;
-      while (s < S_ && slots_.position[s] >= 0) ++s;
-      if (s > first) f(first, s - first);
-      while (s < S_ && slots_.position[s] < 0) ++s;
+    for (const Group& group : group_) {
+      if (held_ == S_) {
+        if (group.count > 0) f(group, 0, group.count);
+        continue;
+      }
+      const int32_t* const position = slots_.position + group.first;
+      for (int64_t s = 0; s < group.count;) {
+        const int64_t first = s;
+        while (s < group.count && position[s] >= 0) ++s;
+        if (s > first) f(group, first, s - first);
+        while (s < group.count && position[s] < 0) ++s;
+      }
     }
   }
 
   // logit_[g] = l over slots and token, -inf for empty slots and the padding.
   void logits() {
-    for_each_run([this](int64_t first, int64_t count) {
-      dots_of_rows(q_, G_, width_, slot_k_ + first * D_, count, D_, logit_ + first, stride_,
-                   &stream_);
+    for_each_run([this](const Group& group, int64_t first, int64_t count) {
+      dots_of_rows(group.k.dtype, q_, G_, width_, group.k.rows + first * group.k.stride, count, D_,
+                   logit_ + group.first + first, stride_, &stream_);
     });
-    dots_of_rows<T>(q_, G_, width_, new_k_, 1, D_, logit_ + S_, stride_, nullptr);
-    const float *weight = slots_.weight, *k_scale = slots_.k_scale;
-    const Vec scale(p_.spec.scale);
+    dots_of_rows(p_.layout.call_dtype, q_, G_, width_, new_row_[0], 1, D_, logit_ + S_, stride_,
+                 nullptr);
+    const float new_scale = has_scale(p_.layout.call_dtype) ? new_scale_[0] : 1.0f;
     for (int64_t g = 0; g < G_; ++g) {
       float* l = logit_ + g * stride_;
-      l[S_] *= kScaled ? new_k_scale_ * p_.spec.scale : p_.spec.scale;
-      if (p_.spec.softcap != 0.0f) {
-        cap(l, k_scale, weight);
-      } else {
-        for_each(l, S_, [=](Vec a, int64_t s, int n) {
-          if constexpr (kScaled) a = a * load_some(k_scale + s, n);
-          return fma(a, scale, load_some(weight + s, n));
-        });
+      l[S_] *= new_scale * p_.spec.scale;
+      if (p_.spec.softcap != 0.0f) soft_cap(Vec(l[S_]), p_.spec.softcap).store(l + S_, 1);
+      for (const Group& group : group_) {
+        with_scales(group.k, [&](auto scales) { finish(l, group, scales); });
       }
       std::fill(l + S_ + 1, l + stride_, -kInfinity);
       if (held_ == S_) continue;
@@ -185,14 +230,18 @@ class Step {
     }
   }
 
-  // Soft-caps a query's q.k of the slots and its scaled one of the token; adds the weights.
-  void cap(float* l, const float* k_scale, const float* weight) {
+  // q.k of a group's slots, without the rows' scales, become logits.
+  template <typename Scales>
+  LESS_INLINE void finish(float* l, const Group& group, Scales scales) const {
     const Vec scale(p_.spec.scale);
-    for_each(l, S_, [=, this](Vec a, int64_t s, int n) {
-      if constexpr (kScaled) a = a * load_some(k_scale + s, n);
-      return soft_cap(a * scale, p_.spec.softcap) + load_some(weight + s, n);
+    const float softcap = p_.spec.softcap;
+    const float* const weight = slots_.weight == nullptr ? nullptr : slots_.weight + group.first;
+    for_each(l + group.first, group.count, [=](Vec a, int64_t s, int n) {
+      a = scales.times(a, s, n);
+      const Vec w = weight == nullptr ? Vec(0.0f) : load_some(weight + s, n);
+      if (softcap != 0.0f) return soft_cap(a * scale, softcap) + w;
+      return fma(a, scale, w);
     });
-    soft_cap(Vec(l[S_]), p_.spec.softcap).store(l + S_, 1);
   }
 
   // logit_ becomes e^(logit - top_), total_ its sum.
@@ -207,44 +256,61 @@ class Step {
   // out_ = softmax v over slots and token.
   void weigh() {
     std::fill(out_, out_ + G_ * width_, 0.0f);
-    if constexpr (kScaled) {
+    const float* p = logit_;
+    if (scaled_) {
       // Each head's probabilities take the values' scales on; the scores need them as they are.
-      const float* v_scale = slots_.v_scale;
       for (int64_t g = 0; g < G_; ++g) {
-        const float* p = logit_ + g * stride_;
-        float* weight = weight_ + g * stride_;
-        for (int64_t s = 0; s < S_; s += Vec::kSize) {
-          const int n = int(std::min<int64_t>(Vec::kSize, S_ - s));
-          (Vec::load(p + s) * load_some(v_scale + s, n)).store(weight + s, n);
+        const float* from = logit_ + g * stride_;
+        float* to = weight_ + g * stride_;
+        for (const Group& group : group_) {
+          with_scales(group.v, [&](auto scales) {
+            for (int64_t s = 0; s < group.count; s += Vec::kSize) {
+              const int n = int(std::min<int64_t>(Vec::kSize, group.count - s));
+              const Vec x = scales.times(load_some(from + group.first + s, n), s, n);
+              if (n == Vec::kSize) {
+                x.store(to + group.first + s);
+              } else {
+                x.store(to + group.first + s, n);
+              }
+            }
+          });
         }
-        weight[S_] = p[S_] * new_v_scale_;
+        to[S_] = from[S_] * (has_scale(p_.layout.call_dtype) ? new_scale_[1] : 1.0f);
       }
-      weigh(weight_, G_, out_);
-    } else {
-      weigh(logit_, G_, out_);
+      p = weight_;
     }
+    for_each_run([=, this](const Group& group, int64_t first, int64_t count) {
+      add_weighted_rows(group.v.dtype, p + group.first + first, G_, stride_,
+                        group.v.rows + first * group.v.stride, count, D_, out_, width_, &stream_);
+    });
+    add_weighted_rows(p_.layout.call_dtype, p + S_, G_, stride_, new_row_[1], 1, D_, out_, width_,
+                      nullptr);
     for (int64_t g = 0; g < G_; ++g) {
       const Vec inverse(1.0f / total_[g]);
       for_each(out_ + g * width_, width_, [inverse](Vec a, int64_t, int) { return a * inverse; });
     }
   }
 
-  void weigh(const float* p, int64_t heads, float* out) {
-    for_each_run([=, this](int64_t first, int64_t count) {
-      add_weighted_rows(p + first, heads, stride_, slot_v_ + first * D_, count, D_, out, width_,
-                        &stream_);
-    });
-    add_weighted_rows<T>(p + S_, heads, stride_, new_v_, 1, D_, out, width_, nullptr);
-  }
-
   void merge() {
     double share = 0.0;
     for (int64_t g = 0; g < G_; ++g) {
-      features(p_.maps.phi, query(g), q_ + g * width_, hidden_, features_);
-      share +=
-          merge_state(features_, state_.H, state_.z, R_, D_, top_[g], total_[g], out_ + g * width_);
+      features(p_.maps.phi, query(g), plain_q_ + g * width_, hidden_, features_);
+      // What all logits of the query lack in the space counts where they meet the state.
+      const float lacks = rotates_ ? p_.spec.scale * shift(q_ + g * width_) : 0.0f;
+      share += merge_state(features_, state_.H, state_.z, R_, D_, top_[g] + lacks, total_[g],
+                           out_ + g * width_);
     }
     *state_.share += share;
+  }
+
+  float shift(const float* q) const {
+    const float* const key_shift = p_.maps.space.key_shift + head_ * D_;
+    Vec total(0.0f);
+    for (int64_t d = 0; d < D_; d += Vec::kSize) {
+      const int n = int(std::min<int64_t>(Vec::kSize, D_ - d));
+      total = fma(load_some(q + d, n), load_some(key_shift + d, n), total);
+    }
+    return sum(total);
   }
 
   // Adds what each slot received to its score; returns what the token itself received.
@@ -263,19 +329,42 @@ class Step {
     return received;
   }
 
-  int64_t first_free() const {
-    int64_t slot = 0;
-    while (slots_.position[slot] >= 0) ++slot;
-    return slot;
+  // A token takes a slot that is not hot: a free one, or the victim's; or is the victim itself.
+  void join(const Token& token, const Stored& k, const Stored& v) {
+    const Group& cold = group_[1];
+    int64_t slot = first_free();
+    if (slot < 0) {
+      slot = choose(token);
+      if (p_.spec.victim == Victim::fold) {
+        if (slot < S_) {
+          fold(cold.k, cold.v, slot - W_);
+        } else {
+          fold(k, v, 0);
+        }
+      }
+    }
+    if (slot == S_) return;
+    copy_row(k, 0, cold.k, slot - W_);
+    copy_row(v, 0, cold.v, slot - W_);
+    hold(slot, token);
   }
 
-  // The victim: a slot, or S_ for the token itself. All slots are held.
-  int64_t choose(float new_score) const {
+  // The lowest empty slot that is not hot; -1: there is none.
+  int64_t first_free() const {
+    if (held_ == S_) return -1;
+    for (int64_t s = W_; s < S_; ++s) {
+      if (slots_.position[s] < 0) return s;
+    }
+    return -1;
+  }
+
+  // The victim: a slot, or S_ for the token itself. All slots that are not hot are held.
+  int64_t choose(const Token& token) const {
     const Rule& rule = p_.spec.rule;
     const int64_t n = seen_ + 1;
     Vec best(kInfinity);
-    Int best_position(INT32_MAX), best_slot(-1), slot = iota();
-    int64_t s = 0;
+    Int best_position(INT32_MAX), best_slot(-1), slot = iota() + Int(int32_t(W_));
+    int64_t s = W_;
     for (; s + Vec::kSize <= S_; s += Vec::kSize) {
       const Int position = Int::load(slots_.position + s);
       const Vec rank = rank_of(rule, n, position, Vec::load(slots_.score + s));
@@ -293,76 +382,53 @@ class Step {
     Lowest lowest;
     for (int i = 0; i < Vec::kSize; ++i) lowest.offer(rank[i], position[i], from[i]);
     for (; s <= S_; ++s) {
-      const int32_t at = s < S_ ? slots_.position[s] : int32_t(seen_);
-      lowest.offer(rank_of(rule, n, at, s < S_ ? slots_.score[s] : new_score), at, s);
+      const int32_t at = s < S_ ? slots_.position[s] : token.position;
+      lowest.offer(rank_of(rule, n, at, s < S_ ? slots_.score[s] : token.score), at, s);
     }
     return lowest.source;
   }
 
-  void fold(int64_t slot) {
-    const float *k = key_, *v = value_;
-    if (slot < S_) {
-      widen(slot_k_ + slot * D_, D_, key_);
-      widen(slot_v_ + slot * D_, D_, value_);
-    } else {
-      widen(new_k_, D_, key_);
-      widen(new_v_, D_, value_);
-    }
-    if constexpr (kScaled) {
-      const bool kept = slot < S_;
-      scale(key_, kept ? slots_.k_scale[slot] : new_k_scale_);
-      scale(value_, kept ? slots_.v_scale[slot] : new_v_scale_);
-    }
-    features(p_.maps.psi, head_, k, hidden_, features_);
-    fold_token(features_, v, R_, D_, state_.H, state_.z);
+  void fold(const Stored& k, const Stored& v, int64_t row) {
+    decode_row(k, row, D_, key_);
+    decode_row(v, row, D_, value_);
+    if (rotates_) key_out_of_space(p_.maps.space, head_, D_, key_);
+    features(p_.maps.psi, head_, key_, hidden_, features_);
+    fold_token(features_, value_, R_, D_, state_.H, state_.z);
   }
 
-  void scale(float* x, float factor) const {
-    for_each(x, D_, [factor](Vec a, int64_t, int) { return a * Vec(factor); });
-  }
-
-  // The token takes a slot.
-  void take(int64_t slot, float score) {
-    std::memcpy(slot_k_ + slot * D_, new_k_, D_ * sizeof(T));
-    std::memcpy(slot_v_ + slot * D_, new_v_, D_ * sizeof(T));
-    if constexpr (kScaled) {
-      slots_.k_scale[slot] = new_k_scale_;
-      slots_.v_scale[slot] = new_v_scale_;
-    }
-    slots_.position[slot] = int32_t(seen_);
-    slots_.score[slot] = score;
-    slots_.weight[slot] = 0.0f;
+  void hold(int64_t slot, const Token& token) {
+    slots_.position[slot] = token.position;
+    slots_.score[slot] = token.score;
+    if (slots_.weight != nullptr) slots_.weight[slot] = 0.0f;
   }
 
   const DecodeStepParams& p_;
-  const int64_t G_, D_, R_, width_;  // R: 0 where there are no maps to read the state by
+  const int64_t G_, D_, R_;  // R: 0 where there are no maps to read the state by
+  const int64_t W_, width_;
+  const bool rotates_, scaled_;  // scaled: some rows of values have scales
   Stream stream_;
   int64_t head_ = 0, b_ = 0, S_ = 0, stride_ = 0, held_ = 0, seen_ = 0;
   Slots slots_{};
   State state_{};
-  T *slot_k_ = nullptr, *slot_v_ = nullptr;
-  float new_k_scale_ = 0.0f, new_v_scale_ = 0.0f;
-  float *q_, *out_;      // [G, width]
+  Group group_[2];       // hot slots, and the others
+  float *q_, *plain_q_;  // [G, width]: in the space, and as they came
+  float* out_;           // [G, width]
   float* logit_;         // [G, stride], then probabilities before they are divided by total_
-  float* weight_;        // [G, stride], of int8 slots: those times the values' scales
+  float* weight_;        // [G, stride], those times the values' scales
   float *top_, *total_;  // [G]
   float *key_, *value_;  // [width]
-  T *new_k_, *new_v_;    // [D]
-  float* features_;      // [R]
+  float *new_row_[2], *left_row_[2];
+  float new_scale_[2], left_scale_[2];
+  uint16_t left_half_[2];
+  float* features_;  // [R]
   float* hidden_;
 };
-
-template <typename T>
-void decode(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  Step<T> step(p);
-  for (int64_t item = begin; item < end; ++item) step.run(item, item + 1 == end);
-}
 
 }  // namespace
 
 void decode_step(const DecodeStepParams& p, int64_t begin, int64_t end) {
-  with_type<RowTypes>(p.layout.k_dtype,
-                      [&](auto type) { decode<typename decltype(type)::type>(p, begin, end); });
+  Step step(p);
+  for (int64_t item = begin; item < end; ++item) step.run(item, item + 1 == end);
 }
 
 }  // namespace less::cpu::LESS_ISA

@@ -64,11 +64,6 @@ LESS_INLINE void row_times_matrix(const float* x, const W* w, int64_t count, int
   }
 }
 
-// Up to a vector of floats; the rest is 0.
-LESS_INLINE Vec load_some(const float* p, int n) {
-  return n == Vec::kSize ? Vec::load(p) : Vec::load(p, n);
-}
-
 template <typename F>
 LESS_INLINE void for_each(float* x, int64_t n, F f) {
   int64_t i = 0;

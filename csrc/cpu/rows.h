@@ -1,21 +1,55 @@
 // The inner loops of a decode step: a few query heads against contiguous rows of keys or values.
 //
-// Rows are read once from memory for all heads, widened in registers, and never copied. Heads are
-// taken up to three at a time (four where there are 32 registers): as many accumulators as fit.
+// Rows are read once from memory for all heads, widened or decoded in registers, and never copied.
+// Heads are taken up to three at a time (four where there are 32 registers).
 #pragma once
 
 #include <algorithm>
 
 #include "common/layout.h"
+#include "cpu/codec.h"
+#include "cpu/row_format.h"
 #include "cpu/softmax.h"
 
 namespace less::cpu::LESS_ISA {
 
+// The scales of rows, by which their numbers are multiplied.
+struct NoScales {
+  LESS_INLINE Vec times(Vec a, int64_t, int) const { return a; }
+};
+template <typename T>
+struct ScalesOf {
+  const T* scale;
+
+  LESS_INLINE Vec times(Vec a, int64_t s, int n) const { return a * load_some(scale + s, n); }
+};
+
+// Calls f with the scales of rows.
+template <typename F>
+LESS_INLINE void with_scales(const Stored& rows, F f) {
+  if (packed(rows.dtype)) return f(ScalesOf<fp16>{reinterpret_cast<const fp16*>(rows.half)});
+  if (rows.scale != nullptr) return f(ScalesOf<float>{rows.scale});
+  f(NoScales{});
+}
+
+// Heads that may share one pass over rows of so many fields: as many accumulators as fit.
+template <int kFields>
+constexpr int kMostHeads = kFields == 8 ? 1 : Vec::kSize == 16 ? 4 : kFields == 4 ? 2 : 3;
+
 // Heads that share one pass over the rows, of `left` that are still to do: even shares.
+template <int kFields>
 LESS_INLINE int heads_at_once(int64_t left) {
-  constexpr int64_t kMost = Vec::kSize == 16 ? 4 : 3;
-  const int64_t passes = (left + kMost - 1) / kMost;
+  const int64_t passes = (left + kMostHeads<kFields> - 1) / kMostHeads<kFields>;
   return int((left + passes - 1) / passes);
+}
+
+// f(std::integral_constant<int, heads>{}) for the number of heads that share a pass.
+template <int kFields, typename F>
+LESS_INLINE void with_heads(int heads, F f) {
+  unrolled<kMostHeads<kFields>>([&](auto less_one) {
+    constexpr int kHeads = decltype(less_one)::value + 1;
+    if (heads == kHeads) f(std::integral_constant<int, kHeads>{});
+  });
 }
 
 // Asks for cache lines kAhead bytes before they are read: those of one head after the other, each
@@ -64,172 +98,173 @@ class Stream {
   Span next_{};
 };
 
-// logit[h * stride + n] = q[h] . k[n] for kHeads heads and kRows rows, kRows a multiple of four.
-template <typename T, int kHeads, int kRows>
-LESS_INLINE void dot_rows(const float* q, int64_t width, const T* k, int64_t D, float* logit,
-                          int64_t stride) {
+// logit[h * stride + n] = q[h] . k[n] for kHeads heads and kRows rows, kRows 1 or a multiple of 4.
+template <int kHeads, int kRows, typename Reader>
+LESS_INLINE void dot_rows(const Reader& reader, const float* q, int64_t width, const uint8_t* k,
+                          int64_t D, float* logit, int64_t stride) {
+  constexpr int kFields = Reader::kFields;
+  const int64_t part = D / kFields, bytes = reader.bytes();
   Vec a[kHeads][kRows];
   for (int h = 0; h < kHeads; ++h) {
     for (int n = 0; n < kRows; ++n) a[h][n] = Vec(0.0f);
   }
+  const auto add = [&](int64_t d, int count) LESS_LAMBDA_INLINE {
+    typename Reader::Raw raw[kRows];
+    for (int n = 0; n < kRows; ++n) raw[n] = reader.load(k + n * bytes, d, count);
+    unrolled<kFields>([&](auto j) LESS_LAMBDA_INLINE {
+      Vec query[kHeads];
+      for (int h = 0; h < kHeads; ++h) query[h] = load_some(q + h * width + j * part + d, count);
+      for (int n = 0; n < kRows; ++n) {
+        const Vec key = reader.template field<j>(raw[n]);
+        for (int h = 0; h < kHeads; ++h) a[h][n] = fma(query[h], key, a[h][n]);
+      }
+    });
+  };
   int64_t d = 0;
-  for (; d + Vec::kSize <= D; d += Vec::kSize) {
-    Vec query[kHeads];
-    for (int h = 0; h < kHeads; ++h) query[h] = Vec::load(q + h * width + d);
-    for (int n = 0; n < kRows; ++n) {
-      const Vec key = Vec::load(k + n * D + d);
-      for (int h = 0; h < kHeads; ++h) a[h][n] = fma(query[h], key, a[h][n]);
-    }
-  }
-  if (d < D) {
-    for (int n = 0; n < kRows; ++n) {
-      const Vec key = Vec::load(k + n * D + d, int(D - d));
-      for (int h = 0; h < kHeads; ++h) {
-        a[h][n] = fma(Vec::load(q + h * width + d), key, a[h][n]);
+  for (; d + Vec::kSize <= part; d += Vec::kSize) add(d, Vec::kSize);
+  if (d < part) add(d, int(part - d));
+  for (int h = 0; h < kHeads; ++h) {
+    if constexpr (kRows == 1) {
+      logit[h * stride] = sum(a[h][0]);
+    } else {
+      for (int n = 0; n < kRows; n += 4) {
+        const Vec four[4] = {a[h][n], a[h][n + 1], a[h][n + 2], a[h][n + 3]};
+        sum(four, logit + h * stride + n);
       }
     }
   }
-  for (int h = 0; h < kHeads; ++h) {
-    for (int n = 0; n < kRows; n += 4) {
-      const Vec four[4] = {a[h][n], a[h][n + 1], a[h][n + 2], a[h][n + 3]};
-      sum(four, logit + h * stride + n);
-    }
-  }
 }
 
-// The same for up to three rows.
-template <typename T, int kHeads>
-LESS_INLINE void dot_last_rows(const float* q, int64_t width, const T* k, int64_t count, int64_t D,
-                               float* logit, int64_t stride) {
-  for (int64_t n = 0; n < count; ++n) {
-    Vec a[kHeads];
-    for (int h = 0; h < kHeads; ++h) a[h] = Vec(0.0f);
-    for (int64_t d = 0; d < D; d += Vec::kSize) {
-      const T* at = k + n * D + d;
-      const Vec key = d + Vec::kSize <= D ? Vec::load(at) : Vec::load(at, int(D - d));
-      for (int h = 0; h < kHeads; ++h) a[h] = fma(Vec::load(q + h * width + d), key, a[h]);
-    }
-    for (int h = 0; h < kHeads; ++h) logit[h * stride + n] = sum(a[h]);
-  }
-}
-
-template <typename T, int kHeads>
-LESS_INLINE void dot_all_rows(const float* q, int64_t width, const T* k, int64_t N, int64_t D,
-                              float* logit, int64_t stride, Stream* stream) {
+template <int kHeads, typename Reader>
+LESS_INLINE void dot_all_rows(const Reader& reader, const float* q, int64_t width, const uint8_t* k,
+                              int64_t N, int64_t D, float* logit, int64_t stride, Stream* stream) {
   // Enough accumulators to hide the latency of fma, no more than there are registers.
-  constexpr int kRows = kHeads == 1 ? 8 : 4;
+  constexpr int kRows = kHeads == 1 && Reader::kFields < 8 ? 8 : 4;
+  const int64_t bytes = reader.bytes();
   int64_t n = 0;
   for (; n + kRows <= N; n += kRows) {
-    if (stream != nullptr) stream->read(k + n * D);
-    dot_rows<T, kHeads, kRows>(q, width, k + n * D, D, logit + n, stride);
+    if (stream != nullptr) stream->read(k + n * bytes);
+    dot_rows<kHeads, kRows>(reader, q, width, k + n * bytes, D, logit + n, stride);
   }
   if constexpr (kRows == 8) {
     if (n + 4 <= N) {
-      dot_rows<T, kHeads, 4>(q, width, k + n * D, D, logit + n, stride);
+      dot_rows<kHeads, 4>(reader, q, width, k + n * bytes, D, logit + n, stride);
       n += 4;
     }
   }
-  if (n < N) dot_last_rows<T, kHeads>(q, width, k + n * D, N - n, D, logit + n, stride);
+  for (; n < N; ++n) {
+    dot_rows<kHeads, 1>(reader, q, width, k + n * bytes, D, logit + n, stride);
+  }
 }
 
-// out[h * width + d] += sum_n p[h * stride + n] v[n][d] over kVecs vectors from d on; n ascending.
-template <typename T, int kHeads, int kVecs>
-LESS_INLINE void add_rows(const float* p, int64_t stride, const T* v, int64_t N, int64_t D,
-                          int64_t d, float* out, int64_t width) {
-  Vec a[kHeads][kVecs];
-  for (int h = 0; h < kHeads; ++h) {
-    for (int j = 0; j < kVecs; ++j) a[h][j] = Vec::load(out + h * width + d + j * Vec::kSize);
-  }
+// out[h * width + d] += sum_n p[h * stride + n] v[n][d] over kChunks vectors of every field from
+// d on, of `count` dims the last; n ascending.
+template <int kHeads, int kChunks, typename Reader>
+LESS_INLINE void add_rows(const Reader& reader, const float* p, int64_t stride, const uint8_t* v,
+                          int64_t N, int64_t D, int64_t d, int count, float* out, int64_t width) {
+  constexpr int kFields = Reader::kFields;
+  const int64_t part = D / kFields, bytes = reader.bytes();
+  Vec a[kHeads][kChunks * kFields];
+  const auto each = [&](auto f) LESS_LAMBDA_INLINE {
+    for (int h = 0; h < kHeads; ++h) {
+      for (int c = 0; c < kChunks; ++c) {
+        for (int j = 0; j < kFields; ++j) {
+          f(a[h][c * kFields + j], out + h * width + j * part + d + c * Vec::kSize,
+            c + 1 < kChunks ? Vec::kSize : count);
+        }
+      }
+    }
+  };
+  each([](Vec& x, float* at, int n) LESS_LAMBDA_INLINE { x = load_some(at, n); });
   for (int64_t n = 0; n < N; ++n) {
-    const T* row = v + n * D + d;
     Vec weight[kHeads];
     for (int h = 0; h < kHeads; ++h) weight[h] = Vec(p[h * stride + n]);
-    for (int j = 0; j < kVecs; ++j) {
-      const Vec value = Vec::load(row + j * Vec::kSize);
-      for (int h = 0; h < kHeads; ++h) a[h][j] = fma(weight[h], value, a[h][j]);
-    }
+    unrolled<kChunks>([&](auto c) LESS_LAMBDA_INLINE {
+      const auto raw = reader.load(v + n * bytes, d + c * Vec::kSize,
+                                   c + 1 < kChunks ? Vec::kSize : count);
+      unrolled<kFields>([&](auto j) LESS_LAMBDA_INLINE {
+        const Vec value = reader.template field<j>(raw);
+        for (int h = 0; h < kHeads; ++h) {
+          a[h][c * kFields + j] = fma(weight[h], value, a[h][c * kFields + j]);
+        }
+      });
+    });
   }
-  for (int h = 0; h < kHeads; ++h) {
-    for (int j = 0; j < kVecs; ++j) a[h][j].store(out + h * width + d + j * Vec::kSize);
-  }
+  each([](Vec& x, float* at, int n) LESS_LAMBDA_INLINE {
+    if (n == Vec::kSize) return x.store(at);
+    x.store(at, n);
+  });
 }
 
-template <typename T, int kHeads>
-LESS_INLINE void add_all_rows(const float* p, int64_t stride, const T* v, int64_t N, int64_t D,
-                              float* out, int64_t width) {
-  constexpr int kVecs = kHeads == 1 ? 8 : 4;
+template <int kHeads, typename Reader>
+LESS_INLINE void add_all_rows(const Reader& reader, const float* p, int64_t stride,
+                              const uint8_t* v, int64_t N, int64_t D, float* out, int64_t width) {
+  constexpr int kVecs = kHeads == 1 ? 8 : 4, kFields = Reader::kFields;
+  constexpr int kChunks = kVecs > kFields ? kVecs / kFields : 1;
+  const int64_t part = D / kFields;
   int64_t d = 0;
-  for (; d + kVecs * Vec::kSize <= D; d += kVecs * Vec::kSize) {
-    add_rows<T, kHeads, kVecs>(p, stride, v, N, D, d, out, width);
-  }
-  if constexpr (kVecs == 8) {
-    if (d + 4 * Vec::kSize <= D) {
-      add_rows<T, kHeads, 4>(p, stride, v, N, D, d, out, width);
-      d += 4 * Vec::kSize;
+  const auto chunks = [&](auto count) LESS_LAMBDA_INLINE {
+    constexpr int kCount = decltype(count)::value;
+    for (; d + kCount * Vec::kSize <= part; d += kCount * Vec::kSize) {
+      add_rows<kHeads, kCount>(reader, p, stride, v, N, D, d, Vec::kSize, out, width);
     }
-  }
-  for (; d + Vec::kSize <= D; d += Vec::kSize) {
-    add_rows<T, kHeads, 1>(p, stride, v, N, D, d, out, width);
-  }
-  if (d == D) return;
-  for (int h = 0; h < kHeads; ++h) {
-    Vec a = Vec::load(out + h * width + d);
-    for (int64_t n = 0; n < N; ++n) {
-      a = fma(Vec(p[h * stride + n]), Vec::load(v + n * D + d, int(D - d)), a);
-    }
-    a.store(out + h * width + d);
+  };
+  chunks(std::integral_constant<int, kChunks>{});
+  if constexpr (kChunks > 4) chunks(std::integral_constant<int, 4>{});
+  if constexpr (kChunks > 1) chunks(std::integral_constant<int, 1>{});
+  if (d < part) {
+    add_rows<kHeads, 1>(reader, p, stride, v, N, D, d, int(part - d), out, width);
   }
 }
 
-// logit[h * stride + n] = q[h] . k[n], h < heads, n < N. q [heads, width] is padded with zeros;
-// k is [N, D], of what the stream has entered; null: none.
-template <typename T>
-LESS_INLINE void dots_of_rows(const float* q, int64_t heads, int64_t width, const T* k, int64_t N,
-                              int64_t D, float* logit, int64_t stride, Stream* stream) {
-  // Where the heads take several passes, so many rows stay in the first-level cache over them.
-  const int64_t tile = heads_at_once(heads) == heads ? N : 16;
-  for (int64_t n0 = 0; n0 < N; n0 += tile) {
-    const int64_t count = N - n0 < tile ? N - n0 : tile;
-    for (int64_t h = 0; h < heads;) {
-      const int now = heads_at_once(heads - h);
-      const float* query = q + h * width;
-      Stream* const asks = h == 0 ? stream : nullptr;  // the first pass alone
-      float* l = logit + h * stride + n0;
-      const T* rows = k + n0 * D;
-      if (now == 1) dot_all_rows<T, 1>(query, width, rows, count, D, l, stride, asks);
-      if (now == 2) dot_all_rows<T, 2>(query, width, rows, count, D, l, stride, asks);
-      if (now == 3) dot_all_rows<T, 3>(query, width, rows, count, D, l, stride, asks);
-      if constexpr (Vec::kSize == 16) {
-        if (now == 4) dot_all_rows<T, 4>(query, width, rows, count, D, l, stride, asks);
+// logit[h * stride + n] = q[h] . k[n], h < heads, n < N, without the rows' scales. q [heads, width]
+// is padded with zeros; k is [N, D] of a dtype, of what the stream has entered; null: none.
+inline void dots_of_rows(DType dtype, const float* q, int64_t heads, int64_t width, const void* k,
+                         int64_t N, int64_t D, float* logit, int64_t stride, Stream* stream) {
+  with_reader(dtype, D, [=](const auto& reader) LESS_LAMBDA_INLINE {
+    constexpr int kFields = std::remove_reference_t<decltype(reader)>::kFields;
+    const auto* const rows = static_cast<const uint8_t*>(k);
+    const int64_t bytes = reader.bytes();
+    // Where the heads take several passes, so many rows stay in the first-level cache over them.
+    const int64_t tile = heads_at_once<kFields>(heads) == heads ? N : 16;
+    for (int64_t n0 = 0; n0 < N; n0 += tile) {
+      const int64_t count = N - n0 < tile ? N - n0 : tile;
+      for (int64_t h = 0; h < heads;) {
+        const int now = heads_at_once<kFields>(heads - h);
+        Stream* const asks = h == 0 ? stream : nullptr;  // the first pass alone
+        with_heads<kFields>(now, [&](auto n) LESS_LAMBDA_INLINE {
+          dot_all_rows<n>(reader, q + h * width, width, rows + n0 * bytes, count, D,
+                          logit + h * stride + n0, stride, asks);
+        });
+        h += now;
       }
-      h += now;
     }
-  }
+  });
 }
 
-// out[h * width + d] += sum_n p[h * stride + n] v[n][d], h < heads, n < N, in ascending order.
-template <typename T>
-LESS_INLINE void add_weighted_rows(const float* p, int64_t heads, int64_t stride, const T* v,
-                                   int64_t N, int64_t D, float* out, int64_t width,
-                                   Stream* stream) {
-  constexpr int64_t kTile = 16;
-  for (int64_t n0 = 0; n0 < N; n0 += kTile) {
-    const int64_t count = N - n0 < kTile ? N - n0 : kTile;
-    if (stream != nullptr) stream->read(v + n0 * D);
-    for (int64_t h = 0; h < heads;) {
-      const int now = heads_at_once(heads - h);
-      const float* weight = p + h * stride + n0;
-      const T* rows = v + n0 * D;
-      float* o = out + h * width;
-      if (now == 1) add_all_rows<T, 1>(weight, stride, rows, count, D, o, width);
-      if (now == 2) add_all_rows<T, 2>(weight, stride, rows, count, D, o, width);
-      if (now == 3) add_all_rows<T, 3>(weight, stride, rows, count, D, o, width);
-      if constexpr (Vec::kSize == 16) {
-        if (now == 4) add_all_rows<T, 4>(weight, stride, rows, count, D, o, width);
+// out[h * width + d] += sum_n p[h * stride + n] v[n][d], h < heads, n < N, in ascending order,
+// without the rows' scales.
+inline void add_weighted_rows(DType dtype, const float* p, int64_t heads, int64_t stride,
+                              const void* v, int64_t N, int64_t D, float* out, int64_t width,
+                              Stream* stream) {
+  with_reader(dtype, D, [=](const auto& reader) LESS_LAMBDA_INLINE {
+    constexpr int kFields = std::remove_reference_t<decltype(reader)>::kFields;
+    constexpr int64_t kTile = 16;
+    const auto* const rows = static_cast<const uint8_t*>(v);
+    const int64_t bytes = reader.bytes();
+    for (int64_t n0 = 0; n0 < N; n0 += kTile) {
+      const int64_t count = N - n0 < kTile ? N - n0 : kTile;
+      if (stream != nullptr) stream->read(rows + n0 * bytes);
+      for (int64_t h = 0; h < heads;) {
+        const int now = heads_at_once<kFields>(heads - h);
+        with_heads<kFields>(now, [&](auto n) LESS_LAMBDA_INLINE {
+          add_all_rows<n>(reader, p + h * stride + n0, stride, rows + n0 * bytes, count, D,
+                          out + h * width, width);
+        });
+        h += now;
       }
-      h += now;
     }
-  }
+  });
 }
 
 }  // namespace less::cpu::LESS_ISA

@@ -35,6 +35,7 @@
 #endif
 
 #define LESS_INLINE inline __attribute__((always_inline))
+#define LESS_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace less::cpu::LESS_ISA {
 
@@ -100,6 +101,7 @@ LESS_INLINE void store_bytes(Bytes x, void* p) { *static_cast<BytesInMemory*>(p)
 //   signed_ints(x)      from 8 bits, the sign above
 //   low_halves(a)       the lower 16 bits of each element, where the upper 16 are zero
 //   low_bytes(a)        the lower 8 bits of each element, which is within +-127
+//   looked_up(t, i)     t[i & 15] of a table of 16 numbers
 //   look_up(table, i)   table[i] of each i, which is below 16
 
 #if defined(LESS_ISA_avx512)
@@ -115,6 +117,9 @@ LESS_INLINE Ints unsigned_ints(Halves x) { return (Ints)_mm512_cvtepu16_epi32((_
 LESS_INLINE Ints signed_ints(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
 LESS_INLINE Halves low_halves(Ints a) { return (Halves)_mm512_cvtepi32_epi16((__m512i)a); }
 LESS_INLINE Bytes low_bytes(Ints a) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)a); }
+LESS_INLINE Floats looked_up(const Floats (&table)[1], Ints i) {
+  return _mm512_permutexvar_ps((__m512i)i, table[0]);
+}
 LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
   return (Sixteen)_mm_shuffle_epi8((__m128i)table, (__m128i)i);
 }
@@ -141,6 +146,11 @@ LESS_INLINE Bytes low_bytes(Ints a) {
   const __m128i halves = _mm_packs_epi32(lower, _mm256_extracti128_si256((__m256i)a, 1));
   return (Bytes)_mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
 }
+LESS_INLINE Floats looked_up(const Floats (&table)[2], Ints i) {
+  const Floats low = _mm256_permutevar8x32_ps(table[0], (__m256i)i);
+  const Floats high = _mm256_permutevar8x32_ps(table[1], (__m256i)i);
+  return _mm256_blendv_ps(low, high, (Floats)(i << 28));
+}
 LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
   return (Sixteen)_mm_shuffle_epi8((__m128i)table, (__m128i)i);
 }
@@ -166,6 +176,12 @@ LESS_INLINE Bytes low_bytes(Ints a) {
   std::memcpy(&x, &four, sizeof x);
   return x;
 }
+LESS_INLINE Floats looked_up(const Floats (&table)[4], Ints i) {
+  const uint8x16x4_t bytes = {{(uint8x16_t)table[0], (uint8x16_t)table[1], (uint8x16_t)table[2],
+                               (uint8x16_t)table[3]}};
+  const Ints at = (i & 15) * 0x04040404 + 0x03020100;
+  return (Floats)vqtbl4q_u8(bytes, (uint8x16_t)at);
+}
 LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
   return (Sixteen)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
 }
@@ -179,6 +195,12 @@ LESS_INLINE Ints unsigned_ints(Halves x) { return __builtin_convertvector(x, Int
 LESS_INLINE Ints signed_ints(Bytes x) { return __builtin_convertvector(x, Ints); }
 LESS_INLINE Halves low_halves(Ints a) { return __builtin_convertvector(a, Halves); }
 LESS_INLINE Bytes low_bytes(Ints a) { return __builtin_convertvector(a, Bytes); }
+LESS_INLINE Floats looked_up(const Floats (&table)[4], Ints i) {
+  i &= 15;
+  Floats x;
+  for (int lane = 0; lane < kNative; ++lane) x[lane] = table[i[lane] / kNative][i[lane] % kNative];
+  return x;
+}
 LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
   Sixteen x;
   for (int n = 0; n < 16; ++n) x[n] = table[i[n]];
@@ -346,6 +368,29 @@ LESS_INLINE Vec select(Int mask, Vec a, Vec b) {
   LESS_EACH_PART(a.part[i] = mask.part[i] ? a.part[i] : b.part[i]);
   return a;
 }
+// A table of 16 numbers, by the lowest four bits of each element.
+struct Table {
+  Floats part[16 / kNative];
+
+  LESS_INLINE explicit Table(const float* p) { std::memcpy(part, p, sizeof part); }
+};
+LESS_INLINE Vec look_up(const Table& table, Int at) {
+  Vec x;
+  LESS_EACH_PART(x.part[i] = looked_up(table.part, at.part[i]));
+  return x;
+}
+// kSize bytes, the first n of which are memory's; each one's sign above it.
+LESS_INLINE Int load_signed(const uint8_t* p, int n = Vec::kSize) {
+  uint8_t whole[Vec::kSize] = {};
+  if (n == Vec::kSize) {
+    std::memcpy(whole, p, sizeof whole);
+  } else {
+    std::memcpy(whole, p, n);
+  }
+  Int x;
+  LESS_EACH_PART(x.part[i] = signed_ints(load_bytes(whole + i * kNative)));
+  return x;
+}
 LESS_INLINE Vec abs(Vec a) { return as_vec(as_int(a) & Int(0x7fffffff)); }
 LESS_INLINE Vec operator-(Vec a) { return as_vec(as_int(a) + Int(INT32_MIN)); }
 
@@ -450,6 +495,12 @@ LESS_INLINE void Vec::store(T* p, int n) const {
 }
 
 #endif
+
+// Up to a vector of elements; the rest is 0.
+template <typename T>
+LESS_INLINE Vec load_some(const T* p, int n) {
+  return n == Vec::kSize ? Vec::load(p) : Vec::load(p, n);
+}
 
 // Elements 4 i to 4 i + 3.
 LESS_INLINE Four quarter(Vec a, int i) {

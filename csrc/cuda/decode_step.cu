@@ -4,6 +4,9 @@
 //   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
 //   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
 //
+// Of packed slots, the token takes a hot slot, and who was there competes for a cold one
+// (decode_step/packed.h).
+//
 // Grid:   (splits, K, B); a block of 128 threads owns a range of a head's slots. The splits of a
 //         head are a cluster of up to 8 blocks, or meet in the workspace (decode_step/plan.h).
 //         Neighbouring heads of equal capacity are one launch: as a rule, all.
@@ -21,13 +24,16 @@
 namespace less::cuda {
 namespace {
 
-constexpr int kRangeMin = 32;        // slots of a block, at least
-constexpr int kClusterRange = 1024;  // at most, in a cluster
-constexpr int kScratchRange = 512;   // at most, where blocks meet in the workspace
+constexpr int kRangeMin = 32;         // slots of a block, at least
+constexpr int kPackedRangeMin = 128;  // of packed rows: as many bytes
+constexpr int kClusterRange = 1024;   // at most, in a cluster
+constexpr int kScratchRange = 512;    // at most, where blocks meet in the workspace
 
 bool half_type(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp16; }
 
 bool float_type(DType dtype) { return dtype == DType::f32 || half_type(dtype); }
+
+bool few_bits(const DecodeStepParams& p) { return packed(p.layout.v_dtype); }
 
 bool supported(const DecodeStepParams& p) {
   const FeatureMaps &phi = p.maps.phi, &psi = p.maps.psi;
@@ -35,8 +41,19 @@ bool supported(const DecodeStepParams& p) {
       phi.R == 0 || (phi.R == p.layout.R && psi.R == phi.R && phi.R <= 64 && phi.D == p.spec.D &&
                      psi.D == p.spec.D && phi.w_dtype != DType::fp8 && psi.w_dtype != DType::fp8);
   const bool head_dim = decode_dispatch<float>(p.spec.D, false, [](auto, auto) {});
-  return head_dim && p.spec.K > 0 && p.spec.Q % p.spec.K == 0 && p.B <= 65535 && p.layout.S >= 1 &&
-         p.layout.S <= INT32_MAX / 2 && float_type(p.q.dtype) && float_type(p.k.dtype) && maps;
+  // Hot rows of another dtype, and maps, have no kernel.
+  const bool rows = !few_bits(p) || (packed_head_dim(p.spec.D) && p.layout.R == 0 &&
+                                     p.layout.call_dtype == DType::i8);
+  return head_dim && rows && p.spec.K > 0 && p.spec.Q % p.spec.K == 0 && p.B <= 65535 &&
+         p.layout.S >= 1 && p.layout.S <= INT32_MAX / 2 && float_type(p.q.dtype) &&
+         float_type(p.k.dtype) && maps;
+}
+
+// run(Type) with the kernel's type of the slots.
+template <typename Result, typename F>
+Result with_slots(const DecodeStepParams& p, Result otherwise, const F& run) {
+  if (few_bits(p)) return run(Type<FewBits>{});
+  return with_dtype<RowTypes>(p.layout.k_dtype, otherwise, run);
 }
 
 template <typename T>
@@ -82,10 +99,11 @@ cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   plan.S = p.layout.slots[first];
   plan.dependent = p.spec.dependent && limits.clusters;
   constexpr bool eight = sizeof(T) == 1;
-  plan.mma =
-      p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) && (eight || p.q.dtype == p.layout.k_dtype);
+  plan.mma = !kFewBits<T> && p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) &&
+             (eight || p.q.dtype == p.layout.k_dtype);
   const int eighth = (plan.S + kDecodeCluster - 1) / kDecodeCluster;
-  const int range = eighth < kRangeMin ? kRangeMin : (eighth + 15) / 16 * 16;
+  constexpr int kLeast = kFewBits<T> ? kPackedRangeMin : kRangeMin;
+  const int range = eighth < kLeast ? kLeast : (eighth + 15) / 16 * 16;
   if (limits.clusters && range <= kClusterRange) {
     plan.cluster = range < plan.S;
     cut<T>(p, range, plan);
@@ -137,7 +155,7 @@ int64_t decode_step_workspace(const DecodeStepParams& params) {
     DecodeStepParams p = params;
     p.q.dtype = q_dtype;
     if (p.B == 0 || p.spec.Q == 0 || !supported(p)) return 0;
-    with_dtype<RowTypes>(p.layout.k_dtype, cudaErrorInvalidValue, [&](auto type) {
+    with_slots(p, cudaErrorInvalidValue, [&](auto type) {
       return for_each_plan<typename decltype(type)::type>(p, [&](DecodePlan& plan) {
         const int64_t bytes = lay_out(p, plan);
         most = bytes > most ? bytes : most;
@@ -154,7 +172,7 @@ cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
   if (!aligned16({p.q.data, p.k.data, p.v.data, p.out.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;
   }
-  return with_dtype<RowTypes>(p.layout.k_dtype, cudaErrorInvalidValue, [&](auto type) {
+  return with_slots(p, cudaErrorInvalidValue, [&](auto type) {
     using T = typename decltype(type)::type;
     return for_each_plan<T>(p, [&](DecodePlan& plan) {
       lay_out(p, plan);

@@ -27,6 +27,7 @@ cudaError_t fold(const FoldParams& params, cudaStream_t stream);
 cudaError_t prompt_scores(const PromptScoresParams& params, cudaStream_t stream);
 cudaError_t quantize(const QuantizeParams& params, cudaStream_t stream);
 cudaError_t reset_pages(const ResetParams& params, cudaStream_t stream);
+cudaError_t rotate(const RotateParams& params, cudaStream_t stream);
 
 int64_t chunk_attention_workspace(const ChunkAttentionParams& params);
 int64_t compact_workspace(const CompactParams& params);

@@ -86,9 +86,15 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   const ColumnShared<Scheme, kD> shared(carver);
   const KvHead head(p, lists, int(blockIdx.x) / blocks);
   const int block = int(blockIdx.x) % blocks;
-  const bool slots = block < slot_blocks;
-  const int first = (slots ? block : block - slot_blocks) * Shape::kColumns;
-  const Source from = source_of(p, lists, head, slots, slots ? head.slots : head.tokens);
+  // Hot slots, then the others, then the call.
+  const int hot_blocks = (hot_slots(p.layout) + Shape::kColumns - 1) / Shape::kColumns;
+  const bool slots = block < slot_blocks, hot = block < hot_blocks;
+  const int first = (block - (hot ? 0 : slots ? hot_blocks : slot_blocks)) * Shape::kColumns;
+  const Source from = source_of(p, lists, head,
+                                hot     ? Keys::hot
+                                : slots ? Keys::slots
+                                        : Keys::call,
+                                head.tokens);
   const int thread = int(threadIdx.x), lane = thread % 32, row = thread / 32 * 16;
 
   // Tiles of queries: those of the call that see none of the block's keys are left out.
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   };
   const auto key_row = [&](int r) -> int64_t {
     const int64_t n = key(r);
-    return n < 0 ? -1 : n * from.k_step;
+    return n < 0 ? -1 : (kIsWide<Scheme> ? n - from.base : n) * from.k_step;
   };
   const auto fetch = [&](int tile, uint16_t* q) {
     const auto query = [&](int r) -> int64_t {
@@ -123,7 +129,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
       copy_rows<kD, Shape::kColumns, Shape::kThreads>(from.k, p.spec.D, key_row, shared.k);
     } else if constexpr (kIsWide<Scheme>) {
       split_rows<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kColumns, Shape::kThreads>(
-          from.k, p.layout.k_dtype, p.spec.D, key_row, shared.k);
+          from.k, from.k_dtype, p.spec.D, key_row, shared.k);
     } else {
       Bytes<kD, Shape::kColumns, Shape::kThreads> bytes;
       bytes.fetch(from.k, p.spec.D, key_row);
@@ -137,8 +143,10 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
       const int n = row + lane / 4 + 8 * i;
       const int64_t at = key(n);
       scale[i] = logit.scale;
-      // narrow: a number of a key, the same for four lanes
-      if (Scheme::kScaled && at >= 0 && from.k_scale != nullptr) scale[i] *= from.k_scale[at];
+      if (Scheme::kScaled && at >= 0 && from.k_scale != nullptr) {
+        scale[i] *= kIsWide<Scheme> ? scale_at(from.k_scale, from.k_dtype, at - from.base)
+                                    : scale_at(from.k_scale, DType::i8, at);
+      }
       // narrow: a number of a key, the same for four lanes
       weight[i] = at >= 0 && from.weight != nullptr ? from.weight[at] * kLog2E : 0.0f;
       sees[i] = slots ? 0 : (first + n) * head.G;
@@ -184,7 +192,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   }
 
   // Every key that there is, or might be, is written: the empty slots and padding come last.
-  const int64_t all = slots ? p.layout.S : p.T;
+  const int64_t all = hot ? head.hot : slots ? p.layout.S - head.hot : p.T;
   float* to = p.score + head.row * (p.layout.S + p.T) + (slots ? 0 : p.layout.S);
   const float kept = p.spec.scores ? exp2_approx(fade_of(log_decay, head.tokens)) : 1.0f;
 #pragma unroll
@@ -215,7 +223,8 @@ struct SumColumns {
     using Shape = ColumnShape<Scheme, kD>;
     SharedCarver carver{nullptr};
     const ColumnShared<Scheme, kD> shared(carver);
-    const int64_t slot_blocks = (p.layout.S + Shape::kColumns - 1) / Shape::kColumns;
+    const auto blocks_of = [](int64_t n) { return (n + Shape::kColumns - 1) / Shape::kColumns; };
+    const int64_t slot_blocks = blocks_of(hot_slots(p.layout)) + blocks_of(p.layout.S);
     const int64_t blocks = slot_blocks + (p.T + Shape::kColumns - 1) / Shape::kColumns;
     const Launch how{dim3(unsigned(blocks * p.B * p.spec.K)), dim3(Shape::kThreads), carver.used,
                      stream};
@@ -249,7 +258,7 @@ ChunkAttentionParams as_chunk(const PromptScoresParams& p) {
   chunk.spec.softcap = p.softcap;
   chunk.spec.decay = p.decay;
   chunk.spec.scores = true;
-  chunk.layout.k_dtype = p.k_dtype;
+  chunk.layout.k_dtype = chunk.layout.v_dtype = chunk.layout.call_dtype = p.k_dtype;
   chunk.q = contiguous_rows(p.q, p.q_dtype, p.Q, p.T, p.D);
   chunk.call.k = contiguous_rows(p.k, p.k_dtype, p.K, p.T, p.D);
   chunk.call.k_scale = p.k_scale;
@@ -279,7 +288,7 @@ cudaError_t prompt_scores(const PromptScoresParams& p, cudaStream_t stream) {
 
 cudaError_t sum_columns(const ChunkAttentionParams& p, const KeyLists& lists, const float* lse,
                         cudaStream_t stream) {
-  return dispatch(p.q.dtype, p.layout.k_dtype, p.spec.D, SumColumns{p, lists, lse, stream});
+  return dispatch(p.q.dtype, p.layout, p.spec.D, SumColumns{p, lists, lse, stream});
 }
 
 }  // namespace less::cuda

@@ -1,12 +1,14 @@
 // What the kernels of chunk_attention and prompt_scores share: which keys and queries a kv head
 // has, tiles of rows in shared memory, and numbers as sums of operands for tensor cores.
 //
-// Keys in order: the kept slots of a kv head, then the valid tokens of the call. Queries in order:
+// Keys in order: the kept slots (of packed slots the hot ones first, for their rows are of another
+// dtype) of a kv head, then the valid tokens of the call. Queries in order:
 // the G query heads of the first valid token, then of the second: query m is head m % G of token
 // m / G, and sees token j of the call where j G <= m. Padding is in neither, so that a row has the
 // bits in a padded batch that it has alone.
 #pragma once
 
+#include "cuda/codec.h"
 #include "cuda/convert.h"
 #include "cuda/device.h"
 #include "cuda/head_dims.h"
@@ -23,6 +25,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 struct KeyLists {
   int32_t* slot;    // [B, K, S]  kept slots, ascending, then the empty ones
   int32_t* slots;   // [B, K]     how many are kept
+  int32_t* hot;     // [B, K]     of them in hot slots; null: there are none
   int32_t* token;   // [B, T]     valid tokens, ascending, then padding; null: all, in order
   int32_t* tokens;  // [B]        how many are valid; with token
 };
@@ -55,6 +58,12 @@ struct Splits {
   float* parts;      // [B, K, count, warps, ..]  what each has, as Meeting lays it out
 };
 
+// Tiles of keys that the slots of a head fill at most: hot ones, then the others.
+__host__ __device__ inline int slot_tiles(const Layout& layout, int64_t h, int keys) {
+  const int W = hot_slots(layout);
+  return (W + keys - 1) / keys + (layout.slots[h] - W + keys - 1) / keys;
+}
+
 // Tiles of slots of a split, of a head with so many tiles; 0: it is not cut.
 __host__ __device__ inline int tiles_of_split(int tiles, int most) {
   return tiles < 2 ? 0 : (tiles + most - 1) / most;
@@ -77,6 +86,7 @@ struct KvHead {
   int G;
   unsigned char* page;  // null: the row has none, or the call knows no slots
   int slots;            // kept
+  int hot;              // of them
   int tokens;           // valid; 0 without a page
 
   LESS_DEVICE KvHead(const ChunkAttentionParams& p, const KeyLists& lists, int row)
@@ -84,6 +94,7 @@ struct KvHead {
     h = row - b * int(p.spec.K);
     page = p.layout.S == 0 ? nullptr : less::page(p.pool, b);
     slots = page == nullptr ? 0 : lists.slots[row];
+    hot = page == nullptr || lists.hot == nullptr ? 0 : lists.hot[row];
     tokens = lists.token == nullptr ? int(p.T) : lists.tokens[b];
     if (page == nullptr && p.layout.S > 0) tokens = 0;
   }
@@ -107,32 +118,46 @@ struct KvHead {
   }
 };
 
-// Rows of k and v, all slots or all tokens of the call, and what goes with each.
+enum class Keys { hot, slots, call };
+
+// Rows of k and v, all slots, or the hot ones, or all tokens of the call, and what goes with each.
 struct Source {
   const void* k;         // [n, D]
   const void* v;         // [n, D]
-  const float* k_scale;  // [n], null: 1
-  const float* v_scale;  // [n], null: 1
+  const void* k_scale;   // [n] floats, of packed rows halves; null: 1
+  const void* v_scale;   // [n]
   const float* weight;   // [n], null: 0
   const int32_t* index;  // [count] of the rows, null: in order
   int count;
+  int base;  // what an index is more than its row
+  DType k_dtype;
+  DType v_dtype;
   int64_t k_step;  // elements from a row to the next
   int64_t v_step;
 };
+
+// A row's scale.
+LESS_DEVICE float scale_at(const void* scales, DType dtype, int64_t n) {
+  // narrow: a lane a row, side by side
+  if (packed(dtype)) return level_scale(static_cast<const uint16_t*>(scales)[n]);
+  return static_cast<const float*>(scales)[n];  // narrow: a lane a row, side by side
+}
 
 LESS_DEVICE const void* advance(const void* p, int64_t bytes) {
   return static_cast<const unsigned char*>(p) + bytes;
 }
 
-// All slots, or the first `count` tokens of the call. Both are computed and one is chosen: where
-// pointers meet after branches, the compiler no longer knows that they are global.
+// The kept slots, the hot ones of them or the others, or the first `count` tokens of the call. All
+// are computed and one is chosen: where pointers meet after branches, the compiler no longer knows
+// that they are global.
 LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& lists,
-                             const KvHead& head, bool slots, int count) {
+                             const KvHead& head, Keys keys, int count) {
+  const bool hot = keys == Keys::hot, slots = keys == Keys::slots;
   // Without a page no slot is read: any address will do, and any head where a call knows no slots.
   auto* const memory = head.page == nullptr ? static_cast<unsigned char*>(p.q.data) : head.page;
   const Slots of = less::head(p.layout, memory, p.layout.S == 0 ? 0 : head.h).slots;
   const CallRows& call = p.call;
-  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.k_dtype), D = p.spec.D;
+  const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.call_dtype), D = p.spec.D;
   const void* const k = advance(call.k.data, offset(call.k, head.b, head.h, 0) * bytes);
   const void* const v = call.v.data == nullptr
                             ? nullptr
@@ -140,15 +165,30 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
   const float* const k_scale = call.k_scale == nullptr ? nullptr : call.k_scale + first;
   const float* const v_scale = call.v_scale == nullptr ? nullptr : call.v_scale + first;
   const int32_t* const token = lists.token == nullptr ? nullptr : lists.token + head.b * p.T;
-  return {slots ? of.k : k,
-          slots ? of.v : v,
-          slots ? of.k_scale : k_scale,
-          slots ? of.v_scale : v_scale,
-          slots ? of.weight : nullptr,
-          slots ? lists.slot + head.row * int64_t{p.layout.S} : token,
-          count,
-          slots ? D : call.k.t,
-          slots ? D : call.v.t};
+  const auto choose = [=](auto* of_slots, auto* of_hot, auto* of_call) {
+    return slots ? of_slots : hot ? of_hot : of_call;
+  };
+  const auto scale = [=](const float* floats, const uint16_t* halves) -> const void* {
+    return halves != nullptr ? static_cast<const void*>(halves) : floats;
+  };
+  const auto* const no_weight = static_cast<const float*>(nullptr);
+  const DType call_dtype = p.layout.call_dtype;
+  const int32_t* const kept = lists.slot + head.row * int64_t{p.layout.S};
+  return {
+      choose(static_cast<const void*>(of.k), static_cast<const void*>(of.hot_k), k),
+      choose(static_cast<const void*>(of.v), static_cast<const void*>(of.hot_v), v),
+      choose(scale(of.k_scale, of.k_half), scale(of.hot_k_scale, nullptr), scale(k_scale, nullptr)),
+      choose(scale(of.v_scale, of.v_half), scale(of.hot_v_scale, nullptr), scale(v_scale, nullptr)),
+      slots ? of.weight : no_weight,
+      choose(kept + head.hot, kept, token),
+      hot     ? head.hot
+      : slots ? head.slots - head.hot
+              : count,
+      slots ? hot_slots(p.layout) : 0,
+      slots ? p.layout.k_dtype : call_dtype,
+      slots ? p.layout.v_dtype : call_dtype,
+      hot || slots ? D : call.k.t,
+      hot || slots ? D : call.v.t};
 }
 
 // -- numbers as operands --
@@ -209,8 +249,10 @@ cudaError_t dispatch_dim(int64_t D, const Run& run) {
 
 // run.launch<Scheme, kD>() for these dtypes and this head dim, which is padded to kD.
 template <typename Run>
-cudaError_t dispatch(DType q, DType k, int64_t D, const Run& run) {
+cudaError_t dispatch(DType q, const Layout& layout, int64_t D, const Run& run) {
+  const DType k = layout.k_dtype;
   const bool bytes = has_scale(k);
+  if (packed(layout.v_dtype)) return dispatch_dim<Wide>(D, run);
   if (q == DType::fp16 && k == DType::fp16) return dispatch_dim<Plain<HalfTag>>(D, run);
   if (q == DType::bf16 && k == DType::bf16) return dispatch_dim<Plain<BFloatTag>>(D, run);
   if (q == DType::fp16 && bytes) return dispatch_dim<Eight<HalfTag>>(D, run);
@@ -249,6 +291,15 @@ LESS_DEVICE void split(float a, float b, uint32_t (&part)[kParts]) {
 LESS_DEVICE void four_bytes(uint32_t w, DType dtype, float (&x)[4]) {
   if (dtype == DType::i8) return widen4(w, x, int8_t());
   widen4(w, x, __nv_fp8_e4m3());
+}
+
+// Dims d .. d + 3 of the packed row that begins with number `from`, in units of its scale's.
+LESS_DEVICE void four_levels(const void* x, DType dtype, int D, int64_t from, int d,
+                             float (&levels)[4]) {
+  const void* const row = advance(x, row_bytes(dtype, from));
+  // narrow: four codes a lane, of the bytes that hold them and others
+  const auto word = [row](int i) { return static_cast<const uint32_t*>(row)[i / 4]; };
+  widen4(levels_of_codes(dtype, four_codes(dtype, D, d, word)), levels, int8_t());
 }
 
 // -- tiles --
@@ -327,7 +378,9 @@ LESS_DEVICE void split_rows(const void* x, DType dtype, int64_t D, const At& at,
       const int d = j + lane * 4;
       float v[4] = {};
       if (from >= 0 && d < D) {
-        if (has_scale(dtype)) {
+        if (packed(dtype)) {
+          four_levels(x, dtype, int(D), from, d, v);
+        } else if (has_scale(dtype)) {
           // narrow: four elements a lane, 16 bytes where they are float32
           four_bytes(static_cast<const uint32_t*>(x)[(from + d) / 4], dtype, v);
         } else {

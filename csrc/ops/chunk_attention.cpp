@@ -40,6 +40,7 @@ std::tuple<Tensor, Tensor> chunk_attention(Tensor q, Tensor k, Tensor v, Optiona
                                            OptionalTensor phi_q) {
   check_dim(kOp, "q", q, 4, "[B, Q, T, D]");
   const LayerArguments of = read_layer(kOp, layer);
+  check_rows(kOp, of);
   const int64_t B = q.size(0), T = q.size(2);
   const int64_t Q = of.spec.Q, K = of.spec.K, D = of.spec.D, R = of.layout.R, S = of.layout.S;
   const DType q_dtype = slot_dtype(kOp, "q", q);

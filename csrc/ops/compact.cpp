@@ -30,6 +30,7 @@ void compact(Tensor k, Tensor v, OptionalTensor scales, OptionalTensor valid, Te
              OptionalTensor maps) {
   check_dim(kOp, "k", k, 4, "[B, K, T, D]");
   const LayerArguments of = read_layer(kOp, layer);
+  check_rows(kOp, of);
   const int64_t B = k.size(0), T = k.size(2), K = of.spec.K, S = of.layout.S;
   const Arguments arguments{kOp, "k", k};
   arguments.check("score", score, ScalarType::Float, {B, K, S + T});

@@ -8,7 +8,60 @@ namespace {
 
 constexpr const char* kOp = "decode_step";
 
-#ifndef LESS_LAUNCHES
+#ifdef LESS_LAUNCHES
+// The rows of a step in the layer's space, float32, in the workspace: that of the step itself comes
+// first. `bytes`: of both.
+struct RowsInSpace {
+  HeadRows q, k, v, out;
+  int64_t bytes;
+
+  RowsInSpace(const LayerSpec& spec, int64_t B, int64_t own, void* workspace) : bytes(own) {
+    const auto take = [&](int64_t heads) {
+      const int64_t at = (bytes + 255) / 256 * 256;
+      bytes = at + 4 * B * heads * spec.D;
+      return contiguous_rows(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(workspace) + at),
+                             DType::f32, heads, 1, spec.D);
+    };
+    q = take(spec.Q);
+    k = take(spec.K);
+    v = take(spec.K);
+    out = take(spec.Q);
+  }
+};
+
+// q, k and v go into the space, the step is one of such rows, and its output comes back.
+void run_in_space(const Arguments& arguments, const DecodeStepParams& p, const RowsInSpace& rows,
+                  std::initializer_list<Named> tensors) {
+  const int64_t Q = p.spec.Q, K = p.spec.K;
+  const auto job = [&](Rotation rotation, const HeadRows& x, int64_t heads, const HeadRows& y) {
+    return cuda::RotateJob{.params = {.space = p.maps.space,
+                                      .x = x,
+                                      .y = nullptr,
+                                      .valid = p.valid,
+                                      .rotation = rotation,
+                                      .B = p.B,
+                                      .heads = heads,
+                                      .K = K,
+                                      .T = 1,
+                                      .D = p.spec.D},
+                           .y = y,
+                           .pool = p.pool};
+  };
+  const cuda::RotateJobs in{
+      {job(Rotation::query, p.q, Q, rows.q), job(Rotation::key, p.k, K, rows.k),
+       job(Rotation::value, p.v, K, rows.v)},
+      3};
+  launch(arguments, cuda::rotate_rows, in, tensors);
+  DecodeStepParams step = p;
+  step.q = rows.q;
+  step.k = rows.k;
+  step.v = rows.v;
+  step.out = rows.out;
+  launch(arguments, cuda::decode_step, step, tensors);
+  const cuda::RotateJobs out{{job(Rotation::output, rows.out, Q, p.out)}, 1};
+  launch(arguments, cuda::rotate_rows, out, tensors);
+}
+#else
 void run(const DecodeStepParams& p) {
   // Multiply-adds of a head: slots, phi of its group, psi of its victim.
   const int64_t G = p.spec.Q / p.spec.K, R = p.layout.R, E = p.maps.phi.E, D = p.spec.D;
@@ -29,6 +82,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
                  [[maybe_unused]] OptionalTensor workspace) {
   check_dim(kOp, "q", q, 4, "[B, Q, 1, D]");
   const LayerArguments of = read_layer(kOp, layer);
+  check_rows(kOp, of);
   const int64_t B = q.size(0), Q = of.spec.Q, K = of.spec.K, D = of.spec.D;
   const DType q_dtype = slot_dtype(kOp, "q", q), kv_dtype = slot_dtype(kOp, "k", k);
   const Arguments arguments{kOp, "q", q};
@@ -59,10 +113,18 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
   params.pool = read_pool(arguments, of, pool, rows, B);
 #ifdef LESS_LAUNCHES
   check_head_dim(kOp, "q", D);
-  const OptionalTensor held = scratch(arguments, workspace, cuda::decode_step_workspace(params));
+  int64_t bytes = cuda::decode_step_workspace(params);
+  const int64_t own = bytes;
+  if (has_space(of)) bytes = RowsInSpace(of.spec, B, own, nullptr).bytes;
+  const OptionalTensor held = scratch(arguments, workspace, bytes);
   params.workspace = pointer(held);
   reset_fresh(arguments, of.layout, params.pool, B);
-  launch(arguments, cuda::decode_step, params, {{"q", q}, {"pool", pool}});
+  if (has_space(of)) {
+    const RowsInSpace in_space(of.spec, B, own, params.workspace);
+    run_in_space(arguments, params, in_space, {{"q", q}, {"pool", pool}});
+  } else {
+    launch(arguments, cuda::decode_step, params, {{"q", q}, {"pool", pool}});
+  }
 #else
   reset_fresh(arguments, of.layout, params.pool, B);
   run(params);
@@ -81,7 +143,8 @@ int64_t decode_step_workspace([[maybe_unused]] Tensor pool, [[maybe_unused]] Ten
   params.maps.phi.E = params.maps.psi.E = of.E;
   params.maps.phi.R = params.maps.psi.R = of.layout.R;
   params.B = B;
-  return cuda::decode_step_workspace(params);
+  const int64_t own = cuda::decode_step_workspace(params);
+  return has_space(of) ? RowsInSpace(of.spec, B, own, nullptr).bytes : own;
 #else
   return 0;
 #endif

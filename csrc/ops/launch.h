@@ -9,6 +9,7 @@
 
 #include "cuda/head_dims.h"
 #include "cuda/kernels.h"
+#include "cuda/rotate.h"
 #include "ops/check.h"
 
 #ifdef LESS_EMULATED_HALF
@@ -44,6 +45,13 @@ inline void check_head_dim(const char* op, const char* name, int64_t D) {
 inline void check_any_head_dim(const char* op, const char* name, int64_t D) {
   if (D >= 16 && D <= 256 && D % 16 == 0) return;
   fail(op, ": ", name, " must have a head dim of a multiple of 16, at most 256, on a GPU, got ", D);
+}
+
+// Refuses a row that no kernel takes, of those for which a row is lanes of one warp.
+inline void check_row_dim(const char* op, const char* name, int64_t D) {
+  if (D <= cuda::kRotateMost) return;
+  fail(op, ": ", name, " must have a head dim of at most ", cuda::kRotateMost, " on a GPU, got ",
+       D);
 }
 
 #ifdef LESS_CUDA_HALF

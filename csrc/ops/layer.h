@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/codec.h"
 #include "ops/check.h"
 
 namespace less::ops {
@@ -64,7 +65,7 @@ enum : int64_t {
 // Whether this library's kernels have a format of rows.
 constexpr bool has_kernels(DType dtype) {
 #ifdef LESS_LAUNCHES
-  return !packed(dtype);
+  return true;
 #else
   return dtype != DType::fp8;
 #endif
@@ -180,6 +181,29 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
       .null_page = int32_t(x[null_page]),
       .has_rule = x[has_rule] != 0,
   };
+}
+
+// Whether a layer's rows live in a space of their own.
+inline bool has_space(const LayerArguments& layer) { return (layer.present & 1) != 0; }
+
+// Refuses rows for which this library has no kernels yet.
+inline void check_rows([[maybe_unused]] const char* op,
+                       [[maybe_unused]] const LayerArguments& layer) {
+#ifdef LESS_LAUNCHES
+  const Layout& layout = layer.layout;
+  const bool few = packed(layout.v_dtype);
+  if ((few || has_space(layer)) && (layout.R > 0 || layer.spec.victim == Victim::fold)) {
+    fail(op, ": packed rows with feature maps have no CUDA kernel yet; use victim forget, without ",
+         "maps");
+  }
+  if (few && layout.call_dtype != DType::i8) {
+    fail(op, ": hot rows of packed formats must be int8 on a GPU");
+  }
+  if (few && !packed_head_dim(layout.D)) {
+    fail(op, ": packed rows must have a head dim of a multiple of 64, at most 256, on a GPU, got ",
+         layout.D);
+  }
+#endif
 }
 
 // Refuses page numbers that the pool has not, and a page that two rows have. On a GPU the numbers

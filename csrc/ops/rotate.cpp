@@ -37,6 +37,7 @@ Tensor rotate(Tensor x, OptionalTensor valid, Tensor maps, Tensor layer, int64_t
       .D = D,
   };
 #ifdef LESS_LAUNCHES
+  check_row_dim(kOp, "x", D);
   launch(arguments, cuda::rotate, params, {{"x", x}});
 #else
   torch::stable::parallel_for(0, B * heads * T, grain(8 * D),

@@ -14,7 +14,7 @@ import re
 import torch
 from torch import Tensor
 
-from less.dtypes import FORMATS
+from less.dtypes import FLOATS, FORMATS
 from less.layer import Call, LayerPlan, Paged, Rows
 from less.reference import Attended
 from less.reference.codec import ROTATIONS
@@ -71,8 +71,8 @@ def _unserved(architectures: list[str], capability: tuple[int, int]) -> str | No
 
 def slot_dtypes(device: torch.device) -> tuple[torch.dtype | str, ...]:
     """Dtypes and packed formats of slots that the native ops support on this device."""
-    everywhere = (torch.float32, torch.bfloat16, torch.float16, torch.int8, *FORMATS)
-    return everywhere if device.type == "cpu" else (*everywhere, torch.float8_e4m3fn)
+    everywhere: list[torch.dtype | str] = [*FLOATS, torch.int8, *FORMATS]
+    return (*everywhere, *(() if device.type == "cpu" else (torch.float8_e4m3fn,)))
 
 
 def fold(H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = None) -> None:

@@ -20,22 +20,23 @@ from less.cache.checks import (
     checked_victim,
     layer_policies,
     named_device,
-    policy_text,
     positive,
     real_device,
     sliding_layers,
 )
+from less.cache.described import Described
 from less.cache.holdings import Holdings
-from less.cache.limits import TrainingLimits
+from less.cache.limits import BiasedKeys, TrainingLimits
 from less.cache.paged import PagedLayer
 from less.cache.protocol import CacheProtocol
 from less.cache.session import Session
+from less.calibration import Calibration
 from less.layer import Call, PageLayout
 from less.policies import Policy
 from less.sidekick import Sidekick
 
 
-class LessKVCache(CacheProtocol):
+class LessKVCache(Described, CacheProtocol):
     """A KV cache of fixed size: S slots per kv head, and a low-rank state of what was evicted.
 
     Memory is allocated here, once; no call ever grows it. Use ``attend`` in place of writing to the
@@ -59,8 +60,9 @@ class LessKVCache(CacheProtocol):
             trained at, warn once by name, where its config says what they were.
         dtype: Of the slots: float32, bfloat16 or float16; or 8 bits whose rows have a float32
             scale each, int8 or, on a GPU and with the reference backend, float8_e4m3fn (float64
-            with the reference backend). k and v are rounded to it on entry. State, scores and
-            log-weights are float32.
+            with the reference backend); or a packed format by name, such as ``"k4v4"``: bits of
+            keys and of values (``less.dtypes.FORMATS``). k and v are rounded to it on entry; those
+            of a packed format to ``hot_dtype`` first. State, scores and log-weights are float32.
         device: Where the cache lives.
         scale: Factor of q.k; 1/sqrt(D) by default.
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
@@ -73,6 +75,13 @@ class LessKVCache(CacheProtocol):
             softcap), as in Gemma 2. None: nothing.
         victim: What becomes of a token that leaves: ``"fold"``, into the low-rank state, which
             needs a sidekick, or ``"forget"``. None: folded where there is a sidekick.
+        calibration: Means and scales of the channels, which few bits fit better then; of the space
+            in which rows of any dtype are stored. None: packed formats are rotated alone.
+        sinks: First tokens that stay for good, in rows of ``hot_dtype``, of packed formats; 4 by
+            default.
+        hot: Last tokens in rows of ``hot_dtype``, of packed formats; 16 by default. Who leaves
+            these is encoded, and only then competes for a slot.
+        hot_dtype: int8, float16 or float32.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -89,13 +98,17 @@ class LessKVCache(CacheProtocol):
         batch: int,
         policy: Policy | Sequence[Policy | None],
         sidekick: Sidekick | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         scale: float | None = None,
         backend: str | None = None,
         native: Sequence[int] = (),
         softcap: float | None = None,
         victim: str | None = None,
+        calibration: Calibration | None = None,
+        sinks: int | None = None,
+        hot: int | None = None,
+        hot_dtype: torch.dtype = torch.int8,
     ) -> None:
         """See the class."""
         op = "LessKVCache"
@@ -125,6 +138,15 @@ class LessKVCache(CacheProtocol):
         self.victim = checked_victim(op, victim, sidekick)
         if sidekick is not None:
             check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
+        self.calibration = calibration
+        if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                raise ValueError(
+                    f"{op}: calibration must be a Calibration, got {type(calibration).__name__}"
+                )
+            calibration.check(op, layers, kv_heads, head_dim)
+        self._hot = (sinks, hot, hot_dtype)
+        self._biased = BiasedKeys(calibration, dtype)
         self.session = Session(self.layers, self.batch, self.device, self.native)
         self._holdings = self._built(chosen, self.device)
         kept = [p.capacity for p in self.policies if p is not None and p.evicts]
@@ -141,11 +163,12 @@ class LessKVCache(CacheProtocol):
             # A full layer keeps every token, hence no state.
             sidekick = self.sidekick if policy.evicts else None
             layout = PageLayout(
-                kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
-                capacity=policy.capacity,
-                dtype=self.dtype,
-                rank=0 if sidekick is None else sidekick.rank,
+                self.kv_heads,
+                self.head_dim,
+                policy.capacity,
+                self.dtype,
+                0 if sidekick is None else sidekick.rank,
+                *self._hot,
             )
             layers.append(
                 PagedLayer(
@@ -154,6 +177,7 @@ class LessKVCache(CacheProtocol):
                     self.q_heads,
                     maps=None if sidekick is None else sidekick[i],
                     kind=self.kind or "exp",
+                    space=None if self.calibration is None else self.calibration.space(i),
                     scale=self.scale,
                     softcap=self.softcap,
                     device=device,
@@ -205,6 +229,7 @@ class LessKVCache(CacheProtocol):
         call = Call(q, k, v, valid, out)
         check_call(op, call, paged.plan, self.batch, at.pool.device)
         self._check_room(op, layer, q.shape[2])
+        self._biased.heed(k, self.session.columns[layer])
         result = paged.run(call, at)
         # What a CUDA graph captures runs when it is replayed, and is counted then: see advance.
         if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -278,7 +303,7 @@ class LessKVCache(CacheProtocol):
     def weights(self, layer: int) -> Tensor:
         """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""
         self._check_layer("weights", layer)
-        return self._holdings.views(layer).slots.weight.clone()
+        return self._holdings.views(layer).slots.log_weight.clone()
 
     def state(self, layer: int) -> tuple[Tensor, Tensor]:
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
@@ -309,11 +334,11 @@ class LessKVCache(CacheProtocol):
 
         Returns:
             ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
-            ``maps`` (the sidekick's weights), ``workspace`` (counters, and the scratch of a GPU's
-            kernels), ``native`` (k and v of layers that slide, which grow until their windows are
-            full), ``total`` of these, and ``full``:
-            the k and v that a full cache would hold of the same tokens now, in this cache's dtype,
-            or in 16 bits where that has 8, which full caches are not held in; for layers that
+            ``maps`` (the sidekick's weights, and means and scales of channels), ``workspace``
+            (counters, and the scratch of a GPU's kernels), ``native`` (k and v of layers that
+            slide, which grow until their windows are full), ``total`` of these, and ``full``: the
+            k and v that a full cache would hold of the same tokens now, in this cache's dtype,
+            or in 16 bits where that has fewer, which full caches are not held in; for layers that
             slide, what they hold. ``slots``, ``state`` and the counters are ``batch`` times
             ``PageLayout.nbytes`` of every layer.
         """
@@ -412,38 +437,3 @@ class LessKVCache(CacheProtocol):
         """
         snapshot.load(d, self._settings(), self.pools, self.session)
         self._limits.heed(self.columns)
-
-    def _settings(self) -> dict[str, Any]:
-        """What a cache must share to load a snapshot."""
-        return {
-            "layers": self.layers,
-            "q_heads": self.q_heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "part": list(self.part),  # a list, as JSON gives it back
-            "batch": self.batch,
-            "dtype": str(self.dtype),
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "policy": self.policy_text(),
-            "kind": self.kind,
-            "rank": self.sidekick.rank if self.sidekick is not None else 0,
-        }
-
-    @property
-    def kind(self) -> str:
-        """The kind of the sidekick's maps; "" without one."""
-        return "" if self.sidekick is None else self.sidekick.kind
-
-    def policy_text(self) -> str:
-        """The policy, or the runs of layers that share one: ``0-1 Full(...); 2-29 H2O(...)``."""
-        return policy_text(self.policies)
-
-    def __repr__(self) -> str:
-        """Shape, policy and backend."""
-        return (
-            f"LessKVCache(layers={self.layers}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, "
-            f"head_dim={self.head_dim}, batch={self.batch}, policy={self.policy_text()}, "
-            f"sidekick={self.kind or None}, dtype={self.dtype}, device={self.device}, "
-            f"backend={self.backend})"
-        )

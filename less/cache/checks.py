@@ -86,7 +86,7 @@ def policy_text(policies: Sequence[Policy | None]) -> str:
 
 
 def check_dtype(
-    op: str, name: str, dtype: torch.dtype, backend: Backend, device: torch.device
+    op: str, name: str, dtype: torch.dtype | str, backend: Backend, device: torch.device
 ) -> None:
     """Refuse a dtype of the slots, by its argument's name, that a backend has not on a device.
 

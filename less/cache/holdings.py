@@ -96,7 +96,7 @@ class Holdings:
         for at in self.held:
             pages += at.layout.nbytes
             state += at.layout.bytes_of("H", "z")
-            maps += 0 if at.plan.maps is None else at.plan.maps.memory.nbytes
+            maps += 0 if at.plan.memory is None else at.plan.memory.nbytes
         counters = sum(at.layout.header_bytes for at in self.held)
         pages, state, counters = (self.batch * n for n in (pages, state, counters))
         scratch = next((at.backend.workspace for at in self.held), 0)
@@ -111,7 +111,8 @@ class Holdings:
         for i, paged in enumerate(self.layers):
             if paged is not None:
                 layout = paged.layout
-                per_token = 2 * layout.kv_heads * layout.head_dim * max(2, layout.dtype.itemsize)
+                number = max(2, layout.format.k.bits // 8)
+                per_token = 2 * layout.kv_heads * layout.head_dim * number
                 full += int(self.seen_of(i).sum()) * per_token
         return {
             "slots": slots,

@@ -1,10 +1,15 @@
-"""Warnings of a cache that goes beyond its sidekick's training."""
+"""Warnings of a cache that goes beyond what it was trained or measured for."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
 
+import torch
+from torch import Tensor
+
+from less.calibration import Calibration
+from less.dtypes import row_format
 from less.sidekick import Sidekick
 
 
@@ -54,4 +59,51 @@ class TrainingLimits:
             "beyond its length its memory may do harm; compare it with sidekick=None, or train "
             "one on longer chunks",
             stacklevel=3,
+        )
+
+
+class BiasedKeys:
+    """Warns of keys whose channels have large means, which few bits do not fit uncalibrated.
+
+    It looks at the first prompt, once per cache. Some models add large biases to their keys
+    (Qwen 2 and 2.5): a row's scale then follows the mean, which says nothing, and what
+    distinguishes keys drowns in the rounding.
+
+    Args:
+        calibration: The cache's; with one nothing is looked at.
+        dtype: Of the slots; only packed formats are looked at.
+    """
+
+    #: The part of keys' mean square that their mean makes up, above which it warns.
+    LARGEST = 0.9
+    _TOKENS = 16  # fewer have a large mean by chance
+
+    def __init__(self, calibration: Calibration | None, dtype: torch.dtype | str) -> None:
+        few = isinstance(dtype, str) and row_format("LessKVCache", dtype).packed
+        self._looks = few and calibration is None
+        self._dtype = dtype
+
+    def heed(self, k: Tensor, columns: int) -> None:
+        """Look at a call's keys.
+
+        Args:
+            k: [B, K, T, D].
+            columns: Columns that the layer has seen before.
+        """
+        if not self._looks or columns or k.shape[2] < self._TOKENS or k.device.type == "meta":
+            return
+        if k.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        x = k.detach().float()
+        square = x.square().mean((0, 2)).sum(-1)
+        share = x.mean((0, 2)).square().sum(-1) / square.clamp(min=1e-30)
+        largest = float(share.max())
+        if not largest > self.LARGEST:
+            return
+        self._looks = False
+        warnings.warn(
+            f"LessKVCache: the mean of a head's keys makes up {100 * largest:.1f} % of their "
+            f"square, so that {self._dtype} rows lose much of what distinguishes them; measure "
+            "means with less-kv calibrate, and pass Calibration.from_pretrained(folder)",
+            stacklevel=4,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -232,4 +231,4 @@ class PagedLayer:
                 parts.append(torch.cat([x, missing], 2))
             tensors[name] = torch.cat(parts, 1)
         tensors["position"].masked_fill_(~there[:, None, None], -1)
-        return replace(runs[0], **tensors), self.plan.seen(at, B)
+        return runs[0].holding(tensors), self.plan.seen(at, B)

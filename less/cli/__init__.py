@@ -15,6 +15,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("less.cli.demo", "a real model under a bounded cache: text, one table, one plot"),
     "train": ("less.cli.train", "train a sidekick for a model"),
+    "calibrate": ("less.cli.calibrate", "measure a model's channels, for rows of few bits"),
     "evaluate": ("less.cli.evaluate", "the full measurement: several budgets, more text"),
     "lm-eval": ("less.cli.lm_eval", "tasks of lm-evaluation-harness, full cache against bounded"),
     "matrix": ("less.cli.matrix", "what works with which model, tried out"),
@@ -24,7 +25,7 @@ COMMANDS = {
 
 
 # Commands whose work is worth a start of the program anew, to set how threads wait.
-_COMPUTE = ("demo", "train", "evaluate", "lm-eval", "chat")
+_COMPUTE = ("demo", "train", "calibrate", "evaluate", "lm-eval", "chat")
 _IMPORT = "--import"
 
 

@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     checks.check_folder("--out", args.out)
     checks.check_folder("--work", work)
     sources.check_model_name(args.model)
-    _check_texts(args.text)
+    check_texts(args.text)
     import torch
     from rich.console import Console
 
@@ -165,9 +165,9 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed,
     )
-    device = _device(args.device)
+    device = named_device(args.device)
     held_chunks(chosen, args.chunks, args.length, args.held)
-    texts, source = _texts(args.text)
+    texts, source = read_named_texts(args.text)
     console = Console(highlight=False)
     threads.set_threads(args, console)
     found = assets.find_model(args.model)
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str) -> torch.device:
+def named_device(name: str) -> torch.device:
     """The device of that name.
 
     Raises:
@@ -212,7 +212,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def _check_texts(names: list[str]) -> None:
+def check_texts(names: list[str]) -> None:
     """Refuse texts that are not there or must not be read; UTF-8 is looked at as they are read.
 
     Raises:
@@ -229,7 +229,7 @@ def _check_texts(names: list[str]) -> None:
             file.open("rb").close()
 
 
-def _texts(names: list[str]) -> tuple[Iterable[str], str]:
+def read_named_texts(names: list[str]) -> tuple[Iterable[str], str]:
     """The texts of --text, and their names for the record (no paths)."""
     from less.evaluate import assets
     from less.fit import read_stream

@@ -1,5 +1,6 @@
 """Training of sidekicks: capture q, k, v; train each layer's maps; see docs/training.md."""
 
+from less.fit.calibrate import calibrate
 from less.fit.capture import Captured, LayerWalk
 from less.fit.one_layer import fit_layer
 from less.fit.recipe import LayerRecord, Progress, Recipe
@@ -13,6 +14,7 @@ __all__ = [
     "LayerWalk",
     "Progress",
     "Recipe",
+    "calibrate",
     "fit_layer",
     "read_stream",
     "sample_chunks",

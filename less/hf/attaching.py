@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from less.cache import LessKVCache
+from less.calibration import Calibration
 from less.hf import interface
 from less.hf.binding import Binding
 from less.hf.generation import watch_generate
@@ -25,8 +26,12 @@ def cache_for(
     policy: Policy | Sequence[Policy | None] | None = None,
     sidekick: Sidekick | None = None,
     batch: int = 1,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str | None = None,
+    calibration: Calibration | None = None,
+    sinks: int | None = None,
+    hot: int | None = None,
+    hot_dtype: torch.dtype = torch.int8,
 ) -> LessKVCache:
     """Build a cache of a model's shape, on its device.
 
@@ -39,13 +44,18 @@ def cache_for(
             process's heads. A sidekick that notes other weights than the model's warns
             (``less.hf.weights``).
         batch: Rows: prompts, times ``num_beams`` or ``num_return_sequences``.
-        dtype: Of the slots; the model's by default.
+        dtype: Of the slots, or a packed format such as ``"k4v4"``; the model's by default.
         backend: As in ``LessKVCache``.
+        calibration: Means and scales of the model's channels; cut like a sidekick.
+        sinks: As in ``LessKVCache``, for packed formats.
+        hot: Likewise.
+        hot_dtype: Likewise.
 
     Raises:
         TypeError: ``policy`` is not given, or the model is not a transformers model.
         UnsupportedModelError: The model cannot run on a bounded cache.
-        ValueError: The sidekick belongs to another model, or an argument is wrong.
+        ValueError: The sidekick or the calibration belongs to another model, or an argument is
+            wrong.
     """
     if policy is None:
         raise TypeError(
@@ -57,6 +67,10 @@ def cache_for(
     if isinstance(sidekick, Sidekick) and sidekick.part == (0, 1) != facts.part:
         sidekick.check_model(facts.config)  # its message speaks of the whole model
         sidekick = sidekick.shard(*facts.part)
+    if isinstance(calibration, Calibration):
+        calibration.check_model(facts.config)
+        if facts.part != (0, 1):
+            calibration = calibration.shard(*facts.part)
     cache = LessKVCache(
         layers=facts.layers,
         q_heads=facts.q_heads,
@@ -71,6 +85,10 @@ def cache_for(
         backend=backend,
         native=sorted(facts.windows),
         softcap=facts.softcap,
+        calibration=calibration,
+        sinks=sinks,
+        hot=hot,
+        hot_dtype=hot_dtype,
     )
     cache.part = facts.part
     check_fits("cache_for", cache, facts)

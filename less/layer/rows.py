@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +97,12 @@ class Slots:
 
     def select(self, rows: Tensor) -> Slots:
         """Copies of some batch rows, or pages: int64 [M]."""
-        return replace(self, **{n: of_rows(x, rows) for n, x in self.tensors().items()})
+        return self.holding({n: of_rows(x, rows) for n, x in self.tensors().items()})
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Slots:
+        """The same with other tensors, by name."""
+        others: dict[str, Any] = dict(tensors)
+        return replace(self, **others)
 
     @classmethod
     def empty(

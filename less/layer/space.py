@@ -151,6 +151,11 @@ class Space:
         zero = torch.zeros_like(self.key_mean)
         return replace(self, key_mean=zero, key_shift=zero)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for x in self.tensors().values())
+
     def heads(self, heads: slice) -> Space:
         """That of some of the kv heads."""
         return Space(**{n: x[heads] for n, x in self.tensors().items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -229,4 +229,4 @@ class _Writer:
 
     def slots(self) -> Slots:
         """What became of them."""
-        return replace(self._old, **self.tensors)
+        return self._old.holding(self.tensors)

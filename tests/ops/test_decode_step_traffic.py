@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from less import H2O, PagedLayer, PageLayout
+from less.layer import encode
 from tests.emulated import ROOT, Emulator
+from tests.helpers import random_qkv
 from tests.ops.test_decode_step_launched import RULES, make, run
 
 proof = pytest.mark.proof
@@ -19,6 +22,12 @@ SHAPES = [
 ]
 # Lines that read shared memory in the loops over tiles.
 LOOPS = re.compile(r"Tile::place|narrow_q\(\) \+ \(g0|mass\[g \* stride \+ r\]|load8_shared\(mass")
+PACKED = [
+    pytest.param("k4v4", {"Q": 2, "K": 2, "D": 64, "S": 205}, id="small"),
+    pytest.param("k4v4", {"Q": 2, "K": 2, "D": 128, "S": 718}, id="long", marks=proof),
+    pytest.param("k3v3", {"Q": 2, "K": 2, "D": 64, "S": 718}, id="three bits", marks=proof),
+    pytest.param("k8v4", {"Q": 2, "K": 2, "D": 128, "S": 205}, id="int8 keys", marks=proof),
+]
 
 
 def step(emulator: Emulator, shape: dict[str, int]) -> tuple[dict[str, Any], int]:
@@ -59,3 +68,45 @@ def test_an_emulated_step_uses_whole_sectors_and_every_bank(counting, shape):
     for way in ("load", "store"):
         # Heads whose rows of per-slot numbers do not begin with a sector.
         assert profile[way]["sectors"] <= 1.01 * profile[way]["ideal_sectors"] + 16
+
+
+def packed_step(form: str, Q: int, K: int, D: int, S: int) -> int:
+    """A step of one kernel on packed slots, of float32 rows that are in the space; its floor.
+
+    The floor: the slots' fields and the token's rows once, and the scores once more.
+    """
+    page = PageLayout(K, D, S, form)
+    layer = PagedLayer(H2O(S - 16, 16, decay=0.97), page, Q, backend="reference")
+    pool = layer.new_pool(1)
+    layer.attend(pool, *random_qkv(1, Q, K, S + 40, D))
+    q, k, v = random_qkv(1, Q, K, 1, D, seed=1)
+    slots = page.views(pool)[0].slots
+    once = [*slots.tensors().values(), slots.score, q, q, k, v]
+    without_space = encode(layer.plan.spec, page)
+    out = torch.empty_like(q)
+    torch.ops.less.decode_step(q, k, v, None, out, pool, None, without_space, None, None)
+    return sum(x.nbytes for x in once)
+
+
+@pytest.mark.parametrize(("form", "shape"), PACKED)
+def test_an_emulated_step_on_packed_rows_moves_what_it_must_once(counting, form, shape):
+    floor = packed_step(form, **shape)
+    profile = counting.profile()
+    moved = profile["load"]["bytes"] + profile["store"]["bytes"]
+    assert floor <= moved <= 1.05 * floor
+
+
+@pytest.mark.parametrize(("form", "shape"), PACKED)
+def test_an_emulated_step_on_packed_rows_uses_whole_sectors_and_every_bank(counting, form, shape):
+    packed_step(form, **shape)
+    profile = counting.profile()
+    for one in profile["instructions"]:
+        if one["memory"] == "global" and one["bytes_per_lane"] == 16:
+            assert one["sectors"] == one["ideal_sectors"], one
+        # Blocks of a cluster tell each other a few numbers, which lie as they may.
+        among_blocks = one["where"].startswith("decode_step/meet.h") or one["lanes"] < 512
+        if one["memory"] == "shared" and not among_blocks:
+            assert one["wavefronts"] == one["ideal_wavefronts"], one
+    # Cold slots' numbers of 2 bytes do not begin with a sector.
+    for way in ("load", "store"):
+        assert profile[way]["sectors"] <= 1.03 * profile[way]["ideal_sectors"] + 16

@@ -85,11 +85,13 @@ class Stream {
     if (at < 0) return;
     // narrow: a lane a slot, side by side
     factors_.weight = from_.weight == nullptr ? 0.0f : from_.weight[at] * kLog2E;
-    if constexpr (Scheme::kScaled) {
-      // narrow: a lane a slot, side by side
-      if (from_.k_scale != nullptr) factors_.k = from_.k_scale[at];
-      // narrow: a lane a slot, side by side
-      if (from_.v_scale != nullptr) factors_.v = from_.v_scale[at];
+    if constexpr (kIsWide<Scheme>) {
+      const int64_t n = at - from_.base;
+      if (from_.k_scale != nullptr) factors_.k = scale_at(from_.k_scale, from_.k_dtype, n);
+      if (from_.v_scale != nullptr) factors_.v = scale_at(from_.v_scale, from_.v_dtype, n);
+    } else if constexpr (Scheme::kScaled) {
+      if (from_.k_scale != nullptr) factors_.k = scale_at(from_.k_scale, DType::i8, at);
+      if (from_.v_scale != nullptr) factors_.v = scale_at(from_.v_scale, DType::i8, at);
     }
   }
 
@@ -98,11 +100,11 @@ class Stream {
     using KeyTag = typename Scheme::KeyTag;
     using ValueTag = typename Scheme::ValueTag;
     if constexpr (kIsWide<Scheme>) {
-      split_rows<KeyTag, Scheme::kParts, kD, Shape::kKeys, Shape::kThreads>(from_.k, dtype, D,
-                                                                            k_rows(), k);
+      split_rows<KeyTag, Scheme::kParts, kD, Shape::kKeys, Shape::kThreads>(from_.k, from_.k_dtype,
+                                                                            D, k_rows(), k);
       if (from_.v == nullptr) return;
-      split_rows<ValueTag, Scheme::kValueParts, kD, Shape::kKeys, Shape::kThreads>(from_.v, dtype,
-                                                                                   D, v_rows(), v);
+      split_rows<ValueTag, Scheme::kValueParts, kD, Shape::kKeys, Shape::kThreads>(
+          from_.v, from_.v_dtype, D, v_rows(), v);
     } else if constexpr (!kIsPlain<Scheme>) {
       k_.template place<KeyTag>(dtype, k);
       if (from_.v != nullptr) v_.template place<ValueTag>(dtype, v);
@@ -130,13 +132,13 @@ class Stream {
   LESS_DEVICE auto k_rows() const {
     return [this](int r) {
       const int64_t n = row(r);
-      return n < 0 ? -1 : n * from_.k_step;
+      return n < 0 ? -1 : (kIsWide<Scheme> ? n - from_.base : n) * from_.k_step;
     };
   }
   LESS_DEVICE auto v_rows() const {
     return [this](int r) {
       const int64_t n = row(r);
-      return n < 0 ? -1 : n * from_.v_step;
+      return n < 0 ? -1 : (kIsWide<Scheme> ? n - from_.base : n) * from_.v_step;
     };
   }
 

@@ -1,5 +1,8 @@
 // Who leaves a head and where those who stay go.
 //
+// Tokens of hot rows do not compete. Who was in the ring of hot slots and is there no more is one
+// of the candidates for the others, and older than the call's.
+//
 // Grid:   (B*K), a block per head.
 // Memory: scores, positions and valid once; a key of 4 bytes per candidate is written and read up
 //         to four times, from L2: three passes find the rank that parts those who leave from those
@@ -96,23 +99,31 @@ LESS_DEVICE Threshold find_lowest(const SelectShared& s, int64_t n, int k, Load 
   return {known, k, equal};
 }
 
-// One head's candidates: slots, then the call's tokens.
+// One head's candidates: slots, then the call's tokens, but for those of hot rows.
 struct Candidates {
+  const Layout& layout;
   const int32_t* position;   // [S]
   const float* slot_score;   // [S]
   const float* token_score;  // [T]
   const bool* valid;         // [T] or null
   const float* slot_rank;    // [S] or null
   const float* token_rank;   // [T] or null
-  uint32_t* key;             // [S + T, and up to a multiple of 4]
+  uint32_t* key;             // [S + T, and up to a multiple of 4]  0: it does not compete
   int64_t S;                 // of this head
   int64_t T;
   int64_t seen;  // before the call
 
   LESS_DEVICE int64_t count() const { return (S + T + 3) / 4 * 4; }
 
+  // Whether a token is in a hot slot once `after` tokens are seen.
+  LESS_DEVICE bool is_hot(int64_t position, int64_t after) const {
+    return layout.hot > 0 && less::is_hot(layout, position, after);
+  }
+
   // narrow: a lane a token, side by side
-  LESS_DEVICE bool there(int64_t t) const { return t < T && (valid == nullptr || valid[t]); }
+  LESS_DEVICE bool there(int64_t t) const {
+    return t >= 0 && t < T && (valid == nullptr || valid[t]);
+  }
 
   // Of those who rank alike the older leaves first. The call's tokens are younger than the slots',
   // and in order.
@@ -137,7 +148,7 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
   for (int64_t s = threadIdx.x; s < c.S; s += kSelectThreads) {
     const int32_t position = c.position[s];  // narrow: a lane a slot, side by side
     uint32_t key = 0;
-    if (position >= 0) {
+    if (position >= 0 && !c.is_hot(position, after)) {
       // narrow: a lane a slot, side by side
       key = key_of(c.slot_rank != nullptr ? c.slot_rank[s]
                                           // narrow: a lane a slot, side by side
@@ -152,7 +163,8 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     const bool there = c.there(t);
     const int before = block_prefix(there, sums, total);
     uint32_t key = 0;
-    if (there) {
+    if (there && !c.is_hot(position + before, after)) {
+      ++held;
       key = key_of(c.token_rank != nullptr
                        ? c.token_rank[t]  // narrow: a lane a token, side by side
                        // narrow: a lane a token, side by side
@@ -162,7 +174,7 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     position += total;
   }
   block_prefix(held, sums, total);
-  return total + tokens;
+  return total;
 }
 
 // Those who leave: ranks below `rank`, and, of those who have it, up to `age`.
@@ -205,7 +217,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   }
   const float* const score = p.score + row * (most + T);
   const float* const rank = p.rank == nullptr ? nullptr : p.rank + row * (most + T);
-  const Candidates c{head(p.layout, memory, h).slots.position,
+  const Candidates c{p.layout,
+                     head(p.layout, memory, h).slots.position,
                      score,
                      score + most,
                      p.valid == nullptr ? nullptr : p.valid + b * T,
@@ -216,7 +229,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
                      T,
                      *seen(memory)};
   const int tokens = count_tokens(c, sums);
-  const int leaving = write_keys(c, p.spec.rule, tokens, sums) - int(S);
+  const int W = hot_slots(p.layout), hot = p.layout.hot;
+  const int leaving = write_keys(c, p.spec.rule, tokens, sums) - int(S - W);
   __syncthreads();
   Leavers who{0, 0};
   if (leaving > 0) who = find_leavers(c, {bins, sums, found}, leaving);
@@ -229,37 +243,57 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   for (int64_t s0 = 0; s0 < S; s0 += kSelectThreads) {
     const int64_t s = s0 + threadIdx.x;
     const bool gone = s < S && leaves(c, who, s);
-    const bool open = s < S && (gone || c.key[s] == 0);  // narrow: a lane a slot, side by side
+    // narrow: a lane a slot, side by side
+    const bool still =
+        s < S && !gone && (s < W ? c.key[s] == 0 && c.position[s] >= 0 : c.key[s] != 0);
+    const bool open = s >= W && s < S && !still;
     const int before = block_prefix(int(gone) | int(open) << 16, sums, total);
     const int place = listed + (before & 0xffff);
     if (gone && place < T) store(list + place, int32_t(s));  // narrow: a lane a slot, side by side
     // narrow: a lane a slot, side by side
     if (open) store(free + freed + (before >> 16), int32_t(s));
-    if (s < S) store(take + s, open ? kEmpty : kStays);  // narrow: a lane a slot, side by side
+    if (s < S) store(take + s, still ? kStays : kEmpty);  // narrow: a lane a slot, side by side
     listed += total & 0xffff;
     freed += total >> 16;
   }
   // The barriers of the next block_prefix are those between `free` and `take` and their readers.
+  // Those of the ring, as old as they are, and then the call's.
   int taken = 0;
   int64_t next = c.seen;
-  for (int64_t t0 = 0; t0 < T; t0 += kSelectThreads) {
-    const int64_t t = t0 + threadIdx.x;
-    const bool there = c.there(t);
-    const bool gone = there && leaves(c, who, S + t);
-    // Both counts stay below 2^16 in a block; those who stay are the others.
-    const int before = block_prefix(int(gone) | int(there) << 16, sums, total);
-    const int gone_before = before & 0xffff, there_before = before >> 16;
-    const int place = gone ? listed + gone_before : taken + there_before - gone_before;
+  for (int64_t i0 = 0; i0 < hot + T; i0 += kSelectThreads) {
+    const int64_t t = i0 + threadIdx.x - hot;
+    const bool of_call = c.there(t);
+    const int64_t old = c.seen + t;  // who is in the ring
+    const int64_t ring = t < 0 && old >= p.layout.sinks ? hot_slot(p.layout, old) : -1;
+    // narrow: a lane a slot, side by side
+    const bool of_ring = ring >= 0 && c.position[ring] == old;
+    const int64_t at = of_call ? S + t : ring;
+    // narrow: a lane a candidate, side by side
+    const bool competes = (of_call || of_ring) && c.key[at] != 0;
+    const bool gone = competes && leaves(c, who, at), joins = competes && !gone;
+    // A block's counts stay below 2^10.
+    const int before =
+        block_prefix(int(gone && of_call) | int(joins) << 10 | int(of_call) << 20, sums, total);
+    const int64_t own = of_call ? next + (before >> 20) : old;
     // narrow: a lane a token, side by side
-    if (gone && place < T) store(list + place, int32_t(S + t));
-    if (there && !gone && place < freed) {
-      const int32_t slot = free[place];                      // narrow: a lane a token, side by side
-      store(take + slot, int32_t(t));                        // narrow: a lane a token, side by side
-      store(position + slot, int32_t(next + there_before));  // narrow: a lane a token, side by side
+    if (gone && of_call && listed + (before & 1023) < T) {
+      store(list + listed + (before & 1023), int32_t(at));
     }
-    listed += total & 0xffff;
-    taken += (total >> 16) - (total & 0xffff);
-    next += total >> 16;
+    const int place = taken + (before >> 10 & 1023);
+    int64_t slot = -1;
+    if (joins && place < freed) {
+      slot = free[place];  // narrow: a lane a token, side by side
+    } else if (of_call && !competes) {
+      slot = hot_slot(p.layout, own);
+    }
+    if (slot >= 0) {
+      // narrow: a lane a token, side by side
+      store(take + slot, int32_t(of_call ? t : kFromHot - ring));
+      store(position + slot, int32_t(own));  // narrow: a lane a token, side by side
+    }
+    listed += total & 1023;
+    taken += total >> 10 & 1023;
+    next += total >> 20;
   }
   if (threadIdx.x == 0) {
     store(w.leaving + row, int32_t(min(int64_t{listed}, T)));

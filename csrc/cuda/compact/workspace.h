@@ -6,9 +6,11 @@
 
 namespace less::cuda {
 
-// What a slot does with the call: it stays as it is, is empty, or takes that token.
+// What a slot does with the call: it stays as it is, is empty, or takes that token; or, less than
+// all of these, the one of hot slot kFromHot - take.
 constexpr int32_t kStays = -1;
 constexpr int32_t kEmpty = -2;
+constexpr int32_t kFromHot = -3;
 
 // Tokens that one block folds: as many as make 64 blocks of a head, and 256 at least.
 constexpr int64_t kStrip = 256;
@@ -30,7 +32,7 @@ inline bool folds(const CompactParams& p) { return p.spec.victim == Victim::fold
 struct CompactWorkspace {
   uint32_t* key;       // [B*K, candidates]  ranks as integers in their order; 0: no token
   int32_t* free;       // [B*K, S]           slots that may be taken, ascending
-  int32_t* take;       // [B*K, S]           kStays, kEmpty or a token
+  int32_t* take;       // [B*K, S]           kStays, kEmpty, a token, or a hot slot's
   int32_t* position;   // [B*K, S]           of the token that the slot takes
   int32_t* list;       // [B*K, T]           those who leave: a slot, or S + token
   int32_t* leaving;    // [B*K]              how many

@@ -2,7 +2,7 @@
 // head.
 #pragma once
 
-#include "cuda/decode_step/block.h"
+#include "cuda/decode_step/packed.h"
 
 namespace less::cuda {
 
@@ -48,7 +48,13 @@ LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int item, int tiles)
   copy_async_commit();
   const unsigned char* const here = stage(received);
   received = after(received);
-  return here;
+  if constexpr (kPacked) {
+    widen_rows(here, item % tiles, item >= tiles);
+    __syncthreads();
+    return s.widened();
+  } else {
+    return here;
+  }
 }
 
 // Queries g0 on, the chunks that this lane takes.
@@ -60,7 +66,7 @@ LESS_DEVICE void DecodeBlock<Case>::keep_queries(int g0, float (&q)[kQueries][kK
 #pragma unroll
     for (int i = 0; i < kKept / 4; ++i) {
       const int d = (i / (kE / 4) * kLanes + lane % kLanes) * kE + i % (kE / 4) * 4;
-      const float4 x = bits_of<float4>(load16_shared(s.q() + min(g0 + g, G - 1) * kD + d));
+      const float4 x = bits_of<float4>(load16_shared(s.q() + min(g0 + g, G - 1) * kD + spread(d)));
       q[g][i * 4] = x.x;
       q[g][i * 4 + 1] = x.y;
       q[g][i * 4 + 2] = x.z;
@@ -142,15 +148,17 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       float dot = mass[i];
       if constexpr (kScaled) dot *= s.k_scale()[i];
       if constexpr (kScaled && kMma) dot *= q_scale()[g];
-      const float logit =
-          s.position()[i] >= 0 ? capped(dot * p.spec.scale) + s.weight()[i] : -kInfinity;
+      float logit = s.position()[i] >= 0 ? capped(dot * p.spec.scale) : -kInfinity;
+      if constexpr (!kPacked) logit += s.weight()[i];
       mass[i] = logit;
       top = fmaxf(top, logit);
     }
     if (last_split()) {
       float dot = 0.0f;
 #pragma unroll 1
-      for (int d = lane; d < kD; d += 32) dot = fmaf(s.q()[g * kD + d], s.key()[d], dot);
+      for (int d = lane; d < kD; d += 32) {
+        dot = fmaf(s.q()[g * kD + spread(d)], s.key()[d], dot);
+      }
       dot = warp_sum(dot);
       if constexpr (kScaled) dot *= s.token()[0];
       token = capped(dot * p.spec.scale);
@@ -246,17 +254,21 @@ LESS_DEVICE void DecodeBlock<Case>::keep_values(int pass, float (&acc)[kN][kM]) 
             s.sums() + (t / Tile::kChunks * heads + g) * kD + t % Tile::kChunks * Tile::kElements;
 #pragma unroll
         for (int e = 0; e < kM; e += 4) {
-          store16_shared(to + e, bits_of<uint4>(make_float4(acc[g][e], acc[g][e + 1], acc[g][e + 2],
-                                                            acc[g][e + 3])));
+          store16_shared(
+              to + spread(e, t),
+              bits_of<uint4>(make_float4(acc[g][e], acc[g][e + 1], acc[g][e + 2], acc[g][e + 3])));
         }
       }
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = t; i < heads * kD; i += kDecodeThreads) {
-      float sum = s.sums()[i];
+      const int chunk = i % kD / Tile::kElements;
+      float sum = s.sums()[spread(i, chunk)];
 #pragma unroll
-      for (int w = 1; w < kAtOnce; ++w) sum += s.sums()[w * heads * kD + i];
+      for (int w = 1; w < kAtOnce; ++w) {
+        sum += s.sums()[w * heads * kD + spread(i, w * Tile::kChunks + chunk)];
+      }
       s.part()[at.value + pass * kN * kD + i] = sum;
     }
   }

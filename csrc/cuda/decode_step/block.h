@@ -35,6 +35,7 @@ struct DecodeShared {
   }
   LESS_DEVICE unsigned char* ring() const { return raw + at.ring; }
   LESS_DEVICE unsigned char* narrow_q() const { return raw + at.narrow_q; }
+  LESS_DEVICE unsigned char* widened() const { return raw + at.widened; }
   LESS_DEVICE float* sums() const { return take<float>(at.sums); }
   LESS_DEVICE float* q() const { return take<float>(at.q); }
   LESS_DEVICE float* mass() const { return take<float>(at.mass); }
@@ -87,17 +88,20 @@ LESS_DEVICE float power_below(uint32_t bits) {
 
 // One instance of the kernel.
 //
-// T:    the slots' elements.
+// T:    the slots' elements; FewBits: packed rows.
 // kD:   the head dim.
 // kMma: whether the products are made on tensor cores.
 // Then: what becomes of the token that leaves, see victim.h.
 template <typename T, int kD, bool kMma, typename Then>
 struct DecodeCase {
-  using Slot = T;
+  static constexpr bool kPacked = kFewBits<T>;
+  using Slot = std::conditional_t<kPacked, int8_t, T>;
   using Leaver = Then;
   static constexpr int kHeadDim = kD;
   static constexpr bool kTensorCores = kMma;
 };
+
+struct DecodeRows;  // packed.h
 
 // Its stages lie in files of their own; run() in kernel.h calls them.
 template <typename Case>
@@ -105,6 +109,7 @@ struct DecodeBlock {
   using T = typename Case::Slot;
   static constexpr int kD = Case::kHeadDim;
   static constexpr bool kMma = Case::kTensorCores;
+  static constexpr bool kPacked = Case::kPacked;
   using Leaver = typename Case::Leaver;
   static constexpr bool kState = Leaver::kState;
   static constexpr bool kScaled = sizeof(T) == 1;
@@ -180,7 +185,13 @@ struct DecodeBlock {
   LESS_DEVICE int64_t query(const HeadRows& rows, int g) const {
     return offset(rows, b, head * G + g, 0);
   }
-  LESS_DEVICE Head kept() const { return less::head(p.layout, memory, head, dtype_of<T>(), kD); }
+  LESS_DEVICE Head kept() const {
+    if constexpr (kPacked) {
+      return less::head(p.layout, memory, head, formats(p.layout), kD);
+    } else {
+      return less::head(p.layout, memory, head, dtype_of<T>(), kD);
+    }
+  }
   LESS_DEVICE Slots slots() const { return kept().slots; }
   LESS_DEVICE State state() const { return kept().state; }
   LESS_DEVICE bool alone() const { return plan.splits == 1; }
@@ -188,6 +199,12 @@ struct DecodeBlock {
 
   LESS_DEVICE void run();
   LESS_DEVICE void clear();
+
+  // Where floats [d, d + 4) of a row in shared memory lie, d a multiple of 4, if lanes read those
+  // of 16 each at once: eight of them are then in different banks. `chunk`: d / 16, or the number
+  // of the 16 floats in several such rows.
+  static LESS_DEVICE int spread(int d, int chunk) { return kPacked ? d ^ (chunk / 2 % 4 * 4) : d; }
+  static LESS_DEVICE int spread(int d) { return spread(d, d / 16); }
 
   // -- load.h: what is read once
   LESS_DEVICE unsigned char* stage(int index) const {
@@ -208,7 +225,16 @@ struct DecodeBlock {
   LESS_DEVICE void load_queries();
   LESS_DEVICE void load_scaled_queries();
   LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor);
+  LESS_DEVICE void load_token();
   LESS_DEVICE void load_row(const HeadRows& x, float* to, float* scale);
+
+  // -- packed.h: packed rows, which become rows of int8
+  LESS_DEVICE DecodeRows rows_of_tile(int tile, bool values) const;
+  LESS_DEVICE void ask_for_rows(unsigned char* to, int tile, bool values);
+  static LESS_DEVICE uint4 widened_chunk(DType dtype, const unsigned char* row, int c);
+  LESS_DEVICE void widen_rows(const unsigned char* from, int tile, bool values);
+  LESS_DEVICE void load_scales(const Slots& of, int i, int slot, bool held);
+  LESS_DEVICE void move_in(int slot);
 
   // -- attend.h: attention over the range
   LESS_DEVICE void attend(int tiles);
@@ -253,6 +279,7 @@ struct DecodeBlock {
   LESS_DEVICE DecodeCandidate lowest(int begin, int count) const;
   LESS_DEVICE void load_victim();
   LESS_DEVICE void fold();
+  LESS_DEVICE bool competes(int slot, int32_t position, float score, DecodeCandidate& as) const;
   LESS_DEVICE void take(int slot);
   LESS_DEVICE void count();
 };

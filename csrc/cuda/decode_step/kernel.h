@@ -6,6 +6,7 @@
 #include "cuda/decode_step/load.h"
 #include "cuda/decode_step/meet.h"
 #include "cuda/decode_step/mma.h"
+#include "cuda/decode_step/packed.h"
 #include "cuda/decode_step/victim.h"
 
 namespace less::cuda {
@@ -57,7 +58,11 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
     }
     if (turn == 1) Leaver::end(*this);
   }
-  take(victim.slot);
+  if constexpr (kPacked) {
+    move_in(victim.slot);
+  } else {
+    take(victim.slot);
+  }
   count();
 }
 

@@ -25,8 +25,13 @@ cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cud
   decode_dispatch<T>(p.spec.D, plan.mma, [&](auto head_dim, auto mma) {
     constexpr int kD = decltype(head_dim)::value;
     constexpr bool kMma = decltype(mma)::value;
-    error = p.maps.phi.R > 0 ? launch_decode_kernel<T, kD, kMma, DecodeFold>(p, plan, stream)
-                             : launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
+    if constexpr (!kFewBits<T>) {
+      if (p.maps.phi.R > 0) {
+        error = launch_decode_kernel<T, kD, kMma, DecodeFold>(p, plan, stream);
+        return;
+      }
+    }
+    error = launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
   });
   return error;
 }

@@ -1,7 +1,7 @@
 // What decode_step's kernel reads once: the slots through a ring of tiles, and all the rest.
 #pragma once
 
-#include "cuda/decode_step/block.h"
+#include "cuda/decode_step/packed.h"
 
 namespace less::cuda {
 
@@ -10,9 +10,12 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask(int item, int tiles) {
   unsigned char* const to = stage(asked);
   asked = after(asked);
-  if (item < tiles) {
+  if (item >= tiles * (1 + decode_passes<T, kD, kMma>(G))) return;
+  if constexpr (kPacked) {
+    ask_for_rows(to, item % tiles, item >= tiles);
+  } else if (item < tiles) {
     ask_for_keys(to, item);
-  } else if (item < tiles * (1 + decode_passes<T, kD, kMma>(G))) {
+  } else {
     ask_for_values(to, (item - tiles) % tiles);
   }
 }
@@ -67,9 +70,13 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
     // narrow: a lane a slot, side by side
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
-    s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
-    s.score()[i] = in ? of.score[slot] : 0.0f;    // narrow: a lane a slot, side by side
-    if constexpr (kScaled) {
+    s.score()[i] = in ? of.score[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    if constexpr (kPacked) {
+      if (in) load_scales(of, i, slot, position >= 0);
+    } else {
+      s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    }
+    if constexpr (kScaled && !kPacked) {
       s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;  // narrow: a lane a slot, side by side
       // narrow: a lane a slot, side by side
       s.v_scale()[i] = position >= 0 ? of.v_scale[slot] : 0.0f;
@@ -86,6 +93,12 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
       store8_shared(narrow_q() + i / kD * kRow + i % kD, make_uint2(0, 0));
     }
   }
+  // Of packed slots, only the last split looks at the token.
+  if (!kPacked || last_split()) load_token();
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_token() {
   if (warp == 0) load_row(p.k, s.key(), s.token());
   if (warp == 1) load_row(p.v, s.value(), s.token() + 1);
 }
@@ -97,7 +110,8 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries() {
     float four[4];
     // narrow: four 16-bit elements a lane, of the one token
     load_four(p.q.data, p.q.dtype, query(p.q, i / kD) + i % kD, four);
-    store16_shared(s.q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+    store16_shared(s.q() + i / kD * kD + spread(i % kD),
+                   bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
   }
 }
@@ -144,37 +158,43 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
 // A row [D] of the token's, rounded as the slots round it; one warp.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float* scale) {
+  constexpr int kEach = (kD + 127) / 128;  // of a lane, four numbers each
   const int64_t from = offset(x, b, head, 0);
+  float four[kEach][4];
+  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int d = lane * 4 + j * 128;
+    if (d >= kD) break;
+    // narrow: four 16-bit elements a lane, of the one token
+    load_four(x.data, x.dtype, from + d, four[j]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest = max(largest, bits_of<uint32_t>(four[j][i]) & 0x7fffffffu);
+    }
+  }
   float step = 1.0f;
   if constexpr (kScaled) {
-    uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
-#pragma unroll 1
-    for (int d = lane * 4; d < kD; d += 128) {
-      float four[4];
-      // narrow: four 16-bit elements a lane, of the one token
-      load_four(x.data, x.dtype, from + d, four);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest = max(largest, bits_of<uint32_t>(four[i]) & 0x7fffffffu);
-    }
     largest = __reduce_max_sync(0xffffffffu, largest);
     step = bits_of<float>(largest) / (std::is_same_v<T, int8_t> ? 127.0f : 448.0f);
     if (lane == 0) *scale = step;
   }
-#pragma unroll 1
-  for (int d = lane * 4; d < kD; d += 128) {
-    float four[4];
-    // narrow: four 16-bit elements a lane, of the one token
-    load_four(x.data, x.dtype, from + d, four);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int d = lane * 4 + j * 128;
+    if (d >= kD) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      float& one = four[j][i];
       if constexpr (kScaled) {
         const bool sound = step > 0.0f && step < kInfinity;
-        four[i] = sound ? widened(narrowed<T>(four[i] / step)) : 0.0f;
+        one = sound ? widened(narrowed<T>(one / step)) : 0.0f;
       } else {
-        four[i] = widened(narrowed<T>(four[i]));
+        one = widened(narrowed<T>(one));
       }
     }
-    store16_shared(to + d, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
+    store16_shared(to + d,
+                   bits_of<uint4>(make_float4(four[j][0], four[j][1], four[j][2], four[j][3])));
   }
 }
 

@@ -8,6 +8,7 @@
 // launch.
 #pragma once
 
+#include "cuda/codec.h"
 #include "cuda/device.h"
 #include "cuda/head_dims.h"
 #include "params.h"
@@ -18,6 +19,10 @@ constexpr int kDecodeThreads = 128;
 constexpr int kDecodeWarps = kDecodeThreads / 32;
 constexpr int kDecodeCluster = 8;   // blocks of a head that a cluster holds on every device
 constexpr int kDecodeMapUnits = 4;  // units of 32 bytes of a row of W1 that a block takes at once
+
+// Whether slots are packed rows; they are multiplied as int8.
+template <typename T>
+constexpr bool kFewBits = std::is_same_v<T, FewBits>;
 
 // A tile of slots' rows in shared memory, of 16-byte chunks. Chunk i = row * kChunks + column lies
 // at place(i): 8 chunks that follow each other, and 8 rows' chunks of one column, are both in 8
@@ -45,6 +50,7 @@ struct DecodeTile {
 // Where a block's arrays begin in its shared memory, in bytes.
 struct DecodeLayout {
   int32_t ring;        // [ring, tile, D] of T
+  int32_t widened;     // [tile, D]  of int8: packed rows, as they are multiplied
   int32_t sums;        // [threads / chunks, heads, D]  of values, by threads; not for tensor cores
   int32_t q;           // [G, D]
   int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores
@@ -163,6 +169,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   };
   DecodeLayout at{};
   at.ring = take(int64_t(plan.ring) * plan.tile * Tile::kBytes);
+  if (kFewBits<T>) at.widened = take(int64_t(plan.tile) * Tile::kBytes);
   if (!kMma) at.sums = take(4 * kDecodeThreads * Tile::kElements * heads);
   at.q = take(4 * G * kD);
   if (kMma) at.narrow_q = take((G + 7) / 8 * 8 * (kD + decode_q_pad<T, kD>()) * 2);
@@ -171,7 +178,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.part = take(4 * plan.part);
   at.position = take(4 * plan.per);
   at.score = take(4 * plan.per);
-  at.weight = take(4 * plan.per);
+  if (!kFewBits<T>) at.weight = take(4 * plan.per);
   if (sizeof(T) == 1) {
     at.k_scale = take(4 * plan.per);
     at.v_scale = take(4 * plan.per);
@@ -210,14 +217,16 @@ LESS_DEVICE void guard_decode_layout(unsigned char* raw, const DecodeStepParams&
 }
 
 // f(integral_constant<int, D>, bool_constant<mma>); false where this build has not D. Tensor cores
-// take half types alone.
+// take half types alone, and not yet packed rows.
 template <typename T, typename F>
 bool decode_dispatch(int64_t D, bool mma, F f) {
   return with_head_dim(D, [&](auto head_dim) {
-    if constexpr (sizeof(T) <= 2) {
+    if constexpr (sizeof(T) <= 2 && !kFewBits<T>) {
       if (mma) return f(head_dim, std::true_type{});
     }
-    f(head_dim, std::false_type{});
+    if constexpr (!kFewBits<T> || packed_head_dim(decltype(head_dim)::value)) {
+      f(head_dim, std::false_type{});
+    }
   });
 }
 

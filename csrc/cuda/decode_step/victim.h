@@ -12,6 +12,20 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::candidate(int slot, int32_t posit
   return {rank_of(p.spec.rule, seen + 1, position, score), position, slot, 0.0f};
 }
 
+// Whether a slot's token may leave, and as whom. Of packed slots those of hot rows stay; but whose
+// hot slot the token takes competes with those in cold slots, as none of them.
+template <typename Case>
+LESS_DEVICE bool DecodeBlock<Case>::competes(int slot, int32_t position, float score,
+                                             DecodeCandidate& as) const {
+  as = candidate(slot, position, score);
+  if constexpr (kPacked) {
+    if (slot >= hot_slots(p.layout)) return true;
+    as.slot = S;
+    return position >= 0 && slot == hot_slot(p.layout, seen);
+  }
+  return true;
+}
+
 // Writes the scores of this block's slots; who of them would leave.
 template <typename Case>
 LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
@@ -46,10 +60,10 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
       score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
       store(of_head.score + slot, score);  // narrow: a lane a slot, side by side
     }
-    const DecodeCandidate here = candidate(slot, position, score);
-    if (here.below(best)) best = here;
+    DecodeCandidate here;
+    if (competes(slot, position, score, here) && here.below(best)) best = here;
   }
-  if (rank == ranks - 1 && t == 0) {
+  if (!kPacked && rank == ranks - 1 && t == 0) {
     const DecodeCandidate token = candidate(S, int32_t(seen), s.token()[2]);
     if (token.below(best)) best = token;
   }

@@ -1,0 +1,199 @@
+// Packed rows on the device: codes to levels four at a time, and the warp that encodes a row. The
+// levels, the packing and the order of every sum are common/codec.h's; so are the bits.
+#pragma once
+
+#include "common/codec.h"
+#include "cuda/convert.h"
+#include "cuda/device.h"
+
+namespace less::cuda {
+
+// The kernels' own type of such rows: a template argument beside the element types of others.
+struct FewBits {
+  int8_t level;
+};
+
+// -- codes to levels --
+
+// The levels of a format as bytes, four a word, in units of 1/64 of a row's scale.
+struct LevelBytes {
+  uint32_t word[4];
+};
+
+constexpr LevelBytes level_bytes(const Levels& levels) {
+  LevelBytes bytes{};
+  for (int i = 0; i < 16; ++i) bytes.word[i / 4] |= uint32_t(uint8_t(levels.n[i])) << (i % 4 * 8);
+  return bytes;
+}
+
+template <DType kType, int kWord>
+LESS_DEVICE uint32_t level_word() {
+  constexpr uint32_t word = level_bytes(levels_of(kType)).word[kWord];
+  return word;
+}
+
+template <DType kType>
+LESS_DEVICE uint32_t levels_of_codes(uint32_t codes) {
+  uint32_t at = (codes | codes >> 4) & 0x00ff00ffu;  // a code a nibble
+  at = (at | at >> 8) & 0x7777u;
+  const uint32_t low = __byte_perm(level_word<kType, 0>(), level_word<kType, 1>(), at);
+  if constexpr (kType != DType::b4) return low;
+  const uint32_t high = __byte_perm(level_word<kType, 2>(), level_word<kType, 3>(), at);
+  const uint32_t upper = (codes >> 3 & 0x01010101u) * 0xffu;
+  return (low & ~upper) | (high & upper);
+}
+
+// The levels, int8, of four codes, a code a byte.
+LESS_DEVICE uint32_t levels_of_codes(DType dtype, uint32_t codes) {
+  return dtype == DType::b4   ? levels_of_codes<DType::b4>(codes)
+         : dtype == DType::b3 ? levels_of_codes<DType::b3>(codes)
+                              : levels_of_codes<DType::b2>(codes);
+}
+
+// The codes of dims d .. d + 3, d a multiple of 4, a code a byte; word(i): bytes i .. i + 3 of the
+// row.
+template <typename Word>
+LESS_DEVICE uint32_t four_codes(DType dtype, int D, int d, const Word& word) {
+  if (dtype == DType::b4) return word(d % (D / 2)) >> (d / (D / 2) * 4) & 0x0f0f0f0fu;
+  const int quarter = D / 4, eighth = D / 8;
+  const uint32_t low = word(d % quarter) >> (d / quarter * 2) & 0x03030303u;
+  if (dtype == DType::b2) return low;
+  return low | (word(quarter + d % eighth) >> (d / eighth) & 0x01010101u) << 2;
+}
+
+// What a row's stored scale is in units of its levels: exact.
+LESS_DEVICE float level_scale(uint16_t half) {
+  return __half2float(bits_of<__half>(half)) * (1.0f / 64.0f);
+}
+
+// -- a warp encodes a row --
+
+constexpr int kCodecEach = 256 / kCodecLanes;  // numbers of a lane, at most
+
+// What a lane holds of a row [D]: dims lane % 16, and every 16th after it. Both halves of a warp
+// hold the same.
+struct LaneRow {
+  float x[kCodecEach];
+};
+
+template <typename F>
+LESS_DEVICE void for_lane_dims(int D, const F& f) {
+  const int lane = int(threadIdx.x) % kCodecLanes;
+#pragma unroll
+  for (int i = 0; i < kCodecEach; ++i) {
+    if (i * kCodecLanes < D) f(i, i * kCodecLanes + lane);
+  }
+}
+
+// The row that a stored one stands for, of a dtype that is not packed.
+LESS_DEVICE LaneRow decoded_row(DType dtype, const void* row, float scale, int D) {
+  LaneRow out;
+  for_lane_dims(D, [&](int i, int d) {
+    // narrow: a lane a number of the one row, side by side
+    if (dtype == DType::i8) {
+      out.x[i] = __fmul_rn(float(static_cast<const int8_t*>(row)[d]), scale);
+    } else if (dtype == DType::fp16) {
+      out.x[i] = widened(bits_of<__half>(static_cast<const uint16_t*>(row)[d]));
+    } else {
+      out.x[i] = static_cast<const float*>(row)[d];
+    }
+  });
+  return out;
+}
+
+// The sum of term(i) over the row, in the codec's order; the same for all lanes.
+template <typename Term>
+LESS_DEVICE float ordered_sum(int D, const Term& term) {
+  float sum = term(0);
+#pragma unroll
+  for (int i = 1; i < kCodecEach; ++i) {
+    if (i * kCodecLanes < D) sum = __fadd_rn(sum, term(i));
+  }
+#pragma unroll
+  for (int step = kCodecLanes / 2; step > 0; step /= 2) {
+    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+  }
+  return sum;
+}
+
+// The largest |x| of the row, or NaN; the same for all lanes.
+LESS_DEVICE float largest_of(const LaneRow& row, int D) {
+  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+  for_lane_dims(
+      D, [&](int i, int) { largest = max(largest, bits_of<uint32_t>(row.x[i]) & 0x7fffffffu); });
+  return bits_of<float>(__reduce_max_sync(0xffffffffu, largest));
+}
+
+template <DType kType, int kI>
+LESS_DEVICE float threshold() {
+  constexpr float at = levels_of(kType).threshold[kI];
+  return at;
+}
+
+template <DType kType, int... kI>
+LESS_DEVICE int code_of(float x, float largest, std::integer_sequence<int, kI...>) {
+  return (int(x > __fmul_rn(largest, threshold<kType, kI>())) + ...);
+}
+
+// codes [D]: shared. Returns the row's scale, as it is stored.
+template <DType kType>
+LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
+  constexpr int kCount = levels_of(kType).count;
+  const bool writes = int(threadIdx.x) % 32 < kCodecLanes;
+  const float largest = largest_of(row, D);
+  LaneRow level;
+  for_lane_dims(D, [&](int i, int d) {
+    const int code = code_of<kType>(row.x[i], largest, std::make_integer_sequence<int, kCount - 1>());
+    level.x[i] = float(int8_t(levels_of_codes<kType>(uint32_t(code)))) * (1.0f / 64.0f);
+    if (writes) codes[d] = uint8_t(code);
+  });
+  const float by = ordered_sum(D, [&](int i) { return __fmul_rn(row.x[i], level.x[i]); });
+  const float of = ordered_sum(D, [&](int i) { return __fmul_rn(level.x[i], level.x[i]); });
+  const float scale = __fdiv_rn(by, of);
+  return bits_of<uint16_t>(__float2half_rn(scale > kLargestHalf ? kLargestHalf : scale));
+}
+
+// The same of a row of 8 bits.
+LESS_DEVICE float encode_bytes(const LaneRow& row, int D, uint8_t* codes) {
+  const float scale = __fdiv_rn(largest_of(row, D), 127.0f);
+  const bool sound = scale > 0.0f && scale <= 3.402823466e38f;
+  for_lane_dims(D, [&](int i, int d) {
+    const int8_t x = sound ? narrowed<int8_t>(__fdiv_rn(row.x[i], scale)) : int8_t(0);
+    if (int(threadIdx.x) % 32 < kCodecLanes) codes[d] = uint8_t(x);
+  });
+  return scale;
+}
+
+// Encodes a row of a format of cold slots, as row `index` of an array of such; its scale goes to
+// that of `scales` or `halves` which there is. codes [D]: the warp's own, shared.
+LESS_DEVICE void encode_row(DType dtype, const LaneRow& row, int D, int64_t index, void* rows,
+                            float* scales, uint16_t* halves, uint8_t* codes) {
+  const int lane = int(threadIdx.x) % 32;
+  if (dtype == DType::i8) {
+    const float scale = encode_bytes(row, D, codes);
+    if (lane == 0) store(scales + index, scale);
+  } else {
+    const uint16_t scale = dtype == DType::b4   ? encode_levels<DType::b4>(row, D, codes)
+                           : dtype == DType::b3 ? encode_levels<DType::b3>(row, D, codes)
+                                                : encode_levels<DType::b2>(row, D, codes);
+    if (lane == 0) store(halves + index, scale);
+  }
+  __syncwarp();
+  const int words = int(row_bytes(dtype, D) / 4);
+  auto* const to = static_cast<uint32_t*>(rows) + index * words;
+  const auto code = [codes](int64_t d) { return int(codes[d]); };
+#pragma unroll 1
+  for (int w = lane; w < words; w += 32) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t byte =
+          dtype == DType::i8 ? codes[w * 4 + i] : packed_byte(dtype, D, w * 4 + i, code);
+      word |= uint32_t(byte) << (8 * i);
+    }
+    store(to + w, word);  // narrow: a row may be of no whole number of 16 bytes
+  }
+  __syncwarp();
+}
+
+}  // namespace less::cuda

@@ -1,0 +1,169 @@
+// Packed rows in decode_step's kernel. A range's rows come to shared memory as they are stored, hot
+// ones and then cold ones, and become int8 rows there, tile by tile: the levels of a cold row are
+// whole numbers, and its scale counts in units of them. From then on they are rows of int8.
+#pragma once
+
+#include "cuda/codec.h"
+#include "cuda/decode_step/block.h"
+
+namespace less::cuda {
+
+// Where the rows of a tile are. Of the bytes of cold rows, whole pieces of 16 are copied: fields
+// begin and end with such.
+struct DecodeRows {
+  const unsigned char* hot;   // of the tile's first row
+  const unsigned char* cold;  // the piece in which the first cold row begins
+  DType dtype;                // of cold rows
+  int hot_rows;
+  int rows;    // of both
+  int skew;    // bytes from `cold` to the first cold row
+  int pieces;  // of cold rows
+};
+
+template <typename Case>
+LESS_DEVICE DecodeRows DecodeBlock<Case>::rows_of_tile(int tile, bool values) const {
+  const Slots of = slots();
+  const int begin = first + tile * plan.tile, W = hot_slots(p.layout);
+  DecodeRows rows{};
+  rows.rows = min(plan.tile, n - tile * plan.tile);
+  rows.hot_rows = min(max(W - begin, 0), rows.rows);
+  rows.dtype = values ? p.layout.v_dtype : p.layout.k_dtype;
+  rows.hot = static_cast<const unsigned char*>(values ? of.hot_v : of.hot_k) + int64_t{begin} * kD;
+  const int64_t bytes = row_bytes(rows.dtype, kD);
+  const int64_t from = (begin + rows.hot_rows - W) * bytes;
+  rows.skew = int(from % 16);
+  rows.cold = static_cast<const unsigned char*>(values ? of.v : of.k) + (from - rows.skew);
+  const int cold = rows.rows - rows.hot_rows;
+  rows.pieces = cold == 0 ? 0 : (rows.skew + cold * int(bytes) + 15) / 16;
+  return rows;
+}
+
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::ask_for_rows(unsigned char* to, int tile, bool values) {
+  const DecodeRows rows = rows_of_tile(tile, values);
+  const int hot = rows.hot_rows * Tile::kChunks;
+#pragma unroll 1
+  for (int i = t; i < hot + rows.pieces; i += kDecodeThreads) {
+    copy_async16(to + i * 16, i < hot ? rows.hot + i * 16 : rows.cold + (i - hot) * 16);
+  }
+}
+
+// 16 bytes of shared memory at a multiple of 8.
+LESS_DEVICE uint4 load_two8_shared(const unsigned char* shared) {
+  const uint2 low = load8_shared(shared), high = load8_shared(shared + 8);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+// Dims 16 c .. 16 c + 15 of a cold row, as int8.
+template <typename Case>
+LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(DType dtype, const unsigned char* row, int c) {
+  if (dtype == DType::i8) return load16_shared(row + c * 16);
+  constexpr int kEighth = kD / 8;
+  const int d = c * 16, part = dtype == DType::b4 ? kD / 2 : kD / 4;
+  const int bits = dtype == DType::b4 ? 4 : 2, shift = d / part * bits;
+  const uint32_t mask = dtype == DType::b4 ? 0x0f0f0f0fu : 0x03030303u;
+  const uint4 low =
+      dtype == DType::b3 ? load_two8_shared(row + d % part) : load16_shared(row + d % part);
+  uint4 third = make_uint4(0, 0, 0, 0);
+  if (dtype == DType::b3) {
+    if constexpr (kEighth >= 16) {
+      third = load_two8_shared(row + part + d % kEighth);
+      const int by = d / kEighth;
+      third = make_uint4(third.x >> by, third.y >> by, third.z >> by, third.w >> by);
+    } else {  // 8 dims are of one bit, the next 8 of the next
+      const uint2 both = load8_shared(row + part);
+      const int by = d / 8;
+      third = make_uint4(both.x >> by, both.y >> by, both.x >> (by + 1), both.y >> (by + 1));
+    }
+  }
+  const auto levels = [=](uint32_t codes, uint32_t bit) {
+    return levels_of_codes(dtype, (codes >> shift & mask) | (bit & 0x01010101u) << 2);
+  };
+  return make_uint4(levels(low.x, third.x), levels(low.y, third.y), levels(low.z, third.z),
+                    levels(low.w, third.w));
+}
+
+// The rows that have come become a tile of int8.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int tile, bool values) {
+  const DecodeRows rows = rows_of_tile(tile, values);
+  const unsigned char* const cold = from + rows.hot_rows * kD + rows.skew;
+  const int bytes = int(row_bytes(rows.dtype, kD));
+#pragma unroll 1
+  for (int i = t; i < rows.rows * Tile::kChunks; i += kDecodeThreads) {
+    const int r = i / Tile::kChunks, c = i % Tile::kChunks;
+    const uint4 chunk = r < rows.hot_rows
+                            ? load16_shared(from + i * 16)
+                            : widened_chunk(rows.dtype, cold + (r - rows.hot_rows) * bytes, c);
+    store16_shared(s.widened() + Tile::place(i) * 16, chunk);
+  }
+}
+
+// The scales of a slot's rows, as those of int8 rows; 0: the slot is empty, as of its value.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_scales(const Slots& of, int i, int slot, bool held) {
+  const int W = hot_slots(p.layout), cold = slot - W;
+  float k, v = 0.0f;
+  if (slot < W) {
+    k = of.hot_k_scale[slot];            // narrow: a lane a slot, side by side
+    if (held) v = of.hot_v_scale[slot];  // narrow: a lane a slot, side by side
+  } else {
+    // narrow: a lane a slot, side by side
+    k = of.k_half != nullptr ? level_scale(of.k_half[cold]) : of.k_scale[cold];
+    if (held) v = level_scale(of.v_half[cold]);  // narrow: a lane a slot, side by side
+  }
+  s.k_scale()[i] = k;
+  s.v_scale()[i] = v;
+}
+
+// The token takes its hot slot. Who was there takes the cold slot of the victim, if there is one:
+// S is none, and then who was there leaves.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
+  if (rank != ranks - 1) return;
+  if (!last_split()) {  // all others have not looked at the token
+    load_token();
+    __syncthreads();
+  }
+  const Slots to = slots();
+  const int W = hot_slots(p.layout), own = int(hot_slot(p.layout, seen));
+  const int32_t left = to.position[own];  // narrow: the same number for all lanes
+  const bool moves = left >= 0 && slot != S;
+  if (moves && warp < 2) {
+    const bool key = warp == 0;
+    // narrow: the same number for all lanes
+    const float scale = key ? to.hot_k_scale[own] : to.hot_v_scale[own];
+    const auto* const row =
+        static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
+    encode_row(key ? p.layout.k_dtype : p.layout.v_dtype, decoded_row(DType::i8, row, scale, kD),
+               kD, slot - W, key ? to.k : to.v, key ? to.k_scale : to.v_scale,
+               key ? to.k_half : to.v_half, reinterpret_cast<uint8_t*>(s.sums()) + warp * kD);
+  }
+  __syncthreads();  // who was there is not read any more
+#pragma unroll 1
+  for (int i = t * 4; i < 2 * kD; i += kDecodeThreads * 4) {
+    const bool key = i < kD;
+    const int d = i % kD;
+    const float4 x = bits_of<float4>(load16_shared((key ? s.key() : s.value()) + d));
+    const float four[4] = {x.x, x.y, x.z, x.w};
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      word |= uint32_t(bits_of<uint8_t>(narrowed<int8_t>(four[e]))) << (e * 8);
+    }
+    auto* const row = static_cast<int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
+    // narrow: four numbers a lane, of the one token
+    store(reinterpret_cast<uint32_t*>(row + d), word);
+  }
+  if (t != 0) return;
+  if (moves) {
+    store(to.position + slot, left);
+    store(to.score + slot, to.score[own]);  // narrow: one number
+  }
+  store(to.hot_k_scale + own, s.token()[0]);
+  store(to.hot_v_scale + own, s.token()[1]);
+  store(to.position + own, int32_t(seen));
+  store(to.score + own, s.token()[2]);
+}
+
+}  // namespace less::cuda

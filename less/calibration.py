@@ -1,0 +1,223 @@
+"""``Calibration``: what was measured of a model's keys and values, for rows of few bits.
+
+One folder, a sidekick's or one of its own, holds it in ``rows.safetensors`` and ``rows.json``:
+means and scales of every channel, per layer and kv head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from less._check import require_shape
+from less.files import write_whole
+from less.layer import Space
+from less.sidekick.identity import model_identity
+from less.sidekick.parts import check_part, part_slice
+
+FORMAT = "less-rows"
+VERSION = 1
+TENSORS_FILE = "rows.safetensors"
+CONFIG_FILE = "rows.json"
+#: Of each layer, float32 [K, D].
+NAMES = ("key_mean", "key_scale", "value_mean", "value_scale")
+
+
+class Calibration:
+    """Means and scales of the channels of keys and values.
+
+    Args:
+        layers: One dict per layer with ``key_mean``, ``key_scale``, ``value_mean`` and
+            ``value_scale``, float32 [K, D] each; None for a layer that slides.
+        config: What is known beside them: ``model`` (``less.sidekick.identity``), ``text``,
+            ``tokens``. Anything JSON can hold.
+
+    Raises:
+        ValueError: A tensor is missing, has another shape, or is not finite; or all slide.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Mapping[str, Tensor] | None],
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        op = "Calibration"
+        held = [layer for layer in layers if layer is not None]
+        if not held:
+            raise ValueError(f"{op}: layers must hold one or more that do not slide")
+        first = held[0].get("key_mean")
+        if first is None or first.dim() != 2:
+            raise ValueError(f"{op}: layers must have key_mean [K, D]")
+        self.kv_heads, self.head_dim = first.shape
+        self._layers: list[dict[str, Tensor] | None] = []
+        for i, layer in enumerate(layers):
+            if layer is None:
+                self._layers.append(None)
+                continue
+            if set(layer) != set(NAMES):
+                raise ValueError(
+                    f"{op}: layer {i} must have {', '.join(NAMES)}, got {', '.join(sorted(layer))}"
+                )
+            for name, x in layer.items():
+                require_shape(op, f"layer {i}'s {name}", x, [self.kv_heads, self.head_dim])
+            mine = {n: layer[n].detach().to("cpu", torch.float32).contiguous() for n in NAMES}
+            Space.of(self.kv_heads, self.head_dim, **mine)  # refuses what is no space
+            self._layers.append(mine)
+        self.config: dict[str, Any] = dict(config or {})
+
+    def __len__(self) -> int:
+        """Number of layers, those that slide included."""
+        return len(self._layers)
+
+    def __getitem__(self, layer: int) -> dict[str, Tensor] | None:
+        """The tensors of a layer by name; None where it slides."""
+        mine = self._layers[layer]
+        return None if mine is None else dict(mine)
+
+    def __repr__(self) -> str:
+        """Sizes on one line."""
+        return (
+            f"Calibration(layers={len(self)}, kv_heads={self.kv_heads}, head_dim={self.head_dim})"
+        )
+
+    def space(self, layer: int) -> Space | None:
+        """The space of a layer's rows; None where the layer slides."""
+        mine = self._layers[layer]
+        return None if mine is None else Space.of(self.kv_heads, self.head_dim, **mine)
+
+    @property
+    def digest(self) -> str:
+        """A sha256 of all numbers: what snapshots are compared by."""
+        digest = hashlib.sha256()
+        for layer in self._layers:
+            for name in NAMES if layer is not None else ():
+                assert layer is not None
+                digest.update(layer[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(self, op: str, layers: int, kv_heads: int, head_dim: int) -> None:
+        """Refuse the shape of another model.
+
+        Raises:
+            ValueError: The message names what differs.
+        """
+        for name, wanted, got in (
+            ("layers", layers, len(self)),
+            ("kv_heads", kv_heads, self.kv_heads),
+            ("head_dim", head_dim, self.head_dim),
+        ):
+            if wanted != got:
+                raise ValueError(f"{op}: calibration must have {name}={wanted}, got {name}={got}")
+
+    def check_model(self, config: Any) -> None:
+        """Refuse another model's config.
+
+        Args:
+            config: A transformers model or its config.
+
+        Raises:
+            ValueError: The calibration notes another model; the message names both.
+        """
+        mine, theirs = self.config.get("model"), model_identity(config)
+        if isinstance(mine, dict) and mine.get("fingerprint") != theirs["fingerprint"]:
+            raise ValueError(
+                f"calibration: it was measured on {mine.get('name') or 'another model'}, not on "
+                f"{theirs['name'] or 'this model'}; run less-kv calibrate for it"
+            )
+
+    def shard(self, rank: int, world: int) -> Calibration:
+        """That of one process's kv heads."""
+        check_part("Calibration.shard", rank, world, self.kv_heads, self.kv_heads)
+        part = part_slice(self.kv_heads, rank, world)
+        return Calibration(
+            [
+                None if layer is None else {n: x[part] for n, x in layer.items()}
+                for layer in self._layers
+            ],
+            self.config,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write both files into a folder, each whole or not at all; made if missing."""
+        from safetensors.torch import save
+
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"layers.{i}.{name}": x
+            for i, layer in enumerate(self._layers)
+            if layer is not None
+            for name, x in layer.items()
+        }
+        content = save(tensors, {"format": FORMAT, "version": str(VERSION)})
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "layers": len(self),
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "config": self.config,
+        }
+        write_whole(root / TENSORS_FILE, content)
+        write_whole(root / CONFIG_FILE, (json.dumps(header, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Calibration:
+        """Read a folder that ``less-kv calibrate`` wrote.
+
+        Raises:
+            FileNotFoundError: The folder has no calibration.
+            ValueError: A file is damaged, or of another format or version; the message names it.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        root = Path(folder).expanduser()
+        at = f"Calibration.from_pretrained: {root / CONFIG_FILE}"
+        for name in (CONFIG_FILE, TENSORS_FILE):
+            if not (root / name).is_file():
+                raise FileNotFoundError(
+                    f"Calibration.from_pretrained: {root / name}: no such file; less-kv calibrate "
+                    "writes it"
+                )
+        try:
+            header = json.loads((root / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{at}: truncated or not JSON ({error})") from None
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError(f'{at}: not a calibration: wanted "format": "{FORMAT}"')
+        if header.get("version") != VERSION:
+            raise ValueError(
+                f"{at}: version {header.get('version')!r}; this library reads version {VERSION}"
+            )
+        layers = header.get("layers")
+        if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers < 1 << 16:
+            raise ValueError(f"{at}: layers must be a number of layers, got {layers!r}")
+        content = (root / TENSORS_FILE).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != header.get("sha256"):
+            raise ValueError(
+                f"Calibration.from_pretrained: {root / TENSORS_FILE}: damaged, or of another "
+                f"{CONFIG_FILE}: its sha256 must be {header.get('sha256')}, got {digest}"
+            )
+        try:
+            tensors = load(content)
+        except SafetensorError as error:
+            raise ValueError(f"{at}: {TENSORS_FILE} is no safetensors file ({error})") from None
+        found: list[dict[str, Tensor] | None] = [None] * layers
+        for key, x in tensors.items():
+            _, number, name = [*key.split("."), "", ""][:3]
+            if not number.isdigit() or int(number) >= layers or name not in NAMES:
+                raise ValueError(f"{at}: unknown tensor {key!r} in {TENSORS_FILE}")
+            i = int(number)
+            found[i] = {**(found[i] or {}), name: x}
+        config = header.get("config")
+        return cls(found, config if isinstance(config, dict) else {})

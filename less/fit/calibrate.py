@@ -1,0 +1,127 @@
+"""Measure the means and scales of a model's channels, for rows of few bits.
+
+Per kv head and channel d, over the text's tokens, the first few of a chunk left out (they stay in
+finer rows, and are unlike the rest):
+
+    m_k = mean k, m_v = mean v
+    c_k = (mean q^2 / var k)^(1/4)     c_v = (|W_o|^2 / var v)^(1/4)
+
+so that an error of a channel counts, where rows are rounded, as it counts in logits and outputs;
+q^2 and |W_o|^2 are summed over the query heads of the group. Scales are those of a head up to a
+common factor, which a row's own scale makes up for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from less.calibration import Calibration
+from less.fit.capture import Captured, LayerWalk
+from less.hf.models import describe
+from less.sidekick.identity import model_identity
+
+_FIRST = 4  # tokens of a chunk that are left out
+_MOST = 32.0  # what a scale may differ from a head's typical one by
+
+
+def calibrate(
+    model: Any,
+    ids: Tensor,
+    *,
+    source: str = "",
+    name: str | None = None,
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Measure a model's channels over a text.
+
+    Args:
+        model: A transformers causal language model that a bounded cache can serve, on any device.
+        ids: Token ids, int64 [chunks, tokens].
+        source: Where the text comes from, for the record.
+        name: The model's name, for the record; the last part of its path by default.
+        show: Called with the layers that are done, and how many there are.
+
+    Returns:
+        Means and scales of every layer that does not slide.
+
+    Raises:
+        ValueError: No bounded cache can serve the model, or there are too few tokens.
+    """
+    N, T = ids.shape
+    if N * (T - _FIRST) < 256:
+        raise ValueError(f"calibrate: ids must have 256 tokens or more, got {N} chunks of {T}")
+    begun = time.perf_counter()
+    facts = describe(model, "calibrate")
+    record = model_identity(model)
+    if name is not None:
+        record["name"] = name
+    layers: list[dict[str, Tensor] | None] = []
+    with tempfile.TemporaryDirectory(prefix="less-calibrate-") as folder:
+        walk = LayerWalk(model, ids, folder)
+        walk.start()
+        last = max(i for i in range(facts.layers) if i not in facts.windows)
+        for layer in range(last + 1):
+            walk.seek(layer)
+            if layer in facts.windows:
+                layers.append(None)
+            else:
+                layers.append(measure(walk.capture(layer)))
+                walk.release(layer)
+            show(layer + 1, facts.layers)
+        show(facts.layers, facts.layers)
+    layers += [None] * (facts.layers - len(layers))
+    config = {
+        "model": record,
+        "text": source,
+        "tokens": ids.numel(),
+        "chunks": N,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    return Calibration(layers, config)
+
+
+def measure(captured: Captured) -> dict[str, Tensor]:
+    """Means and scales of one layer's channels, float32 [K, D] each, by the names of a calibration.
+
+    Args:
+        captured: What its attention saw.
+    """
+    k, v, q = (x[:, :, _FIRST:] for x in (captured.k, captured.v, captured.q))
+    K, D = k.shape[1], k.shape[3]
+    key_mean, key_var = _moments(k)
+    value_mean, value_var = _moments(v)
+    queries = torch.zeros(K, D, dtype=torch.float64)
+    for chunk in q:
+        queries += chunk.double().square().sum(1).view(K, -1, D).sum(1).cpu()
+    weight = captured.o_weight.double().square().sum(0).view(K, -1, D).sum(1).cpu()
+    return {
+        "key_mean": key_mean.float(),
+        "key_scale": _scale(queries, key_var),
+        "value_mean": value_mean.float(),
+        "value_scale": _scale(weight, value_var),
+    }
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of [N, K, T, D] over N and T, float64 [K, D], a chunk at a time."""
+    count = x.shape[0] * x.shape[2]
+    mean = sum((chunk.double().sum(1).cpu() for chunk in x), torch.zeros(())) / count
+    square = torch.zeros_like(mean)
+    for chunk in x:
+        square += (chunk.double().cpu() - mean[:, None]).square().sum(1)
+    return mean, square / count
+
+
+def _scale(weight: Tensor, variance: Tensor) -> Tensor:
+    """(weight / variance)^(1/4) of each channel, about 1 in every head: float32 [K, D]."""
+    least = 1e-12
+    log = ((weight + least).log() - (variance + least).log()) / 4
+    log = log - log.mean(1, keepdim=True)
+    most = float(torch.tensor(_MOST).log())
+    return log.clamp(-most, most).exp().float()
