@@ -2,15 +2,14 @@
 // leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), and forgotten.
 //
 // With W hot slots, the first tokens and the last ones have those, and do not compete. What leaves
-// the ring of the last ones is encoded, as is the rest of the call, and competes for the other S -
-// W. psi is taken of keys outside of their space; values fold in it.
+// the ring of the last ones is encoded, as is the rest of the call, and competes for the S - W
+// others. psi is taken of keys outside of their space; values fold in it.
 //
 // Range:  heads (b,k); one call owns each head whole.
 // Memory: the keys and values that leave are read once, those of the call that stay are copied;
 //         scratch is one tile of tokens, and a few bytes for each candidate.
-// Order:  leavers fold in ascending position; who joins takes the free slots in ascending order,
-// the
-//         older the lower: neither the thread count nor the rest of the batch changes a bit.
+// Order:  leavers fold in ascending position; of those who join, the older takes the lower slot:
+//         neither the thread count nor the rest of the batch changes a bit.
 #include <algorithm>
 #include <optional>
 #include <utility>
