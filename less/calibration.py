@@ -67,7 +67,9 @@ class Calibration:
                 )
             for name, x in layer.items():
                 require_shape(op, f"layer {i}'s {name}", x, [self.kv_heads, self.head_dim])
-            mine = {n: layer[n].detach().to("cpu", torch.float32).contiguous() for n in NAMES}
+            # Copies: a caller's tensors may change, or be those of another layer too.
+            mine = {n: layer[n].detach().to("cpu", torch.float32, copy=True) for n in NAMES}
+            mine = {n: x.contiguous() for n, x in mine.items()}
             Space.of(self.kv_heads, self.head_dim, **mine)  # refuses what is no space
             self._layers.append(mine)
         self.config: dict[str, Any] = dict(config or {})

@@ -15,10 +15,11 @@ import torch
 from less.budget import BETA, deal, least_tokens, most_within, page_bytes, parse_bytes, pyramid
 from less.calibration import Calibration
 from less.dtypes import FORMATS
+from less.dtypes import name as dtype_name
 from less.policies import Full, Policy, policy_from_dict, policy_to_dict
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
-from less.settings import DTYPES, check_budget, check_rows, check_shape
+from less.settings import check_budget, check_folder, check_rows, check_shape
 from less.sidekick import Sidekick, shipped, shipped_names
 from less.sidekick.trained import trained_policy as trained_policy
 
@@ -89,10 +90,14 @@ class LessConfig:
         for name in ("tokens", "shape"):  # hashable, and equal to what JSON gives back
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.dtype, torch.dtype):
-            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        check_budget(self)
-        check_shape(self)
+        for name in ("dtype", "rows", "hot_dtype"):
+            if isinstance(value := getattr(self, name), torch.dtype):
+                object.__setattr__(self, name, dtype_name(value))
+        for name in ("sidekick", "calibration"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        check_budget(self.tokens, self.share, self.bytes)
+        check_shape(self.shape, self.beta, self.tokens)
         for name in ("full_layers", "max_tokens"):
             value = getattr(self, name)
             if name == "max_tokens" and value is None:
@@ -106,18 +111,9 @@ class LessConfig:
             )
         if isinstance(self.policy, Full):
             raise ValueError("LessConfig: policy Full has no budget; see full_layers")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(
-                f"LessConfig: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
-            )
-        check_rows(self)
-        if not (self.sidekick is None or isinstance(self.sidekick, (str, os.PathLike))):
-            raise ValueError(
-                f"LessConfig: sidekick must be a folder or a shipped name, got "
-                f"{type(self.sidekick).__name__}; an object goes to cache(model, sidekick=...)"
-            )
-        if isinstance(self.sidekick, os.PathLike):
-            object.__setattr__(self, "sidekick", os.fspath(self.sidekick))
+        check_rows(self.dtype, self.rows, self.sinks, self.hot, self.hot_dtype)
+        check_folder("sidekick", self.sidekick, "a folder or a shipped name")
+        check_folder("calibration", self.calibration, "a folder")
 
     @property
     def _format(self) -> torch.dtype | str | None:

@@ -121,7 +121,7 @@ WRONG = [
     (WITH_ROWS, "--rows int8 --calibration damaged-rows", "damaged, or of another rows.json"),
     (WITH_ROWS, "--rows int8 --calibration rows-of-three", "must have layers=2, got layers=3"),
     (WITH_ROWS, "--rows int8 --calibration rows-of-another", "it was measured on another, not on"),
-    (("evaluate",), "--rows int8,k4v4 --hot 60", "16 tokens in float16, 1,664 bytes of a layer"),
+    (("evaluate",), "--rows int8,k4v4 --hot 60", "too small for k4v4: 65 tokens, the fewest"),
     (("lm-eval",), "--rows k4v4", "would keep 16 tokens, and k4v4 keeps 21 or more"),
     (("chat",), "--rows k4v4 --budget 20", "would keep 20 tokens, and k4v4 keeps 21 or more"),
     (("chat",), "--rows k4v4 --config sidekick", "--rows: the config of --config has them"),

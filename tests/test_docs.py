@@ -9,7 +9,10 @@ import torch
 
 pytest.importorskip("transformers")
 
+from less import H2O, PageLayout
+from less.dtypes import FORMATS
 from less.evaluate.assets import AssetError, convert_gguf
+from less.evaluate.methods import Storage, in_formats
 from tests.tiny_model import byte_tokenizer, save_tiny, tiny_model, tiny_sidekick
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -138,6 +141,24 @@ def test_budgets(names):
     assert [p.capacity for p in done["pyramid"].policies] == [112, 16]
     assert [p.capacity for p in done["exact"].policies] == [48, 80]
     assert done["first_full"].max_columns == 2048
+
+
+def test_the_bytes_of_a_slot_are_those_of_a_page():
+    table = re.findall(
+        r"^\| ([\w, ]+?) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
+        (DOCS / "dtypes.md").read_text(), re.MULTILINE,
+    )  # fmt: skip
+    assert [names for names, *_ in table][3:] == list(FORMATS)
+    for names, *said in table:
+        for name in names.split(", "):
+            dtype = name if name in FORMATS else getattr(torch, name)
+            slots, kept = [], []
+            for dim, heads in ((64, 3), (128, 8)):
+                one, other = (PageLayout(1, dim, 20 + 512 * n, dtype).nbytes for n in (1, 3))
+                slots.append((other - one) // 1024)
+                bought = in_formats(64, [Storage(dtype)], H2O(1, 1), (heads, dim), torch.float16)
+                kept.append(bought[0].policy.capacity)
+            assert [*slots, *kept] == list(map(int, said)), name
 
 
 def test_policies(names, fresh_registry):

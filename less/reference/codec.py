@@ -6,8 +6,8 @@ it. Every step is one float32 rounding in a fixed order, so that kernels get the
 
 1. code = the number of thresholds t with x > t max|x|, halfway between levels that reach from
    -clip to clip;
-2. scale = sum x level / sum level^2, the best for these codes, summed by ``ordered_sum``, rounded to
-   float16, at most 65504.
+2. scale = sum x level / sum level^2, the best for these codes, summed by ``ordered_sum``, rounded
+   to float16, at most 65504.
 
 docs/dtypes.md says how they were chosen.
 
