@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.simulate import quantizers
-from bench.simulate.model import FIRST, bounded, calibrate, nats
+from bench.simulate.model import FIRST, bounded, calibrate, narrow, nats
 from bench.simulate.native import Cache, Noise
 from bench.simulate.space import Moments, Space, moments
 from less.evaluate import assets
@@ -101,7 +101,7 @@ def main() -> None:
     args = options()
     model, tokenizer = assets.load_model(args.model)
     if not args.exact:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        narrow(model)
     texts = [args.text.read_text("utf8")] if args.text else assets.wikipedia_articles("eval")
     chunks = assets.chunks(tokenizer, texts, args.length, args.skip + args.chunks)[args.skip :]
     if args.probe:

@@ -1,0 +1,147 @@
+"""The simulator is held to the real cache, token by token."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+if not any(map(shutil.which, ("c++", "g++"))):
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+from bench.simulate import quantizers
+from bench.simulate.native import Cache, Quantizer, round_rows, simulate
+from bench.simulate.space import Space, moments, rotation
+from less import H2O, LessKVCache, SinkRecent
+from less.policies import Policy
+from tests.helpers import TOLERANCE, assert_close, random_qkv
+
+Q, K, T = 6, 2, 90
+# dtype of the real cache, and the rows that it holds
+FORMATS: list[tuple[Any, Quantizer]] = [
+    (torch.float32, quantizers.EXACT),
+    (torch.float16, quantizers.HALF),
+    (torch.bfloat16, quantizers.BRAIN),
+    (torch.int8, quantizers.INT8),
+]
+POLICIES = [
+    H2O(heavy=9, recent=12),
+    H2O(heavy=9, recent=12, sinks=3, decay=0.9),
+    SinkRecent(sinks=4, recent=13),
+]
+
+
+def simulated(policy: Policy, rows: Quantizer) -> Cache:
+    """The cache of a policy whose rows are all of one format."""
+    rule = policy.rule
+    assert rule is not None
+    return Cache(
+        rows, rows, policy.capacity, rows, sinks=0, hot=0,
+        recent=rule.recent, protect=rule.sinks, decay=policy.decay,
+    )  # fmt: skip
+
+
+def real(policy: Policy, dtype: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    cache = LessKVCache(1, Q, K, q.shape[-1], 1, policy, dtype=dtype, backend="reference")
+    steps = [cache.attend(0, *(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(T)]
+    return torch.cat(steps, 2)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), FORMATS, ids=lambda x: str(getattr(x, "kind", x)))
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("D", [16, 40, 64])
+def test_the_simulator_answers_as_the_cache_does(
+    D: int, policy: Policy, dtype: Any, rows: Quantizer
+) -> None:
+    q, k, v = random_qkv(1, Q, K, T, D, seed=D)
+    ours = simulate(q[0], k[0], v[0], simulated(policy, rows), D**-0.5)
+    assert_close(ours, real(policy, dtype, q, k, v)[0], torch.float32)
+
+
+def test_a_cache_that_holds_everything_is_full_attention() -> None:
+    q, k, v = random_qkv(1, Q, K, T, 48)
+    everything = Cache(quantizers.EXACT, quantizers.EXACT, T, quantizers.EXACT)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(Q // K, 1), v.repeat_interleave(Q // K, 1), is_causal=True
+    )
+    assert_close(simulate(q[0], k[0], v[0], everything, 48**-0.5), expected[0], torch.float32)
+
+
+def test_sinks_and_last_tokens_are_hot_and_all_others_cold() -> None:
+    D, hot, sinks = 16, 5, 3
+    q, k, v = random_qkv(1, 1, 1, 30, D)
+    cold = quantizers.lloyd(2)
+    cache = Cache(cold, cold, 30, quantizers.INT8, sinks=sinks, hot=hot)
+    ours = simulate(q[0], k[0], v[0], cache, D**-0.5)
+    for t in range(30):
+        at = torch.arange(t + 1)
+        is_hot = ((at < sinks) | (at >= t - hot))[:, None]
+        keys, values = (
+            torch.where(is_hot, y, round_rows(y, cold))
+            for y in (round_rows(x[0, 0, : t + 1], quantizers.INT8) for x in (k, v))
+        )
+        weight = torch.softmax(keys @ q[0, 0, t] * D**-0.5, 0)
+        assert_close(ours[0, t], weight @ values, torch.float32)
+
+
+def test_a_hot_token_leaves_for_the_cold_slots_in_the_order_of_scores() -> None:
+    q, k, v = random_qkv(1, Q, K, T, 16)
+    plain = Cache(quantizers.EXACT, quantizers.EXACT, 20, quantizers.EXACT, sinks=0, hot=0, recent=8)
+    # Exact rows: a hot window is then but another protection of the last tokens.
+    windowed = replace(plain, cold=12, hot=8, recent=0)
+    ours = simulate(q[0], k[0], v[0], windowed, 0.25)
+    assert_close(ours, simulate(q[0], k[0], v[0], plain, 0.25), torch.float32)
+
+
+@pytest.mark.parametrize("D", [16, 48, 64, 80])
+def test_the_space_changes_nothing_but_rounding(D: int) -> None:
+    q, k, v = random_qkv(1, Q, K, T, D)
+    k, v = k + 5 * torch.randn(1, K, 1, D), v * torch.rand(1, K, 1, D)
+    space = Space(K, D, moments(q, k, v, torch.randn(7, Q * D)))
+    everything = Cache(quantizers.EXACT, quantizers.EXACT, T, quantizers.EXACT)
+    inside = space.leave(simulate(*space.enter(q[0], k[0], v[0]), everything, D**-0.5))
+    plain = simulate(q[0], k[0], v[0], everything, D**-0.5)
+    assert (inside - plain).abs().max() < 10 * TOLERANCE[torch.float32] * plain.abs().max()
+    assert torch.allclose(rotation(D) @ rotation(D).T, torch.eye(D), atol=1e-6)
+
+
+def encoded(x: torch.Tensor, rows: Quantizer) -> torch.Tensor:
+    """A row by the definition: nearest level of x / unit, then the least-squares scale in fp16."""
+    level = torch.tensor(rows.levels)
+    unit = x.abs().amax(-1, True) if rows.by_max else x.square().mean(-1, True).sqrt()
+    cuts = (level[1:] + level[:-1]) / 2
+    code = (x[..., None] > cuts * unit[..., None]).sum(-1)
+    chosen = level[code]
+    fitted = (x * chosen).sum(-1, True) / chosen.square().sum(-1, True)
+    return (fitted if rows.refit else unit).half().float() * chosen
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", quantizers.NAMES)
+def test_a_row_is_rounded_by_its_definition(name: str, bits: int) -> None:
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(bits)) * 3
+    rows = quantizers.named(name, bits, 64)
+    shape = (200, -1, rows.group or 64)
+    expected = encoded(x.view(shape), replace(rows, group=0)).view(200, 64)
+    ours = round_rows(x, rows)
+    assert ((ours - expected).abs() > 1e-5).float().mean() < 1e-3  # a number upon a threshold
+    assert torch.equal(round_rows(torch.zeros(1, 64), rows), torch.zeros(1, 64))
+
+
+def test_lloyd_max_levels_are_the_known_ones() -> None:
+    assert quantizers.lloyd_max(2)[2:] == pytest.approx((0.4528, 1.5104), abs=1e-4)
+    assert quantizers.lloyd_max(4)[-1] == pytest.approx(2.7326, abs=1e-4)
+
+
+def test_wrong_sizes_are_refused_by_name() -> None:
+    q, k, v = random_qkv(1, Q, K, 5, 16)
+    exact = quantizers.EXACT
+    with pytest.raises(ValueError, match="k and v must be"):
+        simulate(q[0], k[0], v[0, :, :3], Cache(exact, exact, 4), 1.0)
+    with pytest.raises(ValueError, match="cold must be 1 or more, got 0"):
+        simulate(q[0], k[0], v[0], Cache(exact, exact, 0), 1.0)
+    with pytest.raises(ValueError, match="groups must divide"):
+        round_rows(k, quantizers.lloyd(4, group=5))
