@@ -89,7 +89,9 @@ def test_sinks_and_last_tokens_are_hot_and_all_others_cold() -> None:
 
 def test_a_hot_token_leaves_for_the_cold_slots_in_the_order_of_scores() -> None:
     q, k, v = random_qkv(1, Q, K, T, 16)
-    plain = Cache(quantizers.EXACT, quantizers.EXACT, 20, quantizers.EXACT, sinks=0, hot=0, recent=8)
+    plain = Cache(
+        quantizers.EXACT, quantizers.EXACT, 20, quantizers.EXACT, sinks=0, hot=0, recent=8
+    )
     # Exact rows: a hot window is then but another protection of the last tokens.
     windowed = replace(plain, cold=12, hot=8, recent=0)
     ours = simulate(q[0], k[0], v[0], windowed, 0.25)

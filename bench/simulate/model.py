@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.simulate.native import Cache, Noise, simulate
-from bench.simulate.space import Moments, Space, moments
+from bench.simulate.space import FIRST, Moments, Space, moments
 from less.evaluate.perplexity import FROM, Nats
 
 NAME = "bench_simulate"
 #: (module, layer, q [Q, T, D], k [K, T, D], v, scale) -> [Q, T, D]
 Attend = Callable[[nn.Module, int, Tensor, Tensor, Tensor, float], Tensor]
-FIRST = 4  # tokens left out of moments: what the first of a text are like is no other token's
 _serving: list[Attend] = []
 
 
@@ -33,11 +32,16 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if kwargs.get("sliding_window") or not _serving:  # a layer that slides bounds itself
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     if kwargs.get("softcap"):
-        raise ValueError(f"bench.simulate: {type(module).__name__} caps its logits, which is not simulated")
+        raise ValueError(
+            f"bench.simulate: {type(module).__name__} caps its logits, which is not simulated"
+        )
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    out = _serving[-1](module, module.layer_idx, query[0], key[0], value[0], scale)
+    q, k, v = (x[0].contiguous() for x in (query, key, value))
+    out = _serving[-1](module, module.layer_idx, q, k, v, scale)
     return out[None].transpose(1, 2), None
 
 
@@ -100,7 +104,9 @@ def calibrate(model: Any, chunks: Tensor) -> dict[int, Moments]:
     """Moments of each layer that attends fully, over the tokens of chunks."""
     seen: dict[int, list[tuple[nn.Module, Tensor, Tensor, Tensor]]] = {}
 
-    def attend(module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
         part = [x[:, FIRST:].clone() for x in (q, k, v)]
         seen.setdefault(layer, []).append((module, *part))
         return full(module, layer, q, k, v, scale)
@@ -117,21 +123,24 @@ def full(module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: 
     """Full causal attention."""
     G = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(G, 0), v.repeat_interleave(G, 0)
-    return nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
+    return nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, scale=scale
+    )[0]
 
 
 def bounded(
     cache: Cache,
-    space: Callable[[nn.Module, int, Tensor, Tensor, Tensor], Space] | None,
+    space: Callable[[int, Tensor, Tensor, Tensor, Tensor], Space] | None,
     noise: Noise | None = None,
 ) -> Attend:
     """Attention through a simulated cache, of rows in the space that `space` gives for a layer."""
 
-    def attend(module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
         if space is None:
             return simulate(q, k, v, cache, scale, noise)
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        inside = space(module, layer, q, k, v)
+        inside = space(layer, q, k, v, module.o_proj.weight)
         return inside.leave(simulate(*inside.enter(q, k, v), cache, scale, noise))
 
     return attend

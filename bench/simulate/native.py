@@ -74,14 +74,15 @@ class Cache:
 
 
 class _Quantizer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "levels", "group", "by_max", "refit")] + [
-        ("level", ctypes.c_void_p)
-    ]
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("kind", "levels", "group", "by_max", "refit")
+    ] + [("level", ctypes.c_void_p)]
 
 
 class _Simulation(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_int32) for name in "Q K T D sinks hot cold recent protect half_score".split()]
+        [(name, ctypes.c_int32) for name in ("Q", "K", "T", "D", "sinks", "hot", "cold")]
+        + [(name, ctypes.c_int32) for name in ("recent", "protect", "half_score")]
         + [(name, ctypes.c_float) for name in ("decay", "scale")]
         + [(name, _Quantizer) for name in ("hot_rows", "cold_k", "cold_v")]
         + [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "error", "power")]

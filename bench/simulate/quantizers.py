@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 from bench.simulate.native import Quantizer
@@ -22,9 +23,10 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
     n = 1 << bits
     levels = [3 * (2 * i + 1 - n) / n for i in range(n)]
     for _ in range(4000):
-        cuts = [-40.0, *((a + b) / 2 for a, b in zip(levels, levels[1:])), 40.0]
+        cuts = [-40.0, *((a + b) / 2 for a, b in itertools.pairwise(levels)), 40.0]
         levels = [
-            (_density(a) - _density(b)) / (_below(b) - _below(a)) for a, b in zip(cuts, cuts[1:])
+            (_density(a) - _density(b)) / (_below(b) - _below(a))
+            for a, b in itertools.pairwise(cuts)
         ]
     return tuple(levels)
 

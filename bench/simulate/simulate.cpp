@@ -19,22 +19,22 @@
 
 // How the numbers of a row are rounded. Filled by native.py, field by field.
 struct Quantizer {
-  int32_t kind;     // Kind
-  int32_t levels;   // kTable: how many
-  int32_t group;    // kTable: numbers per scale; divides D
-  int32_t by_max;   // kTable: levels are in units of the largest number, else of the rms
-  int32_t refit;    // kTable: the scale is fitted to the codes by least squares
+  int32_t kind;        // Kind
+  int32_t levels;      // kTable: how many
+  int32_t group;       // kTable: numbers per scale; divides D
+  int32_t by_max;      // kTable: levels are in units of the largest number, else of the rms
+  int32_t refit;       // kTable: the scale is fitted to the codes by least squares
   const float* level;  // kTable: [levels], ascending
 };
 
 struct Simulation {
   int32_t Q, K, T, D;
-  int32_t sinks;      // first tokens that stay hot for good
-  int32_t hot;        // last tokens that are hot; 0: a token turns cold as it comes
-  int32_t cold;       // cold slots of a kv head
-  int32_t recent;     // the policy: last tokens that do not leave
-  int32_t protect;    // the policy: first tokens that do not leave
-  int32_t half_score; // scores are held in fp16
+  int32_t sinks;       // first tokens that stay hot for good
+  int32_t hot;         // last tokens that are hot; 0: a token turns cold as it comes
+  int32_t cold;        // cold slots of a kv head
+  int32_t recent;      // the policy: last tokens that do not leave
+  int32_t protect;     // the policy: first tokens that do not leave
+  int32_t half_score;  // scores are held in fp16
   float decay, scale;
   Quantizer hot_rows, cold_k, cold_v;
   const float* q;  // [Q, T, D]
@@ -185,10 +185,17 @@ class Head {
       const int G = s_.Q / s_.K;
       for (int g = 0; g < G; g += kQueries) {
         switch (std::min(kQueries, G - g)) {
-          case 1: attend<1>(head_ * G + g, t); break;
-          case 2: attend<2>(head_ * G + g, t); break;
-          case 3: attend<3>(head_ * G + g, t); break;
-          default: attend<4>(head_ * G + g, t);
+          case 1:
+            attend<1>(head_ * G + g, t);
+            break;
+          case 2:
+            attend<2>(head_ * G + g, t);
+            break;
+          case 3:
+            attend<3>(head_ * G + g, t);
+            break;
+          default:
+            attend<4>(head_ * G + g, t);
         }
       }
       for (int i = 0; i < count_; ++i) {
@@ -309,7 +316,8 @@ class Head {
   void attend(int first, int t) {
     const int columns = rounded_up(count_);
     const float* query[N];
-    for (int g = 0; g < N; ++g) query[g] = s_.q + (static_cast<int64_t>(first + g) * s_.T + t) * s_.D;
+    for (int g = 0; g < N; ++g)
+      query[g] = s_.q + (static_cast<int64_t>(first + g) * s_.T + t) * s_.D;
     for (int i = 0; i < columns; i += kLanes) {
       Lanes sum[N] = {};
       const float* base = &keys_[i];

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+FIRST = 4  # tokens left out of moments: the first of a text are unlike all others
 
 
 @functools.cache
@@ -15,7 +18,9 @@ def rotation(D: int) -> Tensor:
     block = D & -D
     hadamard = torch.ones(1, 1)
     while len(hadamard) < block:
-        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
     signs = torch.randint(0, 2, (D,), generator=torch.Generator().manual_seed(15)) * 2 - 1
     blocks = torch.block_diag(*[hadamard] * (D // block)) / block**0.5
     return (signs[:, None] * blocks).contiguous()
@@ -44,7 +49,7 @@ class Moments:
 
 def moments(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Moments:
     """Moments of tokens [B, heads, T, D]; `projection` is the layer's output weight [., Q * D]."""
-    B, K, T, D = k.shape
+    B, K, _, D = k.shape
     q, k, v = q.double(), k.double(), v.double()
     weight = projection.double().square().sum(0).view(K, -1, D).sum(1)
     return Moments(
@@ -95,7 +100,7 @@ class Space:
 
     def enter(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [Q, T, D], keys and values [K, T, D] in the space."""
-        K, T, D = k.shape
+        K, _, D = k.shape
         query = (q.view(K, -1, D) / self.c_k).view(q.shape)
         return (
             query @ self.rotation,
@@ -108,3 +113,29 @@ class Space:
         K, D = self.c_v.shape[0], out.shape[-1]
         back = (out @ self.rotation.T).view(K, -1, D)
         return (back / self.c_v + self.v_mean).view(out.shape)
+
+
+SPACES = ("calibrated", "means", "hadamard", "prompt", "prompt-means", "none")
+PROMPT = 256  # first tokens of a text that ``prompt`` takes its moments from
+
+
+def space_by_name(
+    name: str, calibrated: dict[int, Moments]
+) -> Callable[[int, Tensor, Tensor, Tensor, Tensor], Space] | None:
+    """How a layer finds its space, given index, q, k, v and output weight; None: as they come.
+
+    ``calibrated``: means and scales of a training text; ``means``: its means alone; ``prompt``,
+    ``prompt-means``: the same of the text's own first tokens; ``hadamard``: neither.
+    """
+    if name == "none":
+        return None
+
+    def space(layer: int, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Space:
+        measured = None
+        if name in ("calibrated", "means"):
+            measured = calibrated[layer]
+        elif name in ("prompt", "prompt-means"):
+            measured = moments(*(x[None, :, FIRST:PROMPT] for x in (q, k, v)), projection)
+        return Space(k.shape[0], k.shape[2], measured, scales=not name.endswith("means"))
+
+    return space
