@@ -13,11 +13,15 @@ if not any(map(shutil.which, ("c++", "g++"))):
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 from bench.simulate import quantizers
+from bench.simulate.measure import Measurement, Setting
 from bench.simulate.native import Cache, Quantizer, round_rows, simulate
-from bench.simulate.space import Space, moments, rotation
+from bench.simulate.space import SPACES, Space, moments, rotation
 from less import H2O, LessKVCache, SinkRecent
+from less.evaluate.perplexity import full_attention, through_caches
+from less.hf import cache_for
 from less.policies import Policy
 from tests.helpers import TOLERANCE, assert_close, random_qkv
+from tests.tiny_model import tiny_model
 
 Q, K, T = 6, 2, 90
 # dtype of the real cache, and the rows that it holds
@@ -147,3 +151,41 @@ def test_wrong_sizes_are_refused_by_name() -> None:
         simulate(q[0], k[0], v[0], Cache(exact, exact, 0), 1.0)
     with pytest.raises(ValueError, match="groups must divide"):
         round_rows(k, quantizers.lloyd(4, group=5))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Measurement:
+    chunks = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(3))
+    return Measurement(tiny_model(), chunks, 20, chunks.flip(1))
+
+
+def test_a_model_on_simulated_caches_costs_what_it_costs_on_real_ones(tiny: Measurement) -> None:
+    cache = cache_for(tiny.model, H2O(8, 8), batch=2, dtype=torch.float16)
+    (real,) = through_caches(tiny.model, tiny.chunks, [cache])
+    loss = tiny.h2o(16).per_chunk(20) - real.per_chunk(20)
+    assert loss.abs().max() < 1e-4
+    full = full_attention(tiny.model, tiny.chunks)
+    assert (tiny.full.per_chunk(20) - full.per_chunk(20)).abs().max() < 1e-5
+    assert (tiny.h2o(16).per_chunk(20) - full.per_chunk(20)).abs().max() > 1e-2
+
+
+SETTING = Setting("k16v16", "lloyd", 0, "calibrated", 0, 0, 0.98, 0.25, False)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_rows_of_16_bits_lose_next_to_nothing_in_any_space(tiny: Measurement, space: str) -> None:
+    row, record = tiny.measure(replace(SETTING, space=space))
+    assert max(map(abs, record["loss"])) < 5e-3
+    assert record["slots"] == 80
+    assert record["h2o"] is None
+    assert f"k16v16 lloyd, {space}, hot 0" in row
+
+
+def test_bytes_buy_more_slots_of_fewer_bits() -> None:
+    bought = {
+        rows: replace(SETTING, rows=rows, bytes_of=64, hot=16, sinks=4).slots(64, 1024)
+        for rows in ("k4v4", "k3v3", "k2v2", "k8v4")
+    }
+    assert bought == {"k4v4": 214, "k3v3": 268, "k2v2": 362, "k8v4": 155}
+    with pytest.raises(ValueError, match="--bytes-of must leave cold slots"):
+        replace(SETTING, bytes_of=8, hot=16).cache(64, 1024)

@@ -12,7 +12,6 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bench.simulate import quantizers
 from bench.simulate.measure import Measurement, Setting

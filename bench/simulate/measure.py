@@ -107,7 +107,7 @@ class Measurement:
     _measured: dict[int, Nats] = field(default_factory=dict)
 
     @property
-    def D(self) -> int:
+    def head_dim(self) -> int:
         """Head dim."""
         config = self.model.config.get_text_config()
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -139,12 +139,14 @@ class Measurement:
         noise = Noise(*torch.zeros(2, 2, dtype=torch.float64))
         known = self.calibrated() if setting.space in ("calibrated", "means") else {}
         length = self.chunks.shape[1]
-        attend = bounded(setting.cache(self.D, length), space_by_name(setting.space, known), noise)
+        attend = bounded(
+            setting.cache(self.head_dim, length), space_by_name(setting.space, known), noise
+        )
         measured = nats(self.model, self.chunks, attend, self.start)
         h2o = self.h2o(setting.bytes_of) if setting.bytes_of else None
         record = {
             **asdict(setting),
-            "slots": setting.slots(self.D, length),
+            "slots": setting.slots(self.head_dim, length),
             "perplexity": measured.perplexity(self.start),
             "loss": self._loss(measured).tolist(),
             "h2o": self._loss(h2o).tolist() if h2o else None,
