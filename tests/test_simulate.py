@@ -77,7 +77,7 @@ def test_a_cache_that_holds_everything_is_full_attention() -> None:
 def test_sinks_and_last_tokens_are_hot_and_all_others_cold() -> None:
     D, hot, sinks = 16, 5, 3
     q, k, v = random_qkv(1, 1, 1, 30, D)
-    cold = quantizers.lloyd(2)
+    cold = quantizers.named("lloyd", 2, D)
     cache = Cache(cold, cold, 30, quantizers.INT8, sinks=sinks, hot=hot)
     ours = simulate(q[0], k[0], v[0], cache, D**-0.5)
     for t in range(30):
@@ -121,12 +121,17 @@ def encoded(x: torch.Tensor, rows: Quantizer) -> torch.Tensor:
     cuts = (level[1:] + level[:-1]) / 2
     code = (x[..., None] > cuts * unit[..., None]).sum(-1)
     chosen = level[code]
-    fitted = (x * chosen).sum(-1, True) / chosen.square().sum(-1, True)
-    return (fitted if rows.refit else unit).half().float() * chosen
+    match = (x * chosen).sum(-1, True)
+    scale = {
+        "none": unit,
+        "square": match / chosen.square().sum(-1, True),
+        "product": x.square().sum(-1, True) / match,
+    }
+    return scale[rows.fit].half().float() * chosen
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("name", quantizers.NAMES)
+@pytest.mark.parametrize("name", [*quantizers.RULES, "lloyd:none", "lloyd:product", "max/32"])
 def test_a_row_is_rounded_by_its_definition(name: str, bits: int) -> None:
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(bits)) * 3
     rows = quantizers.named(name, bits, 64)
@@ -150,7 +155,7 @@ def test_wrong_sizes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="cold must be 1 or more, got 0"):
         simulate(q[0], k[0], v[0], Cache(exact, exact, 0), 1.0)
     with pytest.raises(ValueError, match="groups must divide"):
-        round_rows(k, quantizers.lloyd(4, group=5))
+        round_rows(k, quantizers.named("lloyd/5", 4, 16))
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +194,5 @@ def test_bytes_buy_more_slots_of_fewer_bits() -> None:
     assert bought == {"k4v4": 214, "k3v3": 268, "k2v2": 362, "k8v4": 155}
     with pytest.raises(ValueError, match="--bytes-of must leave cold slots"):
         replace(SETTING, bytes_of=8, hot=16).cache(64, 1024)
+    with pytest.raises(ValueError, match=r"quantizer must be .*, got 'lloid'"):
+        quantizers.named("lloid", 4, 16)

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.simulate import quantizers
 from bench.simulate.measure import Measurement, Setting
 from bench.simulate.model import narrow
 from bench.simulate.space import SPACES
@@ -46,7 +45,7 @@ def options() -> argparse.Namespace:
     add("--length", type=int, default=1024)
     add("--probe", action="store_true", help="copy probes made of the text, scored at the copy")
     add("--rows", default=["k4v4"], **several, help="bits of keys and values: k4v4, k3v2, k16v16")
-    add("--quantizer", default=["lloyd"], **several, choices=quantizers.NAMES)
+    add("--quantizer", default=["lloyd"], **several, help="see quantizers.named")
     add("--bytes-of", type=int, default=[64], **several, help="fp16 tokens; 0: all is kept")
     add("--space", default=["calibrated"], **several, choices=SPACES)
     add("--hot", type=int, default=[16], **several, help="last tokens in int8")

@@ -25,7 +25,7 @@ class Setting:
 
     Attributes:
         rows: Bits of keys and values, as in ``k4v3``; 16 is fp16, 8 is int8.
-        quantizer: One of ``quantizers.NAMES``.
+        quantizer: A name that ``quantizers.named`` knows.
         bytes_of: 16-bit tokens of today's pages whose bytes are spent; 0: nothing is evicted.
         space: One of ``SPACES``.
         hot: Last tokens in int8.

@@ -23,6 +23,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-e
          "-fno-trapping-math", "-shared", "-fPIC")  # fmt: skip
 
 KINDS = ("exact", "half", "brain", "int8", "table")
+FITS = ("none", "square", "product")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,16 @@ class Quantizer:
         kind: One of ``KINDS``; what follows is of ``"table"`` alone.
         levels: What a code stands for, in units of the scale, ascending.
         by_max: The unit of the levels is the largest number of the group, else its rms.
-        refit: The stored scale is the least-squares one of the codes, else the unit itself.
+        fit: The stored scale: the unit itself (``"none"``), the one of least squared error
+            (``"square"``), or the one that keeps the row's product with itself (``"product"``),
+            so that a row is not shortened.
         group: Numbers per scale; 0: the whole row.
     """
 
     kind: str
     levels: tuple[float, ...] = ()
     by_max: bool = False
-    refit: bool = True
+    fit: str = "square"
     group: int = 0
 
 
@@ -74,9 +77,9 @@ class Cache:
 
 
 class _Quantizer(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("kind", "levels", "group", "by_max", "refit")
-    ] + [("level", ctypes.c_void_p)]
+    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "levels", "group", "by_max", "fit")] + [
+        ("level", ctypes.c_void_p)
+    ]
 
 
 class _Simulation(ctypes.Structure):
@@ -130,7 +133,12 @@ def _filled(rows: Quantizer, D: int, alive: list[Tensor]) -> _Quantizer:
     table = torch.tensor(rows.levels, dtype=torch.float32)
     alive.append(table)
     return _Quantizer(
-        KINDS.index(rows.kind), len(rows.levels), group, rows.by_max, rows.refit, table.data_ptr()
+        KINDS.index(rows.kind),
+        len(rows.levels),
+        group,
+        rows.by_max,
+        FITS.index(rows.fit),
+        table.data_ptr(),
     )
 
 

@@ -23,7 +23,7 @@ struct Quantizer {
   int32_t levels;      // kTable: how many
   int32_t group;       // kTable: numbers per scale; divides D
   int32_t by_max;      // kTable: levels are in units of the largest number, else of the rms
-  int32_t refit;       // kTable: the scale is fitted to the codes by least squares
+  int32_t fit;         // kTable: Fit
   const float* level;  // kTable: [levels], ascending
 };
 
@@ -48,6 +48,7 @@ struct Simulation {
 namespace {
 
 enum Kind { kExact, kHalf, kBrain, kInt8, kTable };
+enum Fit { kNone, kSquare, kProduct };
 constexpr int kLanes = 16;
 constexpr int kQueries = 4;  // query heads that share one pass over the rows
 
@@ -98,10 +99,12 @@ void round_group(const Quantizer& f, const float* x, int n, float* y) {
     y[d] = f.level[code];
   }
   float scale = unit;
-  if (f.refit) {
+  if (f.fit != kNone) {
     const float match = ordered_sum(n, [&](int d) { return x[d] * y[d]; });
-    const float norm = ordered_sum(n, [&](int d) { return y[d] * y[d]; });
-    scale = norm > 0 ? match / norm : 0.f;
+    const bool square = f.fit == kSquare;
+    const float norm =
+        ordered_sum(n, [&](int d) { return (square ? y[d] : x[d]) * (square ? y[d] : x[d]); });
+    scale = square ? (norm > 0 ? match / norm : 0.f) : (match > 0 ? norm / match : 0.f);
   }
   scale = half_scale(scale);
   for (int d = 0; d < n; ++d) y[d] *= scale;
