@@ -1,7 +1,7 @@
-"""Squared error of a model's rows under each quantiser: ``python -m bench.simulate.rounding``.
+"""What each quantiser does to a model's rows: ``python -m bench.simulate.rounding``.
 
-In parts per thousand of their squares, keys and values in a calibrated space and in Hadamard alone:
-what a quantiser does, without the noise that a text's nats have.
+Two errors, in parts per thousand: of the rows themselves, and of what attention makes of them, a
+layer at a time on exact inputs. Neither has the noise that a text's nats have.
 """
 
 from __future__ import annotations
@@ -13,69 +13,73 @@ from torch import Tensor, nn
 
 from bench.simulate import quantizers
 from bench.simulate.model import calibrate, full, narrow, nats
-from bench.simulate.native import Quantizer, round_rows
-from bench.simulate.space import FIRST, space_by_name
+from bench.simulate.native import Cache, Quantizer, round_rows, simulate
+from bench.simulate.space import FIRST, Space
 from less.evaluate import assets
 
 NAMES = [
-    *("lloyd", "lloyd:none", "lloyd:product", "max", "max:product", "rms", "fullmax", "absmax"),
-    *("lloyd/32", "max/32", "rms/32", "absmax/32"),
-]
+    "lloyd", "lloyd:none", "lloyd:product", "max", "max:product", "rms", "fullmax:square", "absmax",
+    "lloyd/32", "max/32", "rms/32", "absmax/32",
+]  # fmt: skip
 EVERY = 4  # of a text's rows one in so many
 
 
-def rows_of(
-    model: nn.Module, chunks: Tensor, calibration: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows [N, D] of each layer in the calibrated space and in Hadamard alone: (keys, values)."""
-    known = calibrate(model, calibration)
-    keys: list[list[Tensor]] = [[], []]
-    values: list[list[Tensor]] = [[], []]
-
-    def attend(
-        module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> Tensor:
-        for i, name in enumerate(("calibrated", "hadamard")):
-            space = space_by_name(name, known)
-            assert space is not None
-            _, *rows = space(layer, q, k, v, module.o_proj.weight).enter(q, k, v)
-            for into, x in zip((keys, values), rows, strict=True):
-                into[i].append(x[:, FIRST::EVERY].reshape(-1, x.shape[-1]))
-        return full(module, layer, q, k, v, scale)
-
-    nats(model, chunks, attend, chunks.shape[1] - 1)
-    return [torch.cat(x) for x in keys], [torch.cat(x) for x in values]
-
-
-def error(x: Tensor, rows: Quantizer) -> float:
-    """Mean over rows of the part of a row's square that rounding takes, in parts per thousand."""
-    lost = (round_rows(x, rows) - x).square().sum(1)
-    return 1000 * float((lost / x.square().sum(1).clamp(min=1e-30)).mean())
+def row_error(x: Tensor, rows: Quantizer) -> float:
+    """Mean over rows of the part of a row's square that rounding takes."""
+    lost = (round_rows(x, rows) - x).square().sum(-1)
+    return float((lost / x.square().sum(-1).clamp(min=1e-30)).mean())
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulate.rounding", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, a folder, or a hub name")
-    parser.add_argument("--chunks", type=int, default=2)
+    parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--quantizer", nargs="+", default=NAMES)
     args = parser.parse_args()
     model, tokenizer = assets.load_model(args.model)
     narrow(model)
     chunks, calibration = (
-        assets.chunks(tokenizer, assets.wikipedia_articles(split), 1024, args.chunks)
-        for split in ("eval", "train")
+        assets.chunks(tokenizer, assets.wikipedia_articles(split), 1024, count)
+        for split, count in (("eval", args.chunks), ("train", 4))
     )
-    keys, values = rows_of(model, chunks, calibration)
-    D = keys[0].shape[-1]
-    gaussian = torch.randn(20000, D, generator=torch.Generator().manual_seed(0))
-    sets = [gaussian, keys[0], values[0], keys[1], values[1]]
-    print("| bits | quantiser | Gaussian | keys | values | keys, Hadamard | values, Hadamard |")
-    print("|---:|---|---:|---:|---:|---:|---:|")
-    for bits in (4, 3, 2):
-        for name in NAMES:
+    known = calibrate(model, calibration)
+    table = [(bits, name) for bits in (4, 3, 2) for name in args.quantizer]
+    errors = torch.zeros(len(table), 5)  # keys, values, output by keys, by values, by both
+    layers = 0
+
+    def attend(
+        module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        nonlocal layers
+        layers += 1
+        T, D = k.shape[1:]
+        weight = module.o_proj.weight.float()
+        space = Space(k.shape[0], D, known[layer])
+        q_in, k_in, v_in = space.enter(q, k, v)
+
+        def projected(out: Tensor) -> Tensor:
+            return out.transpose(0, 1).reshape(T, -1) @ weight.T
+
+        exact = full(module, layer, q, k, v, scale)
+        wanted = projected(exact)
+        for i, (bits, name) in enumerate(table):
             rows = quantizers.named(name, bits, D)
-            cells = " | ".join(f"{error(x, rows):.2f}" for x in sets)
-            print(f"| {bits} | {name} | {cells} |", flush=True)
+            errors[i, 0] += row_error(k_in[:, FIRST::EVERY], rows)
+            errors[i, 1] += row_error(v_in[:, FIRST::EVERY], rows)
+            kinds = [(rows, quantizers.EXACT), (quantizers.EXACT, rows), (rows, rows)]
+            for j, (cold_k, cold_v) in enumerate(kinds):
+                cache = Cache(cold_k, cold_v, T, quantizers.EXACT)
+                out = space.leave(simulate(q_in, k_in, v_in, cache, scale))
+                lost = (projected(out) - wanted).square().sum()
+                errors[i, 2 + j] += float(lost / wanted.square().sum())
+        return exact
+
+    nats(model, chunks, attend, chunks.shape[1] - 1)
+    print("| bits | quantiser | keys | values | output, by keys | by values | by both |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    for (bits, name), row in zip(table, (1000 * errors / layers).tolist(), strict=True):
+        print(f"| {bits} | {name} | {' | '.join(f'{x:.2f}' for x in row)} |")
 
 
 if __name__ == "__main__":
