@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 if not any(map(shutil.which, ("c++", "g++"))):
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-from bench.simulate import quantizers
+from bench.simulate import __main__ as simulate_command
+from bench.simulate import quantizers, rounding
 from bench.simulate.measure import Measurement, Setting
 from bench.simulate.native import Cache, Quantizer, round_rows, simulate
 from bench.simulate.space import SPACES, Space, moments, rotation
@@ -21,7 +24,7 @@ from less.evaluate.perplexity import full_attention, through_caches
 from less.hf import cache_for
 from less.policies import Policy
 from tests.helpers import TOLERANCE, assert_close, random_qkv
-from tests.tiny_model import tiny_model
+from tests.tiny_model import TEXT, save_tiny, tiny_model
 
 Q, K, T = 6, 2, 90
 # dtype of the real cache, and the rows that it holds
@@ -196,3 +199,27 @@ def test_bytes_buy_more_slots_of_fewer_bits() -> None:
         replace(SETTING, bytes_of=8, hot=16).cache(64, 1024)
     with pytest.raises(ValueError, match=r"quantizer must be .*, got 'lloid'"):
         quantizers.named("lloid", 4, 16)
+
+
+def test_both_commands_print_a_table_of_a_model_and_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text, lines = tmp_path / "model", tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    save_tiny(model)
+    text.write_text(TEXT * 30)
+    where = ["--model", str(model), "--text", str(text), "--training", str(text)]
+    small = ["--length", "300", "--chunks", "2"]
+    simulate_command.main(
+        [*where, *small, "--rows", "k4v4", "k2v2", "--bytes-of", "0", "60", "--json", str(lines)]
+    )
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 + 2 + 4  # head, full attention and H2O, four caches
+    assert len({len(line.split("|")) for line in out}) == 1
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [record["rows"] for record in records] == ["k4v4", "k4v4", "k2v2", "k2v2"]
+    assert all(len(record["loss"]) == 2 for record in records)
+    rounding.main([*where, *small, "--quantizer", "lloyd", "max"])
+    _, _, *table = capsys.readouterr().out.splitlines()
+    errors = [[float(cell) for cell in line.split("|")[3:8]] for line in table]
+    assert len(errors) == 6
+    assert all(fine < coarse for fine, coarse in zip(errors[0], errors[4], strict=True))

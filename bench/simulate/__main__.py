@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.simulate.measure import Measurement, Setting
@@ -34,12 +34,13 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
         )
 
 
-def options() -> argparse.Namespace:
+def options(words: Sequence[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=__doc__)
     add, several = parser.add_argument, {"nargs": "+"}
     add("--model", default="smollm2", help="smollm2, a folder, or a hub name")
-    add("--text", type=Path, help="a file or folder of text; default: Wikipedia's eval half")
+    add("--text", type=Path, help="a file or folder; default: Wikipedia's eval half")
+    add("--training", type=Path, help="the text of calibration; default: Wikipedia's train half")
     add("--chunks", type=int, default=8)
     add("--skip", type=int, default=0, help="chunks left out before the first")
     add("--length", type=int, default=1024)
@@ -55,7 +56,15 @@ def options() -> argparse.Namespace:
     add("--half-scores", action="store_true", help="scores in fp16")
     add("--exact", action="store_true", help="the model multiplies in float32, not bfloat16")
     add("--json", type=Path, help="a file that gets a line for each row")
-    return parser.parse_args()
+    return parser.parse_args(words)
+
+
+def texts_of(args: argparse.Namespace) -> list[list[str]]:
+    """The texts to measure on, and those to calibrate on."""
+    return [
+        read_texts(path) if path else assets.wikipedia_articles(split)
+        for path, split in ((args.text, "eval"), (args.training, "train"))
+    ]
 
 
 def subject(args: argparse.Namespace) -> Measurement:
@@ -63,20 +72,19 @@ def subject(args: argparse.Namespace) -> Measurement:
     model, tokenizer = assets.load_model(args.model)
     if not args.exact:
         narrow(model)
-    texts = read_texts(args.text) if args.text else assets.wikipedia_articles("eval")
+    texts, training = texts_of(args)
     chunks = assets.chunks(tokenizer, texts, args.length, args.skip + args.chunks)[args.skip :]
     start = FROM
     if args.probe:
         chunks = copy_probes(chunks, len(opening(tokenizer)))
         start = args.length - args.length // 4
-    train = assets.wikipedia_articles("train")
-    training = assets.chunks(tokenizer, train, args.length, CALIBRATION)
-    return Measurement(model, chunks, start, training)
+    calibration = assets.chunks(tokenizer, training, args.length, CALIBRATION)
+    return Measurement(model, chunks, start, calibration)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    args = options()
+    args = options(words)
     on = subject(args)
     print("| cache | slots | perplexity | nats lost | recovered, % |\n|---|---:|---:|---:|---:|")
     print(on.row("full attention", args.length, on.full), flush=True)

@@ -44,14 +44,26 @@ def whole(bits: int) -> tuple[float, ...]:
 
 
 EXACT, HALF, BRAIN, INT8 = (Quantizer(kind) for kind in ("exact", "half", "brain", "int8"))
+RULES = ("lloyd", "rms", "max", "fullmax", "absmax")
 # The clip of least squared error for Gaussian numbers, in units of rms and of the largest of n.
 _CLIP_OF_RMS = {4: 2.45, 3: 2.0, 2: 1.5}
 _CLIP_OF_MAX = {
+    16: {4: 0.98, 3: 0.90, 2: 0.70},
     32: {4: 0.96, 3: 0.86, 2: 0.64},
     64: {4: 0.92, 3: 0.80, 2: 0.58},
     128: {4: 0.88, 3: 0.74, 2: 0.52},
+    256: {4: 0.84, 3: 0.68, 2: 0.48},
 }
-RULES = ("lloyd", "rms", "max", "fullmax", "absmax")
+
+
+def _clip_of_max(bits: int, n: int) -> float:
+    """The table's clip, between its sizes by the logarithm, beyond them that of its ends."""
+    sizes = list(_CLIP_OF_MAX)
+    n = min(max(n, sizes[0]), sizes[-1])
+    low = max(size for size in sizes if size <= n)
+    high = min(size for size in sizes if size >= n)
+    part = math.log2(n / low) / math.log2(high / low) if high > low else 0.0
+    return (1 - part) * _CLIP_OF_MAX[low][bits] + part * _CLIP_OF_MAX[high][bits]
 
 
 def named(name: str, bits: int, D: int) -> Quantizer:
@@ -80,7 +92,7 @@ def named(name: str, bits: int, D: int) -> Quantizer:
     levels = {
         "lloyd": lambda: lloyd_max(bits),
         "rms": lambda: uniform(bits, _CLIP_OF_RMS[bits]),
-        "max": lambda: uniform(bits, _CLIP_OF_MAX[min(group or D, 128)][bits]),
+        "max": lambda: uniform(bits, _clip_of_max(bits, group or D)),
         "fullmax": lambda: uniform(bits, 1),
         "absmax": lambda: whole(bits),
     }[rule]()

@@ -7,11 +7,14 @@ layer at a time on exact inputs. Neither has the noise that a text's nats have.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bench.simulate import quantizers
+from bench.simulate.__main__ import texts_of
 from bench.simulate.model import calibrate, full, narrow, nats
 from bench.simulate.native import Cache, Quantizer, round_rows, simulate
 from bench.simulate.space import FIRST, Space
@@ -21,6 +24,7 @@ NAMES = [
     "lloyd", "lloyd:none", "lloyd:product", "max", "max:product", "rms", "fullmax:square", "absmax",
     "lloyd/32", "max/32", "rms/32", "absmax/32",
 ]  # fmt: skip
+CALIBRATION = 4  # chunks
 EVERY = 4  # of a text's rows one in so many
 
 
@@ -30,18 +34,21 @@ def row_error(x: Tensor, rows: Quantizer) -> float:
     return float((lost / x.square().sum(-1).clamp(min=1e-30)).mean())
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulate.rounding", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, a folder, or a hub name")
+    parser.add_argument("--text", type=Path, help="a file or folder; default: Wikipedia")
+    parser.add_argument("--training", type=Path, help="the text of calibration, likewise")
     parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--quantizer", nargs="+", default=NAMES)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     model, tokenizer = assets.load_model(args.model)
     narrow(model)
     chunks, calibration = (
-        assets.chunks(tokenizer, assets.wikipedia_articles(split), 1024, count)
-        for split, count in (("eval", args.chunks), ("train", 4))
+        assets.chunks(tokenizer, texts, args.length, count)
+        for texts, count in zip(texts_of(args), (args.chunks, CALIBRATION), strict=True)
     )
     known = calibrate(model, calibration)
     table = [(bits, name) for bits in (4, 3, 2) for name in args.quantizer]
