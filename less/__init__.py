@@ -15,6 +15,7 @@ from less._version import __version__
 
 if TYPE_CHECKING:
     from less.cache import LessKVCache, PagedLayer
+    from less.calibration import Calibration
     from less.config import LessConfig
     from less.layer import PageLayout
     from less.policies import H2O, Candidates, Full, Policy, SinkRecent
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "H2O",
+    "Calibration",
     "Candidates",
     "Full",
     "LessConfig",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "LessKVCache": "less.cache",
     "PagedLayer": "less.cache",
+    "Calibration": "less.calibration",
     "PageLayout": "less.layer",
     "LessConfig": "less.config",
     "H2O": "less.policies",
@@ -46,7 +49,7 @@ _HOMES = {
     "SinkRecent": "less.policies",
     "Sidekick": "less.sidekick",
 }
-_MODULES = ("cache", "config", "layer", "policies", "sidekick")  # and as attributes
+_MODULES = ("cache", "calibration", "config", "layer", "policies", "sidekick")  # and as attributes
 
 
 def __getattr__(name: str) -> Any:

@@ -172,8 +172,8 @@ class LessConfig:
         if sidekick is None:
             sidekick = self.load_sidekick()
         policies = self.policies(model, batch, prompt_tokens, sidekick, max_tokens)
-        if calibration is None and self.calibration is not None:
-            calibration = Calibration.from_pretrained(self.calibration)
+        if calibration is None:
+            calibration = self.load_calibration()
         return cache_for(
             model,
             policies,
@@ -362,6 +362,10 @@ class LessConfig:
             return None
         name = self.sidekick
         return Sidekick.from_pretrained(shipped(name) if name in shipped_names() else name)
+
+    def load_calibration(self) -> Calibration | None:
+        """Read the calibration that the config names; None where it names none."""
+        return None if self.calibration is None else Calibration.from_pretrained(self.calibration)
 
     # -- JSON ----------------------------------------------------------------------------------
 

@@ -99,10 +99,9 @@ def check_rows(config: LessConfig) -> None:
             "LessConfig: calibration must be a folder, got "
             f"{type(config.calibration).__name__}; an object goes to cache(model, calibration=...)"
         )
-    if config.rows in FORMATS or not (config.sinks is None and config.hot is None):
-        least_tokens(
-            config.rows or torch.float16, config.sinks, config.hot
-        )  # refuses what is wrong
+    stored = config.rows or config.dtype or "float16"
+    of_slots = stored if stored in FORMATS else getattr(torch, stored)
+    least_tokens(of_slots, config.sinks, config.hot)  # refuses what is wrong
 
 
 def check_number(name: str, value: object) -> None:

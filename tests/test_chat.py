@@ -9,11 +9,19 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from less import H2O, LessConfig
+from less import H2O, LessConfig, PageLayout
 from less.cli import main
+from less.evaluate.report import size
 from less.hf import attach, cache_for
 from less.integrations.chat import Chat, Interrupted, Sampling
-from tests.tiny_model import BOS, TEXT, byte_tokenizer, tiny_model, tiny_sidekick
+from tests.tiny_model import (
+    BOS,
+    TEXT,
+    byte_tokenizer,
+    tiny_calibration,
+    tiny_model,
+    tiny_sidekick,
+)
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -292,6 +300,26 @@ def test_a_budget_may_come_in_bytes_or_from_a_config(folder, monkeypatch, capsys
     assert "H2O(heavy=5" in capsys.readouterr().out
     assert main(["chat", *model, *none, *config]) == 2
     assert "--sidekick: the config of --config names one" in capsys.readouterr().err
+
+
+def test_rows_may_be_packed_and_calibrated(folder, monkeypatch, capsys):
+    tiny_calibration().save_pretrained(folder / "rows")
+    model, none = ["--model", str(folder / "model")], ["--sidekick", "none"]
+    more = ["--rows", "k4v4", "--calibration", str(folder / "rows"), "--hot", "8"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    assert main(["chat", *model, *none, *more, "--budget", "24", "--max-new-tokens", "3"]) == 0
+    shown = capsys.readouterr().out
+    layout = PageLayout(2, 16, 24, "k4v4", hot=8)
+    held = size(2 * (layout.nbytes - layout.header_bytes))
+    assert f"the cache holds {held} from the first token to the last, rows in k4v4" in shown
+    assert "the first 4 and the last 8 tokens in int8; means and scales 1.75 KiB; no" in shown
+    assert f"{held} held, a full cache " in shown
+    settings = {"rows": "k3v3", "hot": 4, "calibration": str(folder / "rows")}
+    LessConfig(tokens=24, **settings).save_pretrained(folder / "config")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    config = ["--config", str(folder / "config"), "--max-new-tokens", "3"]
+    assert main(["chat", *model, *config]) == 0
+    assert "rows in k3v3, the first 4 and the last 4 tokens in int8" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder, monkeypatch, capsys):

@@ -12,7 +12,14 @@ pytest.importorskip("transformers")
 
 from less.cli import COMMANDS, main
 from less.evaluate import report
-from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_sidekick
+from tests.tiny_model import (
+    BOS,
+    TEXT,
+    byte_tokenizer,
+    save_tiny,
+    tiny_calibration,
+    tiny_sidekick,
+)
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +246,30 @@ def test_slots_and_maps_may_be_of_another_dtype(folder, text, tmp_path, capsys, 
     assert held["small"].maps < 0.6 * held["plain"].maps
     assert held["small"].perplexity == pytest.approx(held["plain"].perplexity, rel=0.05)
     assert f"{dtype} keys and values" in (tmp_path / "small" / "report.md").read_text()
+
+
+def test_evaluate_compares_formats_of_rows_at_the_budgets_bytes(folder, text, tmp_path, capsys):
+    tiny_calibration().save_pretrained(tmp_path / "rows")
+    tiny_sidekick().save_pretrained(tmp_path / "sidekick")
+    arguments = tiny(
+        folder, text, tmp_path / "out", "--budgets", "24,32", "--contexts", "128",
+        "--sidekick", tmp_path / "sidekick", "--model-dtype", "bfloat16",
+        "--rows", "k4v4,int8,k4v4", "--calibration", tmp_path / "rows", "--hot", "8",
+    )  # fmt: skip
+    assert main(["evaluate", *arguments]) == 0
+    facts, rows = report.read_json_lines((tmp_path / "out" / "results.jsonl").read_text())
+    assert facts["rows"] == ["k4v4", "int8"]
+    at = {(r.budget, r.method): r for r in rows}
+    assert [r.method for r in rows if r.budget == 24][-4:] == [
+        "decayed H2O, k4v4", "decayed H2O, int8", "LESS, k4v4", "LESS, int8",
+    ]  # fmt: skip
+    for budget in (24, 32):
+        plain, few = at[budget, "H2O"], at[budget, "decayed H2O, k4v4"]
+        assert plain.dtype == "bfloat16"
+        assert plain.kept == budget < few.kept
+        assert few.slots <= plain.slots
+        assert (few.storage["sinks"], few.storage["hot"]) == (None, 8)
+        assert few.storage["calibration"] == tiny_calibration().digest
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "| 128 | LESS, k4v4 |" in written
+    assert "--rows k4v4,int8" in written

@@ -14,10 +14,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from less import Sidekick
-from less.cli import main
+from less import Calibration, Sidekick
+from less.cli import main, rows
+from less.dtypes import FORMATS, ROW_TYPES
 from less.evaluate import assets
-from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_sidekick
+from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_calibration, tiny_sidekick
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -64,6 +65,13 @@ def world(tmp_path_factory):
     (root / "foreign" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     tiny_sidekick().save_pretrained(root / "sidekick")
     Sidekick.random(3, 4, 2, 16, 4, 8, "exp").save_pretrained(root / "other")
+    tiny_calibration().save_pretrained(root / "rows")
+    foreign = [tiny_calibration()[0]] * 3
+    Calibration(foreign).save_pretrained(root / "rows-of-three")
+    other = {"model": {"name": "another", "fingerprint": "0"}}
+    Calibration(foreign[:2], other).save_pretrained(root / "rows-of-another")
+    shutil.copytree(root / "rows", root / "damaged-rows")
+    (root / "damaged-rows" / "rows.safetensors").write_bytes(b"nothing")
     shutil.copytree(root / "sidekick", root / "damaged")
     (root / "damaged" / "model.safetensors").write_bytes(b"nothing")
     return root
@@ -78,6 +86,7 @@ RIGHT = {
     "lm-eval": "--model model --tasks recall --include-path tasks --budget 16",
 }
 MEASURING = ("demo", "evaluate")
+WITH_ROWS = ("evaluate", "chat", "lm-eval")
 ALL = tuple(RIGHT)
 # (commands, what is wrong, part of the message)
 WRONG = [
@@ -99,6 +108,23 @@ WRONG = [
     (("demo", "evaluate", "chat", "lm-eval"), "--sidekick nobody", "neither a folder, nor 'none'"),
     (("demo", "evaluate", "chat", "lm-eval"), "--sidekick other", "layers"),
     (("demo", "evaluate", "chat", "lm-eval"), "--sidekick damaged", "model.safetensors"),
+    (WITH_ROWS, "--rows k5v5", "must be one of k8v4, k4v4,"),
+    (WITH_ROWS, "--dtype int8 --rows k4v4", "--rows: not allowed with argument --dtype"),
+    (WITH_ROWS, "--hot 4", "--hot 4: it is a setting of --rows, which is not given"),
+    (WITH_ROWS, "--calibration rows", "--calibration rows: it is a setting of --rows"),
+    (WITH_ROWS, "--rows int8 --sinks 4", "--sinks 4: it is a setting of the packed formats"),
+    (WITH_ROWS, "--rows k4v4 --hot 0", "--hot must be 1 or more, got 0"),
+    (WITH_ROWS, "--rows k4v4 --sinks -1", "--sinks must be 0 or more, got -1"),
+    (WITH_ROWS, "--rows k4v4 --hot-dtype int4", "invalid choice: 'int4'"),
+    (WITH_ROWS, "--rows int8 --calibration nowhere", "--calibration nowhere is not a folder"),
+    (WITH_ROWS, "--rows int8 --calibration empty", "rows.json: no such file"),
+    (WITH_ROWS, "--rows int8 --calibration damaged-rows", "damaged, or of another rows.json"),
+    (WITH_ROWS, "--rows int8 --calibration rows-of-three", "must have layers=2, got layers=3"),
+    (WITH_ROWS, "--rows int8 --calibration rows-of-another", "it was measured on another, not on"),
+    (("evaluate",), "--rows int8,k4v4 --hot 60", "16 tokens in float16, 1,664 bytes of a layer"),
+    (("lm-eval",), "--rows k4v4", "would keep 16 tokens, and k4v4 keeps 21 or more"),
+    (("chat",), "--rows k4v4 --budget 20", "would keep 20 tokens, and k4v4 keeps 21 or more"),
+    (("chat",), "--rows k4v4 --config sidekick", "--rows: the config of --config has them"),
     (("demo", "evaluate", "train"), "--out text.txt/out", "text.txt is not a folder"),
     (("demo", "evaluate", "train"), "--out /proc/less", "/proc is not writable"),
     (("train",), "--work text.txt", "text.txt is not a folder"),
@@ -171,6 +197,11 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+def test_the_formats_that_commands_know_are_the_librarys():
+    assert tuple(FORMATS) == rows.FORMATS
+    assert set(rows.DTYPES) < {row.name for row in ROW_TYPES.values()}
+
+
 @pytest.mark.parametrize("command", ALL)
 def test_a_right_call_does_load_the_model(no_model, world, monkeypatch, command):
     with pytest.raises(ModelLoadedError):
@@ -205,6 +236,9 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once(no_model, world, monkeyp
     [
         ("evaluate", "--dtype float64"),
         ("evaluate", "--text nowhere.txt"),
+        ("evaluate", "--rows k4v4,k5v5"),
+        ("evaluate", "--rows k4v4 --calibration nowhere"),
+        ("chat", "--rows int8 --hot 4"),
         ("evaluate", "--out text.txt/out"),
         ("demo", "--update page.md"),
         ("train", "--text nowhere.txt"),

@@ -19,9 +19,17 @@ from lm_eval.models.huggingface import HFLM
 from less import H2O, LessConfig, SinkRecent
 from less.cli import main
 from less.evaluate.perplexity import through_caches
-from less.hf import cache_for
+from less.hf import attach, cache_for
 from less.integrations.lm_eval import LessLM
-from tests.tiny_model import BOS, TEXT, byte_tokenizer, save_tiny, tiny_model, tiny_sidekick
+from tests.tiny_model import (
+    BOS,
+    TEXT,
+    byte_tokenizer,
+    save_tiny,
+    tiny_calibration,
+    tiny_model,
+    tiny_sidekick,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "docs" / "lm-eval"
@@ -146,10 +154,14 @@ def test_a_share_is_of_each_batchs_longest_request(model):
             r"has these settings already: \['tokens'\]",
         ),
         ({"bytes": 100}, "cannot hold one token per head"),
+        ({"tokens": 30, "rows": "k5v5"}, "rows must be one of"),
+        ({"tokens": 30, "rows": "k4v4", "slots": "k3v3"}, "slots and rows say the same"),
+        ({"tokens": 16, "rows": "k4v4"}, "would keep 16 tokens, and k4v4 keeps 21 or more"),
+        ({"tokens": 30, "rows": "k4v4", "calibration": "nowhere"}, "nowhere"),
     ],
 )
 def test_wrong_settings_are_refused_when_the_model_is_made(model, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         LessLM(model, tokenizer=byte_tokenizer(), **settings)
 
 
@@ -163,6 +175,39 @@ def test_settings_may_be_written_on_the_command_line(model, tmp_path):
         tokens=20, policy=SinkRecent(4, 1), dtype="float16", shape="pyramid", beta=2
     )
     assert lm.get_model_info()["less"]["tokens"] == 20
+
+
+def test_packed_rows_and_a_calibration_may_be_written_on_the_command_line(tmp_path):
+    save_tiny(tmp_path / "model")
+    tiny_calibration().save_pretrained(tmp_path / "rows")
+    for named in ("rows", "slots"):
+        lm = LessLM.create_from_arg_string(
+            f"pretrained={tmp_path / 'model'},tokens=24,{named}=k4v4,sinks=2,hot=8,"
+            f"hot_dtype=float16,calibration={tmp_path / 'rows'}",
+            {"batch_size": 2, "device": "cpu"},
+        )
+        assert lm.less_config == LessConfig(
+            tokens=24, rows="k4v4", sinks=2, hot=8, hot_dtype="float16"
+        )
+        cache = lm._held[1]
+        assert cache.calibration.digest == tiny_calibration().digest
+        assert {(x.dtype, x.sinks, x.hot, x.hot_dtype) for x in cache.layouts} == {
+            ("k4v4", 2, 8, torch.float16)
+        }
+
+
+def test_scores_on_packed_rows_are_those_of_single_tokens(model):
+    config = LessConfig(tokens=24, rows="k3v3", sinks=2, hot=6)
+    lm = build(model, config)
+    for (context, answer), (got, _) in zip(PAIRS[:2], scores(lm, pairs=PAIRS[:2]), strict=True):
+        ids = torch.tensor([lm.tok_encode(context + answer)])
+        cache, want = config.cache(model), 0.0
+        with torch.inference_mode(), attach(model, cache):
+            for t in range(ids.shape[1] - 1):
+                logits = model(ids[:, t : t + 1], past_key_values=cache).logits[0, -1]
+                if t + 1 >= ids.shape[1] - len(lm.tok_encode(answer)):
+                    want += logits.log_softmax(-1)[ids[0, t + 1]].item()
+        assert got == pytest.approx(want, abs=2e-2)
 
 
 def test_a_policy_of_a_file_is_imported_and_brought_to_the_budget(
@@ -212,7 +257,8 @@ def test_the_policy_of_the_command_has_a_row_of_its_own_beside_h2o(
         assert methods[-1].policy == methods[-2].policy
 
 
-def test_one_command_prints_the_table(tmp_path, capsys):
+@pytest.mark.parametrize("stored", ["float16", "k4v4"])
+def test_one_command_prints_the_table(tmp_path, capsys, stored):
     save_tiny(tmp_path / "model")
     tiny_sidekick().save_pretrained(tmp_path / "sidekick")
     arguments = [
@@ -220,6 +266,9 @@ def test_one_command_prints_the_table(tmp_path, capsys):
         "--tasks", "recall", "--include-path", TASKS, "--budget", 48, "--batch-size", 2,
         "--limit", 2, "--chunk", 64, "--out", tmp_path / "results.json",
     ]  # fmt: skip
+    if stored == "k4v4":
+        tiny_calibration().save_pretrained(tmp_path / "rows")
+        arguments += ["--rows", stored, "--calibration", tmp_path / "rows"]
     # The byte tokenizer makes 700 tokens of a document.
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(
@@ -227,7 +276,7 @@ def test_one_command_prints_the_table(tmp_path, capsys):
     )
     assert main(list(map(str, arguments))) == 0
     shown = capsys.readouterr().out
-    assert "48 tokens kept per head" in shown
+    assert f"48 tokens kept per head in {stored}" in shown
     assert "recall" in shown
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written) == ["full cache", "H2O", "decayed H2O", "LESS"]

@@ -67,3 +67,21 @@ def tiny_sidekick(rank=4, hidden=8, decay=0.98):
     policy = {"name": "H2O", "heavy": 8, "recent": 8, "decay": decay}
     sidekick.config["policies"] = [policy]
     return sidekick
+
+
+def tiny_calibration(seed=0):
+    """Means and scales that differ by channel, noted as the tiny model's."""
+    from less import Calibration
+    from less.calibration import NAMES
+    from less.sidekick.identity import model_identity
+
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(factor):
+        return torch.randn(2, 16, generator=g) * factor
+
+    def layer():
+        scales = normal(0.3).exp(), normal(0.3).exp()
+        return dict(zip(NAMES, (normal(0.5), scales[0], normal(0.5), scales[1]), strict=True))
+
+    return Calibration([layer(), layer()], {"model": model_identity(tiny_model())})

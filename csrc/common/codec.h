@@ -2,9 +2,11 @@
 // file that knows levels and packing; less/reference/codec.py says the same in Python, and every
 // kernel gets its bits: each step is one float rounding, in the order that is given here.
 //
-//   rms = sqrt(sum x^2 / D);  code = number of thresholds t with x > t rms;
+//   code = number of thresholds t with x > t max|x|;
 //   scale = sum x level / sum level^2, rounded to fp16, at most 65504
 //
+// The n levels are uniform, (2 code + 1) 2/n - 2; thresholds lie halfway between levels that reach
+// from -clip to clip.
 // Sums: of 16 lanes, lane j adds up the numbers j, j + 16, ...; then lanes j and j + 8 are added, j
 // and j + 4, j and j + 2, and the last two.
 // Packing, little bits first: of 4 bits byte i holds the codes of dims i and i + D/2; of 2 bits
@@ -12,7 +14,6 @@
 // the third: byte i holds those of i, i + D/8, ..., i + 7D/8.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -31,27 +32,23 @@ struct Levels {
   int count;
 };
 
-constexpr Levels make_levels(const int8_t* positive, int half, double rms) {
+constexpr Levels make_levels(int count, double clip) {
   Levels levels{};
-  levels.count = 2 * half;
+  levels.count = count;
   for (int i = 0; i < 16; ++i) {
-    const int code = i % levels.count;
-    levels.n[i] = code < half ? int8_t(-positive[half - 1 - code]) : positive[code - half];
+    levels.n[i] = int8_t((2 * (i % count) + 1) * 128 / count - 128);
     levels.value[i] = float(levels.n[i]) / 64.0f;
   }
-  for (int i = 0; i + 1 < levels.count; ++i) {
-    levels.threshold[i] = float((levels.n[i] + levels.n[i + 1]) / (2 * rms));
+  for (int i = 0; i + 1 < count; ++i) {
+    levels.threshold[i] = float(clip * (2 * i - count + 2) / (count - 1));
   }
   return levels;
 }
 
-// Lloyd and Max's for the Gaussian; the second number is what of a level is one rms.
-constexpr int8_t kPositive4[] = {6, 18, 31, 44, 58, 75, 96, 127};
-constexpr int8_t kPositive3[] = {14, 45, 79, 127};
-constexpr int8_t kPositive2[] = {38, 127};
-constexpr Levels kLevels4 = make_levels(kPositive4, 8, 46.5);
-constexpr Levels kLevels3 = make_levels(kPositive3, 4, 59.0);
-constexpr Levels kLevels2 = make_levels(kPositive2, 2, 84.0);
+// The clip of least squared error for Gaussian rows of 64 to 128 numbers.
+constexpr Levels kLevels4 = make_levels(16, 0.90);
+constexpr Levels kLevels3 = make_levels(8, 0.77);
+constexpr Levels kLevels2 = make_levels(4, 0.55);
 
 LESS_HD constexpr const Levels& levels_of(DType dtype) {
   return dtype == DType::b4 ? kLevels4 : dtype == DType::b3 ? kLevels3 : kLevels2;

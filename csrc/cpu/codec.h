@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -151,24 +150,16 @@ LESS_INLINE Vec only_first(Vec x, int n) {
 template <int kThresholds>
 uint16_t encode_codes(const Levels& levels, const float* x, int64_t D, uint8_t* code) {
   constexpr int kV = Vec::kSize;
-  float squares[1];
-  ordered_sums(D, squares, [x](int64_t d, int n, Vec(&sum)[1]) {
-    const Vec a = load_some(x + d, n);
-    sum[0] = a * a;
-  });
-  const float rms = std::sqrt(squares[0] / float(D));
+  const float largest = bits_to_float(largest_bits(x, D));
   float threshold[kThresholds];
-  for (int i = 0; i < kThresholds; ++i) threshold[i] = rms * levels.threshold[i];
+  for (int i = 0; i < kThresholds; ++i) threshold[i] = largest * levels.threshold[i];
+  const float step = levels.value[1] - levels.value[0];
   float sums[2];  // x level, level^2
   ordered_sums(D, sums, [&](int64_t d, int n, Vec(&sum)[2]) {
     const Vec a = load_some(x + d, n);
     Int index(0);
-    Vec level(levels.value[0]);
-    for (int i = 0; i < kThresholds; ++i) {  // ascending: those below a come first
-      const Int above = Vec(threshold[i]) < a;
-      index = index - above;
-      level = select(above, Vec(levels.value[i + 1]), level);
-    }
+    for (int i = 0; i < kThresholds; ++i) index = index - (Vec(threshold[i]) < a);
+    const Vec level = Vec(index) * Vec(step) + Vec(levels.value[0]);  // exact
     sum[0] = only_first(a * level, n);
     sum[1] = only_first(level * level, n);
     uint8_t part[kV];

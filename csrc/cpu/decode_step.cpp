@@ -98,8 +98,8 @@ class Step {
     const int64_t slot = hot_slot(p_.layout, seen_);
     const Token left{slots_.position[slot], slots_.score[slot]};
     if (left.position >= 0) encode(slot);
-    copy_row(new_k(), 0, group_[0].k, slot, D_);
-    copy_row(new_v(), 0, group_[0].v, slot, D_);
+    copy_row(new_k(), 0, group_[0].k, slot);
+    copy_row(new_v(), 0, group_[0].v, slot);
     hold(slot, token);
     if (left.position >= 0) join(left, left_k(), left_v());
   }
@@ -344,8 +344,8 @@ class Step {
       }
     }
     if (slot == S_) return;
-    copy_row(k, 0, cold.k, slot - W_, D_);
-    copy_row(v, 0, cold.v, slot - W_, D_);
+    copy_row(k, 0, cold.k, slot - W_);
+    copy_row(v, 0, cold.v, slot - W_);
     hold(slot, token);
   }
 

@@ -7,12 +7,10 @@
 
 namespace less::cpu::LESS_ISA {
 
-// Writes out [D] and returns the scale. To the nearest, of ties the even. NaN or infinity in x
-// makes the scale so and out 0, and a row so small that its scale underflows is 0.
+// The bits of the largest |x|, NaN above infinity: as integers, those of |x| are in order.
 template <typename T>
-LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
+LESS_INLINE uint32_t largest_bits(const T* x, int64_t D) {
   constexpr int kV = Vec::kSize;
-  // As integers, the bits of |x| are in order, with NaN above infinity: nothing is lost.
   Int top(0);
   int64_t d = 0;
   for (; d + kV <= D; d += kV) {
@@ -30,13 +28,22 @@ LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
     const uint32_t bits = float_to_bits(part[i]);
     largest = bits > largest ? bits : largest;
   }
-  const float scale = bits_to_float(largest) / 127.0f;
+  return largest;
+}
+
+// Writes out [D] and returns the scale. To the nearest, of ties the even. NaN or infinity in x
+// makes the scale so and out 0, and a row so small that its scale underflows is 0.
+template <typename T>
+LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
+  constexpr int kV = Vec::kSize;
+  const float scale = bits_to_float(largest_bits(x, D)) / 127.0f;
   if (!(scale > 0.0f && scale < kInfinity)) {
     std::memset(out, 0, D);
     return scale;
   }
   const Vec step(scale);
-  for (d = 0; d + kV <= D; d += kV) (Vec::load(x + d) / step).store(out + d);
+  int64_t d = 0;
+  for (; d + kV <= D; d += kV) (Vec::load(x + d) / step).store(out + d);
   if (d < D) (Vec::load(x + d, int(D - d)) / step).store(out + d, int(D - d));
   return scale;
 }

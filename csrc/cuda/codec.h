@@ -122,6 +122,14 @@ LESS_DEVICE float ordered_sum(int D, const Term& term) {
   return sum;
 }
 
+// The largest |x| of the row, or NaN; the same for all lanes.
+LESS_DEVICE float largest_of(const LaneRow& row, int D) {
+  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+  for_lane_dims(
+      D, [&](int i, int) { largest = max(largest, bits_of<uint32_t>(row.x[i]) & 0x7fffffffu); });
+  return bits_of<float>(__reduce_max_sync(0xffffffffu, largest));
+}
+
 template <DType kType, int kI>
 LESS_DEVICE float threshold() {
   constexpr float at = levels_of(kType).threshold[kI];
@@ -129,8 +137,8 @@ LESS_DEVICE float threshold() {
 }
 
 template <DType kType, int... kI>
-LESS_DEVICE int code_of(float x, float rms, std::integer_sequence<int, kI...>) {
-  return (int(x > __fmul_rn(rms, threshold<kType, kI>())) + ...);
+LESS_DEVICE int code_of(float x, float largest, std::integer_sequence<int, kI...>) {
+  return (int(x > __fmul_rn(largest, threshold<kType, kI>())) + ...);
 }
 
 // codes [D]: shared. Returns the row's scale, as it is stored.
@@ -138,11 +146,10 @@ template <DType kType>
 LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
   constexpr int kCount = levels_of(kType).count;
   const bool writes = int(threadIdx.x) % 32 < kCodecLanes;
-  const float squares = ordered_sum(D, [&](int i) { return __fmul_rn(row.x[i], row.x[i]); });
-  const float rms = __fsqrt_rn(__fdiv_rn(squares, float(D)));
+  const float largest = largest_of(row, D);
   LaneRow level;
   for_lane_dims(D, [&](int i, int d) {
-    const int code = code_of<kType>(row.x[i], rms, std::make_integer_sequence<int, kCount - 1>());
+    const int code = code_of<kType>(row.x[i], largest, std::make_integer_sequence<int, kCount - 1>());
     level.x[i] = float(int8_t(levels_of_codes<kType>(uint32_t(code)))) * (1.0f / 64.0f);
     if (writes) codes[d] = uint8_t(code);
   });
@@ -154,10 +161,7 @@ LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
 
 // The same of a row of 8 bits.
 LESS_DEVICE float encode_bytes(const LaneRow& row, int D, uint8_t* codes) {
-  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
-  for_lane_dims(
-      D, [&](int i, int) { largest = max(largest, bits_of<uint32_t>(row.x[i]) & 0x7fffffffu); });
-  const float scale = __fdiv_rn(bits_of<float>(__reduce_max_sync(0xffffffffu, largest)), 127.0f);
+  const float scale = __fdiv_rn(largest_of(row, D), 127.0f);
   const bool sound = scale > 0.0f && scale <= 3.402823466e38f;
   for_lane_dims(D, [&](int i, int d) {
     const int8_t x = sound ? narrowed<int8_t>(__fdiv_rn(row.x[i], scale)) : int8_t(0);

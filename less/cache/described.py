@@ -60,6 +60,16 @@ class Described:
         """The kind of the sidekick's maps; "" without one."""
         return "" if self.sidekick is None else self.sidekick.kind
 
+    @property
+    def at_once(self) -> int:
+        """Tokens that an empty cache may be fed at once as if one by one.
+
+        Until then nothing is evicted, and no row of a packed format is encoded: those tokens see
+        each other as single steps would.
+        """
+        held = [x for x in self.layouts if x is not None]
+        return min(x.hot_slots or min(x.capacities) for x in held)
+
     def policy_text(self) -> str:
         """The policy, or the runs of layers that share one: ``0-1 Full(...); 2-29 H2O(...)``."""
         return policy_text(self.policies)

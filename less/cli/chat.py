@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring, threads
+from less.cli import checks, measuring, rows, threads
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from less import LessKVCache
     from less.integrations.chat import Chat, Sampling
 
 _COMMANDS = {
@@ -38,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
         + "; ".join(f"{name}: {what}" for name, what in _COMMANDS.items())
         + ".",
     )
-    measuring.add_model(parser)
+    measuring.add_model(parser, rows.one)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--budget", type=measuring.positive, default=256, metavar="C",
@@ -68,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.config is not None and args.sidekick is not None:
         raise ValueError("--sidekick: the config of --config names one, or none")
+    if args.config is not None and args.rows is not None:
+        raise ValueError("--rows: the config of --config has them already")
+    rows.check(args)
     sources.check_model_name(args.model)
     sources.check_template(args.model)
     checks.check_sidekick(args.sidekick)
@@ -95,7 +99,6 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
 
     from less import LessConfig
     from less.evaluate import assets
-    from less.evaluate.report import size
     from less.integrations.chat import Chat, check_template
 
     sidekick = None
@@ -104,27 +107,45 @@ def _open(args: argparse.Namespace, console: Console, interrupts: _Interrupts) -
         sidekick = config.load_sidekick()
     else:
         budget = {"tokens": args.budget} if args.bytes is None else {"bytes": args.bytes}
-        config = LessConfig(**budget, dtype=args.dtype)
+        config = LessConfig(**budget, **rows.settings(args))
     found = assets.find_model(args.model)
     check_template(found.tokenizer, args.system)
     if args.config is None:
         sidekick, _ = measuring.sidekicks_for(args.sidekick, found.config)
     elif sidekick is not None:
         sidekick.check_model(found.config)
+    calibration = rows.read_calibration(config.calibration, found.config)
     config.policies(found.skeleton(), sidekick=sidekick)
     threads.set_threads(args, console)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = found.load(getattr(torch, args.model_dtype))
-    cache = config.cache(model, sidekick=sidekick)
-    memory = cache.memory()
-    maps = f", maps {size(memory['maps'])}" if memory["maps"] else "; no sidekick: eviction alone"
+    cache = config.cache(model, sidekick=sidekick, calibration=calibration)
     console.print(
-        f"{args.model}: the cache holds {size(memory['slots'] + memory['state'])} from the first "
-        f"token to the last{maps}. /help for commands, Ctrl-D to leave.",
+        f"{args.model}: {_held(cache)}. /help for commands, Ctrl-D to leave.",
         style="dim", markup=False, soft_wrap=True,
     )  # fmt: skip
     return Chat(model, found.tokenizer, cache, args.system, args.prefill, interrupts.seen)
+
+
+def _held(cache: LessKVCache) -> str:
+    """What a cache takes, in words; it is the same from the first token to the last."""
+    from less.dtypes import format_name
+    from less.evaluate.report import size
+
+    memory = cache.memory()
+    layout = next(x for x in cache.layouts if x is not None)
+    text = f"the cache holds {size(memory['slots'] + memory['state'])} from the first token to the "
+    text += f"last, rows in {format_name(cache.dtype)}"
+    if layout.hot_slots:
+        text += (
+            f", the first {layout.sinks} and the last {layout.hot} tokens in "
+            f"{format_name(layout.hot_dtype)}"
+        )
+    if cache.sidekick is not None:
+        return f"{text}; maps {size(memory['maps'])}"
+    weights = f"; means and scales {size(memory['maps'])}" if memory["maps"] else ""
+    return f"{text}{weights}; no sidekick: eviction alone"
 
 
 class _Interrupts:

@@ -48,6 +48,16 @@ def check_folder(option: str, folder: Path) -> None:
         raise ValueError(f"{option} {folder}: {there} is not writable: {error.strerror}") from None
 
 
+def check_is_folder(option: str, folder: str) -> None:
+    """Refuse what is no folder; its content is looked at when it is read.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise ValueError(f"{option} {folder} is not a folder")
+
+
 def check_file(option: str, file: Path) -> None:
     """Refuse a file that cannot be written; writes nothing.
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring
+from less.cli import checks, measuring, rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
         description="Perplexity, copy probe, bytes and speed of every method at several budgets, "
         "token by token through the real caches. About twenty minutes on two cores.",
     )
-    measuring.add_common(parser, out=_NAME, chunks=8)
+    measuring.add_common(parser, out=_NAME, chunks=8, of_rows=rows.several)
     parser.add_argument(
         "--budgets", type=_budgets, default=[32, 64, 128], metavar="C,C,…",
         help="tokens kept per head (default: 32,64,128)",
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "opened": subject.opened,
         "text": subject.source,
         "budgets": args.budgets,
+        "rows": args.rows or [],
         **machine(),
     }
     with progress(console, "full cache, chunks") as step:
@@ -98,11 +99,13 @@ def run(args: argparse.Namespace) -> int:
     for line in report.legend(everything):
         console.print(line, style="dim", markup=False)
     report.plot(everything, args.out / "plot.png")
-    caption = (
-        f"{subject.in_words}; {subject.source}; {in_words(facts)}. "
-        f"Command: `less-kv evaluate --chunks {args.chunks} --length {args.length} "
-        f"--budgets {','.join(map(str, args.budgets))}`."
+    command = (
+        f"less-kv evaluate --chunks {args.chunks} --length {args.length} "
+        f"--budgets {','.join(map(str, args.budgets))}"
     )
+    if args.rows:
+        command += f" --rows {','.join(args.rows)}"
+    caption = f"{subject.in_words}; {subject.source}; {in_words(facts)}. Command: `{command}`."
     if not args.no_speed:
         sections.append(_long_contexts(subject, args, console))
     legend = "\n".join(f"- {line}" for line in report.legend(everything))
@@ -118,33 +121,29 @@ def _long_contexts(subject: measuring.Subject, args: argparse.Namespace, console
     from less.evaluate.progress import progress
     from less.evaluate.report import size
     from less.evaluate.speed import speed
-    from less.hf import cache_for
 
     budget = args.budgets[len(args.budgets) // 2]
     methods = measuring.methods_for(subject, budget)
-    methods = [m for m in methods if m.name in ("full cache", "H2O", "LESS")]
-    rows = []
+    methods = [
+        m for m in methods if m.name in ("full cache", "H2O", "LESS") or m.storage is not None
+    ]
+    lines = []
     for context in args.contexts:
         text = measuring.cut(subject, context, 1)
-        caches = [
-            None
-            if m.policy is None
-            else cache_for(subject.model, m.policy, m.sidekick, dtype=subject.dtype)
-            for m in methods
-        ]
+        caches = [m.cache(subject.model, subject.dtype) for m in methods]
         with progress(console, f"speed after {context:,} tokens, turns") as step:
             speeds = speed(subject.model, text, caches, chunk=512, progress=step)
         # Layers that slide hold the same with every method, and are not counted.
         memory = [c.memory() for c in caches if c is not None]
-        full = max(m["full"] - m["native"] for m in memory)
+        full = memory[0]["full"] - memory[0]["native"]  # of H2O, in the table's dtype
         for method, cache, measured in zip(methods, caches, speeds, strict=True):
             held = full if cache is None else cache.memory()["slots"] + cache.memory()["state"]
-            rows.append(
+            lines.append(
                 f"| {context:,} | {method.name} | {size(held)} | "
                 f"{measured.tokens_per_second:.1f} | {measured.prompt_seconds:.1f} |"
             )
     head = "| tokens seen | method | slots + state | tok/s | prompt, s |\n|---:|---|---:|---:|---:|"
-    table = "\n".join([head, *rows])
+    table = "\n".join([head, *lines])
     console.print(table, markup=False)
     return (
         f"### Speed with more text, {budget} tokens kept per head, batch 1\n\n{table}\n\n"

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring, threads
+from less.cli import checks, measuring, rows, threads
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+    from less import Calibration, LessConfig
     from less.evaluate.methods import Method
     from less.policies import Policy
 
@@ -32,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         "install 'less-kv[eval]'. The harness's own command line, for every other setting: python "
         "-m less.integrations.lm_eval run --model less-kv ...",
     )
-    measuring.add_model(parser)
+    measuring.add_model(parser, rows.one)
     parser.add_argument("--tasks", required=True, metavar="NAME,…", help="the harness's names")
     parser.add_argument(
         "--include-path", type=Path, metavar="FOLDER",
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         checks.check_file("--out", args.out)
     sources.check_model_name(args.model)
+    rows.check(args)
     policy = _policy(args.policy, args.budget)
     names = args.tasks.split(",")
     tasks = _tasks(names, args.include_path)
@@ -79,14 +81,19 @@ def run(args: argparse.Namespace) -> int:
     console = measuring.console_for()
     threads.set_threads(args, console)
     found = assets.find_model(args.model)
-    describe(found.skeleton(), f"--model {args.model}")
+    skeleton = found.skeleton()
+    describe(skeleton, f"--model {args.model}")
     methods = _methods(args, found.config, policy)
+    calibration = rows.read_calibration(args.calibration, found.config)
+    for method in methods:
+        if method.policy is not None:
+            _config(method, args).policies(skeleton, sidekick=method.sidekick)
     model, tokenizer = found.load(getattr(torch, args.model_dtype)), found.tokenizer
     results = {}
     for method in methods:
         start = time.monotonic()
         done = simple_evaluate(
-            _language_model(method, args, model, tokenizer),
+            _language_model(method, args, model, tokenizer, calibration),
             tasks=names,
             task_manager=tasks,
             limit=args.limit,
@@ -94,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         )
         results[method.name] = done["results"]
         console.print(f"  {method.name}: done in {time.monotonic() - start:.0f} s")
-    title = f"{args.budget} tokens kept per head, model in {args.model_dtype}"
+    stored = args.rows or args.dtype
+    title = f"{args.budget} tokens kept per head in {stored}, model in {args.model_dtype}"
     console.print(_table(results, title))
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
@@ -193,17 +201,35 @@ def _methods(args: argparse.Namespace, model: Any, policy: Policy | None) -> lis
     return methods if sidekick is None else [*methods, Method("LESS", rule, sidekick)]
 
 
-def _language_model(method: Method, args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+def _config(method: Method, args: argparse.Namespace) -> LessConfig:
+    """Of a bounded method's cache."""
+    from less.config import LessConfig
+
+    return LessConfig(tokens=args.budget, policy=method.policy, **rows.settings(args))
+
+
+def _language_model(
+    method: Method,
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    calibration: Calibration | None,
+) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    from less.config import LessConfig
     from less.integrations.lm_eval import LessLM
 
     common = {"tokenizer": tokenizer, "batch_size": args.batch_size}
     if method.policy is None:
         return HFLM(model, **common)
-    config = LessConfig(tokens=args.budget, policy=method.policy, dtype=args.dtype)
-    return LessLM(model, config=config, sidekick=method.sidekick, chunk=args.chunk, **common)
+    return LessLM(
+        model,
+        config=_config(method, args),
+        sidekick=method.sidekick,
+        calibration=calibration,
+        chunk=args.chunk,
+        **common,
+    )
 
 
 def _table(results: dict[str, dict[str, dict[str, Any]]], title: str) -> Any:

@@ -6,12 +6,12 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, threads
+from less.cli import checks, rows, threads
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
     from less import Sidekick
     from less.evaluate.assets import FoundModel
-    from less.evaluate.methods import Method
+    from less.evaluate.methods import Method, Storage
     from less.hf.models import ModelFacts
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
-_DTYPES = ("float32", "bfloat16", "float16", "int8")
 _PAPER = "-paper"  # suffix of the shipped sidekicks made by the paper's own recipe
 
 
@@ -41,8 +40,9 @@ class Subject:
         opened: Tokens that open every chunk and are not text (BOS).
         sidekick: The one under test.
         paper: The one of the paper's recipe.
-        dtype: Of the slots.
+        dtype: Of the slots of methods that name no format.
         model_dtype: Of the model's weights.
+        formats: What ``--rows`` names.
         model: The model, once it is loaded.
     """
 
@@ -56,6 +56,7 @@ class Subject:
     paper: Sidekick | None
     dtype: torch.dtype
     model_dtype: torch.dtype
+    formats: Sequence[Storage] = ()
     model: Any = None
 
     @property
@@ -76,8 +77,15 @@ class Subject:
         self.model = self.found.load(self.model_dtype)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a model and how its cache is held."""
+def add_model(
+    parser: argparse.ArgumentParser, of_rows: Callable[[str], str | list[str]] | None = None
+) -> None:
+    """Add the arguments that name a model and how its cache is held.
+
+    Args:
+        parser: Of a command.
+        of_rows: The type of ``--rows``, as in ``less.cli.rows.add_dtype``.
+    """
     parser.add_argument(
         "--model", default="smollm2", metavar="NAME",
         help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
@@ -88,9 +96,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="folder or shipped name of trained feature maps, or 'none' (default: the shipped one "
         "that fits the model)",
     )  # fmt: skip
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, default="float16", help="of the slots (default: %(default)s)"
-    )
+    rows.add_dtype(parser, of_rows)
     add_model_dtype(parser)
     parser.add_argument("--threads", type=positive, help=threads.DEFAULT)
 
@@ -104,9 +110,14 @@ def add_model_dtype(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
+def add_common(
+    parser: argparse.ArgumentParser,
+    out: str,
+    chunks: int,
+    of_rows: Callable[[str], str | list[str]] | None = None,
+) -> None:
     """Add the arguments that both commands have."""
-    add_model(parser)
+    add_model(parser, of_rows)
     parser.add_argument(
         "--text", metavar="FILE",
         help="a text file or a folder of them (default: Wikipedia articles that no shipped "
@@ -123,7 +134,7 @@ def add_common(parser: argparse.ArgumentParser, out: str, chunks: int) -> None:
         "<!-- end table --> of a markdown file",
     )  # fmt: skip
     parser.add_argument(
-        "--maps-dtype", choices=_DTYPES, help="of the feature maps (default: their file's)"
+        "--maps-dtype", choices=rows.DTYPES, help="of the feature maps (default: their file's)"
     )
 
 
@@ -165,6 +176,9 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
     else:
         sources.check_wikipedia()
     checks.check_sidekick(args.sidekick)
+    named = hasattr(args, "rows")
+    if named:
+        rows.check(args)
     import torch
 
     from less.evaluate import assets
@@ -196,8 +210,9 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
         opened=opening(found.tokenizer),
         sidekick=sidekick,
         paper=paper,
-        dtype=getattr(torch, args.dtype),
+        dtype=rows.table_dtype(args, getattr(torch, args.model_dtype)),
         model_dtype=getattr(torch, args.model_dtype),
+        formats=rows.storages(args, found.config) if named else (),
     )
     cut(subject, args.length, args.chunks)
     for context in contexts:
@@ -295,9 +310,13 @@ def sidekicks_for(wanted: str | None, model: Any) -> tuple[Sidekick | None, Side
 
 
 def methods_for(subject: Subject, budget: int) -> list[Method]:
-    """Rows of the table at one budget, with eviction at the bytes of state and maps."""
+    """Rows of the table at one budget, with eviction at the bytes of state and maps.
+
+    With ``--rows`` the last ones are the last method's rule in each of its formats, with the
+    sidekick and without.
+    """
     from less.config import trained_policy
-    from less.evaluate.methods import equal_bytes_with_maps, standard_methods
+    from less.evaluate.methods import equal_bytes_with_maps, in_formats, standard_methods
 
     sidekick, dtype = subject.sidekick, subject.dtype
     policy = trained_policy(sidekick, budget) if sidekick is not None else None
@@ -308,6 +327,11 @@ def methods_for(subject: Subject, budget: int) -> list[Method]:
         with_maps = equal_bytes_with_maps(rule, sidekick, dtype)
         first_less = next(i for i, method in enumerate(methods) if method.sidekick is not None)
         methods.insert(first_less, with_maps)
+    if subject.formats:
+        rule, heads = methods[-1].policy, (subject.facts.kv_heads, subject.facts.head_dim)
+        assert rule is not None
+        for memory in dict.fromkeys((None, sidekick)):
+            methods += in_formats(budget, subject.formats, rule, heads, dtype, memory)
     return methods
 
 

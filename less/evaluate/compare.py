@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from less.cache import LessKVCache
+from less.dtypes import name as name_of
 from less.evaluate.methods import BASELINE, Method, rule_name
 from less.evaluate.perplexity import (
     FROM,
@@ -39,8 +40,9 @@ class Result:
         chunks: Chunks behind the perplexity.
         slots: Bytes of the slots; of k and v for the full cache.
         state: Bytes of H and z.
-        maps: Bytes of the feature maps, once for the whole batch.
-        dtype: Of the slots, of whatever method.
+        maps: Bytes of the feature maps, and of the means and scales of channels, once for the
+            whole batch.
+        dtype: Of the slots, or their packed format; of k and v for the full cache.
         maps_dtype: Of the feature maps' matrices, "" where there are none.
         nats: Mean nats per token at positions `start` on.
         start: First position counted.
@@ -56,6 +58,7 @@ class Result:
         tokens_per_second: Decoding speed at batch 1 with `length` tokens seen.
         prompt_seconds: To take in those tokens as a prompt.
         chunk_losses: `loss` of each chunk.
+        storage: ``Storage.described``; empty for the full cache.
     """
 
     method: str
@@ -83,6 +86,7 @@ class Result:
     tokens_per_second: float = math.nan
     prompt_seconds: float = math.nan
     chunk_losses: list[float] = dataclasses.field(default_factory=list)
+    storage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def held(self) -> int:
@@ -152,23 +156,18 @@ def compare(
         methods: With ``FULL`` among them, and the plain H2O that recovery is measured from.
         full: Of the same chunks, from ``measure_full``.
         budget: Recorded in the results.
-        dtype: Of the slots.
+        dtype: Of the slots of methods that name no format.
         start: First position counted.
         progress: Called with (tokens done, length).
 
     Returns:
         One ``Result`` per method, in order; without speeds.
     """
-    from less.hf import cache_for
-
     probes = len(full.probes.values) if full.probes is not None else 0
     rows = with_probes(chunks, probes, full.opened)
-    bounded = [method for method in methods if method.policy is not None]
-    caches: list[LessKVCache] = [
-        cache_for(model, method.policy, method.sidekick, batch=len(rows), dtype=dtype)
-        for method in methods
-        if method.policy is not None
-    ]
+    built = [(m, m.cache(model, dtype, len(rows))) for m in methods]
+    bounded = [method for method, cache in built if cache is not None]
+    caches: list[LessKVCache] = [cache for _, cache in built if cache is not None]
     nats = through_caches(model, rows, caches, progress)
     count, length = chunks.shape
     by_name = {method.name: n for method, n in zip(bounded, nats, strict=True)}
@@ -221,14 +220,15 @@ def compare(
                 recovered=won.share,
                 recovered_error=won.error,
                 nats_overall=mine.mean(1),
-                dtype=_name(dtype),
-                maps_dtype=_name(method.sidekick.dtype) if method.sidekick is not None else "",
+                dtype=method.stored(dtype).name,
+                maps_dtype=name_of(method.sidekick.dtype) if method.sidekick is not None else "",
                 copy_perplexity=copy_perplexity(mine_probes)
                 if mine_probes and probes
                 else math.nan,
                 probes=probes,
                 memory_share=share,
                 chunk_losses=loss.tolist(),
+                storage={} if method.policy is None else method.stored(dtype).described(),
             )
         )
     return results
@@ -243,14 +243,7 @@ def with_speeds(
     progress: Progress | None = None,
 ) -> list[Result]:
     """The same results with decoding speed, measured after `prompt` [1, tokens]."""
-    from less.hf import cache_for
-
-    caches = [
-        None
-        if method.policy is None
-        else cache_for(model, method.policy, method.sidekick, batch=len(prompt), dtype=dtype)
-        for method in methods
-    ]
+    caches = [method.cache(model, dtype, len(prompt)) for method in methods]
     speeds = speed(model, prompt, caches, progress=progress)
     return [
         dataclasses.replace(
@@ -267,10 +260,6 @@ def describe(method: Method) -> str:
     rule = rule_name(method.policy)
     kept = f"{method.policy.capacity} tokens per head by {rule}"
     return kept if method.sidekick is None else f"{kept} + low-rank memory"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _standard_error(per_chunk: Tensor) -> float:

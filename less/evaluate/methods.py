@@ -1,21 +1,76 @@
-"""What is compared: eviction and LESS at one budget, and eviction at equal bytes.
+"""What is compared: eviction and LESS at one budget, and what its bytes buy otherwise.
 
-A *method* is a policy and, perhaps, a sidekick. "Equal bytes" gives eviction, beside its budget,
-the tokens that the low-rank state's bytes would have bought, rounded up in eviction's favour.
+A *method* is a policy and, perhaps, a sidekick and a format of rows. "Equal bytes" gives eviction,
+beside its budget, the tokens that the low-rank state's bytes would have bought, rounded up in
+eviction's favour. A method that names a format keeps as many tokens in it as the bytes of the
+budget's tokens buy, rounded down.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from less import H2O, Policy, Sidekick, SinkRecent
-from less.budget import most_within, page_bytes
+from less.budget import least_tokens, most_within, page_bytes
+from less.cache import LessKVCache
+from less.calibration import Calibration
 from less.config import default_policy
+from less.dtypes import format_name, row_format
+from less.policies import H2O, Policy, SinkRecent
+from less.policies.base import checked_at_capacity
+from less.sidekick import Sidekick
 
 SINKS = 4  # a window without the first tokens measures the lost sink, not lost context
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the slots of a method are stored.
+
+    Attributes:
+        dtype: Of their rows, or a packed format.
+        sinks: As in ``LessKVCache``, of packed formats.
+        hot: Likewise.
+        hot_dtype: Likewise.
+        calibration: Of the model's channels.
+    """
+
+    dtype: torch.dtype | str
+    sinks: int | None = None
+    hot: int | None = None
+    hot_dtype: torch.dtype = torch.int8
+    calibration: Calibration | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the format: ``k4v4``."""
+        return format_name(self.dtype)
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens of a head."""
+        return least_tokens(self.dtype, self.sinks, self.hot)
+
+    def page_bytes(self, kv_heads: int, head_dim: int, tokens: int, rank: int = 0) -> int:
+        """``less.budget.page_bytes`` of slots stored so."""
+        hot = (self.sinks, self.hot, self.hot_dtype)
+        return page_bytes(kv_heads, head_dim, self.dtype, tokens, rank, *hot)
+
+    def settings(self) -> dict[str, Any]:
+        """What ``less.hf.cache_for`` takes of it."""
+        return dict(vars(self))
+
+    def described(self) -> dict[str, Any]:
+        """JSON-ready values: format, hot rows, and a digest of the calibration."""
+        packed = row_format("Storage", self.dtype).packed
+        layout = {n: getattr(self, n) for n in ("sinks", "hot") if packed}
+        hot = {**layout, "hot_dtype": format_name(self.hot_dtype)} if packed else {}
+        digest = None if self.calibration is None else self.calibration.digest
+        return {"dtype": self.name, **hot, "calibration": digest}
 
 
 @dataclass(frozen=True)
@@ -27,12 +82,33 @@ class Method:
         policy: Who stays in the slots; None is the full cache.
         sidekick: Feature maps, None for eviction alone.
         extra: Tokens beyond the budget, bought with the bytes named in ``name``.
+        storage: How its slots are stored; None: in the dtype of the table.
     """
 
     name: str
     policy: Policy | None
     sidekick: Sidekick | None = None
     extra: int = 0
+    storage: Storage | None = None
+
+    def stored(self, dtype: torch.dtype) -> Storage:
+        """How its slots are stored in a table of a dtype."""
+        return Storage(dtype) if self.storage is None else self.storage
+
+    def cache(self, model: Any, dtype: torch.dtype, batch: int = 1) -> LessKVCache | None:
+        """Its cache for a model; None for the full cache.
+
+        Args:
+            model: As in ``less.hf.cache_for``.
+            dtype: Of the table's slots.
+            batch: Rows.
+        """
+        from less.hf import cache_for
+
+        if self.policy is None:
+            return None
+        settings = self.stored(dtype).settings()
+        return cache_for(model, self.policy, self.sidekick, batch=batch, **settings)
 
 
 FULL = Method("full cache", None)
@@ -118,6 +194,51 @@ def equal_bytes_with_maps(
     extra = tokens_bought(maps + state, budget, sidekick, dtype)
     name = f"{rule_name(policy)}, equal bytes + maps"
     return Method(name, policy.at_capacity(policy.capacity + extra), extra=extra)
+
+
+def in_formats(
+    budget: int,
+    formats: Sequence[Storage],
+    policy: Policy,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    sidekick: Sidekick | None = None,
+) -> list[Method]:
+    """A policy in several formats, each with the tokens that the budget's bytes buy in it.
+
+    Bytes are those of a layer's whole page, without the low-rank state, which comes on top with
+    every format. Never more than those of the budget's tokens.
+
+    Args:
+        budget: Tokens per head of the table, C.
+        formats: How the slots of each method are stored.
+        policy: The rule, at any capacity.
+        heads: Kv heads K and head dim D of a layer.
+        dtype: Of the table's slots.
+        sidekick: In whose memory the evicted go; None: they are forgotten.
+
+    Raises:
+        ValueError: The bytes are too few for a format's hot rows; the message names it.
+    """
+    have = page_bytes(*heads, dtype, budget)
+    methods = []
+    for storage in formats:
+
+        def cost(tokens: int, at: Storage = storage) -> int:
+            return at.page_bytes(*heads, max(tokens, at.least))
+
+        tokens = most_within(have, cost)
+        if tokens < storage.least:
+            raise ValueError(
+                f"a budget of {budget} tokens in {format_name(dtype)}, {have:,} bytes of a layer, "
+                f"is too small for {storage.name}: {storage.least} tokens, the fewest that it "
+                f"keeps, take {cost(storage.least):,}"
+            )
+        rule = "LESS" if sidekick is not None else rule_name(policy)
+        scaled = checked_at_capacity(policy, tokens)
+        name = f"{rule}, {storage.name}"
+        methods.append(Method(name, scaled, sidekick, tokens - budget, storage))
+    return methods
 
 
 def rule_name(policy: Policy) -> str:

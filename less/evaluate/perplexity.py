@@ -86,9 +86,9 @@ def through_caches(
     Every cache sees every chunk. The batch of a model step is caches x chunks rows, so the model's
     weights are read once per token for all of them; each cache attends to its own rows alone.
     A mixed model, whose sliding layers keep tokens of their own in each cache, runs once per cache
-    instead. The first tokens, as many as the smallest cache keeps, are fed at once: nothing is
-    evicted there, and their scores are those of single steps. From there on it is one token per
-    step.
+    instead. The first tokens, as many as every cache can take so (``at_once``), are fed at once:
+    nothing is evicted or encoded there, and their scores are those of single steps. From there on
+    it is one token per step.
 
     Args:
         model: A causal language model of transformers that ``less.hf.attach`` takes.
@@ -121,8 +121,7 @@ def through_caches(
     together = caches[0] if len(caches) == 1 else SideBySide(caches)
     rows = chunks.to(model.device).repeat(len(caches), 1)
     nats = _empty(rows)
-    kept = [p.capacity for cache in caches for p in cache.policies if p is not None]
-    unevicted = min(length - 1, *kept)
+    unevicted = min(length - 1, together.at_once)
     step = max(1, _TOKENS_AT_ONCE // len(rows))
     cuts = [*range(0, unevicted, step), *range(unevicted, length)]
     with torch.inference_mode(), attach(model, together):

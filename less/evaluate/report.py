@@ -53,15 +53,25 @@ def legend(results: Sequence[Result]) -> list[str]:
     """What the columns mean, one sentence per line."""
     first = results[0]
     maps = next((r.maps_dtype for r in results if r.maps_dtype), "")
+    formats = any(r.dtype != first.dtype for r in results)
+    named = " where the method names no other" if formats else ""
+    weights = f"{maps} weights" if maps else "weights"
+    if formats:
+        weights += ", and means and scales of the channels of rows in a space of their own"
     lines = [
         f"kept: tokens per head. slots, state: bytes per sequence after {first.length:,} tokens, "
-        f"{first.dtype} keys and values. maps: {f'{maps} ' if maps else ''}weights, once for the "
-        "whole batch.",
+        f"{first.dtype} keys and values{named}. maps: {weights}, once for the whole batch.",
         f"perplexity, loss: positions {first.start} on of {first.chunks} chunks of "
         f"{first.length:,} tokens, teacher-forced through the real cache one token at a time; "
         "loss: nats per token above the full cache, ± one standard error over chunks.",
         "recovered: share of plain H2O's loss that is won back.",
     ]
+    if formats:
+        lines.insert(
+            1,
+            f"a method that names a format keeps as many tokens in it as the bytes of the budget's "
+            f"tokens in {first.dtype} buy, a layer's whole page counted.",
+        )
     if first.probes:
         quarter = first.length // 4
         others = first.length - 2 * quarter

@@ -21,7 +21,8 @@ class SideBySide(LessKVCache):
     run once for all, and each member attends to its own rows with its own slots, policy and maps.
 
     Args:
-        caches: Of one model shape, device and scale; batches may differ.
+        caches: Of one model shape, device and scale; batches, policies, formats of rows, sidekicks
+            and calibrations may differ.
 
     Raises:
         ValueError: no cache, or two that do not fit the same model.
@@ -51,7 +52,8 @@ class SideBySide(LessKVCache):
         self.q_heads, self.kv_heads = first.q_heads, first.kv_heads
         self.head_dim, self.scale, self.softcap = first.head_dim, first.scale, first.softcap
         self.dtype, self.device = first.dtype, first.device
-        self.policies, self.sidekick, self.backend = first.policies, None, first.backend
+        self.policies, self.backend = first.policies, first.backend
+        self.sidekick, self.calibration = None, None  # members have checked their own
         rooms = [cache.max_columns for cache in caches]
         self.max_columns = min((room for room in rooms if room is not None), default=None)
         self.batch = sum(cache.batch for cache in caches)
@@ -98,6 +100,16 @@ class SideBySide(LessKVCache):
     def seen(self) -> Tensor:
         """Tokens seen by each row of each member, int64 [B]."""
         return torch.cat([cache.seen for cache in self.caches])
+
+    @property
+    def layouts(self) -> NoReturn:
+        """Refuse: every member has its own."""
+        self._refuse("layouts")
+
+    @property
+    def at_once(self) -> int:
+        """The fewest of the members."""
+        return min(cache.at_once for cache in self.caches)
 
     def memory(self) -> dict[str, int]:
         """Bytes of all members together, as ``LessKVCache.memory`` counts them."""

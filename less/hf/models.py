@@ -330,7 +330,7 @@ def _attention_modules(
 
 
 def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
-    """Refuse a cache of another shape, scale, device or sidekick than the model's.
+    """Refuse a cache of another shape, scale, device, sidekick or calibration than the model's.
 
     Raises:
         ValueError: The message names the field and both values.
@@ -374,6 +374,8 @@ def check_fits(op: str, cache: LessKVCache, facts: ModelFacts) -> None:
         )
     if cache.sidekick is not None:
         cache.sidekick.check_model(facts.config, facts.part)
+    if cache.calibration is not None:
+        cache.calibration.check_model(facts.config)
 
 
 def _full(device: torch.device) -> torch.device:

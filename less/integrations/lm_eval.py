@@ -5,8 +5,9 @@ Importing this module registers the model. The harness's own command line, with 
     python -m less.integrations.lm_eval run --model less-kv \
         --model_args pretrained=FOLDER,tokens=64,sidekick=FOLDER --tasks TASK
 
-Log-likelihoods come through the real cache: the first tokens, as many as the smallest layer keeps,
-at once (nothing leaves there, so it is the same), then ``chunk`` tokens per step, one by default.
+Log-likelihoods come through the real cache: the first tokens, as many as ``LessKVCache.at_once``
+says, at once (nothing leaves there, so it is the same), then ``chunk`` tokens per step, one by
+default.
 A single forward pass over prompt and answer would be exact attention, with nothing evicted.
 """
 
@@ -22,12 +23,18 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from less.cache import LessKVCache
+from less.calibration import Calibration
 from less.config import LessConfig
+from less.dtypes import FORMATS
 from less.hf import attach
 from less.policies import import_policies, policy_from_text
 from less.sidekick import Sidekick
 
 _TRAINED = "trained"  # of ``policy=``: the sidekick's own
+_SETTINGS = (  # of LessConfig, by the same names
+    *("tokens", "share", "bytes", "shape", "beta", "full_layers", "max_tokens"),
+    *("rows", "sinks", "hot", "hot_dtype"),
+)
 
 
 @register_model("less-kv")
@@ -42,10 +49,12 @@ class LessLM(HFLM):  # type: ignore[misc]
         policy: "h2o", "sinks", "trained" (the sidekick's own, else the default policy), or any
             policy's name and settings, ``Policy.to_dict``'s result, as JSON or as it is.
         imports: Module or file that defines policies, or several; imported first.
-        slots: Dtype of the slots, "float16" say.
+        slots: Dtype of the slots, "float16" say, or a packed format.
+        calibration: A ``Calibration``, or in place of the config's: a folder.
         chunk: Tokens per step once something may be evicted.
-        **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers`` and
-            ``max_tokens`` are ``LessConfig``'s; the rest is the harness's.
+        **kwargs: ``tokens``, ``share``, ``bytes``, ``shape``, ``beta``, ``full_layers``,
+            ``max_tokens``, ``rows``, ``sinks``, ``hot`` and ``hot_dtype`` are ``LessConfig``'s;
+            the rest is the harness's.
 
     Raises:
         ValueError: A setting is wrong or given twice; the message names it.
@@ -60,13 +69,13 @@ class LessLM(HFLM):  # type: ignore[misc]
         policy: str | Mapping[str, Any] | None = None,
         imports: str | Sequence[str] = (),
         slots: str | None = None,
+        calibration: str | Calibration | None = None,
         chunk: int = 1,
         **kwargs: Any,
     ) -> None:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"less-kv: chunk must be a whole number of tokens >= 1, got {chunk!r}")
-        names = ("tokens", "share", "bytes", "shape", "beta", "full_layers", "max_tokens")
-        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
         for module in [imports] if isinstance(imports, str) else imports:
             import_policies("less-kv: imports", module)
         if policy is not None:
@@ -76,7 +85,9 @@ class LessLM(HFLM):  # type: ignore[misc]
                 else policy_from_text("less-kv: policy", policy, [_TRAINED])
             )
         if slots is not None:
-            settings["dtype"] = slots
+            if "rows" in settings:
+                raise ValueError("less-kv: slots and rows say the same; give one of them")
+            settings["rows" if slots in FORMATS else "dtype"] = slots
         if config is not None and settings:
             raise ValueError(f"less-kv: config has these settings already: {sorted(settings)}")
         if config is None:
@@ -87,6 +98,9 @@ class LessLM(HFLM):  # type: ignore[misc]
             sidekick = LessConfig(tokens=1, sidekick=sidekick).load_sidekick()
         self.less_config = config
         self.less_sidekick = config.load_sidekick() if sidekick is None else sidekick
+        if isinstance(calibration, str):
+            calibration = Calibration.from_pretrained(calibration)
+        self.less_calibration = config.load_calibration() if calibration is None else calibration
         self.chunk = chunk
         self._held: tuple[tuple[int, int], LessKVCache] | None = None
         super().__init__(pretrained, **kwargs)
@@ -100,7 +114,11 @@ class LessLM(HFLM):  # type: ignore[misc]
         if self._held is None or self._held[0] != key:
             self._held = None  # two at once would be too many
             cache = self.less_config.cache(
-                self.model, rows, prompt_tokens=prompt_tokens, sidekick=self.less_sidekick
+                self.model,
+                rows,
+                prompt_tokens=prompt_tokens,
+                sidekick=self.less_sidekick,
+                calibration=self.less_calibration,
             )
             self._held = (key, cache)
         self._held[1].reset()
@@ -116,8 +134,7 @@ class LessLM(HFLM):  # type: ignore[misc]
         """
         cache = self._cache(*inps.shape)
         length = inps.shape[1]
-        kept = min(p.capacity for p in cache.policies if p is not None)
-        cuts = [0, *range(min(kept, length), length, self.chunk), length]
+        cuts = [0, *range(min(cache.at_once, length), length, self.chunk), length]
         with (
             torch.no_grad(),
             torch.autocast(

@@ -1,24 +1,22 @@
 """Packed rows: how a row of floats becomes codes of few bits and a scale, and back.
 
 A row x [D] is stored as codes of b = 4, 3 or 2 bits and one float16 scale: x = scale level[code].
-The 2^b levels are Lloyd and Max's for the Gaussian, which rows are close to once they are rotated
-(``less.layer.space``). Every step is one float32 rounding in a fixed order, so that kernels get the
-same bits:
+The n = 2^b levels are uniform, (2 code + 1) 2/n - 2; what lies beyond the outermost is clipped to
+it. Every step is one float32 rounding in a fixed order, so that kernels get the same bits:
 
-1. rms = sqrt(sum x^2 / D), summed by ``ordered_sum``;
-2. code = the number of thresholds t, the midpoints of neighbouring levels, with x > t rms;
-3. scale = sum x level / sum level^2, the best for these codes, rounded to float16, at most 65504.
+1. code = the number of thresholds t with x > t max|x|, halfway between levels that reach from
+   -clip to clip;
+2. scale = sum x level / sum level^2, the best for these codes, summed by ``ordered_sum``, rounded to
+   float16, at most 65504.
+
+docs/dtypes.md says how they were chosen.
 
 Packing, little bits first: of 4 bits byte i holds the codes of dims i and i + D/2; of 2 bits those
 of i, i + D/4, i + D/2, i + 3D/4. Of 3 bits, the lower two lie as a row of 2 bits, and then the
 third: byte i holds those of i, i + D/8, ..., i + 7D/8.
-
-Source: S. Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28, 1982.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 from torch import Tensor
@@ -28,14 +26,9 @@ from less.layer import Rows, Slots, Space
 from less.layer.space import butterflies
 from less.reference.numbers import dequantize, floats, quantize
 
-#: The positive levels of b bits, ascending, of at most 8 bits; the negative ones mirror them.
-LEVELS = {
-    4: (6, 18, 31, 44, 58, 75, 96, 127),
-    3: (14, 45, 79, 127),
-    2: (38, 127),
-}
-#: What of a level is one rms of the row.
-RMS = {4: 46.5, 3: 59.0, 2: 84.0}
+#: What of a row's largest number the outermost thresholds are laid out for, by bits: the clip of
+#: least squared error for Gaussian rows of 64 to 128 numbers.
+CLIP = {4: 0.90, 3: 0.77, 2: 0.55}
 #: What ``rotate`` takes, by the numbers of ``Rotation`` in csrc/common/space.h.
 ROTATIONS = ("query", "key", "value", "output")
 LARGEST_SCALE = 65504.0  # of float16
@@ -43,18 +36,14 @@ LARGEST_SCALE = 65504.0  # of float16
 
 def levels(bits: int) -> Tensor:
     """The values of the codes 0, 1, ..., in units of a row's scale: float32 [2^bits], ascending."""
-    return torch.tensor(_integers(bits)) / 64.0
+    count = 1 << bits
+    return (2 * torch.arange(count) + 1) * (2.0 / count) - 2.0
 
 
 def thresholds(bits: int) -> list[float]:
-    """Where one code ends and the next begins, in units of a row's rms, ascending."""
-    n = _integers(bits)
-    return [(a + b) / (2 * RMS[bits]) for a, b in itertools.pairwise(n)]
-
-
-def _integers(bits: int) -> tuple[int, ...]:
-    positive = LEVELS[bits]
-    return (*(-n for n in reversed(positive)), *positive)
+    """Where one code ends and the next begins, in units of a row's largest number, ascending."""
+    last = (1 << bits) - 1
+    return [CLIP[bits] * (2 * i - last + 1) / last for i in range(last)]
 
 
 def ordered_sum(x: Tensor) -> Tensor:
@@ -83,11 +72,10 @@ def codes_and_scale(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     level = levels(bits)
-    square = ordered_sum(x * x) / x.shape[-1]
-    rms = square.double().sqrt().float()  # torch's root of float32 is not always the nearest
+    largest = x.abs().amax(-1)
     code = torch.zeros(x.shape, dtype=torch.long)
     for t in thresholds(bits):
-        code += x > rms.unsqueeze(-1) * t  # t becomes float32
+        code += x > largest.unsqueeze(-1) * t  # t becomes float32
     value = level[code]
     scale = ordered_sum(x * value) / ordered_sum(value * value)
     return code.to(torch.uint8), scale.clamp(max=LARGEST_SCALE).to(torch.float16)
