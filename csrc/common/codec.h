@@ -81,8 +81,4 @@ LESS_HD uint8_t packed_byte(DType dtype, int64_t D, int64_t i, Code code) {
   return uint8_t(byte);
 }
 
-// Head dims whose packed rows a GPU's kernels take: a row of any format is then words of 4 bytes,
-// and one of 4 or 2 bits pieces of 16.
-constexpr bool packed_head_dim(int64_t D) { return D % 64 == 0 && D <= 256; }
-
 }  // namespace less

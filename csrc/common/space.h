@@ -18,7 +18,6 @@ struct Space {
   const float* key_mean;
   const float* key_in;
   const float* query_in;
-  const float* key_shift;  // scale q'.key_shift is what the logits of a query lack
   const float* value_mean;
   const float* value_in;
   const float* value_out;
@@ -28,6 +27,12 @@ struct Space {
 LESS_HD constexpr int64_t hadamard_block(int64_t D) { return D & -D; }
 
 // What a row is taken through.
-enum class Rotation : int32_t { query = 0, key = 1, value = 2, output = 3 };
+// `rounded_query` is of packed formats: rounded to 8 bits with a scale each, as a row of i8.
+enum class Rotation : int32_t { query = 0, key = 1, value = 2, output = 3, rounded_query = 4 };
+
+// How queries enter the space of a layer whose values are of a dtype.
+LESS_HD constexpr Rotation query_rotation(DType v_dtype) {
+  return packed(v_dtype) ? Rotation::rounded_query : Rotation::query;
+}
 
 }  // namespace less

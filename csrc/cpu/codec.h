@@ -263,10 +263,15 @@ LESS_INLINE void decode_rows(const Stored& of, int64_t count, Row row, int64_t D
   }
   with_type<RowTypes>(of.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = row(i);
-      const float scale = std::is_same_v<T, int8_t> ? of.scale[n] : 1.0f;
-      widen_row(reinterpret_cast<const T*>(of.rows + n * of.stride), scale, D, out + i * D);
+    // Copies: what is stored could change what they are copies of, as far as a compiler knows.
+    const Stored rows = of;
+    const Row at = row;
+    const int64_t N = count, width = D;
+    float* to = out;
+    for (int64_t i = 0; i < N; ++i, to += width) {
+      const int64_t n = at(i);
+      const float scale = std::is_same_v<T, int8_t> ? rows.scale[n] : 1.0f;
+      widen_row(reinterpret_cast<const T*>(rows.rows + n * rows.stride), scale, width, to);
     }
   });
 }

@@ -2,15 +2,14 @@
 // leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), and forgotten.
 //
 // With W hot slots, the first tokens and the last ones have those, and do not compete. What leaves
-// the ring of the last ones is encoded, as is the rest of the call, and competes for the other S -
-// W. psi is taken of keys outside of their space; values fold in it.
+// the ring of the last ones is encoded, as is the rest of the call, and competes for the S - W
+// others. psi is taken of keys outside of their space; values fold in it.
 //
 // Range:  heads (b,k); one call owns each head whole.
 // Memory: the keys and values that leave are read once, those of the call that stay are copied;
 //         scratch is one tile of tokens, and a few bytes for each candidate.
-// Order:  leavers fold in ascending position; who joins takes the free slots in ascending order,
-// the
-//         older the lower: neither the thread count nor the rest of the batch changes a bit.
+// Order:  leavers fold in ascending position; of those who join, the older takes the lower slot:
+//         neither the thread count nor the rest of the batch changes a bit.
 #include <algorithm>
 #include <optional>
 #include <utility>
@@ -91,10 +90,9 @@ class Compaction {
       if (r != r) r = -kInfinity;
       tokens_.push_back({r, at, int32_t(source)});
     };
-    for (int64_t s = 0; s < W; ++s) {
-      if (!stays_hot(position[s])) add(s, position[s], slot_score[s]);
+    for (int64_t s = 0; s < S; ++s) {
+      if (s >= W || !stays_hot(position[s])) add(s, position[s], slot_score[s]);
     }
-    for (int64_t s = W; s < S; ++s) add(s, position[s], slot_score[s]);
     for (int64_t t = 0; t < T_; ++t) {
       if (!stays_hot(chunk_position_[t])) add(S_ + t, chunk_position_[t], call_score[t]);
     }
@@ -117,36 +115,33 @@ class Compaction {
         }
       }
     }
-    int64_t free = W;
-    const auto join = [&](int64_t source, int32_t at, float s) {
-      while (position[free] >= 0) ++free;
-      take(k_, free, source);
-      take(v_, free, source);
-      position[free] = at;
-      score[free] = s;
-    };
-    from_ring_.clear();
+    joining_.clear();
     for (int64_t s = 0; s < W; ++s) {
-      if (position[s] >= 0 && !stays_hot(position[s])) from_ring_.push_back(int32_t(s));
+      if (position[s] >= 0 && !stays_hot(position[s])) joining_.push_back(int32_t(s));
     }
-    std::sort(from_ring_.begin(), from_ring_.end(),
+    std::sort(joining_.begin(), joining_.end(),
               [position](int32_t a, int32_t b) { return position[a] < position[b]; });
-    for (int32_t s : from_ring_) {
-      join(s, position[s], slot_score[s]);
-      leave(s);
-    }
     for (int64_t t = 0; t < T_; ++t) {
       const int32_t at = chunk_position_[t];
-      if (at < 0) continue;
-      if (!stays_hot(at)) {
-        join(S_ + t, at, call_score[t]);
-        continue;
-      }
-      const int64_t slot = hot_slot(p_.layout, at);
-      copy_row(k_.call, t, k_.slots.hot, slot);
-      copy_row(v_.call, t, v_.slots.hot, slot);
-      position[slot] = at;
-      score[slot] = call_score[t];
+      if (at >= 0 && !stays_hot(at)) joining_.push_back(int32_t(S_ + t));
+    }
+    int64_t slot = W;
+    for (int32_t source : joining_) {
+      while (position[slot] >= 0) ++slot;
+      take(k_, slot, source);
+      take(v_, slot, source);
+      position[slot] = source < S_ ? position[source] : chunk_position_[source - S_];
+      score[slot] = slot_score[source];  // the call's follow those of S_ slots
+      if (source < W) leave(source);
+    }
+    for (int64_t t = 0; W > 0 && t < T_; ++t) {
+      const int32_t at = chunk_position_[t];
+      if (at < 0 || !stays_hot(at)) continue;
+      const int64_t place = hot_slot(p_.layout, at);
+      copy_row(k_.call, t, k_.slots.hot, place);
+      copy_row(v_.call, t, v_.slots.hot, place);
+      position[place] = at;
+      score[place] = call_score[t];
     }
   }
 
@@ -269,7 +264,7 @@ class Compaction {
   std::vector<int32_t> chunk_position_;
   std::vector<Candidate> tokens_;
   std::vector<int32_t> leaving_;      // sources, by ascending position
-  std::vector<int32_t> from_ring_;    // slots of the ring whose tokens are too old for it, and stay
+  std::vector<int32_t> joining_;      // who takes a slot that is not hot, likewise
   std::vector<uint8_t> leaves_call_;  // [T]
   Kept k_{}, v_{};
 };

@@ -19,6 +19,7 @@
 
 #include "cpu/codec.h"
 #include "cpu/features.h"
+#include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
 #include "cpu/softmax.h"
@@ -56,6 +57,7 @@ class Step {
         W_(hot_slots(p.layout)),
         width_(padded(p.spec.D)),
         rotates_(p.maps.space.key_mean != nullptr),
+        rounds_(packed(p.layout.v_dtype)),
         scaled_(has_scale(p.layout.v_dtype) || has_scale(p.layout.call_dtype)) {
     Scratch scratch(total_floats());
     const int64_t most = padded(p.layout.S + 1);
@@ -64,6 +66,8 @@ class Step {
     out_ = scratch.floats(G_ * width_);
     logit_ = scratch.floats(G_ * most);
     weight_ = scaled_ ? scratch.floats(G_ * most) : nullptr;
+    q_eight_ = reinterpret_cast<int8_t*>(rounds_ ? scratch.floats(G_ * width_ / 4) : nullptr);
+    q_scale_ = scratch.floats(G_);
     top_ = scratch.floats(G_);
     total_ = scratch.floats(G_);
     key_ = scratch.floats(width_);
@@ -152,7 +156,7 @@ class Step {
     constexpr auto line = Scratch::padded_floats;
     const int64_t most = padded(p_.layout.S + 1);
     return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
-           2 * line(G_) + 6 * line(width_) + line(padded(R_)) + line(hidden_floats());
+           (rounds_ ? line(G_ * width_ / 4) : 0) + 3 * line(G_) + 6 * line(width_) + line(padded(R_)) + line(hidden_floats());
   }
 
   void clear() {
@@ -168,6 +172,11 @@ class Step {
       std::fill(plain + D_, plain + width_, 0.0f);
       if (plain != q) std::copy(plain, plain + width_, q);
       if (rotates_) rotate_row(space, Rotation::query, head_, D_, q);
+      if (rounds_) {
+        int8_t* const eight = q_eight_ + g * width_;
+        q_scale_[g] = quantize_row(q, D_, eight);
+        widen_row(eight, q_scale_[g], D_, q);
+      }
     }
     widen(p_.k.data, p_.k.dtype, offset(p_.k, b_, head_, 0), D_, key_);
     widen(p_.v.data, p_.v.dtype, offset(p_.v, b_, head_, 0), D_, value_);
@@ -296,7 +305,7 @@ class Step {
     for (int64_t g = 0; g < G_; ++g) {
       features(p_.maps.phi, query(g), plain_q_ + g * width_, hidden_, features_);
       // What all logits of the query lack in the space counts where they meet the state.
-      const float lacks = rotates_ ? p_.spec.scale * shift(q_ + g * width_) : 0.0f;
+      const float lacks = rotates_ ? p_.spec.scale * shift(plain_q_ + g * width_) : 0.0f;
       share += merge_state(features_, state_.H, state_.z, R_, D_, top_[g] + lacks, total_[g],
                            out_ + g * width_);
     }
@@ -304,11 +313,11 @@ class Step {
   }
 
   float shift(const float* q) const {
-    const float* const key_shift = p_.maps.space.key_shift + head_ * D_;
+    const float* const key_mean = p_.maps.space.key_mean + head_ * D_;
     Vec total(0.0f);
     for (int64_t d = 0; d < D_; d += Vec::kSize) {
       const int n = int(std::min<int64_t>(Vec::kSize, D_ - d));
-      total = fma(load_some(q + d, n), load_some(key_shift + d, n), total);
+      total = fma(load_some(q + d, n), load_some(key_mean + d, n), total);
     }
     return sum(total);
   }
@@ -405,13 +414,16 @@ class Step {
   const DecodeStepParams& p_;
   const int64_t G_, D_, R_;  // R: 0 where there are no maps to read the state by
   const int64_t W_, width_;
-  const bool rotates_, scaled_;  // scaled: some rows of values have scales
+  const bool rotates_, rounds_;  // rounds: queries too, to 8 bits
+  const bool scaled_;            // some rows of values have scales
   Stream stream_;
   int64_t head_ = 0, b_ = 0, S_ = 0, stride_ = 0, held_ = 0, seen_ = 0;
   Slots slots_{};
   State state_{};
   Group group_[2];       // hot slots, and the others
   float *q_, *plain_q_;  // [G, width]: in the space, and as they came
+  int8_t* q_eight_;      // [G, width], those in the space in 8 bits, of packed rows
+  float* q_scale_;       // [G]
   float* out_;           // [G, width]
   float* logit_;         // [G, stride], then probabilities before they are divided by total_
   float* weight_;        // [G, stride], those times the values' scales

@@ -177,8 +177,8 @@ LESS_INLINE Bytes low_bytes(Ints a) {
   return x;
 }
 LESS_INLINE Floats looked_up(const Floats (&table)[4], Ints i) {
-  const uint8x16x4_t bytes = {{(uint8x16_t)table[0], (uint8x16_t)table[1], (uint8x16_t)table[2],
-                               (uint8x16_t)table[3]}};
+  const uint8x16x4_t bytes = {
+      {(uint8x16_t)table[0], (uint8x16_t)table[1], (uint8x16_t)table[2], (uint8x16_t)table[3]}};
   const Ints at = (i & 15) * 0x04040404 + 0x03020100;
   return (Floats)vqtbl4q_u8(bytes, (uint8x16_t)at);
 }
@@ -202,8 +202,12 @@ LESS_INLINE Floats looked_up(const Floats (&table)[4], Ints i) {
   return x;
 }
 LESS_INLINE Sixteen look_up(Sixteen table, Sixteen i) {
+  uint8_t from[16], at[16], to[16];
+  std::memcpy(from, &table, sizeof from);
+  std::memcpy(at, &i, sizeof at);
+  for (int n = 0; n < 16; ++n) to[n] = from[at[n]];
   Sixteen x;
-  for (int n = 0; n < 16; ++n) x[n] = table[i[n]];
+  std::memcpy(&x, to, sizeof x);
   return x;
 }
 

@@ -115,6 +115,7 @@ LESS_INLINE void rotate_row(const Space& space, Rotation rotation, int64_t head,
   };
   switch (rotation) {
     case Rotation::query:
+    case Rotation::rounded_query:
       return into(nullptr, space.query_in);
     case Rotation::key:
       return into(space.key_mean, space.key_in);

@@ -25,19 +25,19 @@ namespace less::cuda {
 constexpr int kListThreads = 128;
 
 // Indices of [0, n) that keep() holds for, ascending, from the front of the list; the others from
-// its end. first_count: how many of the first `first` there are; with first = 0 it is left alone.
+// its end. count_before: how many there are of those below `mark`; with 0 it is left alone.
 template <typename Keep>
-LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* count, int first = 0,
-                           int32_t* first_count = nullptr) {
+LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* count, int mark = 0,
+                           int32_t* count_before = nullptr) {
   constexpr int kWarps = kListThreads / 32;
   SMEM_ARRAY(int, kept_of, 2 * kWarps);
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int kept = 0;
-  for (int i0 = 0; i0 < n; i0 += kListThreads) {
-    const int i = i0 + thread;
+  for (int first = 0; first < n; first += kListThreads) {
+    const int i = first + thread;
     const bool mine = i < n && keep(i);
     const unsigned ballot = __ballot_sync(0xffffffffu, mine);
-    int* of_pass = kept_of + i0 / kListThreads % 2 * kWarps;
+    int* of_pass = kept_of + first / kListThreads % 2 * kWarps;
     if (lane == 0) of_pass[warp] = __popc(ballot);
     __syncthreads();
     int before = kept + __popc(ballot & ((1u << lane) - 1u));
@@ -47,7 +47,7 @@ LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* coun
     }
     // narrow: a lane a key, side by side
     if (i < n) store(list + (mine ? before : n - 1 - (i - before)), int32_t(i));
-    if (i + 1 == first) store(first_count, int32_t(before + mine));
+    if (i + 1 == mark) store(count_before, int32_t(before + mine));
   }
   if (thread == 0) store(count, int32_t(kept));
 }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const int each = splits.count + blocks, split = int(blockIdx.x) % each;
   const KvHead head(p, lists, int(blockIdx.x) / each);
   const int per =
-      splits.count == 0 ? 0 : tiles_of_split(slot_tiles(p.layout, head.h, kKeys), splits.most);
+      splits.count == 0 ? 0 : tiles_of_split(tiles_of_slots(p.layout, head.h, kKeys), splits.most);
   const bool few = per > 0 && head.tokens * head.G <= Shape::kRows;
   const bool cut = split < splits.count;
   const int first = cut ? 0 : (each - 1 - split) * Shape::kRows;
@@ -107,10 +107,10 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   const int last = min(first + Shape::kRows, head.tokens * head.G) - 1;
   const int tokens = last < first ? 0 : last / head.G + 1;
   const int hot_tiles = last < first ? 0 : (head.hot + kKeys - 1) / kKeys;
-  const int kept_tiles = last < first ? 0 : hot_tiles + (head.slots - head.hot + kKeys - 1) / kKeys;
-  const int tiles = kept_tiles + (tokens + kKeys - 1) / kKeys;
-  const int begin_tile = cut ? min(split * per, kept_tiles) : 0;
-  const int end_tile = cut && split < splits.count - 1 ? min(begin_tile + per, kept_tiles) : tiles;
+  const int slot_tiles = last < first ? 0 : hot_tiles + (head.slots - head.hot + kKeys - 1) / kKeys;
+  const int tiles = slot_tiles + (tokens + kKeys - 1) / kKeys;
+  const int begin_tile = cut ? min(split * per, slot_tiles) : 0;
+  const int end_tile = cut && split < splits.count - 1 ? min(begin_tile + per, slot_tiles) : tiles;
 
   const auto query = [&](int r) -> int64_t {
     const int m = first + r;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   Stream<Scheme, kD> stream;
   const auto fetch = [&](int tile) {
     const int stage = tile % Shape::kStages;
-    if (tile == kept_tiles) {
+    if (tile == slot_tiles) {
       stream.enter(source_of(p, lists, head, Keys::call, tokens), 0);
     } else if (kIsWide<Scheme> && tile == hot_tiles) {
       stream.enter(source_of(p, lists, head, Keys::slots, 0), 0);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   if (begin_tile < end_tile) {
     if (kIsWide<Scheme> && begin_tile < hot_tiles) {
       stream.enter(source_of(p, lists, head, Keys::hot, 0), begin_tile);
-    } else if (begin_tile < kept_tiles) {
+    } else if (begin_tile < slot_tiles) {
       stream.enter(source_of(p, lists, head, Keys::slots, 0), begin_tile - hot_tiles);
     }
     fetch(begin_tile);
@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
     float s[kKeys / 8][4];
     dot_products<typename Scheme::KeyTag, Scheme::kParts, kD, Shape::kRows, kKeys>(shared.q, row, k,
                                                                                    s);
-    const int begin = (tile - kept_tiles) * kKeys;  // of the call's keys
-    const bool masked = tile >= kept_tiles && (begin + kKeys - 1) * head.G > first + row;
+    const int begin = (tile - slot_tiles) * kKeys;  // of the call's keys
+    const bool masked = tile >= slot_tiles && (begin + kKeys - 1) * head.G > first + row;
     // In queries, without a division: query m sees key j of the call where j G <= m.
     const int seen[2] = {first + row + lane / 4 - begin * head.G,
                          first + row + lane / 4 + 8 - begin * head.G};
@@ -225,7 +225,7 @@ struct CutKeys {
     int count = 0;
     bool all = true;
     for (int64_t h = 0; h < p.spec.K; ++h) {
-      const int tiles = slot_tiles(p.layout, h, Shape::kKeys);
+      const int tiles = tiles_of_slots(p.layout, h, Shape::kKeys);
       const int per = tiles_of_split(tiles, int(most));
       if (per > 0) count = std::max(count, (tiles + per - 1) / per + 1);
       all = all && per > 0;

@@ -50,10 +50,16 @@ LESS_DEVICE uint32_t levels_of_codes(DType dtype, uint32_t codes) {
                               : levels_of_codes<DType::b2>(codes);
 }
 
-// The codes of dims d .. d + 3, d a multiple of 4, a code a byte; word(i): bytes i .. i + 3 of the
-// row.
-template <typename Word>
-LESS_DEVICE uint32_t four_codes(DType dtype, int D, int d, const Word& word) {
+// The codes of dims d .. d + 3 of a packed row, a code a byte; D is a multiple of 16, d of 4.
+LESS_DEVICE uint32_t four_codes(DType dtype, int D, int d, const uint8_t* row) {
+  if (dtype == DType::b3 && D % 32 != 0) {  // their bytes are no words
+    uint32_t codes = 0;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) codes |= uint32_t(code_at(dtype, row, D, d + i)) << (8 * i);
+    return codes;
+  }
+  // narrow: four codes a lane, of the bytes that hold them and others
+  const auto word = [row](int i) { return *reinterpret_cast<const uint32_t*>(row + i); };
   if (dtype == DType::b4) return word(d % (D / 2)) >> (d / (D / 2) * 4) & 0x0f0f0f0fu;
   const int quarter = D / 4, eighth = D / 8;
   const uint32_t low = word(d % quarter) >> (d / quarter * 2) & 0x03030303u;
@@ -179,19 +185,24 @@ LESS_DEVICE void encode_row(DType dtype, const LaneRow& row, int D, int64_t inde
     if (lane == 0) store(halves + index, scale);
   }
   __syncwarp();
-  const int words = int(row_bytes(dtype, D) / 4);
-  auto* const to = static_cast<uint32_t*>(rows) + index * words;
+  const int bytes = int(row_bytes(dtype, D)), each = bytes % 4 == 0 ? 4 : 1;
+  auto* const to = static_cast<uint8_t*>(rows) + index * bytes;
   const auto code = [codes](int64_t d) { return int(codes[d]); };
 #pragma unroll 1
-  for (int w = lane; w < words; w += 32) {
+  for (int first = lane * each; first < bytes; first += 32 * each) {
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint8_t byte =
-          dtype == DType::i8 ? codes[w * 4 + i] : packed_byte(dtype, D, w * 4 + i, code);
+      const int at = first + (i < each ? i : 0);
+      const uint8_t byte = dtype == DType::i8 ? codes[at] : packed_byte(dtype, D, at, code);
       word |= uint32_t(byte) << (8 * i);
     }
-    store(to + w, word);  // narrow: a row may be of no whole number of 16 bytes
+    // narrow: a row may be of no whole number of 16 bytes, or of 4
+    if (each == 4) {
+      store(reinterpret_cast<uint32_t*>(to + first), word);
+    } else {
+      store(to + first, uint8_t(word));
+    }
   }
   __syncwarp();
 }

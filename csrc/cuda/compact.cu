@@ -196,7 +196,7 @@ cudaError_t compact(const CompactParams& p, cudaStream_t stream) {
   if (heads == 0 || S == 0) return cudaSuccess;
   const bool few = packed(p.layout.v_dtype);
   const int64_t bytes = row_bytes(p.layout.call_dtype, p.spec.D);
-  if (few && (folds(p) || !packed_head_dim(p.spec.D))) return cudaErrorInvalidValue;
+  if (few && (folds(p) || p.spec.D > 256)) return cudaErrorInvalidValue;
   if (bytes % 16 != 0) return cudaErrorInvalidValue;
   if (!aligned16({p.call.k.data, p.call.v.data, p.pool.data, p.workspace})) {
     return cudaErrorMisalignedAddress;

@@ -42,8 +42,7 @@ bool supported(const DecodeStepParams& p) {
                      psi.D == p.spec.D && phi.w_dtype != DType::fp8 && psi.w_dtype != DType::fp8);
   const bool head_dim = decode_dispatch<float>(p.spec.D, false, [](auto, auto) {});
   // Hot rows of another dtype, and maps, have no kernel.
-  const bool rows = !few_bits(p) || (packed_head_dim(p.spec.D) && p.layout.R == 0 &&
-                                     p.layout.call_dtype == DType::i8);
+  const bool rows = !few_bits(p) || (p.layout.R == 0 && p.layout.call_dtype == DType::i8);
   return head_dim && rows && p.spec.K > 0 && p.spec.Q % p.spec.K == 0 && p.B <= 65535 &&
          p.layout.S >= 1 && p.layout.S <= INT32_MAX / 2 && float_type(p.q.dtype) &&
          float_type(p.k.dtype) && maps;

@@ -70,6 +70,18 @@ LESS_DEVICE void butterflies(float (&x)[kRotateEach], int block) {
   }
 }
 
+// To 8 bits with a scale, as rows of i8 are.
+LESS_DEVICE void round_row(float (&x)[kRotateEach], int D) {
+  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+  for_dims(D, [&](int i, int) { largest = max(largest, bits_of<uint32_t>(x[i]) & 0x7fffffffu); });
+  const float scale = __fdiv_rn(bits_of<float>(__reduce_max_sync(0xffffffffu, largest)), 127.0f);
+  const bool sound = scale > 0.0f && scale <= 3.402823466e38f;
+  for_dims(D, [&](int i, int) {
+    const int8_t eight = sound ? narrowed<int8_t>(__fdiv_rn(x[i], scale)) : int8_t(0);
+    x[i] = __fmul_rn(float(eight), scale);
+  });
+}
+
 __global__ void __launch_bounds__(kRotateThreads)
     rotate_kernel(const __grid_constant__ RotateJobs jobs) {
   const RotateJob& job = jobs.job[blockIdx.y];
@@ -89,13 +101,14 @@ __global__ void __launch_bounds__(kRotateThreads)
   const int64_t own = h / (p.heads / p.K) * D;  // of the kv head's numbers
   const Space& space = p.space;
   const bool out = p.rotation == Rotation::output;
-  const float* const factor = (p.rotation == Rotation::query ? space.query_in
+  const bool query = p.rotation == Rotation::query || p.rotation == Rotation::rounded_query;
+  const float* const factor = (query ? space.query_in
                                : p.rotation == Rotation::key ? space.key_in
                                : out                         ? space.value_out
                                                              : space.value_in) +
                               own;
   const float* const mean =
-      p.rotation == Rotation::query
+      query
           ? nullptr
           : (p.rotation == Rotation::key ? space.key_mean : space.value_mean) + own;
   float x[kRotateEach] = {};
@@ -107,6 +120,7 @@ __global__ void __launch_bounds__(kRotateThreads)
     x[i] = __fmul_rn(x[i], factor[d]);  // narrow: a lane a dim, side by side
   });
   butterflies(x, int(hadamard_block(p.D)));
+  if (p.rotation == Rotation::rounded_query) round_row(x, D);
   for_dims(D, [&](int i, int d) {
     // narrow: a lane a dim, side by side
     if (out) x[i] = __fadd_rn(__fmul_rn(x[i], factor[d]), mean[d]);

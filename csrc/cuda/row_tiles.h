@@ -1,11 +1,10 @@
 // What the kernels of chunk_attention and prompt_scores share: which keys and queries a kv head
 // has, tiles of rows in shared memory, and numbers as sums of operands for tensor cores.
 //
-// Keys in order: the kept slots (of packed slots the hot ones first, for their rows are of another
-// dtype) of a kv head, then the valid tokens of the call. Queries in order:
-// the G query heads of the first valid token, then of the second: query m is head m % G of token
-// m / G, and sees token j of the call where j G <= m. Padding is in neither, so that a row has the
-// bits in a padded batch that it has alone.
+// Keys in order: the kept slots of a kv head, hot ones first, then the valid tokens of the call.
+// Queries in order: the G query heads of the first valid token, then of the second: query m is head
+// m % G of token m / G, and sees token j of the call where j G <= m. Padding is in neither, so that
+// a row has the bits in a padded batch that it has alone.
 #pragma once
 
 #include "cuda/codec.h"
@@ -59,7 +58,7 @@ struct Splits {
 };
 
 // Tiles of keys that the slots of a head fill at most: hot ones, then the others.
-__host__ __device__ inline int slot_tiles(const Layout& layout, int64_t h, int keys) {
+__host__ __device__ inline int tiles_of_slots(const Layout& layout, int64_t h, int keys) {
   const int W = hot_slots(layout);
   return (W + keys - 1) / keys + (layout.slots[h] - W + keys - 1) / keys;
 }
@@ -296,10 +295,8 @@ LESS_DEVICE void four_bytes(uint32_t w, DType dtype, float (&x)[4]) {
 // Dims d .. d + 3 of the packed row that begins with number `from`, in units of its scale's.
 LESS_DEVICE void four_levels(const void* x, DType dtype, int D, int64_t from, int d,
                              float (&levels)[4]) {
-  const void* const row = advance(x, row_bytes(dtype, from));
-  // narrow: four codes a lane, of the bytes that hold them and others
-  const auto word = [row](int i) { return static_cast<const uint32_t*>(row)[i / 4]; };
-  widen4(levels_of_codes(dtype, four_codes(dtype, D, d, word)), levels, int8_t());
+  const auto* const row = static_cast<const uint8_t*>(x) + row_bytes(dtype, from);
+  widen4(levels_of_codes(dtype, four_codes(dtype, D, d, row)), levels, int8_t());
 }
 
 // -- tiles --

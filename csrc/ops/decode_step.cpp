@@ -48,7 +48,7 @@ void run_in_space(const Arguments& arguments, const DecodeStepParams& p, const R
                            .pool = p.pool};
   };
   const cuda::RotateJobs in{
-      {job(Rotation::query, p.q, Q, rows.q), job(Rotation::key, p.k, K, rows.k),
+      {job(query_rotation(p.layout.v_dtype), p.q, Q, rows.q), job(Rotation::key, p.k, K, rows.k),
        job(Rotation::value, p.v, K, rows.v)},
       3};
   launch(arguments, cuda::rotate_rows, in, tensors);
@@ -83,6 +83,11 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
   check_dim(kOp, "q", q, 4, "[B, Q, 1, D]");
   const LayerArguments of = read_layer(kOp, layer);
   check_rows(kOp, of);
+#ifdef LESS_LAUNCHES
+  if (packed(of.layout.v_dtype) && of.layout.call_dtype != DType::i8) {
+    fail(kOp, ": hot rows of packed formats must be int8 on a GPU");
+  }
+#endif
   const int64_t B = q.size(0), Q = of.spec.Q, K = of.spec.K, D = of.spec.D;
   const DType q_dtype = slot_dtype(kOp, "q", q), kv_dtype = slot_dtype(kOp, "k", k);
   const Arguments arguments{kOp, "q", q};
@@ -115,11 +120,11 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
   check_head_dim(kOp, "q", D);
   int64_t bytes = cuda::decode_step_workspace(params);
   const int64_t own = bytes;
-  if (has_space(of)) bytes = RowsInSpace(of.spec, B, own, nullptr).bytes;
+  if (of.has_space()) bytes = RowsInSpace(of.spec, B, own, nullptr).bytes;
   const OptionalTensor held = scratch(arguments, workspace, bytes);
   params.workspace = pointer(held);
   reset_fresh(arguments, of.layout, params.pool, B);
-  if (has_space(of)) {
+  if (of.has_space()) {
     const RowsInSpace in_space(of.spec, B, own, params.workspace);
     run_in_space(arguments, params, in_space, {{"q", q}, {"pool", pool}});
   } else {
@@ -144,7 +149,7 @@ int64_t decode_step_workspace([[maybe_unused]] Tensor pool, [[maybe_unused]] Ten
   params.maps.phi.R = params.maps.psi.R = of.layout.R;
   params.B = B;
   const int64_t own = cuda::decode_step_workspace(params);
-  return has_space(of) ? RowsInSpace(of.spec, B, own, nullptr).bytes : own;
+  return of.has_space() ? RowsInSpace(of.spec, B, own, nullptr).bytes : own;
 #else
   return 0;
 #endif

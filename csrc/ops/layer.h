@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "common/codec.h"
 #include "ops/check.h"
 
 namespace less::ops {
@@ -183,25 +182,15 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
   };
 }
 
-// Whether a layer's rows live in a space of their own.
-inline bool has_space(const LayerArguments& layer) { return (layer.present & 1) != 0; }
-
 // Refuses rows for which this library has no kernels yet.
 inline void check_rows([[maybe_unused]] const char* op,
                        [[maybe_unused]] const LayerArguments& layer) {
 #ifdef LESS_LAUNCHES
   const Layout& layout = layer.layout;
-  const bool few = packed(layout.v_dtype);
-  if ((few || has_space(layer)) && (layout.R > 0 || layer.spec.victim == Victim::fold)) {
+  if ((packed(layout.v_dtype) || layer.has_space()) &&
+      (layout.R > 0 || layer.spec.victim == Victim::fold)) {
     fail(op, ": packed rows with feature maps have no CUDA kernel yet; use victim forget, without ",
          "maps");
-  }
-  if (few && layout.call_dtype != DType::i8) {
-    fail(op, ": hot rows of packed formats must be int8 on a GPU");
-  }
-  if (few && !packed_head_dim(layout.D)) {
-    fail(op, ": packed rows must have a head dim of a multiple of 64, at most 256, on a GPU, got ",
-         layout.D);
   }
 #endif
 }
@@ -375,7 +364,7 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   };
   Maps read{};
   Space& space = read.space;
-  for (const float** x : {&space.key_mean, &space.key_in, &space.query_in, &space.key_shift,
+  for (const float** x : {&space.key_mean, &space.key_in, &space.query_in,
                           &space.value_mean, &space.value_in, &space.value_out}) {
     *x = floats(K * D);
     if (bool(*x) != bool(space.key_mean)) fail(op, ": a space must have all of its tensors");

@@ -11,11 +11,11 @@ Tensor rotate(Tensor x, OptionalTensor valid, Tensor maps, Tensor layer, int64_t
   check_dim(kOp, "x", x, 4, "[B, heads, T, D]");
   const DType x_dtype = slot_dtype(kOp, "x", x);
   const LayerArguments of = read_layer(kOp, layer);
-  if (rotation < 0 || rotation > int64_t(Rotation::output)) {
-    fail(kOp, ": rotation must be in 0 .. 3, got ", rotation);
+  if (rotation < 0 || rotation > int64_t(Rotation::rounded_query)) {
+    fail(kOp, ": rotation must be in 0 .. 4, got ", rotation);
   }
   const Rotation which = Rotation(rotation);
-  const bool queries = which == Rotation::query || which == Rotation::output;
+  const bool queries = which != Rotation::key && which != Rotation::value;
   const int64_t B = x.size(0), T = x.size(2), D = of.spec.D, K = of.spec.K;
   const int64_t heads = queries ? of.spec.Q : K;
   const Arguments arguments{kOp, "x", x};

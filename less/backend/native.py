@@ -53,9 +53,9 @@ class NativeBackend:
         phi_q = ops.phi(call.q, plan) if self._something_left(call, at, plan) else None
         if plan.space is None:
             return ops.chunk_attention(call.q, new, call.valid, at, plan, out=call.out, phi_q=phi_q)
-        query = ops.rotate(call.q, plan, "query")
+        query = ops.rotate(call.q, plan, plan.query_rotation)
         if phi_q is not None:
-            shift = query_shift(query, plan.space, plan.spec.scale)
+            shift = query_shift(call.q, plan.space, plan.spec.scale)
             phi_q = torch.cat([phi_q, shift.unsqueeze(-1)], -1)
         step = ops.chunk_attention(query, new, call.valid, at, plan, phi_q=phi_q)
         out = ops.rotate(step.out, plan, "output", self._has_output(call, at, plan))

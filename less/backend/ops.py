@@ -167,7 +167,7 @@ def rotate(x: Tensor, plan: LayerPlan, rotation: str, valid: Tensor | None = Non
         x: Queries or output [B, Q, T, D], keys or values [B, K, T, D]; float32, bfloat16 or
             float16.
         plan: The layer, which has a space.
-        rotation: ``"query"``, ``"key"``, ``"value"`` or ``"output"``.
+        rotation: One of ``less.reference.codec.ROTATIONS``.
         valid: bool [B, T]; where False the result is 0. None: all valid.
 
     Returns:

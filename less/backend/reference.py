@@ -60,7 +60,9 @@ class ReferenceBackend:
         outs, scores, shares = [], [], []
         for run in _runs(at, plan, index, there):
             q = call.q[:, run.queries]
-            query = q if run.space is None else reference.rotate(q, run.space, "query")
+            query = q
+            if run.space is not None:
+                query = reference.rotate(q, run.space, plan.query_rotation)
             step = reference.chunk_attention(
                 query,
                 _of(new, run.views.heads),
@@ -71,7 +73,7 @@ class ReferenceBackend:
                 state=run.state,
                 shift=None
                 if run.space is None
-                else reference.query_shift(query, run.space, plan.spec.scale),
+                else reference.query_shift(q, run.space, plan.spec.scale),
             )
             own = run.slots.position.shape[2]
             absent = step.score.new_zeros(*step.score.shape[:2], S - own)

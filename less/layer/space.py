@@ -23,7 +23,6 @@ SPACE = (
     "key_mean",
     "key_in",
     "query_in",
-    "key_shift",
     "value_mean",
     "value_in",
     "value_out",
@@ -74,7 +73,6 @@ class Space:
         key_mean: m_k.
         key_in: c_k times signs over the root of the block.
         query_in: 1 / c_k, likewise.
-        key_shift: m_k in the space: scale q'.key_shift is scale q.m_k.
         value_mean: m_v.
         value_in: c_v, likewise.
         value_out: 1 / c_v, likewise.
@@ -83,7 +81,6 @@ class Space:
     key_mean: Tensor
     key_in: Tensor
     query_in: Tensor
-    key_shift: Tensor
     value_mean: Tensor
     value_in: Tensor
     value_out: Tensor
@@ -132,7 +129,6 @@ class Space:
             key_mean=mean_k,
             key_in=key_in,
             query_in=factor / scale_k,
-            key_shift=butterflies(mean_k * key_in),
             value_mean=mean_v,
             value_in=scale_v * factor,
             value_out=factor / scale_v,
@@ -148,8 +144,7 @@ class Space:
 
     def without_key_mean(self) -> Space:
         """The same without means of keys, which a soft-cap does not let through."""
-        zero = torch.zeros_like(self.key_mean)
-        return replace(self, key_mean=zero, key_shift=zero)
+        return replace(self, key_mean=torch.zeros_like(self.key_mean))
 
     @property
     def nbytes(self) -> int:

@@ -176,6 +176,11 @@ class LayerPlan:
             object.__setattr__(self, "maps", PackedMaps(self.maps.kind, views, memory))
         object.__setattr__(self, "memory", memory)
 
+    @property
+    def query_rotation(self) -> str:
+        """How queries enter the space: those that meet packed rows are rounded."""
+        return "rounded_query" if self.layout.format.packed else "query"
+
     @cached_property
     def encoded(self) -> Tensor:
         """What the ops take of it, int64 on the CPU."""

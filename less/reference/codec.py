@@ -30,7 +30,7 @@ from less.reference.numbers import dequantize, floats, quantize
 #: least squared error for Gaussian rows of 64 to 128 numbers.
 CLIP = {4: 0.90, 3: 0.77, 2: 0.55}
 #: What ``rotate`` takes, by the numbers of ``Rotation`` in csrc/common/space.h.
-ROTATIONS = ("query", "key", "value", "output")
+ROTATIONS = ("query", "key", "value", "output", "rounded_query")
 LARGEST_SCALE = 65504.0  # of float16
 
 
@@ -145,15 +145,19 @@ def rotate(x: Tensor, space: Space, rotation: str, valid: Tensor | None = None) 
     Args:
         x: Queries or output [B, Q, T, D], keys or values [B, K, T, D].
         space: The layer's.
-        rotation: ``"query"``, ``"key"``, ``"value"`` or ``"output"``.
+        rotation: ``"query"``, ``"key"``, ``"value"`` or ``"output"``; or ``"rounded_query"``, the
+            queries of packed formats: rounded to 8 bits with a scale each, so that products with
+            codes are sums of integers. Rounding a key to 4 bits moves a logit ten times as far.
         valid: bool [B, T]; where False the result is 0. None: all valid.
 
     Returns:
         x's shape, float32, or float64 of float64 x.
     """
     x = x.double() if x.dtype == torch.float64 else x.float()
-    if rotation == "query":
+    if rotation in ("query", "rounded_query"):
         y = butterflies(x * _per_head(space.query_in, x))
+        if rotation == "rounded_query":
+            y = dequantize(*quantize(y))
     elif rotation == "key":
         y = butterflies((x - _per_head(space.key_mean, x)) * _per_head(space.key_in, x))
     elif rotation == "value":
@@ -176,12 +180,13 @@ def values_out_of_space(v: Tensor, space: Space) -> Tensor:
 
 
 def query_shift(q: Tensor, space: Space, scale: float) -> Tensor:
-    """Scale q.m_k of queries in the space [B, Q, T, D] -> [B, Q, T].
+    """Scale q.m_k of queries as they come [B, Q, T, D] -> [B, Q, T].
 
     It is what the logits of all slots of a query lack. It counts only where they meet the low-rank
     state, whose mass is absolute.
     """
-    return scale * (q * _per_head(space.key_shift, q)).sum(-1)
+    q = q.double() if q.dtype == torch.float64 else q.float()
+    return scale * (q * _per_head(space.key_mean, q)).sum(-1)
 
 
 def _per_head(x: Tensor, like: Tensor) -> Tensor:

@@ -41,7 +41,12 @@ def plan_of(Q, K, D, S, dtype, R=0, maps=None, kind="exp", victim=None, **spec):
         **{"q_heads": Q, "scale": 1.0, "victim": victim or ("fold" if maps else "forget")} | spec
     )
     return SimpleNamespace(
-        spec=made, layout=layout, maps=packed, encoded=encode(made, layout, packed)
+        spec=made,
+        layout=layout,
+        maps=packed,
+        space=None,
+        memory=None if packed is None else packed.memory,
+        encoded=encode(made, layout, packed),
     )
 
 

@@ -1,4 +1,4 @@
-"""Packed rows have the bits of the reference: codes and scales, on every device and SIMD level.
+"""Packed rows have the bits of the reference: codes and scales, at every SIMD level.
 
 The op that encodes many rows is compact: all of a call's tokens but the last leave the hot ones.
 """
@@ -32,23 +32,23 @@ def rows_of(D, seed=0):
     return torch.cat([x, odd])
 
 
-def encoded(x, dtype, device, hot_dtype=torch.float32):
+def encoded(x, dtype, hot_dtype):
     """The rows x [N, D] as a layer's cold slots store them: keys and values, with their scales."""
     N, D = x.shape
     layout = PageLayout(K, D, N + 1, dtype, sinks=0, hot=1, hot_dtype=hot_dtype)
     spec = LayerSpec(K, scale=1.0, decay=1.0, rule=None, victim="forget")
-    plan = LayerPlan(spec, layout, space=Space.of(K, D).to(device))
-    rows = torch.cat([x, torch.zeros(1, D)]).to(hot_dtype).repeat(1, K, 1, 1).to(device)
-    pool = allocate([layout], 1, device)[0]
-    score = torch.zeros(1, K, 2 * (N + 1), device=device)
+    plan = LayerPlan(spec, layout, space=Space.of(K, D))
+    rows = torch.cat([x, torch.zeros(1, D)]).to(hot_dtype).repeat(1, K, 1, 1)
+    pool = allocate([layout], 1)[0]
+    score = torch.zeros(1, K, 2 * (N + 1))
     ops.compact(Rows(rows, rows), None, score, Paged(pool), plan, rank=torch.zeros_like(score))
-    (views,) = layout.views(pool.cpu())
+    (views,) = layout.views(pool)
     assert views.slots.position[0, 0].tolist() == [N, *range(N)]
     return views.slots
 
 
-def assert_bits_of_the_reference(x, dtype, device, hot_dtype=torch.float32):
-    slots = encoded(x, dtype, device, hot_dtype)
+def assert_bits_of_the_reference(x, dtype, hot_dtype=torch.float32):
+    slots = encoded(x, dtype, hot_dtype)
     for label, kind in vars(FORMATS[dtype]).items():
         want, want_scale = codec.encode(x.to(hot_dtype), kind)
         got, scale = getattr(slots, label), getattr(slots, f"{label}_scale")
@@ -63,17 +63,17 @@ def assert_bits_of_the_reference(x, dtype, device, hot_dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-def test_codes_and_scales_have_the_bits_of_the_reference(device, D, dtype):
-    assert_bits_of_the_reference(rows_of(D), dtype, device)
+def test_codes_and_scales_have_the_bits_of_the_reference(simd, D, dtype):
+    assert_bits_of_the_reference(rows_of(D), dtype)
 
 
 def test_rows_of_any_width_have_the_bits_of_the_reference(simd):
     for D in (8, 16, 24, 40, 56, 72, 88, 512, 1040):
         for dtype in ("k4v4", "k3v2"):
-            assert_bits_of_the_reference(rows_of(D, seed=D), dtype, torch.device("cpu"))
+            assert_bits_of_the_reference(rows_of(D, seed=D), dtype)
 
 
-def test_numbers_beside_a_threshold_get_the_code_of_their_side(device):
+def test_numbers_beside_a_threshold_get_the_code_of_their_side(simd):
     for bits, dtype in ((4, "k4v4"), (3, "k3v3"), (2, "k2v2")):
         rows = []
         for t in codec.thresholds(bits):
@@ -85,10 +85,10 @@ def test_numbers_beside_a_threshold_get_the_code_of_their_side(device):
                     if side is not None:
                         x[0] = torch.nextafter(x[0], torch.tensor(side))
                 rows.append(x)
-        assert_bits_of_the_reference(torch.stack(rows), dtype, device)
+        assert_bits_of_the_reference(torch.stack(rows), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["k4v4", "k3v2"])
 def test_hot_rows_of_float16_are_encoded_as_the_numbers_that_they_are(simd, dtype):
     x = rows_of(64).half().float()
-    assert_bits_of_the_reference(x, dtype, torch.device("cpu"), torch.float16)
+    assert_bits_of_the_reference(x, dtype, torch.float16)

@@ -1,20 +1,18 @@
-"""Packed rows where kernels are launched, against the reference: rotation, codec, step, prompts."""
+"""Packed rows where kernels are launched: steps, prompts and chunks, against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from less import H2O, PagedLayer, PageLayout
+from less import H2O, Full, PagedLayer, PageLayout, SinkRecent
 from less.dtypes import FORMATS
-from less.layer import Paged, Space
-from less.reference import Attended, codec
+from less.layer import Space
 from tests.helpers import assert_close, random_maps, random_qkv
 
 pytest.importorskip("less._C")
-from less.backend import ops as less_ops
 
-D_OF = (64, 128)
+D_OF = (64, 80, 96, 128, 256)
 #: Fields whose bits a step decides; scores are sums of floats.
 EXACT = ("position", "k", "v", "k_scale", "v_scale", "hot_k", "hot_v", "hot_k_scale", "hot_v_scale")
 
@@ -71,19 +69,6 @@ def check_calls(native, reference, lengths, B=2, dtype=torch.float16, pages=None
     return pool
 
 
-@pytest.mark.parametrize("rotation", codec.ROTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-def test_a_launched_rotation_has_the_references_bits(launched, rotation, dtype, D):
-    native, reference = layers(form=torch.float32, D=D, Q=6, K=2, sinks=0, hot=0, device=launched)
-    heads = 6 if rotation in ("query", "output") else 2
-    x = torch.randn(2, heads, 3, D, generator=torch.Generator().manual_seed(1)).to(dtype)
-    valid = torch.tensor([[True, True, False], [True, False, True]])
-    got = less_ops.rotate(x.to(launched), native.plan, rotation, valid.to(launched))
-    want = codec.rotate(x, reference.plan.space, rotation, valid)
-    assert torch.equal(got.cpu(), want)
-
-
 @pytest.mark.parametrize("D", D_OF)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_launched_step_on_packed_rows_equals_the_reference(launched, form, D):
@@ -106,7 +91,24 @@ def test_blocks_of_packed_slots_meet(launched, monkeypatch, where, G, request):
     if where == "workspace":
         monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
     native, reference = layers(Q=2 * G, K=2, capacity=300, device=launched)
-    check_calls(native, reference, [280, *[1] * 25])
+    check_calls(native, reference, [310, *[1] * 6])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [H2O(heavy=33, recent=7, sinks=3, per_age=True), SinkRecent(sinks=4, recent=36), Full(40)],
+    ids=["per age", "youngest", "full"],
+)
+def test_packed_rows_leave_by_any_rule(launched, policy):
+    native, reference = layers(capacity=40, policy=policy, device=launched)
+    lengths = [*[1] * 9, 20, *[1] * 11] if isinstance(policy, Full) else [*[1] * 30, 25, *[1] * 12]
+    check_calls(native, reference, lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
+def test_rows_that_are_not_packed_may_live_in_a_space_too(launched, dtype):
+    native, reference = layers(dtype, Q=4, capacity=40, sinks=0, hot=0, device=launched)
+    check_calls(native, reference, [50, *[1] * 6, 9, 1])
 
 
 def test_heads_of_different_capacity_hold_packed_rows(launched):
@@ -151,57 +153,26 @@ def test_a_row_of_packed_slots_alone_has_the_bits_that_it_has_in_a_batch(launche
         assert torch.equal(own[0], pool[b])
 
 
-def odd_rows(D):
-    """Rows of every kind that the codec treats apart."""
-    g = torch.Generator().manual_seed(2)
-    x = torch.randn(24, D, generator=g)
-    x[1] = 0.0
-    x[2] *= 1e-30
-    x[3] *= 1e30
-    x[4, 1:] = 0.0
-    x[5] = 1.0
-    x[6] = torch.arange(D) % 2 * 2.0 - 1.0
-    x[7, ::3] = torch.nan
-    x[8, 0] = torch.inf
-    return x
-
-
-@pytest.mark.parametrize("D", [*D_OF, 256])
-@pytest.mark.parametrize("form", FORMATS)
-def test_compact_encodes_rows_of_any_size_to_the_references_bits(launched, form, D):
-    native, reference = layers(form, D, 1, 1, capacity=30, hot=1, sinks=0, device=launched)
-    k = odd_rows(D).view(1, 1, 24, D)
-    pool, want = native.new_pool(1), reference.new_pool(1)
-    score = torch.zeros(1, 1, 54)
-    score[..., 30:] = torch.rand(24, generator=torch.Generator().manual_seed(1))
-    for layer, own, device in ((native, pool, launched), (reference, want, "cpu")):
-        rows = layer.backend.rounded(*(x.to(device) for x in (k, k.flip(-1))), layer.plan)
-        step = Attended(torch.zeros(0), score.to(device), torch.zeros(1, 1, 24, device=device))
-        layer.backend.compact(rows, None, step, Paged(own), layer.plan, None)
-    mine, theirs = (native.layout.views(x.cpu())[0].slots for x in (pool, want))
-    assert torch.equal(mine.position, theirs.position)
-    for label in ("k", "v"):
-        assert torch.equal(getattr(mine, label), getattr(theirs, label))
-        scale, wanted = getattr(mine, f"{label}_scale"), getattr(theirs, f"{label}_scale")
-        torch.testing.assert_close(scale, wanted, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(("layout", "message"), [
-    ({"D": 96}, "packed rows must have a head dim of a multiple of 64, at most 256, on a GPU"),
-    ({"hot_dtype": torch.float16}, "hot rows of packed formats must be int8 on a GPU"),
-    ({"rank": 4}, "packed rows with feature maps have no CUDA kernel yet; use victim forget"),
-], ids=["head dim", "hot rows", "maps"])  # fmt: skip
 @pytest.mark.parametrize("T", [1, 3])
-def test_packed_rows_without_a_kernel_are_refused_by_name(launched, layout, message, T):
-    if "rank" in layout:
-        page = PageLayout(2, 64, 40, "k4v4", **layout)
-        maps = random_maps(2, 2, 64, 16, 4, "exp")
-        native = PagedLayer(H2O(34, 6), page, 2, maps=maps, device=launched)
-    else:
-        native, _ = layers(device=launched, **layout)
+def test_packed_rows_with_maps_are_refused_by_name(launched, T):
+    page = PageLayout(2, 64, 40, "k4v4", rank=4)
+    maps = random_maps(2, 2, 64, 16, 4, "exp")
+    native = PagedLayer(H2O(34, 6), page, 2, maps=maps, device=launched)
     pool = native.new_pool(1)
     before = pool.clone()
-    q, k, v = (x.to(launched) for x in random_qkv(1, 2, 2, T, native.layout.head_dim))
+    rows = (x.to(launched) for x in random_qkv(1, 2, 2, T, 64))
+    message = "packed rows with feature maps have no CUDA kernel yet; use victim forget"
     with pytest.raises(RuntimeError, match=message):
-        native.attend(pool, q, k, v)
+        native.attend(pool, *rows)
+    assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize("hot_dtype", [torch.float16, torch.float32], ids=str)
+def test_prompts_take_hot_rows_of_any_dtype_but_steps_int8_alone(launched, hot_dtype):
+    native, reference = layers(hot_dtype=hot_dtype, device=launched)
+    pool = check_calls(native, reference, [70, 3])
+    before = pool.clone()
+    token = (x.to(launched) for x in random_qkv(2, 2, 2, 1, 64))
+    with pytest.raises(RuntimeError, match="hot rows of packed formats must be int8 on a GPU"):
+        native.attend(pool, *token)
     assert torch.equal(pool, before)

@@ -172,11 +172,15 @@ def number(x):
 
 # Field -> numbers that it may not be, and what is said.
 LAYERS = {
-    "version": ([0, 2], "layer must be of version 1, got"),
+    "version": ([0, 1, 3], "layer must be of version 2, got"),
     "Q": ([0, -2, 2**21, 2**60], "layer's Q must be in 1 .. "),
     "K": ([0, -1, 129, 2**40], "layer's K must be in 1 .. 128, got"),
     "D": ([0, -64, 2**17, 2**62], "layer's D must be in 1 .. 65536, got"),
-    "dtype": ([-1, 5], "layer's dtype must be in 0 .. "),
+    "k_dtype": ([-1, 8], "layer's k_dtype must be in 0 .. 7, got"),
+    "v_dtype": ([-1, 8], "layer's v_dtype must be in 0 .. 7, got"),
+    "call_dtype": ([-1, 8], "layer's call_dtype must be in 0 .. 7, got"),
+    "hot_sinks": ([-1, 1], "layer's hot_sinks must be in 0 .. 0, got"),
+    "hot": ([-1, 1], "layer's hot must be in 0 .. 0, got"),
     "R": ([-1, 2**17], "layer's R must be in 0 .. 65536, got"),
     "victim": ([-1, 3], "layer's victim must be in 0 .. 2, got"),
     "scores": ([-1, 2], "layer's scores must be in 0 .. 1, got"),
@@ -204,7 +208,6 @@ LAYERS = {
     "E": ([-1, 2**21], "layer's hidden width must be in 0 .. "),
     "map_rank": ([-1, 3, 5], "maps must have the state's rank, 4, got"),
     "present": ([0], "maps must have w1 and w2"),
-    "reserved": ([1, -1], "layer's reserved number must be in 0 .. 0, got"),
 }
 
 
@@ -234,12 +237,12 @@ def test_a_layer_with_a_number_that_is_none_of_its_field_is_refused(op, field):
         assert_refused(op, with_field(args, FIELDS.index(field), value), message)
 
 
-@pytest.mark.parametrize("field", ["K", "D", "R", "dtype"])
+@pytest.mark.parametrize("field", ["K", "D", "R", "k_dtype", "v_dtype", "call_dtype"])
 @pytest.mark.parametrize("op", OPS)
 def test_a_layer_of_other_sizes_than_the_call_is_refused(op, field):
     args = pages.arguments(op)
     i = FIELDS.index(field)
-    other = {"K": 1, "D": 32, "R": 3, "dtype": 0}[field]
+    other = {"K": 1, "D": 32, "R": 3}.get(field, 0)
     assert_refused(op, with_field(args, i, other), "")
 
 
@@ -266,10 +269,10 @@ def test_a_page_beyond_all_memory_is_refused(op):
 SHAPES = {
     "int32": (lambda x: x.int(), "got int32"),
     "float64": (lambda x: x.double(), "got float64"),
-    "of one dim": (lambda x: x[0, 0], r"got int64 \[26\]"),
-    "without heads": (lambda x: x[..., : len(FIELDS)], r"got int64 \[5, 9, 24\]"),
-    "empty": (lambda x: x[:0], r"got int64 \[0, 9, 26\]"),
-    "apart": (lambda x: x.repeat(1, 1, 2)[..., ::2], r"got int64 \[5, 9, 26\]"),
+    "of one dim": (lambda x: x[0, 0], r"got int64 \[29\]"),
+    "without heads": (lambda x: x[..., : len(FIELDS)], r"got int64 \[5, 9, 27\]"),
+    "empty": (lambda x: x[:0], r"got int64 \[0, 9, 29\]"),
+    "apart": (lambda x: x.repeat(1, 1, 2)[..., ::2], r"got int64 \[5, 9, 29\]"),
 }
 
 
@@ -367,7 +370,7 @@ def test_tensors_that_do_not_make_a_map_are_refused(op, kind, tensors, message):
 def test_a_layer_that_lists_fewer_tensors_than_its_maps_hold_is_refused():
     args = pages.arguments("decode_step")
     present = int(args["layer"][0, 0, FIELDS.index("present")])
-    bits = [bit for bit in range(16) if present >> bit & 1]
+    bits = [bit for bit in range(64) if present >> bit & 1]
     assert len(bits) == 6  # w1, w2 and bias of phi and psi
     for bit in bits:
         without = with_field(args, FIELDS.index("present"), present & ~(1 << bit))
@@ -492,8 +495,32 @@ def test_features_belong_to_a_layer_with_a_state():
 
 def test_fp8_slots_are_refused_on_a_cpu():
     for op in OPS:
-        args = with_field(pages.arguments(op, dtype=torch.int8), FIELDS.index("dtype"), 4)
-        assert_refused(op, args, "layer's dtype must be in 0 .. 3, got 4")
+        args = pages.arguments(op, dtype=torch.int8)
+        for field in ("k_dtype", "v_dtype", "call_dtype"):
+            args = with_field(args, FIELDS.index(field), 4)
+        assert_refused(op, args, "layer's k_dtype has no kernels: 4")
+
+
+# Formats of keys, values and a call's rows; sinks; hot rows; head dim.
+FEW = {
+    "packed keys with plain values": ((5, 2, 3), 0, 1, 64, "dtypes do not go together"),
+    "packed hot rows": ((5, 5, 5), 0, 1, 64, "dtypes do not go together"),
+    "a head dim of no whole bytes": ((5, 5, 3), 0, 1, 20, "dtypes do not go together"),
+    "packed rows without hot ones": ((5, 5, 3), 4, 0, 64, "hot must be in 1 .. 1048576, got 0"),
+    "no slot beside the hot ones": ((5, 5, 3), 4, 5, 64, "slots must be in 10 .. "),
+    "keys of another dtype": ((3, 2, 2), 0, 0, 64, "dtypes do not go together"),
+    "a call of another dtype": ((2, 2, 3), 0, 0, 64, "dtypes do not go together"),
+}
+
+
+@pytest.mark.parametrize(("dtypes", "sinks", "hot", "dim", "message"), FEW.values(), ids=FEW)
+@pytest.mark.parametrize("op", OPS)
+def test_formats_that_do_not_go_together_are_refused(op, dtypes, sinks, hot, dim, message):
+    args = pages.arguments(op)
+    fields = dict(zip(("k_dtype", "v_dtype", "call_dtype"), dtypes, strict=True))
+    for field, value in (fields | {"hot_sinks": sinks, "hot": hot, "D": dim}).items():
+        args = with_field(args, FIELDS.index(field), value)
+    assert_refused(op, args, f"layer's {message}")
 
 
 def test_a_layer_without_a_rule_needs_ranks():

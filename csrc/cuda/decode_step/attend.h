@@ -100,10 +100,11 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int
 #pragma unroll
             for (int e = 0; e < kE; ++e) dot[g] = fmaf(q[g][i * kE + e], k[e], dot[g]);
           } else {
-            const float* const x = s.q() + (g0 + g) * kD + (i * kLanes + turn) * kE;
+            const float* const x = s.q() + (g0 + g) * kD;
+            const int d = (i * kLanes + turn) * kE;
 #pragma unroll
             for (int e = 0; e < kE; e += 4) {
-              const float4 four = bits_of<float4>(load16_shared(x + e));
+              const float4 four = bits_of<float4>(load16_shared(x + spread(d + e)));
               dot[g] = fmaf(four.x, k[e], dot[g]);
               dot[g] = fmaf(four.y, k[e + 1], dot[g]);
               dot[g] = fmaf(four.z, k[e + 2], dot[g]);

@@ -58,6 +58,14 @@ LESS_DEVICE uint4 load_two8_shared(const unsigned char* shared) {
 template <typename Case>
 LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(DType dtype, const unsigned char* row, int c) {
   if (dtype == DType::i8) return load16_shared(row + c * 16);
+  if constexpr (kD % 64 != 0) {
+    uint32_t four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      four[i] = levels_of_codes(dtype, four_codes(dtype, kD, c * 16 + i * 4, row));
+    }
+    return make_uint4(four[0], four[1], four[2], four[3]);
+  }
   constexpr int kEighth = kD / 8;
   const int d = c * 16, part = dtype == DType::b4 ? kD / 2 : kD / 4;
   const int bits = dtype == DType::b4 ? 4 : 2, shift = d / part * bits;

@@ -224,9 +224,7 @@ bool decode_dispatch(int64_t D, bool mma, F f) {
     if constexpr (sizeof(T) <= 2 && !kFewBits<T>) {
       if (mma) return f(head_dim, std::true_type{});
     }
-    if constexpr (!kFewBits<T> || packed_head_dim(decltype(head_dim)::value)) {
-      f(head_dim, std::false_type{});
-    }
+    f(head_dim, std::false_type{});
   });
 }
 

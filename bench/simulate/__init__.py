@@ -1,0 +1,1 @@
+"""A cache of any rows, simulated: what it would lose, before a kernel for it exists."""

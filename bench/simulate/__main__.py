@@ -1,0 +1,104 @@
+"""Nats that a bounded cache would lose, by simulation: ``python -m bench.simulate``.
+
+Each row of the table is one cache; its settings are the product of the options that take several
+values. Attention is replayed token by token on whole texts, so a cache costs seconds, and formats
+that no kernel has can be tried. ``tests/test_simulate.py`` holds the simulator to the real cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.simulate.measure import Measurement, Setting
+from bench.simulate.model import narrow
+from bench.simulate.space import SPACES
+from less.evaluate import assets
+from less.evaluate.perplexity import FROM, copy_probes
+from less.files import read_texts
+from less.fit.text import opening
+
+CALIBRATION = 8  # chunks of training text
+
+
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
+    """The product of what was asked for."""
+    for rows, quantizer, spent, space, hot, decay in itertools.product(
+        args.rows, args.quantizer, args.bytes_of, args.space, args.hot, args.decay
+    ):
+        yield Setting(
+            rows, quantizer, spent, space, hot, args.sinks, decay, args.recent, args.half_scores
+        )
+
+
+def options(words: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=__doc__)
+    add, several = parser.add_argument, {"nargs": "+"}
+    add("--model", default="smollm2", help="smollm2, a folder, or a hub name")
+    add("--text", type=Path, help="a file or folder; default: Wikipedia's eval half")
+    add("--training", type=Path, help="the text of calibration; default: Wikipedia's train half")
+    add("--chunks", type=int, default=8)
+    add("--skip", type=int, default=0, help="chunks left out before the first")
+    add("--length", type=int, default=1024)
+    add("--probe", action="store_true", help="copy probes made of the text, scored at the copy")
+    add("--rows", default=["k4v4"], **several, help="bits of keys and values: k4v4, k3v2, k16v16")
+    add("--quantizer", default=["lloyd"], **several, help="see quantizers.named")
+    add("--bytes-of", type=int, default=[64], **several, help="fp16 tokens; 0: all is kept")
+    add("--space", default=["calibrated"], **several, choices=SPACES)
+    add("--hot", type=int, default=[16], **several, help="last tokens in int8")
+    add("--sinks", type=int, default=4, help="first tokens in int8")
+    add("--decay", type=float, default=[0.98], **several)
+    add("--recent", type=float, default=0.25, help="part of the slots that hold the last tokens")
+    add("--half-scores", action="store_true", help="scores in fp16")
+    add("--exact", action="store_true", help="the model multiplies in float32, not bfloat16")
+    add("--json", type=Path, help="a file that gets a line for each row")
+    return parser.parse_args(words)
+
+
+def texts_of(args: argparse.Namespace) -> list[list[str]]:
+    """The texts to measure on, and those to calibrate on."""
+    return [
+        read_texts(path) if path else assets.wikipedia_articles(split)
+        for path, split in ((args.text, "eval"), (args.training, "train"))
+    ]
+
+
+def subject(args: argparse.Namespace) -> Measurement:
+    """The model and the text that were asked for."""
+    model, tokenizer = assets.load_model(args.model)
+    if not args.exact:
+        narrow(model)
+    texts, training = texts_of(args)
+    chunks = assets.chunks(tokenizer, texts, args.length, args.skip + args.chunks)[args.skip :]
+    start = FROM
+    if args.probe:
+        chunks = copy_probes(chunks, len(opening(tokenizer)))
+        start = args.length - args.length // 4
+    calibration = assets.chunks(tokenizer, training, args.length, CALIBRATION)
+    return Measurement(model, chunks, start, calibration)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and print the table."""
+    args = options(words)
+    on = subject(args)
+    print("| cache | slots | perplexity | nats lost | recovered, % |\n|---|---:|---:|---:|---:|")
+    print(on.row("full attention", args.length, on.full), flush=True)
+    for tokens in sorted(set(args.bytes_of) - {0}):
+        print(on.row("H2O, fp16", tokens, on.h2o(tokens)), flush=True)
+    for setting in settings(args):
+        row, record = on.measure(setting)
+        print(row, flush=True)
+        if args.json:
+            asked = {"model": args.model, "text": str(args.text), "length": args.length}
+            asked |= {"skip": args.skip, "probe": args.probe}
+            with args.json.open("a") as file:
+                file.write(json.dumps(asked | record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
