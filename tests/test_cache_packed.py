@@ -122,8 +122,13 @@ def test_more_bits_lose_less(backend):
 @pytest.mark.parametrize("hot_dtype", [torch.float32, torch.float16])
 def test_hot_rows_of_more_bits_are_more_exact(backend, hot_dtype):
     q, k, v = random_qkv(2, Q, K, 8, D, seed=2)
-    out = build(backend=backend, hot_dtype=hot_dtype).attend(0, q, k, v)
-    assert_close(out, exact(q, k, v), hot_dtype)
+    want = exact(q, k, v)
+
+    def error(hot_dtype):
+        return (build(backend=backend, hot_dtype=hot_dtype).attend(0, q, k, v) - want).abs().mean()
+
+    assert error(hot_dtype) < 0.8 * error(torch.int8)
+    assert error(hot_dtype) < 0.006 * want.abs().mean()  # of queries in 8 bits
 
 
 def means_in(q, k, v, calibration):
@@ -327,7 +332,7 @@ def test_memory_counts_pages_and_the_space(backend, dtype):
     counters = 2 * 2 * layout.header_bytes
     assert at_first["slots"] + at_first["state"] + counters == 2 * 2 * layout.nbytes
     plain = build(dtype=torch.float16, layers=2, sidekick=sidekick_of(2)).memory()["maps"]
-    assert at_first["maps"] == plain + 2 * 7 * 4 * K * D  # seven vectors of each kv head
+    assert at_first["maps"] == plain + 2 * 6 * 4 * K * D  # six vectors of each kv head
     calibrated = build(
         dtype=dtype, layers=2, sidekick=sidekick_of(2), calibration=calibration_of(2)
     )
