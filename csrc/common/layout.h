@@ -29,12 +29,12 @@ struct Layout {
   int64_t nbytes;  // of a page
   int32_t K;
   int32_t D;
-  int32_t R;      // rank of the state; 0: there is none
-  int32_t S;      // slots of the head that has most, hot ones included
-  int32_t sinks;  // hot slots of the first tokens
-  int32_t hot;    // and of the last
-  DType k_dtype;  // of keys that are not hot
-  DType v_dtype;  // of their values
+  int32_t R;                   // rank of the state; 0: there is none
+  int32_t S;                   // slots of the head that has most, hot ones included
+  int32_t sinks;               // hot slots of the first tokens
+  int32_t hot;                 // and of the last
+  DType k_dtype;               // of keys that are not hot
+  DType v_dtype;               // of their values
   DType call_dtype;            // of hot rows and of a call's own; without hot slots that of k
   int32_t slots[kMaxKvHeads];  // of each head
   int32_t first[kMaxKvHeads];  // where each head begins, in units of kFieldAlign
@@ -45,8 +45,7 @@ LESS_HD constexpr int32_t hot_slots(const Layout& layout) { return layout.sinks 
 
 // The hot slot of the token at a position.
 LESS_HD constexpr int64_t hot_slot(const Layout& layout, int64_t position) {
-  return position < layout.sinks ? position
-                                 : layout.sinks + (position - layout.sinks) % layout.hot;
+  return position < layout.sinks ? position : layout.sinks + (position - layout.sinks) % layout.hot;
 }
 
 // Whether a token lies in a hot slot once n tokens were seen.

@@ -156,7 +156,8 @@ class Step {
     constexpr auto line = Scratch::padded_floats;
     const int64_t most = padded(p_.layout.S + 1);
     return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
-           (rounds_ ? line(G_ * width_ / 4) : 0) + 3 * line(G_) + 6 * line(width_) + line(padded(R_)) + line(hidden_floats());
+           (rounds_ ? line(G_ * width_ / 4) : 0) + 3 * line(G_) + 6 * line(width_) +
+           line(padded(R_)) + line(hidden_floats());
   }
 
   void clear() {

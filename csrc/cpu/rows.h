@@ -34,7 +34,10 @@ LESS_INLINE void with_scales(const Stored& rows, F f) {
 
 // Heads that may share one pass over rows of so many fields: as many accumulators as fit.
 template <int kFields>
-constexpr int kMostHeads = kFields == 8 ? 1 : Vec::kSize == 16 ? 4 : kFields == 4 ? 2 : 3;
+constexpr int kMostHeads = kFields == 8       ? 1
+                           : Vec::kSize == 16 ? 4
+                           : kFields == 4     ? 2
+                                              : 3;
 
 // Heads that share one pass over the rows, of `left` that are still to do: even shares.
 template <int kFields>
@@ -180,8 +183,8 @@ LESS_INLINE void add_rows(const Reader& reader, const float* p, int64_t stride, 
     Vec weight[kHeads];
     for (int h = 0; h < kHeads; ++h) weight[h] = Vec(p[h * stride + n]);
     unrolled<kChunks>([&](auto c) LESS_LAMBDA_INLINE {
-      const auto raw = reader.load(v + n * bytes, d + c * Vec::kSize,
-                                   c + 1 < kChunks ? Vec::kSize : count);
+      const auto raw =
+          reader.load(v + n * bytes, d + c * Vec::kSize, c + 1 < kChunks ? Vec::kSize : count);
       unrolled<kFields>([&](auto j) LESS_LAMBDA_INLINE {
         const Vec value = reader.template field<j>(raw);
         for (int h = 0; h < kHeads; ++h) {

@@ -149,7 +149,8 @@ LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
   const float largest = largest_of(row, D);
   LaneRow level;
   for_lane_dims(D, [&](int i, int d) {
-    const int code = code_of<kType>(row.x[i], largest, std::make_integer_sequence<int, kCount - 1>());
+    const int code =
+        code_of<kType>(row.x[i], largest, std::make_integer_sequence<int, kCount - 1>());
     level.x[i] = float(int8_t(levels_of_codes<kType>(uint32_t(code)))) * (1.0f / 64.0f);
     if (writes) codes[d] = uint8_t(code);
   });
@@ -197,11 +198,11 @@ LESS_DEVICE void encode_row(DType dtype, const LaneRow& row, int D, int64_t inde
       const uint8_t byte = dtype == DType::i8 ? codes[at] : packed_byte(dtype, D, at, code);
       word |= uint32_t(byte) << (8 * i);
     }
-    // narrow: a row may be of no whole number of 16 bytes, or of 4
     if (each == 4) {
+      // narrow: a row may be of no whole number of 16 bytes
       store(reinterpret_cast<uint32_t*>(to + first), word);
     } else {
-      store(to + first, uint8_t(word));
+      store(to + first, uint8_t(word));  // narrow: or of 4
     }
   }
   __syncwarp();

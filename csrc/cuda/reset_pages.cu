@@ -39,7 +39,8 @@ cudaError_t reset_pages(const ResetParams& p, cudaStream_t stream) {
   if (p.B == 0 || p.pool.fresh == nullptr) return cudaSuccess;
   if (p.B > 65535) return cudaErrorInvalidValue;
   if (!aligned16(p.pool.data)) return cudaErrorMisalignedAddress;
-  const int64_t largest = head_offsets(formats(p.layout), p.layout.D, p.layout.R, p.layout.S).nbytes;
+  const int64_t largest =
+      head_offsets(formats(p.layout), p.layout.D, p.layout.R, p.layout.S).nbytes;
   constexpr int64_t kPart = int64_t{kResetThreads} * kResetPieces * 16;
   const int64_t parts = (largest + kPart - 1) / kPart;
   const dim3 grid(unsigned(parts < kResetParts ? parts : kResetParts), unsigned(p.layout.K),

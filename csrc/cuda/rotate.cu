@@ -102,15 +102,13 @@ __global__ void __launch_bounds__(kRotateThreads)
   const Space& space = p.space;
   const bool out = p.rotation == Rotation::output;
   const bool query = p.rotation == Rotation::query || p.rotation == Rotation::rounded_query;
-  const float* const factor = (query ? space.query_in
+  const float* const factor = (query                         ? space.query_in
                                : p.rotation == Rotation::key ? space.key_in
                                : out                         ? space.value_out
                                                              : space.value_in) +
                               own;
   const float* const mean =
-      query
-          ? nullptr
-          : (p.rotation == Rotation::key ? space.key_mean : space.value_mean) + own;
+      query ? nullptr : (p.rotation == Rotation::key ? space.key_mean : space.value_mean) + own;
   float x[kRotateEach] = {};
   for_dims(D, [&](int i, int d) {
     x[i] = element(p.x, from + d);

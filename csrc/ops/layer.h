@@ -364,8 +364,8 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   };
   Maps read{};
   Space& space = read.space;
-  for (const float** x : {&space.key_mean, &space.key_in, &space.query_in,
-                          &space.value_mean, &space.value_in, &space.value_out}) {
+  for (const float** x : {&space.key_mean, &space.key_in, &space.query_in, &space.value_mean,
+                          &space.value_in, &space.value_out}) {
     *x = floats(K * D);
     if (bool(*x) != bool(space.key_mean)) fail(op, ": a space must have all of its tensors");
   }

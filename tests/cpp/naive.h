@@ -90,11 +90,11 @@ inline float ordered_sum(const std::vector<float>& x) {
 inline uint16_t encode(DType dtype, const float* x, int64_t D, uint8_t* row) {
   const Levels& levels = levels_of(dtype);
   std::vector<float> terms(D), squares(D);
-  for (int64_t d = 0; d < D; ++d) squares[d] = x[d] * x[d];
-  const float rms = std::sqrt(ordered_sum(squares) / float(D));
+  float largest = 0.0f;
+  for (int64_t d = 0; d < D; ++d) largest = std::max(largest, std::fabs(x[d]));
   std::vector<int> code(D, 0);
   for (int64_t d = 0; d < D; ++d) {
-    for (int i = 0; i + 1 < levels.count; ++i) code[d] += x[d] > rms * levels.threshold[i];
+    for (int i = 0; i + 1 < levels.count; ++i) code[d] += x[d] > largest * levels.threshold[i];
     terms[d] = x[d] * levels.value[code[d]];
     squares[d] = levels.value[code[d]] * levels.value[code[d]];
   }

@@ -76,15 +76,12 @@ def test_rows_of_any_width_have_the_bits_of_the_reference(simd):
 def test_numbers_beside_a_threshold_get_the_code_of_their_side(simd):
     for bits, dtype in ((4, "k4v4"), (3, "k3v3"), (2, "k2v2")):
         rows = []
-        for t in codec.thresholds(bits):
-            for side in (-INF, None, INF):
-                x = torch.ones(64)
-                for _ in range(3):  # its own square is part of the threshold
-                    rms = (codec.ordered_sum(x * x) / 64).double().sqrt().float()
-                    x[0] = rms * t
-                    if side is not None:
-                        x[0] = torch.nextafter(x[0], torch.tensor(side))
-                rows.append(x)
+        for largest in (1.0, 3.7, 1e-6):
+            x = torch.full((64,), largest)
+            edges = largest * torch.tensor(codec.thresholds(bits))
+            for i, side in enumerate((edges, *(edges.nextafter(x[:1] * s) for s in (-9, 9)))):
+                x[16 * i : 16 * i + len(edges)] = side
+            rows.append(x)
         assert_bits_of_the_reference(torch.stack(rows), dtype)
 
 

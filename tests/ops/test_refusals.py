@@ -475,7 +475,7 @@ def test_a_tensor_of_a_call_that_does_not_fit_is_refused(op, name, change, messa
 def test_scales_come_with_rows_of_8_bits_and_only_with_them(op):
     eight, plain = pages.arguments(op, dtype=torch.int8), pages.arguments(op)
     pages.call(op, eight)
-    belong = "scales belong to slots of 8 bits, and must be given with them"
+    belong = "scales belong to rows of 8 bits, and must be given with them"
     assert_refused(op, eight | {"scales": None}, belong)
     assert_refused(op, plain | {"scales": eight["scales"]}, belong)
     assert_refused(op, eight | {"k": plain["k"]}, "k must have the slots' dtype, got float16")

@@ -120,8 +120,8 @@ struct Candidates {
     return layout.hot > 0 && less::is_hot(layout, position, after);
   }
 
-  // narrow: a lane a token, side by side
   LESS_DEVICE bool there(int64_t t) const {
+    // narrow: a lane a token, side by side
     return t >= 0 && t < T && (valid == nullptr || valid[t]);
   }
 
@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   for (int64_t s0 = 0; s0 < S; s0 += kSelectThreads) {
     const int64_t s = s0 + threadIdx.x;
     const bool gone = s < S && leaves(c, who, s);
-    // narrow: a lane a slot, side by side
     const bool still =
+        // narrow: a lane a slot, side by side
         s < S && !gone && (s < W ? c.key[s] == 0 && c.position[s] >= 0 : c.key[s] != 0);
     const bool open = s >= W && s < S && !still;
     const int before = block_prefix(int(gone) | int(open) << 16, sums, total);
@@ -275,8 +275,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     const int before =
         block_prefix(int(gone && of_call) | int(joins) << 10 | int(of_call) << 20, sums, total);
     const int64_t own = of_call ? next + (before >> 20) : old;
-    // narrow: a lane a token, side by side
     if (gone && of_call && listed + (before & 1023) < T) {
+      // narrow: a lane a token, side by side
       store(list + listed + (before & 1023), int32_t(at));
     }
     const int place = taken + (before >> 10 & 1023);

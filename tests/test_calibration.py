@@ -1,0 +1,177 @@
+"""What ``less-kv calibrate`` measures, writes and reads back."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from less import H2O
+from less.calibration import CONFIG_FILE, NAMES, TENSORS_FILE, Calibration
+from less.cli import main
+from less.fit import calibrate
+from less.fit.calibrate import measure
+from less.fit.capture import Captured
+from less.hf import attach, cache_for
+from tests.tiny_model import TEXT, save_tiny, tiny_model
+
+
+def captured(N=2, Q=4, K=2, T=200, D=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = torch.randn(N, K, T, D, generator=g) * torch.linspace(0.5, 4, D) + 7
+    v = torch.randn(N, K, T, D, generator=g) - 3
+    q = torch.randn(N, Q, T, D, generator=g) * torch.linspace(3, 1, D)
+    weight = torch.randn(64, Q * D, generator=g)
+    return Captured(q, k, v, torch.zeros_like(q), weight, D**-0.5)
+
+
+def test_means_and_scales_are_those_of_float64():
+    got = captured()
+    measured = measure(got)
+    k, q, v = (x[:, :, 4:].double() for x in (got.k, got.q, got.v))
+    K, D = k.shape[1], k.shape[3]
+    mean = k.mean((0, 2))
+    assert torch.allclose(measured["key_mean"].double(), mean, atol=1e-6)
+    assert torch.allclose(measured["value_mean"].double(), v.mean((0, 2)), atol=1e-6)
+    for name, weight, x in (
+        ("key_scale", q.view(2, K, 2, -1, D).square().sum((0, 2, 3)), k),
+        ("value_scale", got.o_weight.double().square().sum(0).view(K, 2, D).sum(1), v),
+    ):
+        wanted = (weight / x.var((0, 2), correction=0)) ** 0.25
+        wanted = wanted / wanted.log().mean(1, keepdim=True).exp()
+        assert torch.allclose(measured[name].double(), wanted, rtol=1e-5)
+
+
+def test_a_channel_without_variance_gets_a_finite_scale():
+    got = captured()
+    got.k[..., 3] = 5.0
+    scale = measure(got)["key_scale"]
+    assert bool(scale.isfinite().all())
+    assert float(scale.max()) <= 32.0001
+
+
+def test_a_model_is_calibrated_and_its_folder_comes_back_the_same(tmp_path):
+    model = tiny_model()
+    ids = torch.randint(0, 256, (2, 160), generator=torch.Generator().manual_seed(1))
+    steps = []
+    calibration = calibrate(model, ids, source="noise", show=lambda *at: steps.append(at))
+    assert steps[-1] == (2, 2)
+    assert calibration.config["tokens"] == 320
+    calibration.save_pretrained(tmp_path)
+    read = Calibration.from_pretrained(tmp_path)
+    assert read.digest == calibration.digest
+    assert read.config == calibration.config
+    for layer in range(2):
+        for name in NAMES:
+            assert torch.equal(read[layer][name], calibration[layer][name])
+    cache = cache_for(
+        model, H2O(heavy=20, recent=20), dtype="k4v4", calibration=read, sinks=2, hot=6
+    )
+    with attach(model, cache):
+        out = model.generate(
+            ids[:1], past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=257
+        )
+    assert out.shape[1] > 160
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="256 tokens or more"):
+        calibrate(tiny_model(), torch.zeros(1, 100, dtype=torch.long))
+
+
+def test_another_models_calibration_is_refused_by_name():
+    ids = torch.randint(0, 256, (2, 160))
+    calibration = calibrate(tiny_model(), ids, name="tiny")
+    other = tiny_model(head_dim=32)
+    with pytest.raises(ValueError, match="measured on tiny, not on"):
+        cache_for(other, H2O(heavy=20, recent=20), dtype="k4v4", calibration=calibration)
+
+
+def test_a_process_gets_its_heads_calibration():
+    whole = Calibration([measure(captured())])
+    second = whole.shard(1, 2)
+    assert second.kv_heads == 1
+    assert torch.equal(second[0]["key_mean"][0], whole[0]["key_mean"][1])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: (f / TENSORS_FILE).write_bytes(b"short"), "damaged, or of another"),
+        (lambda f: (f / CONFIG_FILE).write_text("{"), "truncated or not JSON"),
+        (lambda f: (f / CONFIG_FILE).write_text("[]"), "not a calibration"),
+        (lambda f: (f / TENSORS_FILE).unlink(), "no such file"),
+        (lambda f: change(f, "version", 99), "version 99"),
+        (lambda f: change(f, "layers", 10**9), "layers must be a number"),
+        (lambda f: change(f, "sha256", "0"), "its sha256 must be 0"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_what_is_wrong(tmp_path, harm, message):
+    Calibration([measure(captured())]).save_pretrained(tmp_path)
+    harm(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Calibration.from_pretrained(tmp_path)
+
+
+def change(folder, field, value):
+    header = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(header | {field: value}))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "one or more that do not slide"),
+        ([None], "one or more that do not slide"),
+        ([{"key_mean": torch.zeros(2, 8)}], "must have key_mean, key_scale"),
+        ([dict.fromkeys(NAMES, torch.zeros(2, 8))], "above 0"),
+        ([dict.fromkeys(NAMES, torch.full((2, 8), torch.nan))], "finite"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        Calibration(layers)
+
+
+def test_a_constant_added_to_all_keys_costs_nothing_where_its_mean_is_known():
+    """The same cache on keys with a large bias and on those without: softmax sees no difference."""
+    from less import LessKVCache
+
+    g = torch.Generator().manual_seed(0)
+    B, Q, K, T, D = 1, 4, 2, 200, 64
+    q, k, v = (torch.randn(B, h, T, D, generator=g) for h in (Q, K, K))
+    bias = torch.randn(K, 1, D, generator=g) * 100
+    plain = {n: torch.full((K, D), float(n.endswith("scale"))) for n in NAMES}
+
+    def run(keys, layer, policy):
+        cache = LessKVCache(1, Q, K, D, B, policy, dtype="k4v4", calibration=layer)
+        return cache.attend(0, q, keys, v), cache
+
+    policy = H2O(heavy=60, recent=60, decay=0.98)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted, _ = run(k, Calibration([plain]), policy)
+        got, cache = run(k + bias, Calibration([plain | {"key_mean": bias[:, 0]}]), policy)
+    assert torch.allclose(got, wanted, atol=2e-3)
+    with pytest.warns(UserWarning, match="less-kv calibrate"):
+        lost, _ = run(k + bias, None, policy)
+    step = (q[:, :, -1:], (k + bias)[:, :, -1:], v[:, :, -1:])
+    assert cache.attend(0, *step).isfinite().all()
+    assert float((lost - wanted).abs().max()) > 10 * float((got - wanted).abs().max())
+
+
+def test_the_command_measures_a_folder_and_refuses_what_cannot_be(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    arguments = ["calibrate", "--model", str(model), "--text", str(text), "--out"]
+    out = tmp_path / "rows"
+    assert main([*arguments, str(out), "--chunks", "2", "--length", "200", "--threads", "1"]) == 0
+    assert "Calibration(layers=2" in capsys.readouterr().out
+    assert len(Calibration.from_pretrained(out)) == 2
+    assert main([*arguments, str(out), "--chunks", "2", "--length", "4096"]) == 2
+    assert "--length 4096 is beyond" in capsys.readouterr().err
+    assert main([*arguments, str(text)]) == 2
+    assert "--out" in capsys.readouterr().err
