@@ -332,7 +332,7 @@ def test_memory_counts_pages_and_the_space(backend, dtype):
     counters = 2 * 2 * layout.header_bytes
     assert at_first["slots"] + at_first["state"] + counters == 2 * 2 * layout.nbytes
     plain = build(dtype=torch.float16, layers=2, sidekick=sidekick_of(2)).memory()["maps"]
-    assert at_first["maps"] == plain + 2 * 6 * 4 * K * D  # six vectors of each kv head
+    assert at_first["maps"] == plain + 2 * 4 * 2 * K * D  # four float16 vectors of each kv head
     calibrated = build(
         dtype=dtype, layers=2, sidekick=sidekick_of(2), calibration=calibration_of(2)
     )

@@ -2,11 +2,11 @@
 // file that knows levels and packing; less/reference/codec.py says the same in Python, and every
 // kernel gets its bits: each step is one float rounding, in the order that is given here.
 //
-//   code = number of thresholds t with x > t max|x|;
+//   code = number of thresholds t with x > t (clip max|x|);
 //   scale = sum x level / sum level^2, rounded to fp16, at most 65504
 //
 // The n levels are uniform, (2 code + 1) 2/n - 2; thresholds lie halfway between levels that reach
-// from -clip to clip.
+// from -1 to 1.
 // Sums: of 16 lanes, lane j adds up the numbers j, j + 16, ...; then lanes j and j + 8 are added, j
 // and j + 4, j and j + 2, and the last two.
 // Packing, little bits first: of 4 bits byte i holds the codes of dims i and i + D/2; of 2 bits
@@ -32,7 +32,7 @@ struct Levels {
   int count;
 };
 
-constexpr Levels make_levels(int count, double clip) {
+constexpr Levels make_levels(int count) {
   Levels levels{};
   levels.count = count;
   for (int i = 0; i < 16; ++i) {
@@ -40,15 +40,26 @@ constexpr Levels make_levels(int count, double clip) {
     levels.value[i] = float(levels.n[i]) / 64.0f;
   }
   for (int i = 0; i + 1 < count; ++i) {
-    levels.threshold[i] = float(clip * (2 * i - count + 2) / (count - 1));
+    levels.threshold[i] = float(double(2 * i - count + 2) / (count - 1));
   }
   return levels;
 }
 
-// The clip of least squared error for Gaussian rows of 64 to 128 numbers.
-constexpr Levels kLevels4 = make_levels(16, 0.90);
-constexpr Levels kLevels3 = make_levels(8, 0.77);
-constexpr Levels kLevels2 = make_levels(4, 0.55);
+constexpr Levels kLevels4 = make_levels(16);
+constexpr Levels kLevels3 = make_levels(8);
+constexpr Levels kLevels2 = make_levels(4);
+
+// The part of a row's largest number that rows of D numbers are clipped to, that of the nearest
+// length: of least squared error for Gaussian numbers.
+LESS_HD constexpr float clip_of(DType dtype, int64_t D) {
+  const float clips[5][3] = {{0.98f, 0.90f, 0.70f},
+                             {0.96f, 0.86f, 0.64f},
+                             {0.92f, 0.80f, 0.58f},
+                             {0.88f, 0.74f, 0.52f},
+                             {0.84f, 0.68f, 0.48f}};
+  const int length = D < 24 ? 0 : D < 48 ? 1 : D < 96 ? 2 : D < 192 ? 3 : 4;
+  return clips[length][dtype == DType::b4 ? 0 : dtype == DType::b3 ? 1 : 2];
+}
 
 LESS_HD constexpr const Levels& levels_of(DType dtype) {
   return dtype == DType::b4 ? kLevels4 : dtype == DType::b3 ? kLevels3 : kLevels2;

@@ -148,9 +148,9 @@ LESS_INLINE Vec only_first(Vec x, int n) {
 }
 
 template <int kThresholds>
-uint16_t encode_codes(const Levels& levels, const float* x, int64_t D, uint8_t* code) {
+uint16_t encode_codes(const Levels& levels, float clip, const float* x, int64_t D, uint8_t* code) {
   constexpr int kV = Vec::kSize;
-  const float largest = bits_to_float(largest_bits(x, D));
+  const float largest = bits_to_float(largest_bits(x, D)) * clip;
   float threshold[kThresholds];
   for (int i = 0; i < kThresholds; ++i) threshold[i] = largest * levels.threshold[i];
   const float step = levels.value[1] - levels.value[0];
@@ -183,17 +183,18 @@ inline uint16_t encode_packed(DType dtype, const float* x, int64_t D, uint8_t* r
     code = far.get();
   }
   const Levels& levels = levels_of(dtype);
+  const float clip = clip_of(dtype, D);
   if (dtype == DType::b4) {
-    const uint16_t half = encode_codes<15>(levels, x, D, code);
+    const uint16_t half = encode_codes<15>(levels, clip, x, D, code);
     pack_fields<2, 0>(code, D / 2, row);
     return half;
   }
   if (dtype == DType::b2) {
-    const uint16_t half = encode_codes<3>(levels, x, D, code);
+    const uint16_t half = encode_codes<3>(levels, clip, x, D, code);
     pack_fields<4, 0>(code, D / 4, row);
     return half;
   }
-  const uint16_t half = encode_codes<7>(levels, x, D, code);
+  const uint16_t half = encode_codes<7>(levels, clip, x, D, code);
   pack_fields<4, 0>(code, D / 4, row);
   pack_fields<8, 2>(code, D / 8, row + D / 4);
   return half;

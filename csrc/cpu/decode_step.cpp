@@ -314,11 +314,11 @@ class Step {
   }
 
   float shift(const float* q) const {
-    const float* const key_mean = p_.maps.space.key_mean + head_ * D_;
+    const uint16_t* const key_mean = p_.maps.space.key_mean + head_ * D_;
     Vec total(0.0f);
     for (int64_t d = 0; d < D_; d += Vec::kSize) {
       const int n = int(std::min<int64_t>(Vec::kSize, D_ - d));
-      total = fma(load_some(q + d, n), load_some(key_mean + d, n), total);
+      total = fma(load_some(q + d, n), load_half(key_mean + d, n), total);
     }
     return sum(total);
   }

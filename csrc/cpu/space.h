@@ -96,43 +96,55 @@ inline void butterflies(float* x, int64_t D) {
   }
 }
 
-// x [D] of kv head `head` becomes what the rotation makes of it.
+// Numbers of fp16, by their bits; the rest is 1, by which what is not there may be divided.
+LESS_INLINE Vec load_half(const uint16_t* p, int n) {
+  const fp16* const half = reinterpret_cast<const fp16*>(p);
+  return n == Vec::kSize ? Vec::load(half) : Vec::load(half, n, 1.0f);
+}
+
+// x [D] becomes W ((x - mean) (scale f)).
+LESS_INLINE void into_space(const uint16_t* mean, const uint16_t* scale, int64_t D, float* x) {
+  const Vec factor(hadamard_factor(D));
+  for_each(x, D, [=](Vec a, int64_t d, int n) {
+    return (a - load_half(mean + d, n)) * (load_half(scale + d, n) * factor);
+  });
+  butterflies(x, D);
+}
+
+// x [D] becomes W (x) (f / scale) + mean.
+LESS_INLINE void out_of_space(const uint16_t* mean, const uint16_t* scale, int64_t D, float* x) {
+  butterflies(x, D);
+  const Vec factor(hadamard_factor(D));
+  for_each(x, D, [=](Vec a, int64_t d, int n) {
+    return a * (factor / load_half(scale + d, n)) + load_half(mean + d, n);
+  });
+}
+
+// x [D] of kv head `head` becomes what the rotation makes of it; a rounded query is not rounded.
 LESS_INLINE void rotate_row(const Space& space, Rotation rotation, int64_t head, int64_t D,
                             float* x) {
   const int64_t at = head * D;
-  const auto into = [&](const float* mean, const float* factor) {
-    for_each(x, D, [=](Vec a, int64_t d, int n) {
-      if (mean != nullptr) a = a - load_some(mean + at + d, n);
-      return a * load_some(factor + at + d, n);
-    });
-    butterflies(x, D);
-  };
-  const auto out = [&](const float* factor, const float* mean) {
-    butterflies(x, D);
-    for_each(x, D, [=](Vec a, int64_t d, int n) {
-      return a * load_some(factor + at + d, n) + load_some(mean + at + d, n);
-    });
-  };
   switch (rotation) {
     case Rotation::query:
-    case Rotation::rounded_query:
-      return into(nullptr, space.query_in);
+    case Rotation::rounded_query: {
+      const Vec factor(hadamard_factor(D));
+      const uint16_t* const scale = space.key_scale + at;
+      for_each(x, D,
+               [=](Vec a, int64_t d, int n) { return a * (factor / load_half(scale + d, n)); });
+      return butterflies(x, D);
+    }
     case Rotation::key:
-      return into(space.key_mean, space.key_in);
+      return into_space(space.key_mean + at, space.key_scale + at, D, x);
     case Rotation::value:
-      return into(space.value_mean, space.value_in);
+      return into_space(space.value_mean + at, space.value_scale + at, D, x);
     case Rotation::output:
-      return out(space.value_out, space.value_mean);
+      return out_of_space(space.value_mean + at, space.value_scale + at, D, x);
   }
 }
 
 // A key back out of the space.
 LESS_INLINE void key_out_of_space(const Space& space, int64_t head, int64_t D, float* x) {
-  butterflies(x, D);
-  for_each(x, D, [&](Vec a, int64_t d, int n) {
-    return a * load_some(space.query_in + head * D + d, n) +
-           load_some(space.key_mean + head * D + d, n);
-  });
+  out_of_space(space.key_mean + head * D, space.key_scale + head * D, D, x);
 }
 
 }  // namespace less::cpu::LESS_ISA

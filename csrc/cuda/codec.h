@@ -146,7 +146,7 @@ template <DType kType>
 LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
   constexpr int kCount = levels_of(kType).count;
   const bool writes = int(threadIdx.x) % 32 < kCodecLanes;
-  const float largest = largest_of(row, D);
+  const float largest = __fmul_rn(largest_of(row, D), clip_of(kType, D));
   LaneRow level;
   for_lane_dims(D, [&](int i, int d) {
     const int code =

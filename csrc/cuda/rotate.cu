@@ -99,29 +99,31 @@ __global__ void __launch_bounds__(kRotateThreads)
     return;
   }
   const int64_t own = h / (p.heads / p.K) * D;  // of the kv head's numbers
-  const Space& space = p.space;
   const bool out = p.rotation == Rotation::output;
   const bool query = p.rotation == Rotation::query || p.rotation == Rotation::rounded_query;
-  const float* const factor = (query                         ? space.query_in
-                               : p.rotation == Rotation::key ? space.key_in
-                               : out                         ? space.value_out
-                                                             : space.value_in) +
-                              own;
-  const float* const mean =
-      query ? nullptr : (p.rotation == Rotation::key ? space.key_mean : space.value_mean) + own;
+  const bool out = p.rotation == Rotation::output;
+  const bool key = query || p.rotation == Rotation::key;
+  const uint16_t* const scale = (key ? p.space.key_scale : p.space.value_scale) + own;
+  const uint16_t* const mean = (key ? p.space.key_mean : p.space.value_mean) + own;
+  const float f = hadamard_factor(p.D);
+  // What a dim is multiplied by. narrow: a lane a dim, side by side
+  const auto factor = [&](int d) {
+    const float c = widened(bits_of<__half>(scale[d]));
+    return query || out ? __fdiv_rn(f, c) : __fmul_rn(c, f);
+  };
+  // narrow: a lane a dim, side by side
+  const auto centre = [&](int d) { return widened(bits_of<__half>(mean[d])); };
   float x[kRotateEach] = {};
   for_dims(D, [&](int i, int d) {
     x[i] = element(p.x, from + d);
     if (out) return;
-    // narrow: a lane a dim, side by side
-    if (mean != nullptr) x[i] = __fsub_rn(x[i], mean[d]);
-    x[i] = __fmul_rn(x[i], factor[d]);  // narrow: a lane a dim, side by side
+    if (!query) x[i] = __fsub_rn(x[i], centre(d));
+    x[i] = __fmul_rn(x[i], factor(d));
   });
   butterflies(x, int(hadamard_block(p.D)));
   if (p.rotation == Rotation::rounded_query) round_row(x, D);
   for_dims(D, [&](int i, int d) {
-    // narrow: a lane a dim, side by side
-    if (out) x[i] = __fadd_rn(__fmul_rn(x[i], factor[d]), mean[d]);
+    if (out) x[i] = __fadd_rn(__fmul_rn(x[i], factor(d)), centre(d));
     put_element(job.y, to + d, x[i]);
   });
 }

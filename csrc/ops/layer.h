@@ -364,9 +364,9 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   };
   Maps read{};
   Space& space = read.space;
-  for (const float** x : {&space.key_mean, &space.key_in, &space.query_in, &space.value_mean,
-                          &space.value_in, &space.value_out}) {
-    *x = floats(K * D);
+  for (const uint16_t** x :
+       {&space.key_mean, &space.key_scale, &space.value_mean, &space.value_scale}) {
+    *x = static_cast<const uint16_t*>(take(K * D, sizeof **x));
     if (bool(*x) != bool(space.key_mean)) fail(op, ": a space must have all of its tensors");
   }
   if (layer.kind < 0) {

@@ -93,10 +93,14 @@ class Holdings:
     def memory(self) -> dict[str, int]:
         """``LessKVCache.memory``."""
         state = pages = maps = 0
+        shared: set[int] = set()  # layers of one space share its memory
         for at in self.held:
             pages += at.layout.nbytes
             state += at.layout.bytes_of("H", "z")
-            maps += 0 if at.plan.memory is None else at.plan.memory.nbytes
+            memory = at.plan.memory
+            if memory is not None and memory.data_ptr() not in shared:
+                maps += memory.nbytes
+                shared.add(memory.data_ptr())
         counters = sum(at.layout.header_bytes for at in self.held)
         pages, state, counters = (self.batch * n for n in (pages, state, counters))
         scratch = next((at.backend.workspace for at in self.held), 0)

@@ -24,6 +24,7 @@ from less.layer import (
     Slots,
     Space,
     allocate,
+    plain_space,
 )
 from less.policies import Policy
 from less.policies.base import checked_rank
@@ -112,7 +113,7 @@ class PagedLayer:
             null_page=null_page,
         )
         if space is None and layout.format.packed:
-            space = Space.of(layout.kv_heads, layout.head_dim)
+            space = plain_space(layout.kv_heads, layout.head_dim, self.device)
         if space is not None:
             space = (space if not spec.softcap else space.without_key_mean()).to(self.device)
         self.plan = LayerPlan(spec, layout, packed, space)

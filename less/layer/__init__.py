@@ -4,7 +4,7 @@ from less.layer.layout import PageLayout, PageViews
 from less.layer.maps import Maps, PackedMaps
 from less.layer.pool import Paged, PageRows, allocate
 from less.layer.rows import Call, Rows, Slots, State, put_rows
-from less.layer.space import Space
+from less.layer.space import Space, plain_space
 from less.layer.spec import LayerPlan, LayerSpec, encode
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "State",
     "allocate",
     "encode",
+    "plain_space",
     "put_rows",
 ]

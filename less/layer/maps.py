@@ -11,37 +11,7 @@ from torch import Tensor
 from less._check import require_shape
 from less.dtypes import CODES
 from less.layer.kinds import KINDS, ORDER, kind_of, present
-from less.layer.layout import field_bytes
-
-
-def in_one_piece(
-    tensors: Mapping[str, Tensor], device: torch.device | str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Copy tensors into one piece of memory, in the order of ``ORDER``.
-
-    Args:
-        tensors: By name.
-        device: Where to.
-
-    Returns:
-        uint8 [bytes], each tensor at a multiple of 128 bytes; and views of it by name.
-    """
-    ordered = {n: tensors[n] for n in ORDER if n in tensors}
-    at, offsets = 0, {}
-    for n, x in ordered.items():
-        offsets[n] = at
-        at += field_bytes(x.nbytes)
-    source = next(iter(ordered.values())).device
-    memory = torch.zeros(at, dtype=torch.uint8, device=source)
-
-    def view(n: str) -> Tensor:
-        x = ordered[n]
-        return memory.narrow(0, offsets[n], x.nbytes).view(x.dtype).view(x.shape)
-
-    for n, x in ordered.items():
-        view(n).copy_(x)
-    memory = memory.to(device)
-    return memory, {n: view(n) for n in ordered}
+from less.layer.pieces import in_one_piece
 
 
 @dataclass(frozen=True)
@@ -99,7 +69,7 @@ class PackedMaps(Maps):
         if len(dtypes) > 1:
             names = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"maps: matrices must share a dtype, got {names}")
-        memory, views = in_one_piece(tensors, device)
+        memory, views = in_one_piece(tensors, ORDER, device)
         return cls(kind, views, memory)
 
     def to(self, device: torch.device | str) -> PackedMaps:

@@ -11,22 +11,16 @@ scale q'.k' plus scale q.m_k, the same for every key of a query. The output come
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from less._check import require_shape
+from less.layer.pieces import in_one_piece
 
 #: The tensors of a space, in the order in which they lie in memory.
-SPACE = (
-    "key_mean",
-    "key_in",
-    "query_in",
-    "value_mean",
-    "value_in",
-    "value_out",
-)
+SPACE = ("key_mean", "key_scale", "value_mean", "value_scale")
 
 
 def block_size(D: int) -> int:
@@ -67,23 +61,19 @@ def butterflies(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Space:
-    """A layer's space: float32 [K, D] each, signs and U's factor included.
+    """A layer's space: float16 [K, D] each, which is exact for what is stored here.
 
     Attributes:
         key_mean: m_k.
-        key_in: c_k times signs over the root of the block.
-        query_in: 1 / c_k, likewise.
+        key_scale: c_k times the dim's sign.
         value_mean: m_v.
-        value_in: c_v, likewise.
-        value_out: 1 / c_v, likewise.
+        value_scale: c_v, likewise.
     """
 
     key_mean: Tensor
-    key_in: Tensor
-    query_in: Tensor
+    key_scale: Tensor
     value_mean: Tensor
-    value_in: Tensor
-    value_out: Tensor
+    value_scale: Tensor
 
     @classmethod
     def of(
@@ -96,7 +86,7 @@ class Space:
         value_mean: Tensor | None = None,
         value_scale: Tensor | None = None,
     ) -> Space:
-        """The space of these means and scales.
+        """The space of these means and scales, rounded to float16.
 
         Args:
             kv_heads: K.
@@ -107,50 +97,64 @@ class Space:
             value_scale: c_v; None: 1.
 
         Raises:
-            ValueError: A shape is another, or a number is not finite, or a scale not above 0.
+            ValueError: A shape is another, or a number is not finite in float16, or a scale not
+                above 0.
         """
         shape = [kv_heads, head_dim]
-        factor = signs(head_dim) * block_size(head_dim) ** -0.5
 
         def tensor(label: str, x: Tensor | None, default: float) -> Tensor:
             if x is None:
-                return torch.full(shape, default)
+                return torch.full(shape, default, dtype=torch.float16)
             require_shape("Space", label, x, shape)
-            x = x.detach().to("cpu", torch.float32)
+            x = x.detach().to("cpu", torch.float16)
             if not bool(x.isfinite().all()) or (default and not bool((x > 0).all())):
                 raise ValueError(f"Space: {label} must be finite{' and above 0' * bool(default)}")
             return x
 
-        mean_k, mean_v = tensor("key_mean", key_mean, 0.0), tensor("value_mean", value_mean, 0.0)
-        scale_k = tensor("key_scale", key_scale, 1.0)
-        scale_v = tensor("value_scale", value_scale, 1.0)
-        key_in = scale_k * factor
+        sign = signs(head_dim).to(torch.float16)
         return cls(
-            key_mean=mean_k,
-            key_in=key_in,
-            query_in=factor / scale_k,
-            value_mean=mean_v,
-            value_in=scale_v * factor,
-            value_out=factor / scale_v,
+            key_mean=tensor("key_mean", key_mean, 0.0),
+            key_scale=tensor("key_scale", key_scale, 1.0) * sign,
+            value_mean=tensor("value_mean", value_mean, 0.0),
+            value_scale=tensor("value_scale", value_scale, 1.0) * sign,
         )
+
+    @property
+    def factor(self) -> float:
+        """What makes the butterflies orthogonal: the root of 1 / block."""
+        return float(block_size(self.key_mean.shape[1]) ** -0.5)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, in the order of ``SPACE``."""
         return {n: getattr(self, n) for n in SPACE}
 
+    @cached_property
+    def memory(self) -> Tensor:
+        """All tensors in one piece, uint8 [bytes], as the ops take them."""
+        return in_one_piece(self.tensors(), SPACE, self.key_mean.device)[0]
+
     def to(self, device: torch.device | str) -> Space:
-        """The same on another device."""
+        """The same on another device; itself where it is there."""
+        if self.key_mean.device == torch.device(device):
+            return self
         return Space(**{n: x.to(device) for n, x in self.tensors().items()})
 
     def without_key_mean(self) -> Space:
         """The same without means of keys, which a soft-cap does not let through."""
         return replace(self, key_mean=torch.zeros_like(self.key_mean))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.nbytes for x in self.tensors().values())
-
     def heads(self, heads: slice) -> Space:
         """That of some of the kv heads."""
         return Space(**{n: x[heads] for n, x in self.tensors().items()})
+
+
+@lru_cache
+def plain_space(kv_heads: int, head_dim: int, device: torch.device) -> Space:
+    """The space without means and scales; one for all layers of a shape.
+
+    Args:
+        kv_heads: K.
+        head_dim: D.
+        device: Where.
+    """
+    return Space.of(kv_heads, head_dim).to(device)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from less._check import require_shape
-from less.layer.kinds import present
+from less.layer.kinds import ORDER, present
 from less.layer.layout import PageLayout
-from less.layer.maps import PackedMaps, in_one_piece
+from less.layer.maps import PackedMaps
+from less.layer.pieces import in_one_piece
 from less.layer.pool import Paged
 from less.layer.space import SPACE, Space
 from less.policies import Rule
@@ -160,20 +161,23 @@ class LayerPlan:
         _ = self.encoded  # made now: a step makes nothing
 
     def _pack_space(self, op: str, space: Space) -> None:
-        """Put space and maps into one piece of memory, of which both become views."""
+        """Put space and maps into one piece of memory, of which both become views.
+
+        Without maps it is the space's own, which layers of one space share.
+        """
         shape = [self.layout.kv_heads, self.layout.head_dim]
         for label, x in space.tensors().items():
             require_shape(op, label, x, shape)
         if self.spec.softcap and bool((space.key_mean != 0).any()):
             raise ValueError(f"{op}: key_mean must be 0 under a soft-cap")
-        maps = {} if self.maps is None else self.maps.tensors
-        device = space.key_mean.device if self.maps is None else self.maps.memory.device
-        memory, views = in_one_piece(
-            {**{n: x.to(device) for n, x in space.tensors().items()}, **maps}, device
-        )
+        if self.maps is None:
+            object.__setattr__(self, "memory", space.memory)
+            return
+        device = self.maps.memory.device
+        tensors = {n: x.to(device) for n, x in space.tensors().items()}
+        memory, views = in_one_piece({**tensors, **self.maps.tensors}, ORDER, device)
         object.__setattr__(self, "space", Space(**{n: views.pop(n) for n in SPACE}))
-        if self.maps is not None:
-            object.__setattr__(self, "maps", PackedMaps(self.maps.kind, views, memory))
+        object.__setattr__(self, "maps", PackedMaps(self.maps.kind, views, memory))
         object.__setattr__(self, "memory", memory)
 
     @property

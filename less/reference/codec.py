@@ -4,8 +4,8 @@ A row x [D] is stored as codes of b = 4, 3 or 2 bits and one float16 scale: x = 
 The n = 2^b levels are uniform, (2 code + 1) 2/n - 2; what lies beyond the outermost is clipped to
 it. Every step is one float32 rounding in a fixed order, so that kernels get the same bits:
 
-1. code = the number of thresholds t with x > t max|x|, halfway between levels that reach from
-   -clip to clip;
+1. code = the number of thresholds t with x > t (clip max|x|), halfway between levels that reach
+   from -1 to 1;
 2. scale = sum x level / sum level^2, the best for these codes, summed by ``ordered_sum``, rounded
    to float16, at most 65504.
 
@@ -26,9 +26,15 @@ from less.layer import Rows, Slots, Space
 from less.layer.space import butterflies
 from less.reference.numbers import dequantize, floats, quantize
 
-#: What of a row's largest number the outermost thresholds are laid out for, by bits: the clip of
-#: least squared error for Gaussian rows of 64 to 128 numbers.
-CLIP = {4: 0.90, 3: 0.77, 2: 0.55}
+#: The part of a row's largest number that rows of so many numbers are clipped to, of 4, 3 and 2
+#: bits: that of least squared error for Gaussian numbers.
+CLIP = {
+    16: (0.98, 0.90, 0.70),
+    32: (0.96, 0.86, 0.64),
+    64: (0.92, 0.80, 0.58),
+    128: (0.88, 0.74, 0.52),
+    256: (0.84, 0.68, 0.48),
+}
 #: What ``rotate`` takes, by the numbers of ``Rotation`` in csrc/common/space.h.
 ROTATIONS = ("query", "key", "value", "output", "rounded_query")
 LARGEST_SCALE = 65504.0  # of float16
@@ -41,9 +47,15 @@ def levels(bits: int) -> Tensor:
 
 
 def thresholds(bits: int) -> list[float]:
-    """Where one code ends and the next begins, in units of a row's largest number, ascending."""
+    """Where one code ends and the next begins, in units of the clip of a row, ascending."""
     last = (1 << bits) - 1
-    return [CLIP[bits] * (2 * i - last + 1) / last for i in range(last)]
+    return [(2 * i - last + 1) / last for i in range(last)]
+
+
+def clip(bits: int, D: int) -> float:
+    """What of its largest number a row of D numbers is clipped to: that of the nearest length."""
+    nearest = next((length for length in CLIP if 3 * length > D * 2), 256)
+    return CLIP[nearest][(4, 3, 2).index(bits)]
 
 
 def ordered_sum(x: Tensor) -> Tensor:
@@ -72,7 +84,7 @@ def codes_and_scale(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     level = levels(bits)
-    largest = x.abs().amax(-1)
+    largest = x.abs().amax(-1) * clip(bits, x.shape[-1])
     code = torch.zeros(x.shape, dtype=torch.long)
     for t in thresholds(bits):
         code += x > largest.unsqueeze(-1) * t  # t becomes float32
@@ -155,13 +167,13 @@ def rotate(x: Tensor, space: Space, rotation: str, valid: Tensor | None = None) 
     """
     x = x.double() if x.dtype == torch.float64 else x.float()
     if rotation in ("query", "rounded_query"):
-        y = butterflies(x * _per_head(space.query_in, x))
+        y = butterflies(x * _per_head(_divided(space.factor, _wide(space.key_scale, x)), x))
         if rotation == "rounded_query":
             y = dequantize(*quantize(y))
     elif rotation == "key":
-        y = butterflies((x - _per_head(space.key_mean, x)) * _per_head(space.key_in, x))
+        y = _into(x, space.key_mean, space.key_scale, space.factor)
     elif rotation == "value":
-        y = butterflies((x - _per_head(space.value_mean, x)) * _per_head(space.value_in, x))
+        y = _into(x, space.value_mean, space.value_scale, space.factor)
     elif rotation == "output":
         y = values_out_of_space(x, space)
     else:
@@ -171,12 +183,12 @@ def rotate(x: Tensor, space: Space, rotation: str, valid: Tensor | None = None) 
 
 def keys_out_of_space(k: Tensor, space: Space) -> Tensor:
     """Keys [B, K, N, D] back out of the space."""
-    return butterflies(k) * _per_head(space.query_in, k) + _per_head(space.key_mean, k)
+    return _out_of(k, space.key_mean, space.key_scale, space.factor)
 
 
 def values_out_of_space(v: Tensor, space: Space) -> Tensor:
     """Values [B, K, N, D], or attention's output [B, Q, T, D], back out of the space."""
-    return butterflies(v) * _per_head(space.value_out, v) + _per_head(space.value_mean, v)
+    return _out_of(v, space.value_mean, space.value_scale, space.factor)
 
 
 def query_shift(q: Tensor, space: Space, scale: float) -> Tensor:
@@ -187,6 +199,23 @@ def query_shift(q: Tensor, space: Space, scale: float) -> Tensor:
     """
     q = q.double() if q.dtype == torch.float64 else q.float()
     return scale * (q * _per_head(space.key_mean, q)).sum(-1)
+
+
+def _wide(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype)
+
+
+def _divided(factor: float, x: Tensor) -> Tensor:
+    # Not factor / x: torch takes the reciprocal of x first, which rounds twice.
+    return torch.full_like(x, factor) / x
+
+
+def _into(x: Tensor, mean: Tensor, scale: Tensor, factor: float) -> Tensor:
+    return butterflies((x - _per_head(mean, x)) * _per_head(_wide(scale, x) * factor, x))
+
+
+def _out_of(x: Tensor, mean: Tensor, scale: Tensor, factor: float) -> Tensor:
+    return butterflies(x) * _per_head(_divided(factor, _wide(scale, x)), x) + _per_head(mean, x)
 
 
 def _per_head(x: Tensor, like: Tensor) -> Tensor:

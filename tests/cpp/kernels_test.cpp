@@ -857,10 +857,17 @@ void test_clear_page() {
 void test_rotate(int64_t D) {
   const int64_t B = 2, K = 2, heads = 4, T = 3;
   Random random(6);
-  const std::vector<float> mean = random.normal(K * D), factor = random.normal(K * D);
-  const std::vector<float> back = random.normal(K * D), x = random.normal(B * heads * T * D);
-  const Space space{mean.data(), factor.data(), back.data(), nullptr,
-                    mean.data(), factor.data(), back.data()};
+  const std::vector<float> x = random.normal(B * heads * T * D);
+  std::vector<float> mean = random.normal(K * D), scale = random.normal(K * D);
+  std::vector<uint16_t> half_mean, half_scale;
+  for (const auto& [floats, halves] : {std::pair{&mean, &half_mean}, {&scale, &half_scale}}) {
+    for (float& number : *floats) {
+      halves->push_back(from_float<fp16>(number).bits);
+      number = to_float(fp16{halves->back()});
+    }
+  }
+  const Space space{half_mean.data(), half_scale.data(), half_mean.data(), half_scale.data()};
+  const float f = hadamard_factor(D);
   const bool valid[B * T] = {true, true, false, true, false, true};
   for (Rotation rotation : {Rotation::query, Rotation::key, Rotation::value, Rotation::output}) {
     std::vector<float> y(x.size(), NAN);
@@ -880,7 +887,8 @@ void test_rotate(int64_t D) {
       const bool out = rotation == Rotation::output, query = rotation == Rotation::query;
       std::vector<float> wanted(x.begin() + n * D, x.begin() + (n + 1) * D);
       for (int64_t d = 0; d < D && !out; ++d) {
-        wanted[d] = query ? wanted[d] * back[at + d] : (wanted[d] - mean[at + d]) * factor[at + d];
+        wanted[d] = query ? wanted[d] * (f / scale[at + d])
+                          : (wanted[d] - mean[at + d]) * (scale[at + d] * f);
       }
       for (int64_t length = 1; length < hadamard_block(D); length *= 2) {
         for (int64_t i = 0; i < D; ++i) {
@@ -891,7 +899,7 @@ void test_rotate(int64_t D) {
         }
       }
       for (int64_t d = 0; d < D && out; ++d) {
-        const float scaled = wanted[d] * back[at + d];
+        const float scaled = wanted[d] * (f / scale[at + d]);
         wanted[d] = scaled + mean[at + d];
       }
       if (!valid[n / T / heads * T + n % T]) wanted.assign(D, 0.0f);

@@ -92,6 +92,7 @@ inline uint16_t encode(DType dtype, const float* x, int64_t D, uint8_t* row) {
   std::vector<float> terms(D), squares(D);
   float largest = 0.0f;
   for (int64_t d = 0; d < D; ++d) largest = std::max(largest, std::fabs(x[d]));
+  largest *= clip_of(dtype, D);
   std::vector<int> code(D, 0);
   for (int64_t d = 0; d < D; ++d) {
     for (int i = 0; i + 1 < levels.count; ++i) code[d] += x[d] > largest * levels.threshold[i];

@@ -78,7 +78,7 @@ def test_numbers_beside_a_threshold_get_the_code_of_their_side(simd):
         rows = []
         for largest in (1.0, 3.7, 1e-6):
             x = torch.full((64,), largest)
-            edges = largest * torch.tensor(codec.thresholds(bits))
+            edges = x[:1] * codec.clip(bits, 64) * torch.tensor(codec.thresholds(bits))
             for i, side in enumerate((edges, *(edges.nextafter(x[:1] * s) for s in (-9, 9)))):
                 x[16 * i : 16 * i + len(edges)] = side
             rows.append(x)
