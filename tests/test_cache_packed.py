@@ -10,6 +10,7 @@ import torch
 from less import H2O, Calibration, Full, LessConfig, LessKVCache, PageLayout, Sidekick, SinkRecent
 from less.calibration import NAMES
 from less.dtypes import FORMATS
+from less.layer import Space
 from tests.helpers import HeavyValues, assert_close, held, random_maps, random_qkv
 
 Q, K, D = 6, 2, 16
@@ -332,7 +333,7 @@ def test_memory_counts_pages_and_the_space(backend, dtype):
     counters = 2 * 2 * layout.header_bytes
     assert at_first["slots"] + at_first["state"] + counters == 2 * 2 * layout.nbytes
     plain = build(dtype=torch.float16, layers=2, sidekick=sidekick_of(2)).memory()["maps"]
-    assert at_first["maps"] == plain + 2 * 4 * 2 * K * D  # four float16 vectors of each kv head
+    assert at_first["maps"] == plain + 2 * Space.of(K, D).memory.nbytes
     calibrated = build(
         dtype=dtype, layers=2, sidekick=sidekick_of(2), calibration=calibration_of(2)
     )
