@@ -16,9 +16,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/codec.h"
 #include "cpu/features.h"
+#include "cpu/integer_rows.h"
 #include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -68,6 +70,7 @@ class Step {
     weight_ = scaled_ ? scratch.floats(G_ * most) : nullptr;
     q_eight_ = reinterpret_cast<int8_t*>(rounds_ ? scratch.floats(G_ * width_ / 4) : nullptr);
     q_scale_ = scratch.floats(G_);
+    q_sum_ = reinterpret_cast<int32_t*>(scratch.floats(G_));
     top_ = scratch.floats(G_);
     total_ = scratch.floats(G_);
     key_ = scratch.floats(width_);
@@ -156,7 +159,7 @@ class Step {
     constexpr auto line = Scratch::padded_floats;
     const int64_t most = padded(p_.layout.S + 1);
     return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
-           (rounds_ ? line(G_ * width_ / 4) : 0) + 3 * line(G_) + 6 * line(width_) +
+           (rounds_ ? line(G_ * width_ / 4) : 0) + 4 * line(G_) + 6 * line(width_) +
            line(padded(R_)) + line(hidden_floats());
   }
 
@@ -176,6 +179,7 @@ class Step {
       if (rounds_) {
         int8_t* const eight = q_eight_ + g * width_;
         q_scale_[g] = quantize_row(q, D_, eight);
+        q_sum_[g] = std::accumulate(eight, eight + D_, int32_t(0));
         widen_row(eight, q_scale_[g], D_, q);
       }
     }
@@ -219,8 +223,13 @@ class Step {
   // logit_[g] = l over slots and token, -inf for empty slots and the padding.
   void logits() {
     for_each_run([this](const Group& group, int64_t first, int64_t count) {
-      dots_of_rows(group.k.dtype, q_, G_, width_, group.k.rows + first * group.k.stride, count, D_,
-                   logit_ + group.first + first, stride_, &stream_);
+      const uint8_t* const rows = group.k.rows + first * group.k.stride;
+      float* const l = logit_ + group.first + first;
+      if (dots_in_integers(group.k.dtype, q_eight_, q_scale_, q_sum_, G_, width_, rows, count, D_,
+                           l, stride_, &stream_)) {
+        return;
+      }
+      dots_of_rows(group.k.dtype, q_, G_, width_, rows, count, D_, l, stride_, &stream_);
     });
     dots_of_rows(p_.layout.call_dtype, q_, G_, width_, new_row_[0], 1, D_, logit_ + S_, stride_,
                  nullptr);
@@ -258,6 +267,8 @@ class Step {
   void softmax() {
     for (int64_t g = 0; g < G_; ++g) {
       float* l = logit_ + g * stride_;
+      // The values' sums ask for them faster than memory gives, exponentials for nothing.
+      if (rounds_ && G_ > 1) stream_.read(group_[1].v.rows + (g + 1) * Stream::kAhead / G_);
       top_[g] = largest_of(l, stride_);
       total_[g] = exp_and_sum(l, stride_, top_[g]);
     }
@@ -290,8 +301,14 @@ class Step {
       p = weight_;
     }
     for_each_run([=, this](const Group& group, int64_t first, int64_t count) {
-      add_weighted_rows(group.v.dtype, p + group.first + first, G_, stride_,
-                        group.v.rows + first * group.v.stride, count, D_, out_, width_, &stream_);
+      const float* const weight = p + group.first + first;
+      const uint8_t* const rows = group.v.rows + first * group.v.stride;
+      if (add_in_integers(group.v.dtype, weight, G_, stride_, rows, count, D_, out_, width_,
+                          &stream_)) {
+        return;
+      }
+      add_weighted_rows(group.v.dtype, weight, G_, stride_, rows, count, D_, out_, width_,
+                        &stream_);
     });
     add_weighted_rows(p_.layout.call_dtype, p + S_, G_, stride_, new_row_[1], 1, D_, out_, width_,
                       nullptr);
@@ -425,6 +442,7 @@ class Step {
   float *q_, *plain_q_;  // [G, width]: in the space, and as they came
   int8_t* q_eight_;      // [G, width], those in the space in 8 bits, of packed rows
   float* q_scale_;       // [G]
+  int32_t* q_sum_;       // [G], of q_eight_
   float* out_;           // [G, width]
   float* logit_;         // [G, stride], then probabilities before they are divided by total_
   float* weight_;        // [G, stride], those times the values' scales

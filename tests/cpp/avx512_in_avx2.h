@@ -1,5 +1,6 @@
-// The AVX-512 intrinsics that simd.h uses, said in AVX2 and plain loops, so that the tests can run
-// the avx512 level on a machine without it. The compiler splits the vectors of sixteen by itself.
+// The AVX-512 intrinsics that the kernels use, said in AVX2 and plain loops, so that the tests can
+// run the avx512 level on a machine without it. The compiler splits the vectors of sixteen by
+// itself.
 #pragma once
 
 #include <immintrin.h>
@@ -76,7 +77,64 @@ LESS_EMULATED_INTRINSIC To convert(From a) {
   return x;
 }
 
+// f(i, a, b) for element i of 64 bytes of T.
+template <typename T, typename F>
+LESS_EMULATED_INTRINSIC __m512i each(__m512i a, __m512i b, F f) {
+  constexpr int kCount = 64 / sizeof(T);
+  T x[kCount], y[kCount], z[kCount];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  for (int i = 0; i < kCount; ++i) z[i] = f(i, x, y);
+  std::memcpy(&a, z, sizeof z);
+  return a;
+}
+template <typename T>
+LESS_EMULATED_INTRINSIC __m512i all(T x) {
+  return each<T>(__m512i{}, __m512i{}, [x](int, const T*, const T*) { return x; });
+}
+// Elements of a and b by turns, of the lower or upper halves of each 16 bytes.
+template <typename T>
+LESS_EMULATED_INTRINSIC __m512i unpack(__m512i a, __m512i b, int half) {
+  constexpr int kLane = 16 / sizeof(T);
+  return each<T>(a, b, [half](int i, const T* x, const T* y) {
+    const int from = i / kLane * kLane + half * kLane / 2 + i % kLane / 2;
+    return i % 2 == 0 ? x[from] : y[from];
+  });
+}
+// Quarters of a, a, b, b.
+LESS_EMULATED_INTRINSIC __m512i quarters(__m512i a, __m512i b, int which) {
+  return each<int64_t>(a, b, [which](int i, const int64_t* x, const int64_t* y) {
+    return (i < 4 ? x : y)[2 * (which >> i / 2 * 2 & 3) + i % 2];
+  });
+}
+LESS_EMULATED_INTRINSIC __m512i maddubs(__m512i a, __m512i b) {
+  return each<int16_t>(a, b, [](int i, const int16_t* x, const int16_t* y) {
+    const auto* const u = reinterpret_cast<const uint8_t*>(x + i);
+    const auto* const s = reinterpret_cast<const int8_t*>(y + i);
+    const int sum = u[0] * s[0] + u[1] * s[1];
+    return int16_t(sum > INT16_MAX ? INT16_MAX : sum < INT16_MIN ? INT16_MIN : sum);
+  });
+}
+LESS_EMULATED_INTRINSIC __m512i madd(__m512i a, __m512i b) {
+  return each<int32_t>(a, b, [](int i, const int32_t* x, const int32_t* y) {
+    return int32_t(int16_t(x[i])) * int16_t(y[i]) + (x[i] >> 16) * (y[i] >> 16);
+  });
+}
+LESS_EMULATED_INTRINSIC __m512i load_bytes(uint64_t mask, const void* p) {
+  return each<uint8_t>(__m512i{}, __m512i{}, [mask, p](int i, const uint8_t*, const uint8_t*) {
+    return mask >> i & 1 ? static_cast<const uint8_t*>(p)[i] : uint8_t(0);
+  });
+}
+
+LESS_EMULATED_INTRINSIC __m512 permute(__m512i at, __m512 a) {
+  const __m512i x = each<int32_t>(
+      at, (__m512i)a, [](int i, const int32_t* n, const int32_t* x) { return x[n[i] & 15]; });
+  return (__m512)x;
+}
+
 }  // namespace less::emulated
+
+#define LESS_EMULATED_AVX512 1
 
 #define _mm512_fmadd_ps(a, b, c) less::emulated::fmadd_ps(a, b, c)
 #define _mm512_max_ps(a, b) less::emulated::max_ps(a, b)
@@ -98,3 +156,30 @@ LESS_EMULATED_INTRINSIC To convert(From a) {
 #define _mm256_mask_storeu_epi16(p, mask, x) \
   less::emulated::store(reinterpret_cast<uint16_t*>(p), mask, x)
 #define _mm_mask_storeu_epi8(p, mask, x) less::emulated::store(p, mask, x)
+#define _mm512_setzero_si512() (__m512i{})
+#define _mm512_set1_epi8(x) less::emulated::all<int8_t>(x)
+#define _mm512_set1_epi16(x) less::emulated::all<int16_t>(x)
+#define _mm512_set1_epi32(x) less::emulated::all<int32_t>(x)
+#define _mm512_and_si512(a, b) ((a) & (b))
+#define _mm512_add_epi32(a, b) \
+  less::emulated::each<uint32_t>(a, b, [](int i, auto* x, auto* y) { return x[i] + y[i]; })
+#define _mm512_sub_epi32(a, b) \
+  less::emulated::each<uint32_t>(a, b, [](int i, auto* x, auto* y) { return x[i] - y[i]; })
+#define _mm512_slli_epi32(a, n) \
+  less::emulated::each<uint32_t>(a, a, [](int i, auto* x, auto*) { return x[i] << n; })
+#define _mm512_srli_epi16(a, n) \
+  less::emulated::each<uint16_t>(a, a, [](int i, auto* x, auto*) { return uint16_t(x[i] >> n); })
+#define _mm512_unpacklo_epi8(a, b) less::emulated::unpack<int8_t>(a, b, 0)
+#define _mm512_unpackhi_epi8(a, b) less::emulated::unpack<int8_t>(a, b, 1)
+#define _mm512_unpacklo_epi16(a, b) less::emulated::unpack<int16_t>(a, b, 0)
+#define _mm512_unpackhi_epi16(a, b) less::emulated::unpack<int16_t>(a, b, 1)
+#define _mm512_unpacklo_epi32(a, b) less::emulated::unpack<int32_t>(a, b, 0)
+#define _mm512_unpackhi_epi32(a, b) less::emulated::unpack<int32_t>(a, b, 1)
+#define _mm512_unpacklo_epi64(a, b) less::emulated::unpack<int64_t>(a, b, 0)
+#define _mm512_unpackhi_epi64(a, b) less::emulated::unpack<int64_t>(a, b, 1)
+#define _mm512_shuffle_i64x2(a, b, which) less::emulated::quarters(a, b, which)
+#define _mm512_maddubs_epi16(a, b) less::emulated::maddubs(a, b)
+#define _mm512_madd_epi16(a, b) less::emulated::madd(a, b)
+#define _mm512_loadu_si512(p) less::emulated::load_bytes(~uint64_t(0), p)
+#define _mm512_maskz_loadu_epi8(mask, p) less::emulated::load_bytes(mask, p)
+#define _mm512_permutexvar_ps(at, a) less::emulated::permute(at, a)
