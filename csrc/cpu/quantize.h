@@ -1,8 +1,6 @@
 // One row as int8 with a scale: x = scale * int8, scale = max|x| / 127.
 #pragma once
 
-#include <cstring>
-
 #include "cpu/simd.h"
 
 namespace less::cpu::LESS_ISA {
@@ -38,7 +36,7 @@ LESS_INLINE float quantize_row(const T* x, int64_t D, int8_t* out) {
   constexpr int kV = Vec::kSize;
   const float scale = bits_to_float(largest_bits(x, D)) / 127.0f;
   if (!(scale > 0.0f && scale < kInfinity)) {
-    std::memset(out, 0, D);
+    for (int64_t d = 0; d < D; ++d) out[d] = 0;
     return scale;
   }
   const Vec step(scale);
