@@ -38,6 +38,10 @@ void put(void* array, DType dtype, int64_t i, float x) {
     case DType::fp8:  // fp16 has the same bits after 8 doublings; the last ones are cut off
       static_cast<uint8_t*>(array)[i] = uint8_t(from_float<fp16>(0x1p-8f * x).bits >> 7 & 0x7f);
       return;
+    case DType::b4:
+    case DType::b3:
+    case DType::b2:
+      break;  // rows of several numbers a byte are not made here
   }
 }
 
@@ -55,6 +59,12 @@ const char* name(DType dtype) {
       return "int8";
     case DType::fp8:
       return "float8_e4m3fn";
+    case DType::b4:
+      return "b4";
+    case DType::b3:
+      return "b3";
+    case DType::b2:
+      return "b2";
   }
   return "unknown";
 }
