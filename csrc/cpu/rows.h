@@ -161,11 +161,12 @@ LESS_INLINE void dot_all_rows(const Reader& reader, const float* q, int64_t widt
 }
 
 // out[h * width + d] += sum_n p[h * stride + n] v[n][d] over kChunks vectors of every field from
-// d on, of `count` dims the last; n ascending.
-template <int kHeads, int kChunks, typename Reader>
+// d on, with kTail of `tail` dims the last; n ascending.
+template <int kHeads, int kChunks, bool kTail, typename Reader>
 LESS_INLINE void add_rows(const Reader& reader, const float* p, int64_t stride, const uint8_t* v,
-                          int64_t N, int64_t D, int64_t d, int count, float* out, int64_t width) {
+                          int64_t N, int64_t D, int64_t d, int tail, float* out, int64_t width) {
   constexpr int kFields = Reader::kFields;
+  const int count = kTail ? tail : Vec::kSize;
   const int64_t part = D / kFields, bytes = reader.bytes();
   Vec a[kHeads][kChunks * kFields];
   const auto each = [&](auto f) LESS_LAMBDA_INLINE {
@@ -209,14 +210,14 @@ LESS_INLINE void add_all_rows(const Reader& reader, const float* p, int64_t stri
   const auto chunks = [&](auto count) LESS_LAMBDA_INLINE {
     constexpr int kCount = decltype(count)::value;
     for (; d + kCount * Vec::kSize <= part; d += kCount * Vec::kSize) {
-      add_rows<kHeads, kCount>(reader, p, stride, v, N, D, d, Vec::kSize, out, width);
+      add_rows<kHeads, kCount, false>(reader, p, stride, v, N, D, d, Vec::kSize, out, width);
     }
   };
   chunks(std::integral_constant<int, kChunks>{});
   if constexpr (kChunks > 4) chunks(std::integral_constant<int, 4>{});
   if constexpr (kChunks > 1) chunks(std::integral_constant<int, 1>{});
   if (d < part) {
-    add_rows<kHeads, 1>(reader, p, stride, v, N, D, d, int(part - d), out, width);
+    add_rows<kHeads, 1, true>(reader, p, stride, v, N, D, d, int(part - d), out, width);
   }
 }
 

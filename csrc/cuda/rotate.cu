@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(kRotateThreads)
     return;
   }
   const int64_t own = h / (p.heads / p.K) * D;  // of the kv head's numbers
-  const bool out = p.rotation == Rotation::output;
   const bool query = p.rotation == Rotation::query || p.rotation == Rotation::rounded_query;
   const bool out = p.rotation == Rotation::output;
   const bool key = query || p.rotation == Rotation::key;
