@@ -52,13 +52,12 @@ constexpr Levels kLevels2 = make_levels(4);
 // The part of a row's largest number that rows of D numbers are clipped to, that of the nearest
 // length: of least squared error for Gaussian numbers.
 LESS_HD constexpr float clip_of(DType dtype, int64_t D) {
-  const float clips[5][3] = {{0.98f, 0.90f, 0.70f},
-                             {0.96f, 0.86f, 0.64f},
-                             {0.92f, 0.80f, 0.58f},
-                             {0.88f, 0.74f, 0.52f},
-                             {0.84f, 0.68f, 0.48f}};
-  const int length = D < 24 ? 0 : D < 48 ? 1 : D < 96 ? 2 : D < 192 ? 3 : 4;
-  return clips[length][dtype == DType::b4 ? 0 : dtype == DType::b3 ? 1 : 2];
+  const bool four = dtype == DType::b4, three = dtype == DType::b3;
+  if (D < 24) return four ? 0.98f : three ? 0.90f : 0.70f;
+  if (D < 48) return four ? 0.96f : three ? 0.86f : 0.64f;
+  if (D < 96) return four ? 0.92f : three ? 0.80f : 0.58f;
+  if (D < 192) return four ? 0.88f : three ? 0.74f : 0.52f;
+  return four ? 0.84f : three ? 0.68f : 0.48f;
 }
 
 LESS_HD constexpr const Levels& levels_of(DType dtype) {

@@ -254,12 +254,21 @@ class Step {
   LESS_INLINE void finish(float* l, const Group& group, Scales scales) const {
     const Vec scale(p_.spec.scale);
     const float softcap = p_.spec.softcap;
-    const float* const weight = slots_.weight == nullptr ? nullptr : slots_.weight + group.first;
-    for_each(l + group.first, group.count, [=](Vec a, int64_t s, int n) {
-      a = scales.times(a, s, n);
-      const Vec w = weight == nullptr ? Vec(0.0f) : load_some(weight + s, n);
-      if (softcap != 0.0f) return soft_cap(a * scale, softcap) + w;
-      return fma(a, scale, w);
+    float* const at = l + group.first;
+    if (slots_.weight == nullptr) {
+      return for_each(at, group.count, [=](Vec a, int64_t s, int n) {
+        a = scales.times(a, s, n) * scale;
+        return softcap == 0.0f ? a : soft_cap(a, softcap);
+      });
+    }
+    const float* const weight = slots_.weight + group.first;
+    if (softcap != 0.0f) {
+      return for_each(at, group.count, [=](Vec a, int64_t s, int n) {
+        return soft_cap(scales.times(a, s, n) * scale, softcap) + load_some(weight + s, n);
+      });
+    }
+    for_each(at, group.count, [=](Vec a, int64_t s, int n) {
+      return fma(scales.times(a, s, n), scale, load_some(weight + s, n));
     });
   }
 
