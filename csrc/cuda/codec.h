@@ -55,7 +55,9 @@ LESS_DEVICE uint32_t four_codes(DType dtype, int D, int d, const uint8_t* row) {
   if (dtype == DType::b3 && D % 32 != 0) {  // their bytes are no words
     uint32_t codes = 0;
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i) codes |= uint32_t(code_at(dtype, row, D, d + i)) << (8 * i);
+    for (int i = 0; i < 4; ++i) {
+      codes |= uint32_t(code_at(dtype, row, D, d + i)) << (8 * i);  // narrow: no words there
+    }
     return codes;
   }
   // narrow: four codes a lane, of the bytes that hold them and others
