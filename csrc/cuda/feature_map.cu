@@ -70,7 +70,7 @@ cudaError_t launch_map(const FeatureMaps& m, const FeatureRows& rows, cudaStream
       return rows.x.dtype == DType::bf16
                  ? launch_mma<__nv_bfloat16, int8_t, kR>(m, rows, bfloats, stream)
                  : launch_mma<__half, int8_t, kR>(m, rows, halves, stream);
-    case DType::fp8:
+    default:
       break;
   }
   return cudaErrorInvalidValue;

@@ -62,7 +62,7 @@ enum : int64_t {
 }  // namespace layer_fields
 
 // Whether this library's kernels have a format of rows.
-constexpr bool has_kernels(DType dtype) {
+constexpr bool has_kernels([[maybe_unused]] DType dtype) {
 #ifdef LESS_LAUNCHES
   return true;
 #else

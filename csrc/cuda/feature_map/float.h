@@ -121,6 +121,8 @@ __global__ void __launch_bounds__(kMapThreads, 3)
     case DType::fp8:
       stage_float_rows<__nv_fp8_e4m3>(s, m.D, block.count);
       break;
+    default:  // no op has packed rows here
+      break;
   }
 
   const int row4 = thread / 16 * 4, column4 = thread % 16 * 4;
