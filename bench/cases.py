@@ -76,7 +76,7 @@ def widened(plan: LayerPlan, at: Paged) -> tuple[Slots, State | None, Tensor, Ma
     Rows and matrices of 8 bits are the numbers that they stand for.
     """
     (views,) = plan.layout.views(at.pool)
-    k, v = reference.floats(views.slots.rows)
+    k, v = reference.slot_floats(views.slots)
     numbers = {n: x.double() for n, x in vars(views.slots).items() if n in ("weight", "score")}
     slots = Slots(position=views.slots.position.clone(), k=k.double(), v=v.double(), **numbers)
     state = None if views.state is None else State(views.state.H.double(), views.state.z.double())

@@ -162,7 +162,7 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     assert "-DLESS_CUDA_ARCHS=90a" in asked
     for what in ("synccheck", "less_gpu --dependent", "less_gpu --soak 100000", "bench.gpu report"):
         assert what in asked
-    ops = set(OPS)
+    ops = set(OPS) - {"rotate"}  # which decode_step launches, and is timed in it
     assert {line.split()[-1] for line in asked.splitlines() if "less_gpu --op" in line} == ops
     assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n" * (len(ops) + 2)
 
@@ -214,7 +214,7 @@ def test_the_program_runs_its_small_layers_on_the_emulator(request):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    ops = set(OPS)
+    ops = set(OPS) - {"rotate"}  # which decode_step launches, and is timed in it
     assert {row["op"] for row in rows if row["part"] == "kernels"} == ops
     assert all(row["bytes"] > 0 for row in rows if row["part"] == "kernels")
     done = subprocess.run(

@@ -347,7 +347,7 @@ def test_compare_counts_every_format_in_its_own_bytes(model, chunks):
     sixteen = by_name["H2O"]
     assert sixteen.kept < eight.kept
     assert max(few.slots, eight.slots) <= sixteen.slots
-    assert (few.maps, eight.maps, few.maps_dtype) == (2 * 6 * 4 * 2 * 16, 0, "")
+    assert (few.maps, eight.maps, few.maps_dtype) == (2 * 4 * 128, 0, "")
     assert few.storage == {
         "dtype": "k4v4", "sinks": 1, "hot": 4, "hot_dtype": "float16",
         "calibration": calibration.digest,

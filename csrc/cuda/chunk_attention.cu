@@ -47,7 +47,8 @@ LESS_DEVICE void partition(int n, const Keep& keep, int32_t* list, int32_t* coun
     }
     // narrow: a lane a key, side by side
     if (i < n) store(list + (mine ? before : n - 1 - (i - before)), int32_t(i));
-    if (i + 1 == mark) store(count_before, int32_t(before + mine));  // narrow: one number, once
+    // narrow: one number, by one lane
+    if (i + 1 == mark) store(count_before, int32_t(before + mine));
   }
   if (thread == 0) store(count, int32_t(kept));
 }

@@ -56,7 +56,8 @@ LESS_DEVICE uint32_t four_codes(DType dtype, int D, int d, const uint8_t* row) {
     uint32_t codes = 0;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
-      codes |= uint32_t(code_at(dtype, row, D, d + i)) << (8 * i);  // narrow: no words there
+      // narrow: bytes that are no words
+      codes |= uint32_t(code_at(dtype, row, D, d + i)) << (8 * i);
     }
     return codes;
   }

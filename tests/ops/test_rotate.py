@@ -30,7 +30,7 @@ def plan_of(space, device="cpu"):
 
 
 def heads_of(rotation):
-    return Q if rotation in ("query", "output") else K
+    return K if rotation in ("key", "value") else Q
 
 
 def rows_of(rotation, D, dtype=torch.float32, seed=1):
@@ -76,7 +76,7 @@ def test_dot_products_survive_the_space(simd, D):
     plan = plan_of(space)
     q, k, v = (rows_of(rotation, D, seed=i) for i, rotation in enumerate(ROTATIONS[:3]))
     into = [ops.rotate(x, plan, r) for x, r in zip((q, k, v), ROTATIONS, strict=False)]
-    shift = reference.query_shift(into[0], space, 1.0)
+    shift = reference.query_shift(q, space, 1.0)
     wide = q.double().view(B, K, Q // K, T, D)
     want = torch.einsum("bkgtd,bknd->bkgtn", wide, k.double()).view(B, Q, T, T)
     got = torch.einsum(

@@ -149,8 +149,11 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       float dot = mass[i];
       if constexpr (kScaled) dot *= s.k_scale()[i];
       if constexpr (kScaled && kMma) dot *= q_scale()[g];
-      float logit = s.position()[i] >= 0 ? capped(dot * p.spec.scale) : -kInfinity;
-      if constexpr (!kPacked) logit += s.weight()[i];
+      float logit = -kInfinity;
+      if (s.position()[i] >= 0) {
+        logit = capped(dot * p.spec.scale);
+        if constexpr (!kPacked) logit += s.weight()[i];
+      }
       mass[i] = logit;
       top = fmaxf(top, logit);
     }
