@@ -205,7 +205,8 @@ LESS_DEVICE void encode_row(DType dtype, const LaneRow& row, int D, int64_t inde
       // narrow: a row may be of no whole number of 16 bytes
       store(reinterpret_cast<uint32_t*>(to + first), word);
     } else {
-      store(to + first, uint8_t(word));  // narrow: or of 4
+      // narrow: a row may be of no whole number of 4 bytes
+      store(to + first, uint8_t(word));
     }
   }
   __syncwarp();

@@ -144,8 +144,8 @@ def test_a_layer_without_a_space_is_refused():
         ({"x": torch.zeros(B, Q, T, 64)}, r"x must have shape \[2, 2, 5, 64\]"),
         ({"x": torch.zeros(B, K, T, 32)}, r"x must have shape \[2, 2, 5, 64\]"),
         ({"valid": torch.ones(B, T + 1, dtype=torch.bool)}, r"valid must have shape \[2, 5\]"),
-        ({"rotation": 4}, r"rotation must be in 0 .. 3, got 4"),
-        ({"rotation": -1}, r"rotation must be in 0 .. 3, got -1"),
+        ({"rotation": 5}, r"rotation must be in 0 .. 4, got 5"),
+        ({"rotation": -1}, r"rotation must be in 0 .. 4, got -1"),
     ],
 )
 def test_rotate_refuses_bad_input(change, message):
