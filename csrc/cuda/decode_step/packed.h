@@ -166,7 +166,7 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
   if (t != 0) return;
   if (moves) {
     store(to.position + slot, left);
-    store(to.score + slot, to.score[own]);  // narrow: one number
+    store(to.score + slot, to.score[own]);  // narrow: one number a head, by one lane
   }
   store(to.hot_k_scale + own, s.token()[0]);
   store(to.hot_v_scale + own, s.token()[1]);
