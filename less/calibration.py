@@ -19,6 +19,7 @@ from torch import Tensor
 from less._check import require_shape
 from less.files import write_whole
 from less.layer import Space
+from less.layer.space import SPACE
 from less.sidekick.identity import model_identity
 from less.sidekick.parts import check_part, part_slice
 
@@ -26,8 +27,8 @@ FORMAT = "less-rows"
 VERSION = 1
 TENSORS_FILE = "rows.safetensors"
 CONFIG_FILE = "rows.json"
-#: Of each layer, float32 [K, D].
-NAMES = ("key_mean", "key_scale", "value_mean", "value_scale")
+#: Of each layer, float32 [K, D]: what its space is made of.
+NAMES = SPACE
 
 
 class Calibration:

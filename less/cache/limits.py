@@ -65,7 +65,7 @@ class TrainingLimits:
 class BiasedKeys:
     """Warns of keys whose channels have large means, which few bits do not fit uncalibrated.
 
-    It looks at the first prompt, once per cache. Some models add large biases to their keys
+    It looks at prompts, and warns once per cache. Some models add large biases to their keys
     (Qwen 2 and 2.5): a row's scale then follows the mean, which says nothing, and what
     distinguishes keys drowns in the rounding.
 

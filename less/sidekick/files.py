@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from less.files import write_whole
 from less.sidekick.kinds import kind_of
 from less.sidekick.parts import part_slice
 
@@ -136,12 +136,8 @@ def write(
     header |= {"dtype": str(dtype).removeprefix("torch.")}
     header |= {DIGEST: hashlib.sha256(content).hexdigest(), **config}
     text = json.dumps(header, indent=2, allow_nan=False) + "\n"
-    part = root / f".{TENSORS_FILE}.{os.getpid()}"
-    part.write_bytes(content)
-    os.replace(part, root / TENSORS_FILE)
-    part = root / f".{CONFIG_FILE}.{os.getpid()}"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, root / CONFIG_FILE)
+    write_whole(root / TENSORS_FILE, content)
+    write_whole(root / CONFIG_FILE, text.encode())
 
 
 def shipped_names() -> list[str]:
