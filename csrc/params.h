@@ -35,8 +35,9 @@ inline HeadRows contiguous_rows(const void* data, DType dtype, int64_t heads, in
 }
 
 // What becomes of the token that leaves. `none`: nothing joins and nothing leaves, so that a step
-// is attention alone, which writes out and share and nothing else.
-enum class Victim : int32_t { none = 0, forget = 1, fold = 2 };
+// is attention alone, which writes out and share and nothing else. `merge`: a slot that stays
+// becomes the mean of both (less/reference/merge.py).
+enum class Victim : int32_t { none = 0, forget = 1, fold = 2, merge = 3 };
 
 // What is the same in every call of a layer.
 struct LayerSpec {

@@ -28,6 +28,7 @@ def page_bytes(
     sinks: int | None = None,
     hot: int | None = None,
     hot_dtype: torch.dtype = torch.int8,
+    weights: bool | None = None,
 ) -> int:
     """Bytes of the page of one layer of one sequence: slots, state, header.
 
@@ -40,8 +41,11 @@ def page_bytes(
         sinks: As in ``PageLayout``.
         hot: Likewise.
         hot_dtype: Likewise.
+        weights: Likewise.
     """
-    return PageLayout(kv_heads, head_dim, tokens, dtype, rank, sinks, hot, hot_dtype).nbytes
+    return PageLayout(
+        kv_heads, head_dim, tokens, dtype, rank, sinks, hot, hot_dtype, weights
+    ).nbytes
 
 
 def least_tokens(dtype: torch.dtype | str, sinks: int | None = None, hot: int | None = None) -> int:

@@ -11,7 +11,8 @@
 // The fields of a head lie in the order in which a step reads them. Every field begins at a
 // multiple of kFieldAlign bytes; a head's rows are contiguous. The first W slots are hot: those of
 // the first `sinks` tokens, then a ring of the last `hot`. Formats that are not packed have none.
-// Scales exist for rows of 8 bits and fewer, weights where no row is packed, z and H where R > 0.
+// Scales exist for rows of 8 bits and fewer, weights where no row is packed or the layout asks for
+// them, z and H where R > 0.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +37,7 @@ struct Layout {
   DType k_dtype;               // of keys that are not hot
   DType v_dtype;               // of their values
   DType call_dtype;            // of hot rows and of a call's own; without hot slots that of k
+  bool weights;                // whether slots have log-weights, which all but packed ones have
   int32_t slots[kMaxKvHeads];  // of each head
   int32_t first[kMaxKvHeads];  // where each head begins, in units of kFieldAlign
 };
@@ -61,7 +63,7 @@ struct Slots {
   void* k;             // [S - W, D]  keys after the rotary embedding, of k_dtype
   float* k_scale;      // [S - W]     of each row of k of 8 bits; else null
   uint16_t* k_half;    // [S - W]     of each packed row of k, fp16; else null
-  float* weight;       // [S]         log-weights, added to the logits; null: 0
+  float* weight;       // [S]         log-weights, added to the logits; null: all are 0
   void* hot_v;         // [W, D]
   float* hot_v_scale;  // [W]
   void* v;             // [S - W, D]  values
@@ -88,14 +90,15 @@ LESS_HD constexpr int64_t field_bytes(int64_t bytes) {
   return (bytes + kFieldAlign - 1) / kFieldAlign * kFieldAlign;
 }
 
-// Formats of a layer's rows, and how many slots of a head are hot.
+// Formats of a layer's rows, how many slots of a head are hot, and whether slots have log-weights.
 struct Formats {
   DType k, v, call;
   int64_t W;
+  bool weights;
 };
 
 LESS_HD constexpr Formats formats(const Layout& layout) {
-  return {layout.k_dtype, layout.v_dtype, layout.call_dtype, hot_slots(layout)};
+  return {layout.k_dtype, layout.v_dtype, layout.call_dtype, hot_slots(layout), layout.weights};
 }
 
 // Where the fields of a head with S slots begin, in bytes from the head's own beginning.
@@ -114,7 +117,7 @@ LESS_HD constexpr HeadOffsets head_offsets(const Formats& of, int64_t D, int64_t
   at.k = at.hot_k_scale + hot_scales;
   at.k_scale = at.k + field_bytes(row_bytes(of.k, D) * cold);
   at.weight = at.k_scale + field_bytes(scale_bytes(of.k) * cold);
-  at.hot_v = at.weight + (packed(of.v) ? 0 : numbers);
+  at.hot_v = at.weight + (of.weights ? numbers : 0);
   at.hot_v_scale = at.hot_v + hot;
   at.v = at.hot_v_scale + hot_scales;
   at.v_scale = at.v + field_bytes(row_bytes(of.v, D) * cold);
@@ -147,6 +150,7 @@ inline Layout make_layout(DType dtype, int64_t K, int64_t D, int64_t R, const in
   layout.D = int32_t(D);
   layout.R = int32_t(R);
   layout.k_dtype = layout.v_dtype = layout.call_dtype = dtype;
+  layout.weights = true;
   place_heads(layout, slots);
   return layout;
 }
@@ -183,7 +187,7 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Fo
                 .k = base + at.k,
                 .k_scale = scale_bytes(of.k) == 4 ? floats(at.k_scale) : nullptr,
                 .k_half = packed(of.k) ? halves(at.k_scale) : nullptr,
-                .weight = packed(of.v) ? nullptr : floats(at.weight),
+                .weight = of.weights ? floats(at.weight) : nullptr,
                 .hot_v = hot ? base + at.hot_v : nullptr,
                 .hot_v_scale = hot && has_scale(of.call) ? floats(at.hot_v_scale) : nullptr,
                 .v = base + at.v,
@@ -200,7 +204,7 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Fo
 
 // The head of a layer that has one dtype, which is not packed.
 LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, DType dtype, int64_t D) {
-  return head(layout, page, h, Formats{dtype, dtype, dtype, 0}, D);
+  return head(layout, page, h, Formats{dtype, dtype, dtype, 0, true}, D);
 }
 
 LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {

@@ -19,7 +19,14 @@ struct Rule {
   int64_t sinks;
   bool by_score;
   bool per_age;
+  int64_t capacity;  // slots that `recent` is meant for; 0: it is the same for every head
 };
+
+// The rule of a head with S slots, which keeps recent tokens in proportion.
+LESS_HD Rule for_slots(Rule rule, int64_t S) {
+  if (rule.capacity > 0) rule.recent = rule.recent * S / rule.capacity;
+  return rule;
+}
 
 template <typename T>
 LESS_HD T select(bool condition, T a, T b) {

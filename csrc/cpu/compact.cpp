@@ -76,6 +76,7 @@ class Compaction {
     const float* call_score = slot_score + S_;
     const float* rank = p_.rank == nullptr ? nullptr : p_.rank + row * (S_ + T_);
 
+    const Rule rule = for_slots(p_.spec.rule, S);
     int64_t n = *seen(own);
     chunk_position_.assign(T_, -1);
     for (int64_t t = 0; t < T_; ++t) {
@@ -86,7 +87,7 @@ class Compaction {
     tokens_.clear();
     const auto add = [&](int64_t source, int32_t at, float s) {
       if (at < 0) return;
-      float r = rank == nullptr ? rank_of(p_.spec.rule, n, at, s) : rank[source];
+      float r = rank == nullptr ? rank_of(rule, n, at, s) : rank[source];
       if (r != r) r = -kInfinity;
       tokens_.push_back({r, at, int32_t(source)});
     };

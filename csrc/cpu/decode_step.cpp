@@ -396,7 +396,7 @@ class Step {
 
   // The victim: a slot, or S_ for the token itself. All slots that are not hot are held.
   int64_t choose(const Token& token) const {
-    const Rule& rule = p_.spec.rule;
+    const Rule rule = for_slots(p_.spec.rule, S_);
     const int64_t n = seen_ + 1;
     Vec best(kInfinity);
     Int best_position(INT32_MAX), best_slot(-1), slot = iota() + Int(int32_t(W_));

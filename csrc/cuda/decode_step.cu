@@ -175,7 +175,9 @@ cudaError_t decode_step(const DecodeStepParams& p, cudaStream_t stream) {
     using T = typename decltype(type)::type;
     return for_each_plan<T>(p, [&](DecodePlan& plan) {
       lay_out(p, plan);
-      return launch_decode<T>(p, plan, stream);
+      DecodeStepParams own = p;
+      own.spec.rule = for_slots(p.spec.rule, plan.S);
+      return launch_decode<T>(own, plan, stream);
     });
   });
 }

@@ -39,6 +39,7 @@ enum : int64_t {
   call_dtype,
   hot_sinks,
   hot,
+  weights,
   R,
   victim,
   scores,
@@ -49,6 +50,7 @@ enum : int64_t {
   sinks,
   by_score,
   per_age,
+  rule_capacity,
   scale,
   softcap,
   decay,
@@ -94,7 +96,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
       fail(op, ": layer's ", name, " must be in ", low, " .. ", high, ", got ", x[i]);
     }
   };
-  if (x[version] != 2) fail(op, ": layer must be of version 2, got ", x[version]);
+  if (x[version] != 3) fail(op, ": layer must be of version 3, got ", x[version]);
   within("K", K, 1, kMaxKvHeads);
   within("Q", Q, 1, 1 << 20);
   within("D", D, 1, 1 << 16);
@@ -113,7 +115,11 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
     fail(op, ": layer's dtypes do not go together: ", x[k_dtype], ", ", x[v_dtype], " and ",
          x[call_dtype], " at head dim ", x[D]);
   }
-  within("victim", victim, 0, int64_t(Victim::fold));
+  within("weights", weights, few ? 0 : 1, 1);
+  within("victim", victim, 0, int64_t(Victim::merge));
+  if (Victim(x[victim]) == Victim::merge && x[weights] == 0) {
+    fail(op, ": victim merge needs slots with log-weights");
+  }
   for (const auto& [name, i] : {std::pair{"scores", scores}, std::pair{"dependent", dependent},
                                 std::pair{"has_rule", has_rule}, std::pair{"by_score", by_score},
                                 std::pair{"per_age", per_age}}) {
@@ -121,6 +127,8 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
   }
   within("recent", recent, 0, INT64_MAX);
   within("sinks", sinks, 0, INT64_MAX);
+  within("rule's capacity", rule_capacity, 0, INT32_MAX);
+  if (x[rule_capacity] > 0) within("recent", recent, 0, INT32_MAX);
   within("kind", kind, -1, int64_t(MapKind::exp));
   within("dtype of maps", w_dtype, 0, int64_t(DType::i8));
   within("hidden width", E, 0, 1 << 20);
@@ -134,6 +142,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
   layout.R = int32_t(x[R]);
   layout.sinks = int32_t(x[hot_sinks]);
   layout.hot = int32_t(x[hot]);
+  layout.weights = x[weights] != 0;
   layout.k_dtype = DType(x[k_dtype]);
   layout.v_dtype = DType(x[v_dtype]);
   layout.call_dtype = DType(x[call_dtype]);
@@ -171,7 +180,8 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
                .rule = {.recent = x[recent],
                         .sinks = x[sinks],
                         .by_score = x[by_score] != 0,
-                        .per_age = x[per_age] != 0}},
+                        .per_age = x[per_age] != 0,
+                        .capacity = x[rule_capacity]}},
       .layout = layout,
       .kind = x[kind],
       .w_dtype = DType(x[w_dtype]),
@@ -185,8 +195,14 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
 // Refuses rows for which this library has no kernels yet.
 inline void check_rows([[maybe_unused]] const char* op,
                        [[maybe_unused]] const LayerArguments& layer) {
+  if (layer.spec.victim == Victim::merge) {
+    fail(op, ": victim merge has no kernel yet; use victim forget");
+  }
 #ifdef LESS_LAUNCHES
   const Layout& layout = layer.layout;
+  if (packed(layout.v_dtype) && layout.weights) {
+    fail(op, ": packed rows with log-weights have no CUDA kernel yet");
+  }
   if ((packed(layout.v_dtype) || layer.has_space()) &&
       (layout.R > 0 || layer.spec.victim == Victim::fold)) {
     fail(op, ": packed rows with feature maps have no CUDA kernel yet; use victim forget, without ",

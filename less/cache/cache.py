@@ -16,8 +16,10 @@ from less.cache import snapshot
 from less.cache.checks import (
     check_call,
     check_dtype,
+    check_merging,
     check_sidekick,
     checked_victim,
+    layer_capacities,
     layer_policies,
     named_device,
     positive,
@@ -74,7 +76,9 @@ class LessKVCache(Described, CacheProtocol):
         softcap: What scale q.k is held within, before the log-weights: softcap * tanh(scale q.k /
             softcap), as in Gemma 2. None: nothing.
         victim: What becomes of a token that leaves: ``"fold"``, into the low-rank state, which
-            needs a sidekick, or ``"forget"``. None: folded where there is a sidekick.
+            needs a sidekick; ``"merge"``, into the nearest token that stays (docs/merging.md),
+            which needs a policy with scores that decay and no sidekick; or ``"forget"``. None:
+            folded where there is a sidekick.
         calibration: Means and scales of the channels, which few bits fit better then; of the space
             in which rows of any dtype are stored. None: packed formats are rotated alone.
         sinks: First tokens that stay for good, in rows of ``hot_dtype``, of packed formats; 4 by
@@ -82,6 +86,8 @@ class LessKVCache(Described, CacheProtocol):
         hot: Last tokens in rows of ``hot_dtype``, of packed formats; 16 by default. Who leaves
             these is encoded, and only then competes for a slot.
         hot_dtype: int8, float16 or float32.
+        capacities: Slots of each kv head where they differ: for each layer a list of K numbers, or
+            None for as many as its policy keeps. The policy's recent tokens are in proportion.
 
     Raises:
         ValueError: An argument is wrong; the message names it.
@@ -109,6 +115,7 @@ class LessKVCache(Described, CacheProtocol):
         sinks: int | None = None,
         hot: int | None = None,
         hot_dtype: torch.dtype = torch.int8,
+        capacities: Sequence[int | Sequence[int] | None] | None = None,
     ) -> None:
         """See the class."""
         op = "LessKVCache"
@@ -138,6 +145,11 @@ class LessKVCache(Described, CacheProtocol):
         self.victim = checked_victim(op, victim, sidekick)
         if sidekick is not None:
             check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
+        if self.victim == "merge":
+            for one in self.policies:
+                if one is not None:
+                    check_merging(op, one)
+        self._capacities = layer_capacities(op, capacities, self.policies, kv_heads)
         self.calibration = calibration
         if calibration is not None:
             if not isinstance(calibration, Calibration):
@@ -149,26 +161,33 @@ class LessKVCache(Described, CacheProtocol):
         self._biased = BiasedKeys(calibration, dtype)
         self.session = Session(self.layers, self.batch, self.device, self.native)
         self._holdings = self._built(chosen, self.device)
-        kept = [p.capacity for p in self.policies if p is not None and p.evicts]
+        kept = [
+            n
+            for p, at in zip(self.policies, self.layouts, strict=True)
+            if p is not None and at is not None and p.evicts
+            for n in at.capacities
+        ]
         self._limits = TrainingLimits(sidekick, kept)
         self._holdings.reserve()
 
     def _built(self, backend: Backend, device: torch.device) -> Holdings:
         """The layers of this cache on a device, with empty pages."""
         layers: list[PagedLayer | None] = []
-        for i, policy in enumerate(self.policies):
-            if policy is None:
+        for i, (policy, capacity) in enumerate(zip(self.policies, self._capacities, strict=True)):
+            if policy is None or capacity is None:
                 layers.append(None)
                 continue
             # A full layer keeps every token, hence no state.
             sidekick = self.sidekick if policy.evicts else None
+            merges = policy.evicts and self.victim == "merge"
             layout = PageLayout(
                 self.kv_heads,
                 self.head_dim,
-                policy.capacity,
+                capacity,
                 self.dtype,
                 0 if sidekick is None else sidekick.rank,
                 *self._hot,
+                weights=merges or None,
             )
             layers.append(
                 PagedLayer(
@@ -180,6 +199,7 @@ class LessKVCache(Described, CacheProtocol):
                     space=None if self.calibration is None else self.calibration.space(i),
                     scale=self.scale,
                     softcap=self.softcap,
+                    victim="merge" if merges else None,
                     device=device,
                     backend=backend,
                 )
@@ -291,19 +311,22 @@ class LessKVCache(Described, CacheProtocol):
         return first
 
     def positions(self, layer: int) -> Tensor:
-        """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty."""
+        """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty.
+
+        S is that of the head with the most slots, here and below.
+        """
         self._check_layer("positions", layer)
-        return self._holdings.views(layer).slots.position.clone()
+        return self._holdings.gathered(layer, "position", -1)
 
     def scores(self, layer: int) -> Tensor:
         """Scores of the kept tokens, float32 [B, K, S]; 0 where the policy uses none."""
         self._check_layer("scores", layer)
-        return self._holdings.views(layer).slots.score.clone()
+        return self._holdings.gathered(layer, "score", 0)
 
     def weights(self, layer: int) -> Tensor:
         """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""
         self._check_layer("weights", layer)
-        return self._holdings.views(layer).slots.log_weight.clone()
+        return self._holdings.gathered(layer, "log_weight", 0)
 
     def state(self, layer: int) -> tuple[Tensor, Tensor]:
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
@@ -312,12 +335,13 @@ class LessKVCache(Described, CacheProtocol):
             ValueError: The cache has no sidekick, or the layer is full, hence no state.
         """
         self._check_layer("state", layer)
-        state = self._holdings.views(layer).state
-        if state is None:
+        states = [views.state for views in self._holdings.views(layer)]
+        held = [x for x in states if x is not None]
+        if not held:
             if self.sidekick is not None:
                 raise ValueError(f"state: layer {layer} keeps every token, hence no low-rank state")
             raise ValueError("state: this cache has no sidekick, hence no low-rank state")
-        return state.H.clone(), state.z.clone()
+        return torch.cat([x.H for x in held], 1), torch.cat([x.z for x in held], 1)
 
     @property
     def seen(self) -> Tensor:

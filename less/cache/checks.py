@@ -110,14 +110,69 @@ def checked_victim(op: str, victim: str | None, sidekick: Sidekick | None) -> st
     """
     if victim is None:
         return "forget" if sidekick is None else "fold"
-    if victim not in ("fold", "forget"):
-        raise ValueError(f"{op}: victim must be 'fold' or 'forget', got {victim!r}")
+    if victim not in ("fold", "forget", "merge"):
+        raise ValueError(f"{op}: victim must be 'fold', 'merge' or 'forget', got {victim!r}")
     if (victim == "fold") != (sidekick is not None):
         raise ValueError(
             f"{op}: victim 'fold' and a sidekick belong together, got victim {victim!r} and "
             f"sidekick {sidekick!r}"
         )
     return victim
+
+
+def check_merging(op: str, policy: Policy) -> None:
+    """Refuse a policy whose tokens have no scores, by which tokens are merged.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if policy.evicts and not policy.needs_scores:
+        raise ValueError(
+            f"{op}: victim 'merge' weighs tokens by their scores, which policy "
+            f"{type(policy).__name__} does not keep; use H2O, or victim 'forget'"
+        )
+
+
+def layer_capacities(
+    op: str,
+    given: Sequence[int | Sequence[int] | None] | None,
+    policies: Sequence[Policy | None],
+    kv_heads: int,
+) -> tuple[int | tuple[int, ...] | None, ...]:
+    """Slots of each layer's heads: as given, else what the layer's policy keeps.
+
+    Args:
+        op: Who asks, for messages.
+        given: The argument ``capacities``: for each layer K numbers, or None.
+        policies: Of each layer; None where it slides.
+        kv_heads: K.
+
+    Raises:
+        ValueError: There is not one entry per layer, or one does not fit its layer.
+    """
+    kept: list[int | tuple[int, ...] | None] = [None if p is None else p.capacity for p in policies]
+    if given is None:
+        return tuple(kept)
+    if not isinstance(given, (list, tuple)) or len(given) != len(policies):
+        what = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(
+            f"{op}: capacities must list {len(policies)} entries, one per layer, got {what}"
+        )
+    for i, (slots, policy) in enumerate(zip(given, policies, strict=True)):
+        if slots is None:
+            continue
+        if policy is None or not policy.evicts:
+            raise ValueError(
+                f"{op}: capacities[{i}] must be None for a layer that "
+                f"{'slides' if policy is None else 'keeps every token'}, got {slots}"
+            )
+        if not isinstance(slots, (list, tuple)) or len(slots) != kv_heads:
+            raise ValueError(
+                f"{op}: capacities[{i}] must list {kv_heads} numbers of slots, one per kv head, "
+                f"got {slots}"
+            )
+        kept[i] = tuple(require_int(op, f"capacities[{i}][{h}]", s, 1) for h, s in enumerate(slots))
+    return tuple(kept)
 
 
 def check_sidekick(

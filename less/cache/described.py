@@ -29,6 +29,7 @@ class Described:
     backend: str
     policies: tuple[Policy | None, ...]
     sidekick: Sidekick | None
+    victim: str
     calibration: Calibration | None
 
     @property
@@ -51,6 +52,8 @@ class Described:
             "scale": self.scale,
             "softcap": self.softcap,
             "policy": self.policy_text(),
+            "victim": self.victim,
+            "capacities": [None if x is None else list(x.capacities) for x in self.layouts],
             "kind": self.kind,
             "rank": self.sidekick.rank if self.sidekick is not None else 0,
         }

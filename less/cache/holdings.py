@@ -55,10 +55,20 @@ class Holdings:
         assert pool is not None
         return paged, Paged(pool)
 
-    def views(self, layer: int) -> PageViews:
+    def views(self, layer: int) -> list[PageViews]:
         """What a layer's pages hold, as tensors: not copies."""
         paged, at = self.at(layer)
-        return paged.layout.views(at.pool)[0]
+        return paged.layout.views(at.pool)
+
+    def gathered(self, layer: int, field: str, empty: int) -> Tensor:
+        """A copy of what the slots of a layer have in a field, [B, K, S].
+
+        S is that of the head with the most slots; others are filled up with ``empty``.
+        """
+        parts = [getattr(views.slots, field) for views in self.views(layer)]
+        S = max(x.shape[2] for x in parts)
+        full = [torch.nn.functional.pad(x, (0, S - x.shape[2]), value=empty) for x in parts]
+        return torch.cat(full, 1)
 
     def reserve(self) -> None:
         """Scratch for the decode steps, where the backend takes any."""
@@ -88,7 +98,7 @@ class Holdings:
         """Tokens that a layer has seen, int64 [B]; of one that slides too."""
         if self.layers[layer] is None:
             return self.session.sliding_seen[layer]
-        return self.views(layer).seen
+        return self.views(layer)[0].seen
 
     def memory(self) -> dict[str, int]:
         """``LessKVCache.memory``."""
@@ -137,9 +147,11 @@ class Holdings:
                 kept.append(n)
                 share.append(0.0)
                 continue
-            at = self.views(i)
-            kept.append(int((at.slots.position >= 0).sum()) // paged.layout.kv_heads)
-            share.append(float(at.share.sum()) / (n * paged.plan.spec.q_heads) if n else 0.0)
+            runs = self.views(i)
+            held = sum(int((at.slots.position >= 0).sum()) for at in runs)
+            kept.append(held // paged.layout.kv_heads)
+            mass = sum(float(at.share.sum()) for at in runs)
+            share.append(mass / (n * paged.plan.spec.q_heads) if n else 0.0)
         return {
             "seen": seen,
             "kept": kept,

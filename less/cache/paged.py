@@ -11,7 +11,7 @@ from torch import Tensor
 from less import backend as backends
 from less._check import require_int, require_tensor
 from less.backend import Backend
-from less.cache.checks import check_call, check_dtype, positive
+from less.cache.checks import check_call, check_dtype, check_merging, positive
 from less.layer import (
     Call,
     LayerPlan,
@@ -50,8 +50,9 @@ class PagedLayer:
         kind: Their kind, ``"paper"`` or ``"exp"``.
         space: The space of the rows of a packed format, or of any other; None: that without means
             and scales for packed formats, none for others.
-        victim: ``"fold"`` or ``"forget"``: what becomes of an evicted token. None: ``"fold"`` with
-            maps, ``"forget"`` without.
+        victim: ``"fold"``, ``"merge"`` or ``"forget"``: what becomes of an evicted token. Merging
+            needs a policy with scores, and a layout with weights. None: ``"fold"`` with maps,
+            ``"forget"`` without.
         scale: Factor of q.k; 1/sqrt(D) by default.
         softcap: Logits become softcap * tanh(scale q.k / softcap), plus log-weights. None: no cap.
         null_page: A page number that means no page, besides negative numbers.
@@ -91,6 +92,8 @@ class PagedLayer:
                 f"{op}: layout must have the policy's capacity, {policy.capacity}, got "
                 f"{layout.capacity}"
             )
+        if victim == "merge":
+            check_merging(op, policy)
         self.policy, self.layout, self.device = policy, layout, torch.device(device)
         if backend is None or isinstance(backend, str):
             backend = backends.choose(backend, self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +14,13 @@ from less.calibration import Calibration
 from less.hf import interface
 from less.hf.binding import Binding
 from less.hf.generation import watch_generate
-from less.hf.models import check_fits, check_ready, describe
+from less.hf.models import ModelFacts, check_fits, check_ready, describe
 from less.hf.sliding import SlidingAttention, make_sliding
 from less.hf.switch import switch_attention
 from less.hf.weights import warn_of_other_weights
 from less.policies import Policy
 from less.sidekick import Sidekick
+from less.sidekick.parts import part_slice
 
 
 def cache_for(
@@ -32,6 +34,8 @@ def cache_for(
     sinks: int | None = None,
     hot: int | None = None,
     hot_dtype: torch.dtype = torch.int8,
+    victim: str | None = None,
+    capacities: Sequence[int | Sequence[int] | None] | None = None,
 ) -> LessKVCache:
     """Build a cache of a model's shape, on its device.
 
@@ -50,6 +54,8 @@ def cache_for(
         sinks: As in ``LessKVCache``, for packed formats.
         hot: Likewise.
         hot_dtype: Likewise.
+        victim: As in ``LessKVCache``.
+        capacities: As in ``LessKVCache``, of all kv heads of the model; cut like a sidekick.
 
     Raises:
         TypeError: ``policy`` is not given, or the model is not a transformers model.
@@ -71,6 +77,10 @@ def cache_for(
         calibration.check_model(facts.config)
         if facts.part != (0, 1):
             calibration = calibration.shard(*facts.part)
+    if capacities is not None and facts.part != (0, 1):
+        capacities = [
+            _own_heads(f"capacities[{i}]", slots, facts) for i, slots in enumerate(capacities)
+        ]
     cache = LessKVCache(
         layers=facts.layers,
         q_heads=facts.q_heads,
@@ -89,12 +99,27 @@ def cache_for(
         sinks=sinks,
         hot=hot,
         hot_dtype=hot_dtype,
+        victim=victim,
+        capacities=capacities,
     )
     cache.part = facts.part
     check_fits("cache_for", cache, facts)
     warn_of_other_weights(cache, facts)
     make_sliding(cache, facts)
     return cache
+
+
+def _own_heads(name: str, slots: Any, facts: ModelFacts) -> Any:
+    """The entries of this process's kv heads."""
+    rank, world = facts.part
+    if slots is None:
+        return None
+    if not isinstance(slots, (list, tuple)) or len(slots) != facts.kv_heads * world:
+        raise ValueError(
+            f"cache_for: {name} must list {facts.kv_heads * world} numbers of slots, one per kv "
+            f"head of the whole model, got {slots}"
+        )
+    return slots[part_slice(len(slots), rank, world)]
 
 
 @contextmanager

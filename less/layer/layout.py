@@ -12,7 +12,8 @@ fields in the order in which a step reads them:
     z float32 [R]    H float32 [R, D]    score float32 [S]
 
 The first W slots are hot: those of the first ``sinks`` tokens, then a ring of the last ``hot``.
-Only packed formats have them (W = 0 otherwise), and those have no weights: a slot is one token.
+Only packed formats have them (W = 0 otherwise). Slots of packed formats have a weight only where
+the layout asks for it: a slot may then stand for several tokens.
 Scales are float32 for rows of 8 bits, float16 for packed rows, and exist for no others; z and H
 exist only where R > 0. Every field begins at a multiple of 128 bytes. csrc/common/layout.h is the
 same in C++.
@@ -102,6 +103,8 @@ class PageLayout:
         sinks: First tokens that stay for good in hot rows, of a packed format; 4 by default.
         hot: Last tokens that lie in hot rows, of a packed format; at least 1, 16 by default.
         hot_dtype: Of hot rows: int8, float16 or float32.
+        weights: Whether slots have log-weights. Formats that are not packed always have them; None:
+            packed ones have none.
 
     Raises:
         ValueError: A number is out of range, the number of capacities is not K, the dtype is
@@ -116,6 +119,7 @@ class PageLayout:
     sinks: int | None = None
     hot: int | None = None
     hot_dtype: torch.dtype = torch.int8
+    weights: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no layout, by name."""
@@ -141,6 +145,14 @@ class PageLayout:
         else:
             require_int(op, "capacity", self.capacity, 1)
         self._check_hot(op, packed)
+        if self.weights is None:
+            object.__setattr__(self, "weights", not packed)
+        elif not isinstance(self.weights, bool) or not (self.weights or packed):
+            raise ValueError(
+                f"{op}: weights must be True or None for {self.dtype}, got {self.weights!r}"
+                if not packed
+                else f"{op}: weights must be True, False or None, got {self.weights!r}"
+            )
 
     def _check_hot(self, op: str, packed: bool) -> None:
         for field, least, default in (("sinks", 0, 4), ("hot", 1, 16)):
@@ -211,7 +223,7 @@ class PageLayout:
                 "hot_k_scale": ((W,), hot.scale if W else None),
                 "k": ((S - W, cold.k.width(D)), cold.k.stored),
                 "k_scale": ((S - W,), cold.k.scale),
-                "weight": ((S,), None if cold.packed else numbers),
+                "weight": ((S,), numbers if self.weights else None),
                 "hot_v": ((W, D), hot.stored if W else None),
                 "hot_v_scale": ((W,), hot.scale if W else None),
                 "v": ((S - W, cold.v.width(D)), cold.v.stored),

@@ -20,8 +20,8 @@ from less.policies import Rule
 
 #: The actions on an evicted token, as in ``Victim`` of csrc/params.h. ``"none"``: no token joins
 #: and none is evicted, so that a step computes attention only.
-VICTIMS = {"none": 0, "forget": 1, "fold": 2}
-_VERSION = 2
+VICTIMS = {"none": 0, "forget": 1, "fold": 2, "merge": 3}
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LayerSpec:
         decay: Factor of a score per token.
         scores: False leaves the scores as they are, and those of new tokens at 0.
         rule: The policy's native ranking; None: the caller passes ranks to ``compact``.
-        victim: ``"forget"`` or ``"fold"``; ``"none"``: a step computes attention only.
+        victim: ``"forget"``, ``"fold"`` or ``"merge"``; ``"none"``: a step computes attention only.
         null_page: A page number that means no page, besides numbers outside the pool.
         dependent: A GPU's launch may begin before the previous kernel has finished.
     """
@@ -77,7 +77,7 @@ def encode(
         space: The space of its rows; None: they are stored as they come.
 
     Returns:
-        int64 [R + 1, S, 27 + K]: the same 27 + K numbers for every R and S, in memory once.
+        int64 [R + 1, S, 29 + K]: the same 29 + K numbers for every R and S, in memory once.
         csrc/ops/layer.h reads them. The shape is for tracers, which see only shapes.
     """
     kind, w_dtype, hidden, rank, tensors = (-1, 0, 0, 0, 0) if maps is None else maps.described()
@@ -95,6 +95,7 @@ def encode(
             layout.hot_type.code,
             layout.sinks,
             layout.hot,
+            int(bool(layout.weights)),
             layout.rank,
             VICTIMS[spec.victim],
             int(spec.scores),
@@ -105,6 +106,7 @@ def encode(
             rule.sinks,
             int(rule.by_score),
             int(rule.per_age),
+            rule.capacity,
             _bits(spec.scale),
             _bits(spec.softcap),
             _bits(spec.decay),
@@ -149,6 +151,8 @@ class LayerPlan:
             raise ValueError(
                 f"{op}: the layout's rank must be that of the maps, {rank}, got {self.layout.rank}"
             )
+        if self.spec.victim == "merge" and not self.layout.weights:
+            raise ValueError(f"{op}: victim 'merge' needs a layout with weights")
         if self.spec.victim == "fold" and self.maps is None:
             raise ValueError(f"{op}: victim 'fold' needs maps")
         if self.maps is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,12 +44,22 @@ class Rule:
 
     Tokens at positions >= seen - recent or < sinks are protected. The others rank by score, by
     score per token of age (``per_age``), or all alike where ``by_score`` is false.
+
+    ``recent`` is meant for heads of ``capacity`` slots, and in proportion for others; with a
+    capacity of 0 it is the same for every head.
     """
 
     recent: int
     sinks: int
     by_score: bool
     per_age: bool
+    capacity: int = 0
+
+    def for_slots(self, slots: int) -> Rule:
+        """The rule of a head with so many slots."""
+        if not self.capacity:
+            return self
+        return replace(self, recent=self.recent * slots // self.capacity)
 
 
 class Policy(ABC):

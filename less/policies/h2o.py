@@ -83,7 +83,13 @@ class H2O(Policy):
     @property
     def rule(self) -> Rule:
         """Rank by score; recent tokens and sinks are protected."""
-        return Rule(self.recent, self.sinks, by_score=True, per_age=self.per_age)
+        return Rule(
+            self.recent,
+            self.sinks,
+            by_score=True,
+            per_age=self.per_age,
+            capacity=self.capacity,
+        )
 
     def rank(self, tokens: Candidates) -> Tensor:
         """Rank by score; recents and sinks stay."""

@@ -53,7 +53,7 @@ class SinkRecent(Policy):
     @property
     def rule(self) -> Rule:
         """Sinks and recents, no scores."""
-        return Rule(self.recent, self.sinks, by_score=False, per_age=False)
+        return Rule(self.recent, self.sinks, by_score=False, per_age=False, capacity=self.capacity)
 
     def rank(self, tokens: Candidates) -> Tensor:
         """Sinks and recents rank above everything else."""

@@ -18,6 +18,7 @@ from less.reference.codec import (
     values_out_of_space,
 )
 from less.reference.maps import fold, psi
+from less.reference.merge import merged, nearest
 from less.reference.numbers import floats
 
 
@@ -112,7 +113,7 @@ def compact(
     sinks: int = 0,
     space: Space | None = None,
 ) -> Compacted:
-    """Let a call's tokens join the slots; fold or forget what no longer fits.
+    """Let a call's tokens join the slots; fold, merge or forget what no longer fits.
 
     Capacity is S. Kept slots stay where they are; kept tokens of the call take the free slots in
     ascending order, the older token the lower slot.
@@ -121,6 +122,10 @@ def compact(
     ring of the last W - sinks tokens. Those never compete. A token that is in the ring no longer is
     encoded, and competes with the others for the S - W slots that are not hot.
 
+    Merging, each token that leaves goes to the nearest one that stays and is not protected (its
+    rank is below infinity), by weights and keys as they were before any mean: ``nearest`` and
+    ``merged`` say how. Means are of decoded rows, in float32, and are encoded once.
+
     Args:
         new: The call's tokens, T of them, in the dtype of the slots; of the hot ones, where there
             are such.
@@ -128,7 +133,8 @@ def compact(
         score: Scores after the call, of slots and tokens [B, K, S + T].
         slots: What is kept.
         seen: int64 [B], tokens seen before the call.
-        spec: The rule, and what becomes of who leaves: ``"fold"`` needs ``state`` and ``maps``.
+        spec: The rule, and what becomes of who leaves: ``"fold"`` needs ``state`` and ``maps``,
+            ``"merge"`` slots with log-weights.
         rank: The policy's ranks [B, K, S + T]; None: by the spec's rule.
         state: The low-rank state.
         maps: The layer's feature maps.
@@ -143,7 +149,7 @@ def compact(
     if rank is None:
         if spec.rule is None:
             raise ValueError("compact: rank must be given where the spec has no rule")
-        rank = rank_by_rule(spec.rule, position, score, after_seen)
+        rank = rank_by_rule(spec.rule.for_slots(S), position, score, after_seen)
     hot = torch.zeros_like(position, dtype=torch.bool)
     if W:
         ring = position >= (after_seen - (W - sinks)).view(B, 1, 1)
@@ -158,6 +164,14 @@ def compact(
             k = keys_out_of_space(k, space)
         leaves = (position >= 0) & ~keep & ~hot
         state = fold(state, psi(k, maps), v, leaves)
+    tokens = _Tokens(
+        position, score, torch.cat([slots.log_weight, torch.zeros_like(score[..., S:])], 2)
+    )
+    if spec.victim == "merge":
+        if slots.weight is None:
+            raise ValueError("compact: victim 'merge' needs slots with log-weights")
+        leaves = (position >= 0) & ~keep & ~hot
+        tokens = _merge(tokens, stored, slots, leaves, keep & (rank < torch.inf))
     after = _Writer(slots)
     for b in range(B):
         for h in range(K):
@@ -169,11 +183,15 @@ def compact(
                 for label in ("k", "v", "k_scale", "v_scale"):
                     if (x := getattr(new, label)) is not None:
                         after.tensors[f"hot_{label}"][b, h, place] = x[b, h, moves]
-                after.take(b, h, place, position[b, h, S + moves], score[b, h, S + moves])
+                after.take(b, h, place, tokens, S + moves)
                 stays = hot[b, h, :W].nonzero()[:, 0]
-                after.take(b, h, stays, position[b, h, stays], score[b, h, stays])
+                after.take(b, h, stays, tokens, stays)
             stays = W + keep[b, h, W:S].nonzero()[:, 0]
-            after.take(b, h, stays, position[b, h, stays], score[b, h, stays])
+            after.take(b, h, stays, tokens, stays)
+            for label, (codes, scale) in stored.items():
+                after.tensors[label][b, h, stays - W] = codes[b, h, stays]
+                if scale is not None:
+                    after.tensors[f"{label}_scale"][b, h, stays - W] = scale[b, h, stays]
             joins = torch.cat([keep[b, h, :W].nonzero()[:, 0], S + keep[b, h, S:].nonzero()[:, 0]])
             joins = joins[position[b, h, joins].argsort()]
             free = W + (~keep[b, h, W:S]).nonzero()[: len(joins), 0]
@@ -181,10 +199,7 @@ def compact(
                 after.tensors[label][b, h, free - W] = codes[b, h, joins]
                 if scale is not None:
                     after.tensors[f"{label}_scale"][b, h, free - W] = scale[b, h, joins]
-            after.take(b, h, free, position[b, h, joins], score[b, h, joins])
-            if slots.weight is not None:
-                kept = torch.where(keep[b, h, :S], slots.weight[b, h], 0.0)
-                after.tensors["weight"][b, h] = kept
+            after.take(b, h, free, tokens, joins)
     return Compacted(after.slots(), state, after_seen)
 
 
@@ -213,6 +228,51 @@ def _candidate_rows(slots: Slots, new: Rows) -> dict[str, tuple[Tensor, Tensor |
     return found
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What slots note of tokens beside their rows, [B, K, S + T] each."""
+
+    position: Tensor
+    score: Tensor
+    weight: Tensor
+
+
+def _merge(
+    tokens: _Tokens,
+    stored: dict[str, tuple[Tensor, Tensor | None]],
+    slots: Slots,
+    leaves: Tensor,
+    target: Tensor,
+) -> _Tokens:
+    """Merge who leaves into those who stay; ``stored`` is written where a row changes."""
+    rows = {}
+    for n in ("k", "v"):
+        x = decode(*stored[n], getattr(slots.rows, n))
+        rows[n] = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    after = {n: x.clone() for n, x in vars(tokens).items()}
+    changed = torch.zeros_like(leaves)
+    B, K, _ = leaves.shape
+    for b in range(B):
+        for h in range(K):
+            k, v = rows["k"][b, h], rows["v"][b, h]
+            position, score, weight = (x[b, h] for x in vars(tokens).values())
+            into = nearest(k, score, position, leaves[b, h], target[b, h])
+            found = merged(k, v, score, weight, position, into)
+            rows["k"][b, h], rows["v"][b, h] = found[:2]
+            for name, y in zip(("score", "weight", "position"), found[2:], strict=True):
+                after[name][b, h] = y
+            changed[b, h, into[into >= 0]] = True
+    for label, x in rows.items():
+        new_codes, new_scale = encode(x, getattr(slots.rows, label))
+        codes, scale = stored[label]
+        codes = codes.clone()
+        codes[changed] = new_codes[changed]
+        if scale is not None and new_scale is not None:
+            scale = torch.where(changed, new_scale, scale)
+        stored[label] = codes, scale
+    return _Tokens(**after)
+
+
 class _Writer:
     """Slots on their way to become others: nobody in them, rows as they were."""
 
@@ -220,12 +280,15 @@ class _Writer:
         self._old = slots
         self.tensors = {n: x.clone() for n, x in slots.tensors().items()}
         self.tensors["position"].fill_(-1)
-        self.tensors["score"].zero_()
+        for name in ("score", "weight"):
+            if name in self.tensors:
+                self.tensors[name].zero_()
 
-    def take(self, b: int, h: int, place: Tensor, position: Tensor, score: Tensor) -> None:
-        """Put tokens into slots."""
-        self.tensors["position"][b, h, place] = position.to(torch.int32)
-        self.tensors["score"][b, h, place] = score
+    def take(self, b: int, h: int, place: Tensor, tokens: _Tokens, which: Tensor) -> None:
+        """Put tokens into slots, all but their rows."""
+        for name, x in vars(tokens).items():
+            if name in self.tensors:
+                self.tensors[name][b, h, place] = x[b, h, which]
 
     def slots(self) -> Slots:
         """What became of them."""

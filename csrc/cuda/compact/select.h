@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
                      *seen(memory)};
   const int tokens = count_tokens(c, sums);
   const int W = hot_slots(p.layout), hot = p.layout.hot;
-  const int leaving = write_keys(c, p.spec.rule, tokens, sums) - int(S - W);
+  const int leaving = write_keys(c, for_slots(p.spec.rule, S), tokens, sums) - int(S - W);
   __syncthreads();
   Leavers who{0, 0};
   if (leaving > 0) who = find_leavers(c, {bins, sums, found}, leaving);
