@@ -172,7 +172,7 @@ def number(x):
 
 # Field -> numbers that it may not be, and what is said.
 LAYERS = {
-    "version": ([0, 1, 3], "layer must be of version 2, got"),
+    "version": ([0, 2, 4], "layer must be of version 3, got"),
     "Q": ([0, -2, 2**21, 2**60], "layer's Q must be in 1 .. "),
     "K": ([0, -1, 129, 2**40], "layer's K must be in 1 .. 128, got"),
     "D": ([0, -64, 2**17, 2**62], "layer's D must be in 1 .. 65536, got"),
@@ -181,8 +181,9 @@ LAYERS = {
     "call_dtype": ([-1, 8], "layer's call_dtype must be in 0 .. 7, got"),
     "hot_sinks": ([-1, 1], "layer's hot_sinks must be in 0 .. 0, got"),
     "hot": ([-1, 1], "layer's hot must be in 0 .. 0, got"),
+    "weights": ([-1, 0, 2], "layer's weights must be in 1 .. 1, got"),
     "R": ([-1, 2**17], "layer's R must be in 0 .. 65536, got"),
-    "victim": ([-1, 3], "layer's victim must be in 0 .. 2, got"),
+    "victim": ([-1, 4], "layer's victim must be in 0 .. 3, got"),
     "scores": ([-1, 2], "layer's scores must be in 0 .. 1, got"),
     "dependent": ([-1, 2], "layer's dependent must be in 0 .. 1, got"),
     "null_page": ([-(2**31) - 1, 2**31], "layer's null_page must be in "),
@@ -191,6 +192,7 @@ LAYERS = {
     "sinks": ([-1], "layer's sinks must be in 0 .. "),
     "by_score": ([-1, 2], "layer's by_score must be in 0 .. 1, got"),
     "per_age": ([-1, 2], "layer's per_age must be in 0 .. 1, got"),
+    "rule_capacity": ([-1, 2**31], "layer's rule's capacity must be in "),
     "scale": (
         [number(x) for x in (0.0, -1.0, float("inf"), float("nan"), 1e300, 1e-300)],
         "scale must be finite and positive, got",
@@ -269,10 +271,10 @@ def test_a_page_beyond_all_memory_is_refused(op):
 SHAPES = {
     "int32": (lambda x: x.int(), "got int32"),
     "float64": (lambda x: x.double(), "got float64"),
-    "of one dim": (lambda x: x[0, 0], r"got int64 \[29\]"),
-    "without heads": (lambda x: x[..., : len(FIELDS)], r"got int64 \[5, 9, 27\]"),
-    "empty": (lambda x: x[:0], r"got int64 \[0, 9, 29\]"),
-    "apart": (lambda x: x.repeat(1, 1, 2)[..., ::2], r"got int64 \[5, 9, 29\]"),
+    "of one dim": (lambda x: x[0, 0], r"got int64 \[31\]"),
+    "without heads": (lambda x: x[..., : len(FIELDS)], r"got int64 \[5, 9, 29\]"),
+    "empty": (lambda x: x[:0], r"got int64 \[0, 9, 31\]"),
+    "apart": (lambda x: x.repeat(1, 1, 2)[..., ::2], r"got int64 \[5, 9, 31\]"),
 }
 
 
