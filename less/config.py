@@ -16,10 +16,11 @@ from less.budget import BETA, deal, least_tokens, most_within, page_bytes, parse
 from less.calibration import Calibration
 from less.dtypes import FORMATS
 from less.dtypes import name as dtype_name
-from less.policies import Full, Policy, policy_from_dict, policy_to_dict
+from less.policies import H2O, Full, Policy, policy_from_dict, policy_to_dict
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
-from less.settings import check_budget, check_folder, check_rows, check_shape
+from less.policies.default import merging_policy
+from less.settings import check_actions, check_budget, check_folder, check_rows, check_shape
 from less.sidekick import Sidekick, shipped, shipped_names
 from less.sidekick.trained import trained_policy as trained_policy
 
@@ -39,8 +40,14 @@ class LessConfig:
 
     One of ``tokens``, ``share`` and ``bytes`` is the budget; the rest has defaults::
 
-        config = LessConfig(bytes="64MiB", shape="pyramid", sidekick="my-sidekick")
+        config = LessConfig(bytes="64MiB", calibration="my-model")
         cache = config.cache(model, batch=8)
+
+    A budget in bytes with no ``policy``, ``dtype``, ``rows``, ``victim``, ``sidekick`` or
+    ``preset`` means what loses least at these bytes without training (docs/memory.md):
+    rows of four bits, victims merged into the nearest slot, H2O with a quarter of recent tokens
+    and scores that decay; and, with a calibration that has curves, slots dealt out to heads by
+    them. ``settled`` shows it.
 
     Attributes:
         tokens: Tokens per kv head, the mean over layers; or a list of one number per layer.
@@ -64,6 +71,10 @@ class LessConfig:
         hot: Last tokens in finer rows, of packed formats; None: 16.
         hot_dtype: Of the finer rows: "int8", "float16" or "float32".
         calibration: Folder that ``less-kv calibrate`` wrote; None: rows are rotated alone.
+        victim: What becomes of evicted tokens, as in ``LessKVCache``.
+        preset: ``"paper"``: the method of arXiv:2402.09398: half heavy hitters without decay, half
+            recent tokens, rows in the model's dtype, victims folded through a sidekick, which must
+            be given. None: none.
 
     Raises:
         ValueError: A setting is wrong, or contradicts another; the message names it.
@@ -84,6 +95,8 @@ class LessConfig:
     hot: int | None = None
     hot_dtype: str = "int8"
     calibration: str | None = None
+    victim: str | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         """Check every setting by itself, and those that go together."""
@@ -112,6 +125,12 @@ class LessConfig:
         if isinstance(self.policy, Full):
             raise ValueError("LessConfig: policy Full has no budget; see full_layers")
         check_rows(self.dtype, self.rows, self.sinks, self.hot, self.hot_dtype)
+        check_actions(
+            self.victim,
+            self.preset,
+            {n: getattr(self, n) for n in ("policy", "dtype", "rows", "victim")},
+            self.sidekick,
+        )
         check_folder("sidekick", self.sidekick, "a folder or a shipped name")
         check_folder("calibration", self.calibration, "a folder")
 
@@ -167,19 +186,45 @@ class LessConfig:
 
         if sidekick is None:
             sidekick = self.load_sidekick()
-        policies = self.policies(model, batch, prompt_tokens, sidekick, max_tokens)
         if calibration is None:
             calibration = self.load_calibration()
+        settled = self.settled(sidekick)
         return cache_for(
             model,
-            policies,
+            settled.policies(model, batch, prompt_tokens, sidekick, max_tokens),
             sidekick,
             batch=batch,
-            dtype=self._format,
+            dtype=settled._format,
             backend=backend,
             calibration=calibration,
-            **self._hot,
+            victim=settled.victim,
+            **settled._hot,
         )
+
+    def settled(self, sidekick: Sidekick | None = None) -> LessConfig:
+        """The same with all that is left open said: what ``cache`` builds.
+
+        Args:
+            sidekick: One that is passed on its own.
+
+        Raises:
+            ValueError: A preset needs a sidekick, and there is none.
+        """
+        folds = sidekick is not None or self.sidekick is not None
+        if self.preset == "paper":
+            if not folds:
+                raise ValueError(
+                    "LessConfig: preset 'paper' needs a sidekick, whose maps fold what is evicted: "
+                    "a folder of less-kv train --kind paper, or one of the shipped "
+                    f"{', '.join(shipped_names())}"
+                )
+            return dataclasses.replace(
+                self, preset=None, policy=H2O(heavy=1, recent=1), victim="fold"
+            )
+        said = (self.policy, self.dtype, self.rows, self.victim)
+        if self.bytes is None or folds or any(x is not None for x in said):
+            return self
+        return dataclasses.replace(self, rows="k4v4", victim="merge")
 
     def policies(
         self,
@@ -196,6 +241,9 @@ class LessConfig:
         """
         from less.hf.models import describe
 
+        settled = self.settled(sidekick)
+        if settled is not self:
+            return settled.policies(model, batch, prompt_tokens, sidekick, max_tokens)
         facts = describe(model, "LessConfig")
         dtype = facts.dtype if self._format is None else self._format
         rank = sidekick.rank if sidekick is not None else 0
@@ -210,6 +258,7 @@ class LessConfig:
                     tokens,
                     rank if evicts else 0,
                     **self._hot,
+                    weights=(evicts and self.victim == "merge") or None,
                 )
             ),
             native=tuple(facts.windows),
@@ -349,7 +398,7 @@ class LessConfig:
         if policy is None and sidekick is not None:
             policy = trained_policy(sidekick, capacity)
         if policy is None:
-            return default_policy(capacity)
+            return (merging_policy if self.victim == "merge" else default_policy)(capacity)
         return checked_at_capacity(policy, capacity)
 
     def load_sidekick(self) -> Sidekick | None:

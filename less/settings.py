@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -92,6 +92,36 @@ def check_rows(
     stored = rows or dtype or "float16"
     of_slots = stored if stored in FORMATS else getattr(torch, stored)
     least_tokens(of_slots, sinks, hot)  # refuses what is wrong
+
+
+def check_actions(
+    victim: str | None, preset: str | None, others: Mapping[str, object], sidekick: str | None
+) -> None:
+    """Refuse an unknown victim or preset, and what contradicts a preset.
+
+    Args:
+        victim: The setting.
+        preset: The setting.
+        others: Settings that a preset brings along, by name.
+        sidekick: The setting.
+
+    Raises:
+        ValueError: One is wrong, or contradicts another; the message names it.
+    """
+    if victim not in (None, "fold", "merge", "forget"):
+        raise ValueError(f"LessConfig: victim must be 'fold', 'merge' or 'forget', got {victim!r}")
+    if victim == "merge" and sidekick is not None:
+        raise ValueError(
+            "LessConfig: victim 'merge' and a sidekick exclude each other: what is merged is not "
+            "folded into a state"
+        )
+    if preset not in (None, "paper"):
+        raise ValueError(f"LessConfig: preset must be 'paper' or None, got {preset!r}")
+    given = [n for n, value in others.items() if value is not None]
+    if preset is not None and given:
+        raise ValueError(
+            f"LessConfig: preset {preset!r} brings its own {' and '.join(given)}; leave them alone"
+        )
 
 
 def check_folder(label: str, value: object, wanted: str) -> None:

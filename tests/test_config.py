@@ -64,6 +64,60 @@ def test_other_bytes_are_refused(text):
         parse_bytes("x", text)
 
 
+# -- what is left open --------------------------------------------------------------------------
+
+
+def test_a_budget_in_bytes_alone_is_four_bits_and_merging(model):
+    cache = LessConfig(bytes=60_000).cache(model, backend="reference")
+    assert (cache.dtype, cache.victim) == ("k4v4", "merge")
+    for policy in cache.policies:
+        quarter = policy.capacity // 4
+        assert policy == H2O(heavy=policy.capacity - quarter, recent=quarter, decay=0.99)
+    pages = sum(layout.nbytes for layout in cache.layouts)
+    assert all(layout.weights for layout in cache.layouts)
+    assert 57_000 < pages <= 60_000
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"dtype": "float32"}, {"rows": "k3v3"}, {"policy": H2O(3, 1)}, {"victim": "forget"}],
+    ids=str,
+)
+def test_what_is_said_is_not_filled_in(model, said):
+    config = LessConfig(bytes=60_000, **said)
+    assert config.settled() is config
+    assert config.cache(model, backend="reference").victim == "forget"
+
+
+def test_a_budget_in_tokens_or_a_sidekick_leaves_rows_and_victim_alone(model):
+    assert LessConfig(tokens=24).settled() == LessConfig(tokens=24)
+    cache = LessConfig(bytes=60_000).cache(model, sidekick=tiny_sidekick())
+    assert (cache.dtype, cache.victim) == (torch.float32, "fold")
+
+
+def test_the_preset_of_the_paper_folds_by_its_policy(model):
+    config = LessConfig(tokens=24, preset="paper")
+    cache = config.cache(model, sidekick=tiny_sidekick())
+    assert cache.policy == H2O(heavy=12, recent=12)
+    assert cache.victim == "fold"
+    with pytest.raises(ValueError, match="preset 'paper' needs a sidekick"):
+        config.cache(model)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"preset": "best"}, "preset must be 'paper' or None, got 'best'"),
+        ({"preset": "paper", "rows": "k4v4"}, "preset 'paper' brings its own rows"),
+        ({"victim": "blend"}, "victim must be 'fold', 'merge' or 'forget', got 'blend'"),
+        ({"victim": "merge", "sidekick": "x"}, "exclude each other"),
+    ],
+)
+def test_wrong_actions_are_refused_by_name(said, message):
+    with pytest.raises(ValueError, match=message):
+        LessConfig(bytes=60_000, **said)
+
+
 # -- budgets ------------------------------------------------------------------------------------
 
 
@@ -105,7 +159,7 @@ def test_a_budget_in_bytes_is_kept_and_used_up(model, dtype, maps, batch, shape)
 
 
 def test_bytes_pay_for_full_layers_too(model):
-    config = LessConfig(bytes=60_000, full_layers=1, max_tokens=100)
+    config = LessConfig(bytes=60_000, full_layers=1, max_tokens=100, dtype="float32")
     cache = config.cache(model, sidekick=tiny_sidekick())
     memory = cache.memory()
     assert isinstance(cache.policies[0], Full)
@@ -256,7 +310,7 @@ def test_layers_that_slide_keep_their_windows_and_the_others_share_the_budget():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("dtype", [None, "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_a_budget_in_bytes_pays_for_the_windows_of_layers_that_slide(batch, dtype):
     from less.evaluate.families import VOCAB, build
 
@@ -284,7 +338,7 @@ def test_windows_that_take_the_whole_budget_are_refused_with_their_bytes():
         match=f"bytes={windows:,} cannot hold one token per head in each of 2 layers beside "
         f"{windows:,} bytes of the windows of layers that slide: that takes ",
     ):
-        LessConfig(bytes=windows).cache(model, batch=3)
+        LessConfig(bytes=windows, dtype="float32").cache(model, batch=3)
 
 
 def test_full_layers_are_the_first_of_those_that_do_not_slide():

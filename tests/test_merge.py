@@ -166,3 +166,8 @@ def test_wrong_capacities_are_refused_by_name():
             cache(capacities=given)
     with pytest.raises(ValueError, match="keeps every token"):
         LessKVCache(1, 4, 2, 16, 1, less.Full(16), capacities=[[8, 8]])
+
+
+def test_merging_by_scores_that_never_decay_warns():
+    with pytest.warns(UserWarning, match="never decay"):
+        cache(H2O(heavy=9, recent=3))

@@ -146,8 +146,9 @@ class LessKVCache(Described, CacheProtocol):
         if sidekick is not None:
             check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
         if self.victim == "merge":
-            for one in self.policies:
-                if one is not None:
+            held = [p for p in self.policies if p is not None]
+            for i, one in enumerate(held):
+                if one not in held[:i]:
                     check_merging(op, one)
         self._capacities = layer_capacities(op, capacities, self.policies, kv_heads)
         self.calibration = calibration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -123,6 +124,9 @@ def checked_victim(op: str, victim: str | None, sidekick: Sidekick | None) -> st
 def check_merging(op: str, policy: Policy) -> None:
     """Refuse a policy whose tokens have no scores, by which tokens are merged.
 
+    Warns of scores that never decay: old tokens then move every mean, and the cache becomes worse
+    than one that forgets.
+
     Raises:
         ValueError: It is one.
     """
@@ -130,6 +134,12 @@ def check_merging(op: str, policy: Policy) -> None:
         raise ValueError(
             f"{op}: victim 'merge' weighs tokens by their scores, which policy "
             f"{type(policy).__name__} does not keep; use H2O, or victim 'forget'"
+        )
+    if policy.evicts and policy.decay == 1.0:
+        warnings.warn(
+            f"{op}: victim 'merge' weighs means by scores, and those of {policy!r} never decay: "
+            "this does harm (docs/merging.md); give it a decay, such as 0.99",
+            stacklevel=3,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from less.policies.h2o import H2O
 
 DECAY = 0.98  # of the scores, per token
+MERGING_DECAY = 0.99  # likewise, where victims are merged: scores weigh the means
 
 
 def default_policy(capacity: int) -> H2O:
@@ -14,3 +15,12 @@ def default_policy(capacity: int) -> H2O:
     others on the third: docs/policies.md.
     """
     return H2O(heavy=capacity - capacity // 2, recent=capacity // 2, decay=DECAY)
+
+
+def merging_policy(capacity: int) -> H2O:
+    """H2O for a cache that merges: a quarter recent, scores that decay more slowly.
+
+    docs/merging.md has the figures.
+    """
+    recent = capacity // 4
+    return H2O(heavy=capacity - recent, recent=recent, decay=MERGING_DECAY)
