@@ -83,19 +83,17 @@ def _continue(
 ) -> list[tuple[Method, Continuation]]:
     """The full cache, plain H2O and LESS write on, one after the other."""
     from less.evaluate.generate import continue_text
-    from less.evaluate.methods import BASELINE, FULL
+    from less.evaluate.methods import BASELINE, FULL, MERGING
     from less.evaluate.report import size
-    from less.hf import cache_for
 
     shown = [m for m in methods if m.name in (FULL.name, BASELINE)]
-    shown += [m for m in methods[-1:] if m.sidekick is not None]
+    shown += [m for m in methods if m.sidekick is not None][-1:]
+    shown += [m for m in methods if m.storage == MERGING]
     end = subject.tokenizer.decode(prompt[0, -60:].tolist())
     console.print(f"  … {' '.join(end.split())}\n", style="dim", markup=False)
     written = []
     for method in shown:
-        cache = None
-        if method.policy is not None:
-            cache = cache_for(subject.model, method.policy, method.sidekick, dtype=subject.dtype)
+        cache = method.cache(subject.model, subject.dtype)
         console.print(f"[bold]{method.name}[/] ▸ ", end="")
         answer = continue_text(
             subject.model, subject.tokenizer, prompt, tokens, cache, _write_through
@@ -103,8 +101,7 @@ def _continue(
         print(flush=True)
         kept = f"every token, {str(subject.model.dtype).removeprefix('torch.')}"
         if method.policy is not None:
-            slots = str(subject.dtype).removeprefix("torch.")
-            kept = f"{method.policy.capacity} tokens per head, {slots}"
+            kept = f"{method.policy.capacity} slots per head, {method.stored(subject.dtype).name}"
         written.append((method, answer))
         more = len(shown) - len(written)
         left = f"; {more} more, about {more * answer.seconds:.0f} s left" if more else ""

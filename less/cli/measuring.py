@@ -317,11 +317,16 @@ def sidekicks_for(wanted: str | None, model: Any) -> tuple[Sidekick | None, Side
 def methods_for(subject: Subject, budget: int) -> list[Method]:
     """Rows of the table at one budget, with eviction at the bytes of state and maps.
 
-    With ``--rows`` the last ones are the last method's rule in each of its formats, with the
-    sidekick and without.
+    Rows of four bits that merge follow, where the bytes hold them. With ``--rows`` the last ones
+    are LESS's rule in each of its formats, with the sidekick and without.
     """
     from less.config import trained_policy
-    from less.evaluate.methods import equal_bytes_with_maps, in_formats, standard_methods
+    from less.evaluate.methods import (
+        equal_bytes_with_maps,
+        in_formats,
+        merging,
+        standard_methods,
+    )
 
     sidekick, dtype = subject.sidekick, subject.dtype
     policy = trained_policy(sidekick, budget) if sidekick is not None else None
@@ -332,8 +337,9 @@ def methods_for(subject: Subject, budget: int) -> list[Method]:
         with_maps = equal_bytes_with_maps(rule, sidekick, dtype)
         first_less = next(i for i, method in enumerate(methods) if method.sidekick is not None)
         methods.insert(first_less, with_maps)
+    rule, heads = methods[-1].policy, (subject.facts.kv_heads, subject.facts.head_dim)
+    methods += merging(budget, heads, dtype)
     if subject.formats:
-        rule, heads = methods[-1].policy, (subject.facts.kv_heads, subject.facts.head_dim)
         assert rule is not None
         for memory in dict.fromkeys((None, sidekick)):
             methods += in_formats(budget, subject.formats, rule, heads, dtype, memory)

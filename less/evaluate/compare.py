@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from less.cache import LessKVCache
+from less.dtypes import format_name
 from less.dtypes import name as name_of
 from less.evaluate.methods import BASELINE, Method, rule_name
 from less.evaluate.perplexity import (
@@ -220,7 +221,7 @@ def compare(
                 recovered=won.share,
                 recovered_error=won.error,
                 nats_overall=mine.mean(1),
-                dtype=method.stored(dtype).name,
+                dtype=format_name(method.stored(dtype).dtype),
                 maps_dtype=name_of(method.sidekick.dtype) if method.sidekick is not None else "",
                 copy_perplexity=copy_perplexity(mine_probes)
                 if mine_probes and probes

@@ -22,6 +22,7 @@ from less.config import default_policy
 from less.dtypes import format_name, row_format
 from less.policies import H2O, Policy, SinkRecent
 from less.policies.base import checked_at_capacity
+from less.policies.default import merging_policy
 from less.sidekick import Sidekick
 
 SINKS = 4  # a window without the first tokens measures the lost sink, not lost context
@@ -37,6 +38,7 @@ class Storage:
         hot: Likewise.
         hot_dtype: Likewise.
         calibration: Of the model's channels.
+        victim: What becomes of evicted tokens, as in ``LessKVCache``.
     """
 
     dtype: torch.dtype | str
@@ -44,11 +46,12 @@ class Storage:
     hot: int | None = None
     hot_dtype: torch.dtype = torch.int8
     calibration: Calibration | None = None
+    victim: str | None = None
 
     @property
     def name(self) -> str:
-        """Of the format: ``k4v4``."""
-        return format_name(self.dtype)
+        """Of the format: ``k4v4``; or ``k4v4, merging``."""
+        return format_name(self.dtype) + (", merging" if self.victim == "merge" else "")
 
     @property
     def least(self) -> int:
@@ -58,19 +61,21 @@ class Storage:
     def page_bytes(self, kv_heads: int, head_dim: int, tokens: int, rank: int = 0) -> int:
         """``less.budget.page_bytes`` of slots stored so."""
         hot = (self.sinks, self.hot, self.hot_dtype)
-        return page_bytes(kv_heads, head_dim, self.dtype, tokens, rank, *hot)
+        weights = self.victim == "merge" or None
+        return page_bytes(kv_heads, head_dim, self.dtype, tokens, rank, *hot, weights)
 
     def settings(self) -> dict[str, Any]:
         """What ``less.hf.cache_for`` takes of it."""
         return dict(vars(self))
 
     def described(self) -> dict[str, Any]:
-        """JSON-ready values: format, hot rows, and a digest of the calibration."""
+        """JSON-ready values: format, hot rows, victim, and a digest of the calibration."""
         packed = row_format("Storage", self.dtype).packed
         layout = {n: getattr(self, n) for n in ("sinks", "hot") if packed}
         hot = {**layout, "hot_dtype": format_name(self.hot_dtype)} if packed else {}
         digest = None if self.calibration is None else self.calibration.digest
-        return {"dtype": self.name, **hot, "calibration": digest}
+        said = {} if self.victim is None else {"victim": self.victim}
+        return {"dtype": format_name(self.dtype), **hot, **said, "calibration": digest}
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class Method:
         return cache_for(model, self.policy, self.sidekick, batch=batch, **settings)
 
 
+#: What loses least at given bytes without training: the default of a budget in bytes.
+MERGING = Storage("k4v4", victim="merge")
 FULL = Method("full cache", None)
 BASELINE = "H2O"  # the row whose loss to full attention the others recover
 
@@ -239,6 +246,20 @@ def in_formats(
         name = f"{rule}, {storage.name}"
         methods.append(Method(name, scaled, sidekick, tokens - budget, storage))
     return methods
+
+
+def merging(budget: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Method]:
+    """``MERGING`` at the bytes of a budget; no method where those do not hold its hot rows.
+
+    Args:
+        budget: Tokens per head of the table, C.
+        heads: Kv heads K and head dim D of a layer.
+        dtype: Of the table's slots.
+    """
+    least = MERGING.page_bytes(*heads, max(MERGING.least, 4)) if heads[1] % 8 == 0 else math.inf
+    if page_bytes(*heads, dtype, budget) < least:
+        return []
+    return in_formats(budget, [MERGING], merging_policy(budget), heads, dtype)
 
 
 def rule_name(policy: Policy) -> str:
