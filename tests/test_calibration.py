@@ -235,9 +235,20 @@ def test_the_command_measures_a_folder_and_refuses_what_cannot_be(tmp_path, caps
     text.write_text(TEXT * 20)
     arguments = ["calibrate", "--model", str(model), "--text", str(text), "--out"]
     out = tmp_path / "rows"
-    assert main([*arguments, str(out), "--chunks", "2", "--length", "200", "--threads", "1"]) == 0
-    assert "Calibration(layers=2" in capsys.readouterr().out
-    assert len(Calibration.from_pretrained(out)) == 2
+    arguments[1:1] = ["--length", "200", "--chunks", "2", "--threads", "1"]
+    picture = tmp_path / "map.svg"
+    assert main([*arguments, str(out), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "Calibration(layers=2" in printed
+    assert "slots of each layer's kv heads at a mean of 256:" in printed
+    assert "10th, 50th and 90th percentile" in printed
+    assert "</svg>" in picture.read_text()
+    calibration = Calibration.from_pretrained(out)
+    assert len(calibration) == 2
+    assert calibration.length == 200
+    assert main([*arguments, str(out), "--no-budgets"]) == 0
+    assert "slots of" not in capsys.readouterr().out
+    assert Calibration.from_pretrained(out).capacities == ()
     assert main([*arguments, str(out), "--chunks", "2", "--length", "4096"]) == 2
     assert "--length 4096 is beyond" in capsys.readouterr().err
     assert main([*arguments, str(text)]) == 2

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from less import H2O, LessConfig, reference
 from less.budget import deal_curves, page_bytes
 from less.calibration import CURVE, NAMES, Calibration
+from less.evaluate import heat_map
 from less.fit import calibrate
 from less.fit import curves as fit_curves
 from less.fit.capture import Captured, LayerWalk
@@ -345,3 +346,30 @@ def test_what_cannot_be_dealt_out_is_refused_by_name(model, settings, calibratio
     config = LessConfig(shape="calibrated", **settings)
     with pytest.raises(ValueError, match=message):
         config.cache(model, calibration=calibration(model))
+
+
+# -- shown --------------------------------------------------------------------------------------
+
+
+def test_a_heat_map_has_a_line_for_each_layer_and_a_shade_for_each_octave():
+    slots = [(40, 80), None, (160, 320), (10, 1600)]
+    lines = heat_map.text(slots).splitlines()
+    assert lines == [
+        "   0     40      80░",
+        "   1  slides",
+        "   2    160▒    320▓",
+        "   3     10   1,600█",
+        "10th, 50th and 90th percentile: 25, 120, 960; most 1,600",
+    ]
+    wide = heat_map.text([(40, 80, 160, 320) * 8]).splitlines()
+    assert wide[0] == "   0 " + " ░▒▓" * 8
+
+
+def test_the_heat_map_shows_what_a_config_deals_out(model, tmp_path):
+    calibration = with_curves(model, layers=3, slides=(1,))
+    slots = heat_map.dealt_slots(calibration, 100)
+    assert slots[1] is None
+    assert sum(slots[0]) + sum(slots[2]) == 4 * 100
+    pytest.importorskip("matplotlib")
+    heat_map.plot(slots, tmp_path / "map.png", "slots")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
