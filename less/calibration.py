@@ -1,12 +1,14 @@
-"""``Calibration``: what was measured of a model's keys and values, for rows of few bits.
+"""``Calibration``: what was measured of a model's heads, for rows of few bits and for budgets.
 
 One folder, a sidekick's or one of its own, holds it in ``rows.safetensors`` and ``rows.json``:
-means and scales of every channel, per layer and kv head.
+means and scales of every channel, per layer and kv head; and, where they were measured, curves of
+the error that each head causes at several capacities.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from less._check import require_shape
+from less._check import require_int, require_shape
 from less.files import write_whole
 from less.layer import Space
 from less.layer.space import SPACE
@@ -24,21 +26,28 @@ from less.sidekick.identity import model_identity
 from less.sidekick.parts import check_part, part_slice
 
 FORMAT = "less-rows"
-VERSION = 1
+VERSION = 2  # version 1 had no curves
 TENSORS_FILE = "rows.safetensors"
 CONFIG_FILE = "rows.json"
 #: Of each layer, float32 [K, D]: what its space is made of.
 NAMES = SPACE
+#: Of each layer, float32 [K, n], where curves were measured: the error that a head causes in the
+#: output of attention at each of n capacities, times what the layer's error costs the model.
+CURVE = "curve"
 
 
 class Calibration:
-    """Means and scales of the channels of keys and values.
+    """Means and scales of the channels of keys and values, and what each head's slots are worth.
 
     Args:
         layers: One dict per layer with ``key_mean``, ``key_scale``, ``value_mean`` and
-            ``value_scale``, float32 [K, D] each; None for a layer that slides.
+            ``value_scale``, float32 [K, D] each, and with curves ``curve``, float32 [K, n]; None
+            for a layer that slides.
         config: What is known beside them: ``model`` (``less.sidekick.identity``), ``text``,
             ``tokens``. Anything JSON can hold.
+        capacities: The n numbers of slots at which curves were measured, ascending, two or more;
+            empty: there are no curves.
+        length: Tokens of the texts that curves were measured on; 0: there are no curves.
 
     Raises:
         ValueError: A tensor is missing, has another shape, or is not finite; or all slide.
@@ -48,8 +57,12 @@ class Calibration:
         self,
         layers: Sequence[Mapping[str, Tensor] | None],
         config: Mapping[str, Any] | None = None,
+        capacities: Sequence[int] = (),
+        length: int = 0,
     ) -> None:
         op = "Calibration"
+        self.capacities, self.length = _checked_grid(op, capacities, length)
+        names = (*NAMES, CURVE) if self.capacities else NAMES
         held = [layer for layer in layers if layer is not None]
         if not held:
             raise ValueError(f"{op}: layers must hold one or more that do not slide")
@@ -62,16 +75,19 @@ class Calibration:
             if layer is None:
                 self._layers.append(None)
                 continue
-            if set(layer) != set(NAMES):
+            if set(layer) != set(names):
                 raise ValueError(
-                    f"{op}: layer {i} must have {', '.join(NAMES)}, got {', '.join(sorted(layer))}"
+                    f"{op}: layer {i} must have {', '.join(names)}, got {', '.join(sorted(layer))}"
                 )
             for name, x in layer.items():
-                require_shape(op, f"layer {i}'s {name}", x, [self.kv_heads, self.head_dim])
+                width = len(self.capacities) if name == CURVE else self.head_dim
+                require_shape(op, f"layer {i}'s {name}", x, [self.kv_heads, width])
             # Copies: a caller's tensors may change, or be those of another layer too.
-            mine = {n: layer[n].detach().to("cpu", torch.float32, copy=True) for n in NAMES}
+            mine = {n: layer[n].detach().to("cpu", torch.float32, copy=True) for n in names}
             mine = {n: x.contiguous() for n, x in mine.items()}
-            Space.of(self.kv_heads, self.head_dim, **mine)  # refuses what is no space
+            self._space(mine)  # refuses what is no space
+            if CURVE in mine and not bool((mine[CURVE].isfinite() & (mine[CURVE] >= 0)).all()):
+                raise ValueError(f"{op}: layer {i}'s {CURVE} must be finite and 0 or more")
             self._layers.append(mine)
         self.config: dict[str, Any] = dict(config or {})
 
@@ -86,18 +102,31 @@ class Calibration:
 
     def __repr__(self) -> str:
         """Sizes on one line."""
+        curves = f", curves at {len(self.capacities)} capacities" if self.capacities else ""
         return (
-            f"Calibration(layers={len(self)}, kv_heads={self.kv_heads}, head_dim={self.head_dim})"
+            f"Calibration(layers={len(self)}, kv_heads={self.kv_heads}, "
+            f"head_dim={self.head_dim}{curves})"
         )
 
     def space(self, layer: int) -> Space | None:
         """The space of a layer's rows; None where the layer slides."""
         mine = self._layers[layer]
-        return None if mine is None else Space.of(self.kv_heads, self.head_dim, **mine)
+        return None if mine is None else self._space(mine)
+
+    def _space(self, layer: Mapping[str, Tensor]) -> Space:
+        return Space.of(self.kv_heads, self.head_dim, **{n: layer[n] for n in NAMES})
+
+    def curve(self, layer: int) -> Tensor | None:
+        """The curves of a layer's heads, float32 [K, n]; None where there are none."""
+        mine = self._layers[layer]
+        return None if mine is None else mine.get(CURVE)
 
     @property
     def digest(self) -> str:
-        """A sha256 of all numbers: what snapshots are compared by."""
+        """A sha256 of means and scales: what snapshots are compared by.
+
+        Curves say how many slots heads have, which a snapshot notes by itself.
+        """
         digest = hashlib.sha256()
         for layer in self._layers:
             for name in NAMES if layer is not None else ():
@@ -145,6 +174,8 @@ class Calibration:
                 for layer in self._layers
             ],
             self.config,
+            self.capacities,
+            self.length,
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -169,6 +200,8 @@ class Calibration:
             "sha256": hashlib.sha256(content).hexdigest(),
             "config": self.config,
         }
+        if self.capacities:
+            header |= {"capacities": list(self.capacities), "length": self.length}
         write_whole(root / TENSORS_FILE, content)
         write_whole(root / CONFIG_FILE, (json.dumps(header, indent=2) + "\n").encode())
 
@@ -197,9 +230,10 @@ class Calibration:
             raise ValueError(f"{at}: truncated or not JSON ({error})") from None
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError(f'{at}: not a calibration: wanted "format": "{FORMAT}"')
-        if header.get("version") != VERSION:
+        if header.get("version") not in range(1, VERSION + 1):
             raise ValueError(
-                f"{at}: version {header.get('version')!r}; this library reads version {VERSION}"
+                f"{at}: version {header.get('version')!r}; this library reads versions 1 to "
+                f"{VERSION}"
             )
         layers = header.get("layers")
         if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers < 1 << 16:
@@ -218,9 +252,29 @@ class Calibration:
         found: list[dict[str, Tensor] | None] = [None] * layers
         for key, x in tensors.items():
             _, number, name = [*key.split("."), "", ""][:3]
-            if not number.isdigit() or int(number) >= layers or name not in NAMES:
+            if not number.isdigit() or int(number) >= layers or name not in (*NAMES, CURVE):
                 raise ValueError(f"{at}: unknown tensor {key!r} in {TENSORS_FILE}")
             i = int(number)
             found[i] = {**(found[i] or {}), name: x}
         config = header.get("config")
-        return cls(found, config if isinstance(config, dict) else {})
+        try:
+            return cls(
+                found,
+                config if isinstance(config, dict) else {},
+                header.get("capacities", ()),
+                header.get("length", 0),
+            )
+        except ValueError as error:
+            raise ValueError(f"{at}: {error}") from None
+
+
+def _checked_grid(op: str, capacities: object, length: object) -> tuple[tuple[int, ...], int]:
+    """The capacities of curves and the length of their text; () and 0 where there are none."""
+    if capacities == () and length == 0:
+        return (), 0
+    if not isinstance(capacities, Sequence) or isinstance(capacities, str) or len(capacities) < 2:
+        raise ValueError(f"{op}: capacities must list two or more, got {capacities!r}")
+    listed = tuple(require_int(op, f"capacities[{i}]", s, 1) for i, s in enumerate(capacities))
+    if any(a >= b for a, b in itertools.pairwise(listed)):
+        raise ValueError(f"{op}: capacities must ascend, got {list(listed)}")
+    return listed, require_int(op, "length", length, listed[-1])

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from less.budget import BETA, deal, least_tokens, most_within, page_bytes, parse_bytes, pyramid
+from less.budget import BETA, deal, least_tokens, page_bytes, parse_bytes
 from less.calibration import Calibration
+from less.dealing import (
+    ByteBudget,
+    Kept,
+    TokenBudget,
+    by_curves,
+    check_length,
+    joined,
+    layer_weights,
+    most,
+)
 from less.dtypes import FORMATS
 from less.dtypes import name as dtype_name
 from less.policies import H2O, Full, Policy, policy_from_dict, policy_to_dict
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from less.cache import LessKVCache
+    from less.hf.models import ModelFacts
 
 CONFIG_FILE = "less_config.json"
 FORMAT = "less-config"
@@ -55,8 +66,9 @@ class LessConfig:
         bytes: The most that pages (slots, low-rank state, headers) and the windows of sliding
             layers take, over all layers and rows: a number, or a text such as "64MiB". For a
             sharded model, of this process. The sidekick's maps are weights and come on top.
-        shape: "uniform", "pyramid" (``less.budget.pyramid``), or a list of one weight per layer, in
-            proportion to which the budget is dealt out.
+        shape: "uniform", "pyramid" (``less.budget.pyramid``), a list of one weight per layer, in
+            proportion to which the budget is dealt out; or "calibrated": every kv head gets what
+            its slots are worth by the curves of ``calibration`` (``less.budget.deal_curves``).
         beta: For the pyramid: the last layer gets 1 / beta of the mean.
         full_layers: The number of first layers that keep every token (``Full``), not counting
             sliding layers. Their weights in ``shape`` are not used. A budget in bytes includes
@@ -70,7 +82,8 @@ class LessConfig:
         sinks: First tokens in finer rows, of packed formats; None: 4.
         hot: Last tokens in finer rows, of packed formats; None: 16.
         hot_dtype: Of the finer rows: "int8", "float16" or "float32".
-        calibration: Folder that ``less-kv calibrate`` wrote; None: rows are rotated alone.
+        calibration: Folder that ``less-kv calibrate`` wrote: means and scales of rows, and curves
+            for ``shape``; None: rows are rotated alone.
         victim: What becomes of evicted tokens, as in ``LessKVCache``.
         preset: ``"paper"``: the method of arXiv:2402.09398: half heavy hitters without decay, half
             recent tokens, rows in the model's dtype, victims folded through a sidekick, which must
@@ -183,29 +196,39 @@ class LessConfig:
                 it needs is not given; the message says what.
         """
         from less.hf import cache_for
+        from less.hf.models import describe
 
         if sidekick is None:
             sidekick = self.load_sidekick()
         if calibration is None:
             calibration = self.load_calibration()
-        settled = self.settled(sidekick)
+        settled = self.settled(sidekick, calibration)
+        facts = describe(model, "LessConfig")
+        dealt = [
+            settled._dealt(facts, rank, batch, prompt_tokens, sidekick, max_tokens, calibration)
+            for rank in range(facts.part[1])
+        ]
         return cache_for(
             model,
-            settled.policies(model, batch, prompt_tokens, sidekick, max_tokens),
+            settled._policies(facts, dealt[facts.part[0]], sidekick),
             sidekick,
             batch=batch,
             dtype=settled._format,
             backend=backend,
             calibration=calibration,
             victim=settled.victim,
+            capacities=[joined(layer) for layer in zip(*dealt, strict=True)],
             **settled._hot,
         )
 
-    def settled(self, sidekick: Sidekick | None = None) -> LessConfig:
+    def settled(
+        self, sidekick: Sidekick | None = None, calibration: Calibration | None = None
+    ) -> LessConfig:
         """The same with all that is left open said: what ``cache`` builds.
 
         Args:
             sidekick: One that is passed on its own.
+            calibration: Likewise.
 
         Raises:
             ValueError: A preset needs a sidekick, and there is none.
@@ -224,7 +247,9 @@ class LessConfig:
         said = (self.policy, self.dtype, self.rows, self.victim)
         if self.bytes is None or folds or any(x is not None for x in said):
             return self
-        return dataclasses.replace(self, rows="k4v4", victim="merge")
+        curves = calibration is not None and bool(calibration.capacities)
+        shape = "calibrated" if curves and self.shape == "uniform" else self.shape
+        return dataclasses.replace(self, rows="k4v4", victim="merge", shape=shape)
 
     def policies(
         self,
@@ -233,21 +258,55 @@ class LessConfig:
         prompt_tokens: int | None = None,
         sidekick: Sidekick | None = None,
         max_tokens: int | None = None,
+        calibration: Calibration | None = None,
     ) -> list[Policy | None]:
         """One policy per layer, as ``cache`` gives them to the cache; nothing is allocated.
 
         Args and errors are those of ``cache``; the model's weights are not read, so it may be on
-        the device ``meta``. Layers that slide have None.
+        the device ``meta``. Layers that slide have None. Where heads differ, the policy is that of
+        the layer's head with the most slots.
         """
         from less.hf.models import describe
 
-        settled = self.settled(sidekick)
-        if settled is not self:
-            return settled.policies(model, batch, prompt_tokens, sidekick, max_tokens)
+        if calibration is None:
+            calibration = self.load_calibration()
+        settled = self.settled(sidekick, calibration)
         facts = describe(model, "LessConfig")
+        dealt = settled._dealt(
+            facts, facts.part[0], batch, prompt_tokens, sidekick, max_tokens, calibration
+        )
+        return settled._policies(facts, dealt, sidekick)
+
+    def _policies(
+        self, facts: ModelFacts, dealt: Sequence[Kept], sidekick: Sidekick | None
+    ) -> list[Policy | None]:
+        full = self._full(facts.layers, facts.windows)
+        return [
+            None
+            if kept is None
+            else Full(most(kept))
+            if layer in full
+            else self.policy_at(most(kept), sidekick)
+            for layer, kept in enumerate(dealt)
+        ]
+
+    def _dealt(
+        self,
+        facts: ModelFacts,
+        rank: int,
+        batch: int,
+        prompt_tokens: int | None,
+        sidekick: Sidekick | None,
+        max_tokens: int | None,
+        calibration: Calibration | None,
+    ) -> list[Kept]:
+        """``capacities`` of the kv heads of one process."""
         dtype = facts.dtype if self._format is None else self._format
-        rank = sidekick.rank if sidekick is not None else 0
-        capacities = self.capacities(
+        state = sidekick.rank if sidekick is not None else 0
+        if calibration is not None and self.shape == "calibrated":
+            calibration.check_model(facts.config)
+            calibration = calibration.shard(rank, facts.part[1])
+        return self.capacities(
             facts.layers,
             lambda tokens, evicts: (
                 batch
@@ -256,7 +315,7 @@ class LessConfig:
                     facts.head_dim,
                     dtype,
                     tokens,
-                    rank if evicts else 0,
+                    state if evicts else 0,
                     **self._hot,
                     weights=(evicts and self.victim == "merge") or None,
                 )
@@ -265,15 +324,8 @@ class LessConfig:
             native_bytes=batch * facts.kv_heads * facts.window_bytes,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
+            calibration=calibration,
         )
-        return [
-            None
-            if capacity is None
-            else Full(capacity)
-            if layer in self._full(facts.layers, facts.windows)
-            else self.policy_at(capacity, sidekick)
-            for layer, capacity in enumerate(capacities)
-        ]
 
     def capacities(
         self,
@@ -283,8 +335,11 @@ class LessConfig:
         prompt_tokens: int | None = None,
         max_tokens: int | None = None,
         native_bytes: int = 0,
-    ) -> list[int | None]:
+        calibration: Calibration | None = None,
+    ) -> list[Kept]:
         """Tokens that each layer keeps per kv head; None for layers that slide.
+
+        A number for all heads, or with ``shape="calibrated"`` a tuple of one per head.
 
         Args:
             layers: Number of layers.
@@ -294,6 +349,7 @@ class LessConfig:
             prompt_tokens: For ``share``.
             max_tokens: In place of the config's.
             native_bytes: What those hold together once their windows are full.
+            calibration: For ``shape="calibrated"``: whose curves.
 
         Raises:
             ValueError: As in ``cache``.
@@ -311,25 +367,32 @@ class LessConfig:
                 "LessConfig: full_layers needs max_tokens, the most that prompt and new tokens "
                 "come to: memory is allocated once"
             )
-        out: list[int | None] = [None] * layers
+        out: list[Kept] = [None] * layers
         for i in full:
             out[i] = room
-        if isinstance(self.tokens, tuple):
-            _check_length("tokens", self.tokens, layers)
+        if isinstance(self.tokens, Sequence):
+            check_length("tokens", self.tokens, layers)
             for i in bounded:
                 out[i] = self.tokens[i]
             return out
-        weights = [self._weights(layers)[i] for i in bounded]
-        if self.bytes is not None:
-            if layer_bytes is None:
-                raise ValueError("LessConfig: a budget in bytes needs layer_bytes")
+        budget: ByteBudget | TokenBudget
+        if self.bytes is None:
+            budget = TokenBudget.of(self.tokens, self.share, prompt_tokens)
+        elif layer_bytes is None:
+            raise ValueError("LessConfig: a budget in bytes needs layer_bytes")
+        else:
             held = {
                 "the windows of layers that slide": native_bytes,
                 "full layers": len(full) * layer_bytes(room, False) if full and room else 0,
             }
-            total = self._total_in_bytes(weights, layer_bytes, held)
-        else:
-            total = self._total_in_tokens(len(bounded), prompt_tokens)
+            budget = ByteBudget(parse_bytes("LessConfig", self.bytes), layer_bytes, held)
+        if self.shape == "calibrated":
+            dealt = by_curves(calibration, layers, bounded, budget, self._least)
+            for i, kept in zip(bounded, dealt, strict=True):
+                out[i] = kept
+            return out
+        weights = [layer_weights(self.shape, self.beta, layers)[i] for i in bounded]
+        total = budget.tokens(weights, self._least)
         for i, tokens in zip(bounded, deal(total, weights), strict=True):
             if tokens < self._least:
                 few = f", and {self.rows} keeps {self._least} or more" if self._least > 1 else ""
@@ -344,53 +407,6 @@ class LessConfig:
     def _full(self, layers: int, sliding: Collection[int]) -> list[int]:
         """The layers that keep every token: the first of those that do not slide."""
         return [i for i in range(layers) if i not in sliding][: self.full_layers]
-
-    def _total_in_bytes(
-        self,
-        weights: Sequence[float],
-        layer_bytes: Callable[[int, bool], int],
-        held: dict[str, int],
-    ) -> int:
-        """Tokens of all bounded layers together; ``held`` is what the budget pays for besides."""
-        assert self.bytes is not None
-        budget, spent = parse_bytes("LessConfig", self.bytes), sum(held.values())
-        fewest = self._least
-        least = spent + len(weights) * layer_bytes(fewest, True)
-        if budget < least:
-            beside = " and ".join(f"{n:,} bytes of {what}" for what, n in held.items() if n)
-            count = "one token" if fewest == 1 else f"{fewest} tokens"
-            raise ValueError(
-                f"LessConfig: bytes={budget:,} cannot hold {count} per head in each of "
-                f"{len(weights)} layers{' beside ' if beside else ''}{beside}: that takes {least:,}"
-            )
-
-        def cost(total: int) -> int:
-            return sum(layer_bytes(max(tokens, fewest), True) for tokens in deal(total, weights))
-
-        return most_within(budget - spent, cost)
-
-    def _total_in_tokens(self, bounded: int, prompt_tokens: int | None) -> int:
-        """Tokens of all bounded layers together."""
-        if self.share is not None:
-            if prompt_tokens is None:
-                raise ValueError("LessConfig: share needs prompt_tokens, the prompt's length")
-            tokens = round(self.share * prompt_tokens)
-            if tokens < 1:
-                raise ValueError(
-                    f"LessConfig: share={self.share} of {prompt_tokens} tokens is less than one"
-                )
-            return tokens * bounded
-        assert isinstance(self.tokens, int)
-        return self.tokens * bounded
-
-    def _weights(self, layers: int) -> list[float]:
-        if self.shape == "uniform":
-            return [1.0] * layers
-        if self.shape == "pyramid":
-            return pyramid(layers, self.beta)
-        assert not isinstance(self.shape, str)
-        _check_length("shape", self.shape, layers)
-        return [float(weight) for weight in self.shape]
 
     def policy_at(self, capacity: int, sidekick: Sidekick | None = None) -> Policy:
         """The policy of a layer that keeps ``capacity`` tokens."""
@@ -483,10 +499,3 @@ class LessConfig:
             if isinstance(named, str) and named not in shipped_names():
                 values[setting] = str(Path(folder) / named)  # a whole path stays what it is
         return cls.from_dict(values)
-
-
-def _check_length(name: str, values: Sequence[object], layers: int) -> None:
-    if len(values) != layers:
-        raise ValueError(
-            f"LessConfig: {name} must list {layers} numbers, one per layer, got {len(values)}"
-        )

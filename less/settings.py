@@ -57,10 +57,10 @@ def check_shape(
     if isinstance(tokens, tuple) and shape != "uniform":
         raise ValueError("LessConfig: a list of tokens is a shape already; leave shape alone")
     if isinstance(shape, str):
-        if shape not in ("uniform", "pyramid"):
+        if shape not in ("uniform", "pyramid", "calibrated"):
             raise ValueError(
-                "LessConfig: shape must be 'uniform', 'pyramid' or a list of one weight per "
-                f"layer, got {shape!r}"
+                "LessConfig: shape must be 'uniform', 'pyramid', 'calibrated' or a list of one "
+                f"weight per layer, got {shape!r}"
             )
         return
     for weight in shape:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from less import H2O
-from less.calibration import CONFIG_FILE, NAMES, TENSORS_FILE, Calibration
+from less.calibration import CONFIG_FILE, CURVE, NAMES, TENSORS_FILE, Calibration
 from less.cli import main
 from less.fit import calibrate
 from less.fit.calibrate import measure
@@ -66,6 +66,7 @@ def test_a_model_is_calibrated_and_its_folder_comes_back_the_same(tmp_path):
     for layer in range(2):
         for name in NAMES:
             assert torch.equal(read[layer][name], calibration[layer][name])
+        assert torch.equal(read.curve(layer), calibration.curve(layer))
     cache = cache_for(
         model, H2O(heavy=20, recent=20), dtype="k4v4", calibration=read, sinks=2, hot=6
     )
@@ -90,10 +91,76 @@ def test_another_models_calibration_is_refused_by_name():
 
 
 def test_a_process_gets_its_heads_calibration():
-    whole = Calibration([measure(captured())])
+    whole = curved()
     second = whole.shard(1, 2)
     assert second.kv_heads == 1
     assert torch.equal(second[0]["key_mean"][0], whole[0]["key_mean"][1])
+    assert torch.equal(second.curve(0)[0], whole.curve(0)[1])
+    assert (second.capacities, second.length) == (whole.capacities, whole.length)
+
+
+def curved():
+    layer = measure(captured()) | {CURVE: torch.tensor([[3.0, 2, 1], [9, 4, 0]])}
+    return Calibration([layer, None], {"text": "noise"}, [8, 16, 40], 160)
+
+
+def test_curves_come_back_and_are_no_part_of_a_snapshots_digest(tmp_path):
+    whole = curved()
+    plain = Calibration([measure(captured()), None])
+    assert whole.digest == plain.digest
+    assert plain.curve(0) is None
+    whole.save_pretrained(tmp_path)
+    read = Calibration.from_pretrained(tmp_path)
+    assert (read.capacities, read.length) == ((8, 16, 40), 160)
+    assert torch.equal(read.curve(0), whole.curve(0))
+    assert read.curve(1) is None
+    assert read.space(0) is not None
+    assert "curves at 3 capacities" in repr(read)
+
+
+def test_a_folder_of_version_1_is_read(tmp_path):
+    plain = Calibration([measure(captured())])
+    plain.save_pretrained(tmp_path)
+    change(tmp_path, "version", 1)
+    assert Calibration.from_pretrained(tmp_path).digest == plain.digest
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("capacities", None, "capacities must list two or more, got None"),
+        ("capacities", [8], "capacities must list two or more"),
+        ("capacities", [8, 16, 16], "capacities must ascend"),
+        ("capacities", [8, "16", 40], r"capacities\[1\] must be a whole number"),
+        ("capacities", [8, 16, 40, 80], r"curve must have shape \[2, 4\], got \[2, 3\]"),
+        ("length", 0, "length must be a whole number >= 40"),
+        ("length", 39, "length must be a whole number >= 40"),
+        ("length", "long", "length must be a whole number >= 40"),
+    ],
+)
+def test_a_header_that_contradicts_its_curves_is_refused_with_its_file(
+    tmp_path, field, value, message
+):
+    curved().save_pretrained(tmp_path)
+    change(tmp_path, field, value)
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE}: .*{message}"):
+        Calibration.from_pretrained(tmp_path)
+
+
+def test_curves_without_their_capacities_are_refused_with_their_file(tmp_path):
+    curved().save_pretrained(tmp_path)
+    header = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del header["capacities"], header["length"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE}: .*layer 0 must have .* got curve"):
+        Calibration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_a_curve_that_is_no_error_is_refused(value):
+    layer = measure(captured()) | {CURVE: torch.tensor([[3.0, 2], [9, value]])}
+    with pytest.raises(ValueError, match="layer 0's curve must be finite and 0 or more"):
+        Calibration([layer], {}, [8, 16], 160)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +235,20 @@ def test_the_command_measures_a_folder_and_refuses_what_cannot_be(tmp_path, caps
     text.write_text(TEXT * 20)
     arguments = ["calibrate", "--model", str(model), "--text", str(text), "--out"]
     out = tmp_path / "rows"
-    assert main([*arguments, str(out), "--chunks", "2", "--length", "200", "--threads", "1"]) == 0
-    assert "Calibration(layers=2" in capsys.readouterr().out
-    assert len(Calibration.from_pretrained(out)) == 2
+    arguments[1:1] = ["--length", "200", "--chunks", "2", "--threads", "1"]
+    picture = tmp_path / "map.svg"
+    assert main([*arguments, str(out), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "Calibration(layers=2" in printed
+    assert "slots of each layer's kv heads at a mean of 256:" in printed
+    assert "10th, 50th and 90th percentile" in printed
+    assert "</svg>" in picture.read_text()
+    calibration = Calibration.from_pretrained(out)
+    assert len(calibration) == 2
+    assert calibration.length == 200
+    assert main([*arguments, str(out), "--no-budgets"]) == 0
+    assert "slots of" not in capsys.readouterr().out
+    assert Calibration.from_pretrained(out).capacities == ()
     assert main([*arguments, str(out), "--chunks", "2", "--length", "4096"]) == 2
     assert "--length 4096 is beyond" in capsys.readouterr().err
     assert main([*arguments, str(text)]) == 2

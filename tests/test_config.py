@@ -72,7 +72,7 @@ def test_a_budget_in_bytes_alone_is_four_bits_and_merging(model):
     assert (cache.dtype, cache.victim) == ("k4v4", "merge")
     for policy in cache.policies:
         quarter = policy.capacity // 4
-        assert policy == H2O(heavy=policy.capacity - quarter, recent=quarter, decay=0.99)
+        assert policy == H2O(heavy=policy.capacity - quarter, recent=quarter, decay=0.98)
     pages = sum(layout.nbytes for layout in cache.layouts)
     assert all(layout.weights for layout in cache.layouts)
     assert 57_000 < pages <= 60_000
@@ -233,7 +233,10 @@ def test_what_would_keep_nothing_is_refused_by_name(config, arguments, message):
         ({"share": 1.5}, r"share must be in \(0, 1\], got 1.5"),
         ({"share": "half"}, "share must be a number, got 'half'"),
         ({"bytes": "much"}, "bytes must be a number of bytes or a text as '64MiB'"),
-        ({"tokens": 8, "shape": "cone"}, "shape must be 'uniform', 'pyramid' or a list"),
+        (
+            {"tokens": 8, "shape": "cone"},
+            "shape must be 'uniform', 'pyramid', 'calibrated' or a list",
+        ),
         ({"tokens": 8, "shape": [1, 0]}, "weights of shape must be above 0, got 0"),
         ({"tokens": 8, "shape": "pyramid", "beta": 0.5}, "beta must be 1 or more, got 0.5"),
         ({"tokens": 8, "full_layers": -1}, "full_layers must be a whole number >= 0"),

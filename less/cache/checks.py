@@ -138,7 +138,7 @@ def check_merging(op: str, policy: Policy) -> None:
     if policy.evicts and policy.decay == 1.0:
         warnings.warn(
             f"{op}: victim 'merge' weighs means by scores, and those of {policy!r} never decay: "
-            "this does harm (docs/merging.md); give it a decay, such as 0.99",
+            "this does harm (docs/merging.md); give it a decay, such as 0.98",
             stacklevel=3,
         )
 

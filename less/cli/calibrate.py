@@ -1,4 +1,4 @@
-"""``less-kv calibrate``: measure a model's channels, for rows of few bits."""
+"""``less-kv calibrate``: measure a model's channels, and what its heads' slots are worth."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 from less.cli import checks, corpus, measuring, threads
 
+_SAMPLE = 256  # slots of a head, the mean, of the map that is shown
+_PICTURES = (".png", ".svg")
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "calibrate",
-        help="measure a model's channels, for rows of few bits",
-        description="Measure the means and scales of keys and values of every layer, over a few "
-        "thousand tokens. Rows of few bits lose less with them. Under a minute for SmolLM2-135M on "
-        "two cores.",
+        help="measure a model's channels and heads, for rows of few bits and budgets per head",
+        description="Measure, over a few thousand tokens: the means and scales of keys and values, "
+        "with which rows of few bits lose less; and what the slots of every kv head are worth, by "
+        "which a budget is dealt out to them. Two minutes for SmolLM2-135M on two cores.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the calibration; a sidekick's will do")
@@ -28,6 +31,13 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--length", type=measuring.positive, default=1024,
         help="tokens per chunk (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--no-budgets", action="store_true", help="leave out what slots are worth: most of the time"
+    )
+    add(
+        "--plot", type=Path, metavar="FILE",
+        help="a .png or .svg: which heads get a budget; needs matplotlib",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     measuring.add_model_dtype(parser)
@@ -41,11 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     checks.check_folder("--out", args.out)
+    if args.plot is not None:
+        _check_plot(args)
     sources.check_model_name(args.model)
     corpus.check_texts(args.text)
     import torch
 
-    from less.evaluate import assets
+    from less.evaluate import assets, heat_map
     from less.evaluate.progress import progress
     from less.fit import calibrate, sample_chunks
     from less.hf.models import describe
@@ -61,10 +73,32 @@ def run(args: argparse.Namespace) -> int:
     model = found.load(getattr(torch, args.model_dtype)).to(device)
     name = args.name or ("SmolLM2-135M-Instruct" if args.model == sources.SMOLLM2 else None)
     with progress(console, "layers") as step:
-        calibration = calibrate(model, pool.ids, source=source, name=name, show=step)
+        calibration = calibrate(
+            model,
+            pool.ids,
+            budgets=not args.no_budgets,
+            source=source,
+            name=name,
+            show=step,
+        )
     calibration.save_pretrained(args.out)
+    if not args.no_budgets:
+        slots = heat_map.dealt_slots(calibration, _SAMPLE)
+        title = f"slots of each layer's kv heads at a mean of {_SAMPLE}"
+        console.print(f"{title}:\n{heat_map.text(slots)}", soft_wrap=True)
+        if args.plot is not None:
+            heat_map.plot(slots, args.plot, title)
     console.print(
         f"{args.out}: {calibration!r}, {pool.ids.numel():,} tokens, "
         f"{time.monotonic() - begin:.0f} s"
     )
     return 0
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    if args.no_budgets:
+        raise ValueError(f"--plot {args.plot}: it shows budgets, which --no-budgets leaves out")
+    if args.plot.suffix not in _PICTURES:
+        raise ValueError(f"--plot {args.plot} must end in {' or '.join(_PICTURES)}")
+    checks.check_file("--plot", args.plot)
+    checks.check_packages("less-kv calibrate --plot", {"matplotlib": "matplotlib"})

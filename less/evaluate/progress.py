@@ -15,7 +15,7 @@ _FIRST_LINE = 5.0  # seconds from the start
 
 
 @contextlib.contextmanager
-def progress(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+def progress(console: Console, label: str) -> Iterator[Callable[[float, float], None]]:
     """Show the progress of one task; yields ``update(done, total)``."""
     start = time.monotonic()
     if console.is_terminal:
@@ -33,12 +33,12 @@ def progress(console: Console, label: str) -> Iterator[Callable[[int, int], None
     else:
         last = start + _FIRST_LINE - _LINE_EVERY
 
-        def line(done: int, total: int) -> None:
+        def line(done: float, total: float) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last >= _LINE_EVERY and done < total:
+            if now - last >= _LINE_EVERY and 0 < done < total:
                 last = now
-                left = (now - start) * (total - done) / max(done, 1)
+                left = (now - start) * (total - done) / done
                 console.print(f"  {label}: {done}/{total}, about {left:.0f} s left")
 
         yield line

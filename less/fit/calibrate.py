@@ -1,4 +1,4 @@
-"""Measure the means and scales of a model's channels, for rows of few bits.
+"""Measure a model's channels, for rows of few bits, and what its heads' slots are worth.
 
 Per kv head and channel d, over the text's tokens, the first few of a chunk left out (they stay in
 finer rows, and are unlike the rest):
@@ -9,6 +9,9 @@ finer rows, and are unlike the rest):
 so that an error of a channel counts, where rows are rounded, as it counts in logits and outputs;
 q^2 and |W_o|^2 are summed over the query heads of the group. Scales are those of a head up to a
 common factor, which a row's own scale makes up for.
+
+The curves of ``less.fit.curves`` are divided by the mean squared norm of the residual stream that
+enters their layer, over the tokens that curves count: an error matters as it changes the stream.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from less.calibration import Calibration
+from less.calibration import CURVE, Calibration
 from less.fit.capture import Captured, LayerWalk
+from less.fit.curves import first_counted, grid, measure_curves
 from less.hf.models import describe
 from less.sidekick.identity import model_identity
 
 _FIRST = 4  # tokens of a chunk that are left out
+_SHORTEST = 32  # tokens of a chunk, for curves
 _MOST = 32.0  # what a scale may differ from a head's typical one by
 
 
@@ -34,26 +39,33 @@ def calibrate(
     model: Any,
     ids: Tensor,
     *,
+    budgets: bool = True,
     source: str = "",
     name: str | None = None,
-    show: Callable[[int, int], None] = lambda done, total: None,
+    show: Callable[[float, float], None] = lambda done, total: None,
 ) -> Calibration:
-    """Measure a model's channels over a text.
+    """Measure a model's channels over a text, and the curves of its heads.
 
     Args:
         model: A transformers causal language model that a bounded cache can serve, on any device.
         ids: Token ids, int64 [chunks, tokens].
+        budgets: Whether to measure curves, for budgets per head: most of the time.
         source: Where the text comes from, for the record.
         name: The model's name, for the record; the last part of its path by default.
-        show: Called with the layers that are done, and how many there are.
+        show: Called with the layers that are done, in parts, and how many there are.
 
     Returns:
-        Means and scales of every layer that does not slide.
+        Means, scales and curves of every layer that does not slide.
 
     Raises:
         ValueError: No bounded cache can serve the model, or there are too few tokens.
     """
     N, T = ids.shape
+    if budgets and T < _SHORTEST:
+        raise ValueError(
+            f"calibrate: ids must have chunks of {_SHORTEST} tokens or more for budgets, got {T}"
+        )
+    capacities = grid(T) if budgets else ()
     if N * (T - _FIRST) < 256:
         raise ValueError(f"calibrate: ids must have 256 tokens or more, got {N} chunks of {T}")
     begun = time.perf_counter()
@@ -62,6 +74,10 @@ def calibrate(
     if name is not None:
         record["name"] = name
     layers: list[dict[str, Tensor] | None] = []
+
+    def show_from(layer: int) -> Callable[[float], None]:
+        return lambda part: show(round(layer + part, 1), facts.layers)
+
     with tempfile.TemporaryDirectory(prefix="less-calibrate-") as folder:
         walk = LayerWalk(model, ids, folder)
         walk.start()
@@ -71,7 +87,12 @@ def calibrate(
             if layer in facts.windows:
                 layers.append(None)
             else:
-                layers.append(measure(walk.capture(layer)))
+                captured = walk.capture(layer)
+                measured = measure(captured)
+                if capacities:
+                    curves = measure_curves(captured, capacities, show_from(layer))
+                    measured[CURVE] = curves / walk.mean_square(layer, first_counted(T))
+                layers.append(measured)
                 walk.release(layer)
             show(layer + 1, facts.layers)
         show(facts.layers, facts.layers)
@@ -83,7 +104,7 @@ def calibrate(
         "chunks": N,
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    return Calibration(layers, config)
+    return Calibration(layers, config, capacities, T if capacities else 0)
 
 
 def measure(captured: Captured) -> dict[str, Tensor]:

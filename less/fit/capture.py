@@ -211,6 +211,17 @@ class LayerWalk:
         weight = _output_weight(self.facts.modules[layer])
         return Captured(q, k, v, out, weight, scale, softcap)
 
+    def mean_square(self, layer: int, first: int = 0) -> float:
+        """The mean squared norm of the residual stream that enters a layer.
+
+        Args:
+            layer: Its input must lie on disk (`seek`).
+            first: The first token of a chunk that counts.
+        """
+        with self._map(layer) as x:
+            squares = [chunk[first:].square().sum(-1, dtype=torch.float64).mean() for chunk in x]
+        return float(torch.stack(squares).mean())
+
     def release(self, layer: int) -> None:
         """Delete the boundary before `layer`, once that layer needs it no more."""
         self._path(layer).unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from less.policies.h2o import H2O
 
 DECAY = 0.98  # of the scores, per token
-MERGING_DECAY = 0.99  # likewise, where victims are merged: scores weigh the means
 
 
 def default_policy(capacity: int) -> H2O:
@@ -18,9 +17,9 @@ def default_policy(capacity: int) -> H2O:
 
 
 def merging_policy(capacity: int) -> H2O:
-    """H2O for a cache that merges: a quarter recent, scores that decay more slowly.
+    """H2O for a cache that merges: decaying scores, a quarter of it recent.
 
     docs/merging.md has the figures.
     """
     recent = capacity // 4
-    return H2O(heavy=capacity - recent, recent=recent, decay=MERGING_DECAY)
+    return H2O(heavy=capacity - recent, recent=recent, decay=DECAY)
