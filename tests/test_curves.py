@@ -330,7 +330,7 @@ def test_layers_that_slide_or_keep_everything_take_no_part():
             "needs a calibration with curves.* got one without curves",
         ),
         ({"tokens": 12}, with_curves, "keeps 13 tokens or more in every head, got a mean of 12"),
-        ({"bytes": 500}, with_curves, "bytes=500 cannot hold 13 tokens per head in each of 2"),
+        ({"bytes": 500, "dtype": "float32"}, with_curves, "bytes=500 cannot hold 13 tokens per head in each of 2"),
         (
             {"tokens": 40}, lambda m: with_curves(m, layers=3),
             "calibration must have layers=2, got layers=3",
