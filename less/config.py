@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from less.budget import BETA, deal, least_tokens, page_bytes, parse_bytes
 from less.calibration import Calibration
+from less.config_file import ConfigFile
 from less.dealing import (
     ByteBudget,
     Kept,
@@ -26,7 +25,7 @@ from less.dealing import (
 )
 from less.dtypes import FORMATS
 from less.dtypes import name as dtype_name
-from less.policies import H2O, Full, Policy, policy_from_dict, policy_to_dict
+from less.policies import H2O, Full, Policy
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
 from less.policies.default import merging_policy
@@ -40,13 +39,9 @@ if TYPE_CHECKING:
     from less.cache import LessKVCache
     from less.hf.models import ModelFacts
 
-CONFIG_FILE = "less_config.json"
-FORMAT = "less-config"
-_VERSION = 1
-
 
 @dataclass(frozen=True)
-class LessConfig:
+class LessConfig(ConfigFile):
     """A budget, how the layers share it, the policy, and the sidekick.
 
     One of ``tokens``, ``share`` and ``bytes`` is the budget; the rest has defaults::
@@ -69,6 +64,7 @@ class LessConfig:
         shape: "uniform", "pyramid" (``less.budget.pyramid``), a list of one weight per layer, in
             proportion to which the budget is dealt out; or "calibrated": every kv head gets what
             its slots are worth by the curves of ``calibration`` (``less.budget.deal_curves``).
+            None: uniform, unless it is left open as above.
         beta: For the pyramid: the last layer gets 1 / beta of the mean.
         full_layers: The number of first layers that keep every token (``Full``), not counting
             sliding layers. Their weights in ``shape`` are not used. A budget in bytes includes
@@ -96,7 +92,7 @@ class LessConfig:
     tokens: int | Sequence[int] | None = None
     share: float | None = None
     bytes: int | str | None = None
-    shape: str | Sequence[float] = "uniform"
+    shape: str | Sequence[float] | None = None
     beta: float = BETA
     full_layers: int = 0
     max_tokens: int | None = None
@@ -247,8 +243,9 @@ class LessConfig:
         said = (self.policy, self.dtype, self.rows, self.victim)
         if self.bytes is None or folds or any(x is not None for x in said):
             return self
-        curves = calibration is not None and bool(calibration.capacities)
-        shape = "calibrated" if curves and self.shape == "uniform" else self.shape
+        shape = self.shape
+        if shape is None and calibration is not None and calibration.capacities:
+            shape = "calibrated"
         return dataclasses.replace(self, rows="k4v4", victim="merge", shape=shape)
 
     def policies(
@@ -386,20 +383,21 @@ class LessConfig:
                 "full layers": len(full) * layer_bytes(room, False) if full and room else 0,
             }
             budget = ByteBudget(parse_bytes("LessConfig", self.bytes), layer_bytes, held)
-        if self.shape == "calibrated":
+        shape = self.shape or "uniform"
+        if shape == "calibrated":
             dealt = by_curves(calibration, layers, bounded, budget, self._least)
             for i, kept in zip(bounded, dealt, strict=True):
                 out[i] = kept
             return out
-        weights = [layer_weights(self.shape, self.beta, layers)[i] for i in bounded]
+        weights = [layer_weights(shape, self.beta, layers)[i] for i in bounded]
         total = budget.tokens(weights, self._least)
         for i, tokens in zip(bounded, deal(total, weights), strict=True):
             if tokens < self._least:
                 few = f", and {self.rows} keeps {self._least} or more" if self._least > 1 else ""
                 raise ValueError(
                     f"LessConfig: layer {i} would keep {tokens} tokens{few}: {total} for "
-                    f"{len(bounded)} layers with shape={self.shape!r}; raise the budget"
-                    + ("" if self.shape == "uniform" else " or flatten the shape")
+                    f"{len(bounded)} layers with shape={shape!r}; raise the budget"
+                    + ("" if shape == "uniform" else " or flatten the shape")
                 )
             out[i] = tokens
         return out
@@ -427,75 +425,3 @@ class LessConfig:
     def load_calibration(self) -> Calibration | None:
         """Read the calibration that the config names; None where it names none."""
         return None if self.calibration is None else Calibration.from_pretrained(self.calibration)
-
-    # -- JSON ----------------------------------------------------------------------------------
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings, as JSON-ready values; ``from_dict`` takes them back."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("tokens", "shape"):
-            if isinstance(values[name], tuple):
-                values[name] = list(values[name])
-        if self.policy is not None:
-            values["policy"] = policy_to_dict(self.policy)
-        return {"format": FORMAT, "version": _VERSION, **values}
-
-    @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> LessConfig:
-        """Build the config from ``to_dict``'s result.
-
-        Raises:
-            ValueError: It is of another format or version, or a setting is unknown or wrong.
-        """
-        settings = dict(d)
-        kind, version = settings.pop("format", None), settings.pop("version", None)
-        if (kind, version) != (FORMAT, _VERSION):
-            raise ValueError(
-                f"LessConfig: format must be {FORMAT!r} version {_VERSION}, got {kind!r} {version}"
-            )
-        unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"LessConfig: unknown settings {unknown}")
-        if settings.get("policy") is not None:
-            settings["policy"] = policy_from_dict(settings["policy"])
-        return cls(**settings)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``less_config.json`` into a folder: the sidekick's, or one of its own.
-
-        A sidekick in that folder is named relative to it, so the folder can be moved; another one
-        by its whole path.
-        """
-        here = Path(folder)
-        values = self.to_dict()
-        for setting in ("sidekick", "calibration"):
-            folder_of = getattr(self, setting)
-            if folder_of is not None and folder_of not in shipped_names():
-                path = Path(folder_of).resolve()
-                inside = path.is_relative_to(here.resolve())
-                values[setting] = (
-                    path.relative_to(here.resolve()).as_posix() if inside else str(path)
-                )
-        here.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(values, indent=2) + "\n"
-        (here / CONFIG_FILE).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> LessConfig:
-        """Read ``less_config.json`` from a folder.
-
-        Raises:
-            ValueError: There is none, or it cannot be read; the message names the file.
-        """
-        file = Path(folder) / CONFIG_FILE
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"LessConfig: cannot read {file}: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"LessConfig: {file} must hold an object")
-        for setting in ("sidekick", "calibration"):
-            named = values.get(setting)
-            if isinstance(named, str) and named not in shipped_names():
-                values[setting] = str(Path(folder) / named)  # a whole path stays what it is
-        return cls.from_dict(values)

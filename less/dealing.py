@@ -11,7 +11,7 @@ from less.calibration import Calibration
 
 #: What a layer keeps: tokens per kv head, or one number for each head; None where it slides.
 Kept = Union[int, "tuple[int, ...]", None]
-_SPARE = 12  # slots of every head beyond the fewest possible, where curves deal the budget out
+_MORE = 12  # slots that every head gets beyond the fewest, where curves deal the budget out
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class TokenBudget:
         """
         if self.mean < fewest:
             raise ValueError(
-                f"LessConfig: shape='calibrated' keeps {fewest} tokens or more in every head, got "
-                f"a mean of {self.mean}; raise the budget"
+                f"LessConfig: every head must keep {fewest} tokens or more, got a mean of "
+                f"{self.mean}; raise the budget"
             )
         return (self.mean - fewest) * layers
 
@@ -139,7 +139,7 @@ def by_curves(
         layers: Number of layers.
         bounded: Indices of those that are bounded.
         budget: What is dealt out.
-        fewest: Slots that a head must have; each gets a few more.
+        fewest: Slots that a head must have. Each gets a dozen more, where the budget pays for that.
 
     Raises:
         ValueError: There are no curves, they are another model's, or the budget is too small.
@@ -157,12 +157,15 @@ def by_curves(
         if curve is None:
             raise ValueError(f"LessConfig: calibration must have a curve of layer {i}, got none")
         curves.append(curve)
-    least = fewest + _SPARE
-    # The costs are those of a layer whose heads all have so many slots: K times a head's.
-    spare, base = calibration.kv_heads * budget.left(len(bounded), least), budget.cost(least)
-    return deal_curves(
-        curves, calibration.capacities, spare, lambda slots: budget.cost(slots) - base, least
-    )
+    # Costs are those of a layer whose heads all have so many slots: K times a head's.
+    base, spare = budget.cost(fewest), budget.left(len(bounded), fewest)
+
+    def cost(slots: int) -> int:
+        return budget.cost(slots) - base
+
+    more = most_within(spare, lambda more: len(bounded) * cost(fewest + more))
+    least = fewest + min(more, _MORE)
+    return deal_curves(curves, calibration.capacities, calibration.kv_heads * spare, cost, least)
 
 
 def most(kept: int | tuple[int, ...]) -> int:

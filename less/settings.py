@@ -44,7 +44,7 @@ def check_budget(
 
 
 def check_shape(
-    shape: str | Sequence[float], beta: float, tokens: int | Sequence[int] | None
+    shape: str | Sequence[float] | None, beta: float, tokens: int | Sequence[int] | None
 ) -> None:
     """Refuse a shape that deals nothing out.
 
@@ -54,6 +54,8 @@ def check_shape(
     check_number("beta", beta)
     if shape == "pyramid":
         pyramid(2, beta)
+    if shape is None:
+        return
     if isinstance(tokens, tuple) and shape != "uniform":
         raise ValueError("LessConfig: a list of tokens is a shape already; leave shape alone")
     if isinstance(shape, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -320,6 +321,26 @@ def test_layers_that_slide_or_keep_everything_take_no_part():
     assert 59_000 < memory["slots"] + windows <= 60_000
 
 
+@pytest.mark.parametrize("more", [0, 1, 5, 12, 13])
+def test_every_head_gets_a_dozen_slots_beyond_the_fewest_where_the_budget_pays(model, more):
+    config = LessConfig(tokens=21 + more, rows="k4v4", shape="calibrated")
+    cache = config.cache(model, calibration=with_curves(model))
+    slots = [n for layout in cache.layouts for n in layout.capacities]
+    assert min(slots) == 21 + min(more, 12)
+    assert sum(slots) == 4 * (21 + more)
+
+
+def test_a_budget_in_bytes_alone_is_dealt_by_curves_where_there_are_any(model):
+    calibration = with_curves(model)
+    config = LessConfig(bytes=60_000)
+    assert config.settled(None, calibration).shape == "calibrated"
+    assert config.settled().shape is None
+    for said in ("uniform", "pyramid"):
+        assert replace(config, shape=said).settled(None, calibration).shape == said
+    cache = config.cache(model, calibration=calibration, backend="reference")
+    assert len({n for layout in cache.layouts for n in layout.capacities}) > 1
+
+
 @pytest.mark.parametrize(
     ("settings", "calibration", "message"),
     [
@@ -329,8 +350,14 @@ def test_layers_that_slide_or_keep_everything_take_no_part():
             lambda m: Calibration([{n: x for n, x in with_curves(m)[0].items() if n != CURVE}] * 2),
             "needs a calibration with curves.* got one without curves",
         ),
-        ({"tokens": 12}, with_curves, "keeps 13 tokens or more in every head, got a mean of 12"),
-        ({"bytes": 500, "dtype": "float32"}, with_curves, "bytes=500 cannot hold 13 tokens per head in each of 2"),
+        (
+            {"tokens": 20, "rows": "k4v4"}, with_curves,
+            "every head must keep 21 tokens or more, got a mean of 20",
+        ),
+        (
+            {"bytes": 500, "rows": "k4v4"}, with_curves,
+            "bytes=500 cannot hold 21 tokens per head in each of 2",
+        ),
         (
             {"tokens": 40}, lambda m: with_curves(m, layers=3),
             "calibration must have layers=2, got layers=3",
