@@ -13,6 +13,7 @@ from less import H2O, PageLayout
 from less.dtypes import FORMATS
 from less.evaluate.assets import AssetError, convert_gguf
 from less.evaluate.methods import Storage, in_formats
+from tests.test_curves import with_curves
 from tests.tiny_model import byte_tokenizer, save_tiny, tiny_model, tiny_sidekick
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -24,6 +25,7 @@ def names(tmp_path, monkeypatch):
     """What the pages take for granted: a model, its folder, a sidekick beside it."""
     save_tiny(tmp_path / "model")
     tiny_sidekick().save_pretrained(tmp_path / "my-sidekick")
+    with_curves(tiny_model()).save_pretrained(tmp_path / "my-model")
     (tmp_path / "docs").symlink_to(DOCS)
     monkeypatch.chdir(tmp_path)
     tokenizer = byte_tokenizer()
@@ -141,6 +143,10 @@ def test_budgets(names):
     assert [p.capacity for p in done["pyramid"].policies] == [112, 16]
     assert [p.capacity for p in done["exact"].policies] == [48, 80]
     assert done["first_full"].max_columns == 2048
+    slots = [n for layout in done["by_heads"].layouts for n in layout.capacities]
+    assert len(set(slots)) > 1
+    memory = done["by_heads"].memory()
+    assert 60_000 < memory["slots"] <= 64_000
 
 
 def test_the_bytes_of_a_slot_are_those_of_a_page():
