@@ -84,6 +84,16 @@ def test_each_process_holds_its_share_of_the_bytes(ranks, case):
         assert whole["maps"] <= memory["maps"] * share <= 1.1 * whole["maps"] + 128 * 13 * share * 4
 
 
+def test_each_process_deals_its_bytes_to_its_heads(ranks):
+    whole, _ = tp_worker.dealt(built("llama")[0])
+    slots = [rank["dealt"][0] for rank in ranks]
+    for rank in ranks:
+        assert 39_000 < rank["dealt"][1] <= 40_000
+    assert slots[0] != slots[1]  # by its own curves
+    for layer, parts in enumerate(zip(*slots, strict=True)):
+        assert sum(map(len, parts)) == len(whole[layer]) == K
+
+
 def test_a_part_for_another_process_is_refused(ranks):
     for i, rank in enumerate(ranks):
         assert f"computes part ({i}, 2) (rank, world) of its heads here" in rank["wrong part"]

@@ -51,6 +51,18 @@ def run(model, sidekick, options):
     }
 
 
+def dealt(model):
+    """Slots of the heads, and bytes, of a budget of this process that curves deal out."""
+    from less import LessConfig
+    from less.evaluate.families import D, K
+    from tests.test_curves import with_curves
+
+    calibration = with_curves(model, len(model.model.layers), K, D)
+    config = LessConfig(bytes=40_000, shape="calibrated", dtype="float32")
+    cache = config.cache(model, calibration=calibration)
+    return [layout.capacities for layout in cache.layouts], cache.memory()["slots"]
+
+
 def refusal(function):
     """The message of the error that a call raises."""
     try:
@@ -87,6 +99,7 @@ def main(root):
     small = H2O(heavy=4, recent=4)
     got["wrong part"] = refusal(lambda: less.hf.cache_for(models["llama"], small, other))
     got["one kv head"] = refusal(lambda: less.hf.cache_for(load("llama-mqa"), small))
+    got["dealt"] = dealt(models["llama"])
     torch.save(got, root / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
