@@ -1,5 +1,6 @@
-// Packed rows on the device: codes to levels four at a time, and the warp that encodes a row. The
-// levels, the packing and the order of every sum are common/codec.h's; so are the bits.
+// Rows as slots store them, on the device: codes of packed rows to levels four at a time, and the
+// warp that encodes or decodes a row of any format. The levels, the packing and the order of every
+// sum are common/codec.h's; so are the bits.
 #pragma once
 
 #include "common/codec.h"
@@ -75,7 +76,54 @@ LESS_DEVICE float level_scale(uint16_t half) {
   return __half2float(bits_of<__half>(half)) * (1.0f / 64.0f);
 }
 
-// -- a warp encodes a row --
+// -- stored rows --
+
+// Rows of one format, and their scales where they have any.
+struct StoredRows {
+  DType dtype;
+  void* rows;
+  float* scales;     // of 8 bits
+  uint16_t* halves;  // of packed ones
+
+  LESS_DEVICE void* at(int64_t row, int D) const {
+    return static_cast<unsigned char*>(rows) + row * row_bytes(dtype, D);
+  }
+
+  // In units of a packed row's levels.
+  LESS_DEVICE float scale(int64_t row) const {
+    if (packed(dtype)) return level_scale(halves[row]);  // narrow: a number of a row
+    return has_scale(dtype) ? scales[row] : 1.0f;        // narrow: a number of a row
+  }
+};
+
+// The keys or the values of slots that are not hot.
+LESS_DEVICE StoredRows cold_rows(const Layout& layout, const Slots& slots, bool values) {
+  return {values ? layout.v_dtype : layout.k_dtype, values ? slots.v : slots.k,
+          values ? slots.v_scale : slots.k_scale, values ? slots.v_half : slots.k_half};
+}
+
+// Dims d .. d + 3 of a stored row; d is a multiple of 4. No product is contracted: rows of the same
+// bytes are the same numbers, whatever is done to them.
+LESS_DEVICE void four_numbers(DType dtype, const void* row, float scale, int D, int d,
+                              float (&x)[4]) {
+  if (!has_scale(dtype)) return load_four(row, dtype, d, x);
+  if (packed(dtype)) {
+    const auto* const codes = static_cast<const uint8_t*>(row);
+    widen4(levels_of_codes(dtype, four_codes(dtype, D, d, codes)), x, int8_t());
+  } else {
+    // narrow: four numbers of 8 bits
+    const uint32_t four = static_cast<const uint32_t*>(row)[d / 4];
+    if (dtype == DType::i8) {
+      widen4(four, x, int8_t());
+    } else {
+      widen4(four, x, __nv_fp8_e4m3());
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], scale);
+}
+
+// -- a warp has a row --
 
 constexpr int kCodecEach = 256 / kCodecLanes;  // numbers of a lane, at most
 
@@ -94,18 +142,26 @@ LESS_DEVICE void for_lane_dims(int D, const F& f) {
   }
 }
 
-// The row that a stored one stands for, of a dtype that is not packed.
+// The row that a stored one stands for. scale: as StoredRows has it.
 LESS_DEVICE LaneRow decoded_row(DType dtype, const void* row, float scale, int D) {
   LaneRow out;
   for_lane_dims(D, [&](int i, int d) {
     // narrow: a lane a number of the one row, side by side
     if (dtype == DType::i8) {
-      out.x[i] = __fmul_rn(float(static_cast<const int8_t*>(row)[d]), scale);
+      out.x[i] = float(static_cast<const int8_t*>(row)[d]);
+    } else if (dtype == DType::fp8) {
+      out.x[i] = widened(bits_of<__nv_fp8_e4m3>(static_cast<const uint8_t*>(row)[d]));
+    } else if (packed(dtype)) {
+      const int code = code_at(dtype, static_cast<const uint8_t*>(row), D, d);
+      out.x[i] = float(int8_t(levels_of_codes(dtype, uint32_t(code))));
     } else if (dtype == DType::fp16) {
       out.x[i] = widened(bits_of<__half>(static_cast<const uint16_t*>(row)[d]));
+    } else if (dtype == DType::bf16) {
+      out.x[i] = widened(bits_of<__nv_bfloat16>(static_cast<const uint16_t*>(row)[d]));
     } else {
       out.x[i] = static_cast<const float*>(row)[d];
     }
+    if (has_scale(dtype)) out.x[i] = __fmul_rn(out.x[i], scale);
   });
   return out;
 }
@@ -144,9 +200,9 @@ LESS_DEVICE int code_of(float x, float largest, std::integer_sequence<int, kI...
   return (int(x > __fmul_rn(largest, threshold<kType, kI>())) + ...);
 }
 
-// codes [D]: shared. Returns the row's scale, as it is stored.
+// The codes of a packed row, and its scale as it is stored.
 template <DType kType>
-LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
+LESS_DEVICE float encode_levels(const LaneRow& row, int D, uint8_t* codes) {
   constexpr int kCount = levels_of(kType).count;
   const bool writes = int(threadIdx.x) % 32 < kCodecLanes;
   const float largest = __fmul_rn(largest_of(row, D), clip_of(kType, D));
@@ -160,37 +216,72 @@ LESS_DEVICE uint16_t encode_levels(const LaneRow& row, int D, uint8_t* codes) {
   const float by = ordered_sum(D, [&](int i) { return __fmul_rn(row.x[i], level.x[i]); });
   const float of = ordered_sum(D, [&](int i) { return __fmul_rn(level.x[i], level.x[i]); });
   const float scale = __fdiv_rn(by, of);
-  return bits_of<uint16_t>(__float2half_rn(scale > kLargestHalf ? kLargestHalf : scale));
+  return widened(__float2half_rn(scale > kLargestHalf ? kLargestHalf : scale));
 }
 
-// The same of a row of 8 bits.
+// The same of a row of 8 bits, whose codes are its bytes.
+template <typename T>
 LESS_DEVICE float encode_bytes(const LaneRow& row, int D, uint8_t* codes) {
-  const float scale = __fdiv_rn(largest_of(row, D), 127.0f);
+  const float scale = __fdiv_rn(largest_of(row, D), std::is_same_v<T, int8_t> ? 127.0f : 448.0f);
   const bool sound = scale > 0.0f && scale <= 3.402823466e38f;
   for_lane_dims(D, [&](int i, int d) {
-    const int8_t x = sound ? narrowed<int8_t>(__fdiv_rn(row.x[i], scale)) : int8_t(0);
-    if (int(threadIdx.x) % 32 < kCodecLanes) codes[d] = uint8_t(x);
+    const T x = narrowed<T>(sound ? __fdiv_rn(row.x[i], scale) : 0.0f);
+    if (int(threadIdx.x) % 32 < kCodecLanes) codes[d] = bits_of<uint8_t>(x);
   });
   return scale;
 }
 
-// Encodes a row of a format of cold slots, as row `index` of an array of such; its scale goes to
-// that of `scales` or `halves` which there is. codes [D]: the warp's own, shared.
-LESS_DEVICE void encode_row(DType dtype, const LaneRow& row, int D, int64_t index, void* rows,
-                            float* scales, uint16_t* halves, uint8_t* codes) {
-  const int lane = int(threadIdx.x) % 32;
-  if (dtype == DType::i8) {
-    const float scale = encode_bytes(row, D, codes);
-    if (lane == 0) store(scales + index, scale);
-  } else {
-    const uint16_t scale = dtype == DType::b4   ? encode_levels<DType::b4>(row, D, codes)
-                           : dtype == DType::b3 ? encode_levels<DType::b3>(row, D, codes)
-                                                : encode_levels<DType::b2>(row, D, codes);
-    if (lane == 0) store(halves + index, scale);
-  }
+// The codes of a row of a format with scales. codes [D]: the warp's own, shared. Returns the scale,
+// as it is stored.
+LESS_DEVICE float encode_codes(DType dtype, const LaneRow& row, int D, uint8_t* codes) {
+  const float scale = dtype == DType::i8    ? encode_bytes<int8_t>(row, D, codes)
+                      : dtype == DType::fp8 ? encode_bytes<__nv_fp8_e4m3>(row, D, codes)
+                      : dtype == DType::b4  ? encode_levels<DType::b4>(row, D, codes)
+                      : dtype == DType::b3  ? encode_levels<DType::b3>(row, D, codes)
+                                            : encode_levels<DType::b2>(row, D, codes);
   __syncwarp();
+  return scale;
+}
+
+// The row that a packed row or one of int8 stands for once this one is stored as such.
+LESS_DEVICE LaneRow rounded_row(DType dtype, const LaneRow& row, int D, uint8_t* codes) {
+  const float scale = encode_codes(dtype, row, D, codes);
+  LaneRow out;
+  for_lane_dims(D, [&](int i, int d) {
+    const uint32_t code = codes[d];
+    const float level = float(int8_t(packed(dtype) ? levels_of_codes(dtype, code) : code));
+    out.x[i] = __fmul_rn(level, packed(dtype) ? scale * (1.0f / 64.0f) : scale);
+  });
+  __syncwarp();
+  return out;
+}
+
+// Stores a row as one of `to`. codes [D]: the warp's own, shared.
+LESS_DEVICE void encode_row(const StoredRows& to, int64_t index, const LaneRow& row, int D,
+                            uint8_t* codes) {
+  const int lane = int(threadIdx.x) % 32;
+  const DType dtype = to.dtype;
+  if (!has_scale(dtype)) {
+    __syncwarp();  // the row may have been this one
+    for_lane_dims(D, [&](int i, int d) {
+      if (lane >= kCodecLanes) return;
+      // narrow: a lane a number of the one row, side by side
+      if (dtype == DType::f32) {
+        store(static_cast<float*>(to.at(index, D)) + d, row.x[i]);
+      } else if (dtype == DType::bf16) {
+        store(static_cast<__nv_bfloat16*>(to.at(index, D)) + d, narrowed<__nv_bfloat16>(row.x[i]));
+      } else {
+        store(static_cast<__half*>(to.at(index, D)) + d, narrowed<__half>(row.x[i]));
+      }
+    });
+    return;
+  }
+  const float scale = encode_codes(dtype, row, D, codes);
+  if (lane == 0 && packed(dtype))
+    store(to.halves + index, bits_of<uint16_t>(__float2half_rn(scale)));
+  if (lane == 0 && !packed(dtype)) store(to.scales + index, scale);
   const int bytes = int(row_bytes(dtype, D)), each = bytes % 4 == 0 ? 4 : 1;
-  auto* const to = static_cast<uint8_t*>(rows) + index * bytes;
+  auto* const bytes_of_row = static_cast<uint8_t*>(to.at(index, D));
   const auto code = [codes](int64_t d) { return int(codes[d]); };
 #pragma unroll 1
   for (int first = lane * each; first < bytes; first += 32 * each) {
@@ -198,15 +289,15 @@ LESS_DEVICE void encode_row(DType dtype, const LaneRow& row, int D, int64_t inde
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = first + (i < each ? i : 0);
-      const uint8_t byte = dtype == DType::i8 ? codes[at] : packed_byte(dtype, D, at, code);
+      const uint8_t byte = packed(dtype) ? packed_byte(dtype, D, at, code) : codes[at];
       word |= uint32_t(byte) << (8 * i);
     }
     if (each == 4) {
       // narrow: a row may be of no whole number of 16 bytes
-      store(reinterpret_cast<uint32_t*>(to + first), word);
+      store(reinterpret_cast<uint32_t*>(bytes_of_row + first), word);
     } else {
       // narrow: a row may be of no whole number of 4 bytes
-      store(to + first, uint8_t(word));
+      store(bytes_of_row + first, uint8_t(word));
     }
   }
   __syncwarp();

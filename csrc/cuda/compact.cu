@@ -1,5 +1,5 @@
 // The call's tokens join the slots. Of slots and call the S highest ranks stay, of equals the older
-// leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), and forgotten.
+// leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), or merged, or forgotten.
 //
 // Of packed slots, the call's tokens come into hot ones, and compete for the others, encoded, once
 // they are not among the last any more.
@@ -7,12 +7,14 @@
 // Grid:   five kernels, one after another: select (a block per head) writes down who leaves and who
 //         takes which slot; feature_map.cu evaluates psi of the list, fold and add put it into
 //         the state, and insert (blocks of 32 slots) alone writes the slots; of packed ones it
-//         writes the hot, and encode (a warp per row) before it the cold.
+//         writes the hot, and encode (a warp per row) before it the cold. Those who merge are
+//         compact/merge.h's.
 // Memory: what leaves is read once, what joins is read and written once; see the parts.
 // Order:  those who leave fold in ascending slot, then token; kept tokens of the call take the free
 //         slots in ascending order. A head's bits depend on nothing but the head.
 #include "cuda/codec.h"
 #include "cuda/compact/fold.h"
+#include "cuda/compact/merge.h"
 #include "cuda/compact/select.h"
 #include "cuda/feature_map/rows.h"
 #include "cuda/kernels.h"
@@ -125,6 +127,7 @@ __global__ void __launch_bounds__(kInsertThreads)
       store(slots.score + slot, empty ? 0.0f : score[from]);
       if (!stays) {
         store(slots.position + slot, empty ? -1 : w.position[head.row * layout.S + slot]);
+        if (slots.weight != nullptr) store(slots.weight + slot, 0.0f);
       }
     }
     if (stays || empty) continue;
@@ -144,9 +147,8 @@ __global__ void __launch_bounds__(kInsertThreads)
         // narrow: a number of a row, whose lanes read it
         scale = hot >= 0 ? hot_scale[hot] : call_scale[head.row * p.T + token];
       }
-      encode_row(v ? layout.v_dtype : layout.k_dtype, decoded_row(layout.call_dtype, row, scale, D),
-                 D, slot - slots.W, v ? slots.v : slots.k, v ? slots.v_scale : slots.k_scale,
-                 v ? slots.v_half : slots.k_half, codes + warp * 256);
+      encode_row(cold_rows(layout, slots, v), slot - slots.W,
+                 decoded_row(layout.call_dtype, row, scale, D), D, codes + warp * 256);
     }
   }
 }
@@ -206,20 +208,29 @@ cudaError_t compact(const CompactParams& p, cudaStream_t stream) {
   cudaError_t error =
       launch(compact_select_kernel, Launch{per_head, dim3(kSelectThreads), 0, stream}, p, w);
   if (error != cudaSuccess) return error;
+  const auto blocks = [&](int64_t n, int64_t each) {
+    return dim3(unsigned(heads), unsigned((n + each - 1) / each));
+  };
+  const auto merge = [&](auto kernel, const dim3& grid) {
+    return launch(kernel, Launch{grid, dim3(kMergeThreads), 0, stream}, p, w);
+  };
+  const bool merging = merges(p) && p.T > 0;
   if (folds(p) && p.T > 0) error = fold_list(p, w, stream);
+  if (merging) error = merge(compact_leave_kernel, blocks(p.T, kMergeRows));
   if (error != cudaSuccess) return error;
   const int64_t W = hot_slots(p.layout), inserted = few ? W : S;
-  const auto blocks = [&](int64_t slots) {
-    return dim3(unsigned(heads), unsigned((slots + kInsertSlots - 1) / kInsertSlots));
-  };
   if (few) {
-    error =
-        launch(compact_encode_kernel, Launch{blocks(S - W), dim3(kInsertThreads), 0, stream}, p, w);
+    const dim3 grid = blocks(S - W, kInsertSlots);
+    error = launch(compact_encode_kernel, Launch{grid, dim3(kInsertThreads), 0, stream}, p, w);
     if (error != cudaSuccess) return error;
   }
-  const dim3 grid = blocks(inserted);
-  return launch(compact_insert_kernel, Launch{grid, dim3(kInsertThreads), 0, stream}, p, w,
-                int(bytes));
+  const dim3 grid = blocks(inserted, kInsertSlots);
+  error = launch(compact_insert_kernel, Launch{grid, dim3(kInsertThreads), 0, stream}, p, w,
+                 int(bytes));
+  if (!merging || error != cudaSuccess) return error;
+  error = merge(compact_nearest_kernel, blocks(p.T, kNearestTile));
+  if (error != cudaSuccess) return error;
+  return merge(compact_mean_kernel, blocks(S - W, kMergeRows));
 }
 
 }  // namespace less::cuda

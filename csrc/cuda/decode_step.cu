@@ -2,7 +2,8 @@
 //
 //   out = (phi H + sum e^l v) / (phi z + sum e^l),  l = cap(scale q.k) + weight, slots and token
 //   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
-//   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
+//   the lowest position; H += psi(k)^T v, z += psi(k) of the victim, or it becomes part of a slot
+//   (decode_step/merge.h); the token takes its slot.
 //
 // Of packed slots, the token takes a hot slot, and who was there competes for a cold one
 // (decode_step/packed.h).
@@ -38,8 +39,9 @@ bool few_bits(const DecodeStepParams& p) { return packed(p.layout.v_dtype); }
 bool supported(const DecodeStepParams& p) {
   const FeatureMaps &phi = p.maps.phi, &psi = p.maps.psi;
   const bool maps =
-      phi.R == 0 || (phi.R == p.layout.R && psi.R == phi.R && phi.R <= 64 && phi.D == p.spec.D &&
-                     psi.D == p.spec.D && phi.w_dtype != DType::fp8 && psi.w_dtype != DType::fp8);
+      phi.R == 0 || (p.spec.victim != Victim::merge && phi.R == p.layout.R && psi.R == phi.R &&
+                     phi.R <= 64 && phi.D == p.spec.D && psi.D == p.spec.D &&
+                     phi.w_dtype != DType::fp8 && psi.w_dtype != DType::fp8);
   const bool head_dim = decode_dispatch<float>(p.spec.D, false, [](auto, auto) {});
   // Hot rows of another dtype, and maps, have no kernel.
   const bool rows = !few_bits(p) || (p.layout.R == 0 && p.layout.call_dtype == DType::i8);

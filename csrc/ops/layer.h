@@ -195,13 +195,14 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
 // Refuses rows for which this library has no kernels yet.
 inline void check_rows([[maybe_unused]] const char* op,
                        [[maybe_unused]] const LayerArguments& layer) {
+#ifndef LESS_LAUNCHES
   if (layer.spec.victim == Victim::merge) {
     fail(op, ": victim merge has no kernel yet; use victim forget");
   }
-#ifdef LESS_LAUNCHES
+#else
   const Layout& layout = layer.layout;
-  if (packed(layout.v_dtype) && layout.weights) {
-    fail(op, ": packed rows with log-weights have no CUDA kernel yet");
+  if (layer.spec.victim == Victim::merge && layout.R > 0) {
+    fail(op, ": victim merge with a low-rank state has no CUDA kernel; use victim fold");
   }
   if ((packed(layout.v_dtype) || layer.has_space()) &&
       (layout.R > 0 || layer.spec.victim == Victim::fold)) {

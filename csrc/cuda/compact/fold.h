@@ -41,17 +41,6 @@ struct FoldShared {
   }
 };
 
-// A kv head of a row that has a page.
-struct HeadRow {
-  int64_t row;  // b * K + h
-  int b;
-  int h;
-  unsigned char* page;
-
-  LESS_DEVICE HeadRow(const CompactParams& p, int64_t row)
-      : row(row), b(int(row / p.spec.K)), h(int(row - b * p.spec.K)), page(less::page(p.pool, b)) {}
-};
-
 // Starts the copies of tokens [first, first + kFoldTile) of the list into a buffer; what lies past
 // `end`, and rows past R, are zeros.
 template <typename V>

@@ -236,6 +236,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   if (leaving > 0) who = find_leavers(c, {bins, sums, found}, leaving);
 
   int32_t* list = w.list + row * T;
+  int32_t* when = w.when == nullptr ? nullptr : w.when + row * T;
   int32_t* free = w.free + row * most;
   int32_t* take = w.take + row * most;
   int32_t* position = w.position + row * most;
@@ -249,7 +250,11 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     const bool open = s >= W && s < S && !still;
     const int before = block_prefix(int(gone) | int(open) << 16, sums, total);
     const int place = listed + (before & 0xffff);
-    if (gone && place < T) store(list + place, int32_t(s));  // narrow: a lane a slot, side by side
+    if (gone && place < T) {
+      store(list + place, int32_t(s));  // narrow: a lane a slot, side by side
+      // narrow: a lane a slot, side by side
+      if (when != nullptr) store(when + place, c.position[s]);
+    }
     // narrow: a lane a slot, side by side
     if (open) store(free + freed + (before >> 16), int32_t(s));
     if (s < S) store(take + s, still ? kStays : kEmpty);  // narrow: a lane a slot, side by side
@@ -278,6 +283,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     if (gone && of_call && listed + (before & 1023) < T) {
       // narrow: a lane a token, side by side
       store(list + listed + (before & 1023), int32_t(at));
+      // narrow: a lane a token, side by side
+      if (when != nullptr) store(when + listed + (before & 1023), int32_t(own));
     }
     const int place = taken + (before >> 10 & 1023);
     int64_t slot = -1;

@@ -1,6 +1,7 @@
 // What compact's kernels tell each other, in the caller's workspace.
 #pragma once
 
+#include "cuda/codec.h"
 #include "cuda/device.h"
 #include "params.h"
 
@@ -28,17 +29,39 @@ __host__ __device__ inline int64_t strip_count(int64_t n) {
 // Whether what leaves goes into the state.
 inline bool folds(const CompactParams& p) { return p.spec.victim == Victim::fold; }
 
+// Whether it becomes part of who stays.
+inline bool merges(const CompactParams& p) { return p.spec.victim == Victim::merge; }
+
+// A kv head of a row that has a page.
+struct HeadRow {
+  int64_t row;  // b * K + h
+  int b;
+  int h;
+  unsigned char* page;
+
+  LESS_DEVICE HeadRow(const CompactParams& p, int64_t row)
+      : row(row), b(int(row / p.spec.K)), h(int(row - b * p.spec.K)), page(less::page(p.pool, b)) {}
+};
+
 // S: slots of the head that has most.
 struct CompactWorkspace {
-  uint32_t* key;       // [B*K, candidates]  ranks as integers in their order; 0: no token
-  int32_t* free;       // [B*K, S]           slots that may be taken, ascending
-  int32_t* take;       // [B*K, S]           kStays, kEmpty, a token, or a hot slot's
-  int32_t* position;   // [B*K, S]           of the token that the slot takes
-  int32_t* list;       // [B*K, T]           those who leave: a slot, or S + token
-  int32_t* leaving;    // [B*K]              how many
-  int32_t* tokens;     // [B*K]              valid tokens of the call
-  float* psi;          // [B*K, T, R]        features of the list
-  float* part;         // [B*K, strips, part]  a strip's sums: [R, D] of H, then [R] of z
+  uint32_t* key;      // [B*K, candidates]  ranks as integers in their order; 0: no token
+  int32_t* free;      // [B*K, S]           slots that may be taken, ascending
+  int32_t* take;      // [B*K, S]           kStays, kEmpty, a token, or a hot slot's
+  int32_t* position;  // [B*K, S]           of the token that the slot takes
+  int32_t* list;      // [B*K, T]           those who leave: a slot, or S + token
+  int32_t* leaving;   // [B*K]              how many
+  int32_t* tokens;    // [B*K]              valid tokens of the call
+  float* psi;         // [B*K, T, R]        features of the list
+  float* part;        // [B*K, strips, part]  a strip's sums: [R, D] of H, then [R] of z
+  // Where those who leave are merged: what slots that are not hot would hold of them, oldest first.
+  int32_t* when;  // [B*K, T]  positions, in the order of the list; null: they are not merged
+  int32_t* left_position;  // [B*K, T]
+  float* left_score;       // [B*K, T]
+  float* left_weight;      // [B*K, T]
+  int32_t* into;           // [B*K, T]  the slots that they become part of; -1: none
+  StoredRows left_k;       // [B*K, T, D]
+  StoredRows left_v;
   int64_t candidates;  // S + T, and up to a multiple of 4
   int64_t strips;      // at most
   int64_t part_size;   // floats, a multiple of 4
@@ -58,9 +81,33 @@ struct CompactWorkspace {
     psi = part = nullptr;
     strips = p.T < kStrip * kMostStrips ? (p.T + kStrip - 1) / kStrip : kMostStrips;
     part_size = R * D + (R + 3) / 4 * 4;
-    if (!folds(p)) return;
-    take_array(p.workspace, heads * p.T * R, &psi);
-    take_array(p.workspace, heads * strips * part_size, &part);
+    if (folds(p)) {
+      take_array(p.workspace, heads * p.T * R, &psi);
+      take_array(p.workspace, heads * strips * part_size, &part);
+    }
+    when = left_position = into = nullptr;
+    left_score = left_weight = nullptr;
+    left_k = left_v = {};
+    if (!merges(p)) return;
+    take_array(p.workspace, heads * p.T, &when);
+    take_array(p.workspace, heads * p.T, &left_position);
+    take_array(p.workspace, heads * p.T, &left_score);
+    take_array(p.workspace, heads * p.T, &left_weight);
+    take_array(p.workspace, heads * p.T, &into);
+    left_k = take_rows(p.workspace, p.layout.k_dtype, heads * p.T, D);
+    left_v = take_rows(p.workspace, p.layout.v_dtype, heads * p.T, D);
+  }
+
+  // The rows of those who leave a head.
+  LESS_DEVICE StoredRows left(const CompactParams& p, int64_t row, bool values) const {
+    StoredRows of = values ? left_v : left_k;
+    of.rows = of.at(row * p.T, int(p.spec.D));
+    if (packed(of.dtype)) {
+      of.halves += row * p.T;
+    } else if (has_scale(of.dtype)) {
+      of.scales += row * p.T;
+    }
+    return of;
   }
 
  private:
@@ -68,6 +115,19 @@ struct CompactWorkspace {
   void take_array(void* base, int64_t n, T** array) {
     *array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(bytes));
     bytes += (n * int64_t(sizeof(T)) + 127) / 128 * 128;
+  }
+
+  StoredRows take_rows(void* base, DType dtype, int64_t n, int64_t D) {
+    StoredRows of{dtype, nullptr, nullptr, nullptr};
+    unsigned char* rows;
+    take_array(base, n * row_bytes(dtype, D), &rows);
+    of.rows = rows;
+    if (packed(dtype)) {
+      take_array(base, n, &of.halves);
+    } else if (has_scale(dtype)) {
+      take_array(base, n, &of.scales);
+    }
+    return of;
   }
 };
 

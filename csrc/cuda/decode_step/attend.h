@@ -152,7 +152,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
       float logit = -kInfinity;
       if (s.position()[i] >= 0) {
         logit = capped(dot * p.spec.scale);
-        if constexpr (!kPacked) logit += s.weight()[i];
+        if constexpr (kWeights) logit += s.weight()[i];
       }
       mass[i] = logit;
       top = fmaxf(top, logit);

@@ -2,6 +2,7 @@
 // it does.
 #pragma once
 
+#include "cuda/codec.h"
 #include "cuda/convert.h"
 #include "cuda/decode_step/maps.h"
 #include "cuda/decode_step/plan.h"
@@ -112,6 +113,8 @@ struct DecodeBlock {
   static constexpr bool kPacked = Case::kPacked;
   using Leaver = typename Case::Leaver;
   static constexpr bool kState = Leaver::kState;
+  static constexpr bool kMerges = Leaver::kMerges;
+  static constexpr bool kWeights = !kPacked || kMerges;  // whether slots have log-weights
   static constexpr bool kScaled = sizeof(T) == 1;
   using Tile = DecodeTile<T, kD>;
 
@@ -145,6 +148,7 @@ struct DecodeBlock {
   unsigned char* memory;  // the row's page
   int64_t seen;           // tokens of the row before this one
   DecodeCandidate victim;
+  int32_t joining;   // position of who competes as slot S, where it may merge; -1: nobody does
   int asked = 0;     // the stage that is asked for next
   int received = 0;  // the stage that is looked at next
   int rank, ranks;   // of those who finish
@@ -275,13 +279,26 @@ struct DecodeBlock {
   // -- victim.h: who leaves, and what becomes of it
   LESS_DEVICE DecodeCandidate candidate(int slot, int32_t position, float score) const;
   LESS_DEVICE DecodeCandidate add_scores();
-  LESS_DEVICE DecodeCandidate choose(DecodeCandidate best);
+  LESS_DEVICE DecodeCandidate choose(DecodeCandidate best, int turn = 0);
   LESS_DEVICE DecodeCandidate lowest(int begin, int count) const;
   LESS_DEVICE void load_victim();
   LESS_DEVICE void fold();
   LESS_DEVICE bool competes(int slot, int32_t position, float score, DecodeCandidate& as) const;
   LESS_DEVICE void take(int slot);
   LESS_DEVICE void count();
+
+  // -- merge.h: the victim becomes part of a slot that stays
+  LESS_DEVICE int32_t joiner() const;
+  LESS_DEVICE float score_of(int slot) const;
+  LESS_DEVICE StoredRows cold(bool values) const;
+  LESS_DEVICE int cold_slot(int slot) const;
+  LESS_DEVICE uint8_t* codes() const;
+  LESS_DEVICE LaneRow joining_row(bool values) const;
+  LESS_DEVICE LaneRow row_of(int slot, bool values) const;
+  LESS_DEVICE void keep_victim();
+  LESS_DEVICE bool takes_others(int slot, int32_t position, float score) const;
+  LESS_DEVICE DecodeCandidate nearest(float mass) const;
+  LESS_DEVICE void merge();
 };
 
 }  // namespace less::cuda

@@ -5,6 +5,7 @@
 #include "cuda/decode_step/block.h"
 #include "cuda/decode_step/load.h"
 #include "cuda/decode_step/meet.h"
+#include "cuda/decode_step/merge.h"
 #include "cuda/decode_step/mma.h"
 #include "cuda/decode_step/packed.h"
 #include "cuda/decode_step/victim.h"
@@ -17,6 +18,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   memory = page(p.pool, b);
   if (memory == nullptr || (p.valid != nullptr && !p.valid[b])) return clear();
   seen = *less::seen(memory);
+  if constexpr (kMerges) joining = joiner();
   const int tiles = (n + plan.tile - 1) / plan.tile;
   victim = {0, 0, S, 0.0f};
   // Keys are asked for first; which values there are is only known from what load() brings.

@@ -31,7 +31,11 @@ cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cud
         return;
       }
     }
-    error = launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
+    if (p.spec.victim == Victim::merge || (kFewBits<T> && p.layout.weights)) {
+      error = launch_decode_kernel<T, kD, kMma, DecodeMerge>(p, plan, stream);
+    } else {
+      error = launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
+    }
   });
   return error;
 }

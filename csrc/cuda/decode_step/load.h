@@ -71,12 +71,12 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
     s.score()[i] = in ? of.score[slot] : 0.0f;  // narrow: a lane a slot, side by side
-    if constexpr (kPacked) {
-      if (in) load_scales(of, i, slot, position >= 0);
-    } else {
+    if constexpr (kWeights) {
       s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
     }
-    if constexpr (kScaled && !kPacked) {
+    if constexpr (kPacked) {
+      if (in) load_scales(of, i, slot, position >= 0);
+    } else if constexpr (kScaled) {
       s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;  // narrow: a lane a slot, side by side
       // narrow: a lane a slot, side by side
       s.v_scale()[i] = position >= 0 ? of.v_scale[slot] : 0.0f;

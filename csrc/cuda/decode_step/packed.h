@@ -143,9 +143,8 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
     const float scale = key ? to.hot_k_scale[own] : to.hot_v_scale[own];
     const auto* const row =
         static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
-    encode_row(key ? p.layout.k_dtype : p.layout.v_dtype, decoded_row(DType::i8, row, scale, kD),
-               kD, slot - W, key ? to.k : to.v, key ? to.k_scale : to.v_scale,
-               key ? to.k_half : to.v_half, reinterpret_cast<uint8_t*>(s.sums()) + warp * kD);
+    encode_row(cold_rows(p.layout, to, !key), slot - W, decoded_row(DType::i8, row, scale, kD), kD,
+               reinterpret_cast<uint8_t*>(s.sums()) + warp * kD);
   }
   __syncthreads();  // who was there is not read any more
 #pragma unroll 1
@@ -167,7 +166,9 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
   if (moves) {
     store(to.position + slot, left);
     store(to.score + slot, to.score[own]);  // narrow: one number a head, by one lane
+    if constexpr (kWeights) store(to.weight + slot, 0.0f);
   }
+  if constexpr (kWeights) store(to.weight + own, 0.0f);
   store(to.hot_k_scale + own, s.token()[0]);
   store(to.hot_v_scale + own, s.token()[1]);
   store(to.position + own, int32_t(seen));

@@ -70,12 +70,12 @@ struct DecodeLayout {
   int32_t low;         // [G]  factor of phi H
   int32_t share;       // [G]
   int32_t token_mass;  // [G]  what the token itself received
-  int32_t candidate;   // [warps + kDecodeCluster]
+  int32_t candidate;   // [warps + kDecodeCluster], and so many again for those who merge
   int32_t feature;     // [G, R]
   int32_t h;           // [R]
   int32_t H;           // [R, columns]
   int32_t victim_key;  // [D]
-  int32_t victim_value;  // [columns]
+  int32_t victim_value;  // [columns]; [D] of one that merges
   int32_t psi_share;     // [R]
   int32_t psi_shares;    // [kDecodeCluster, R]
   int32_t map_sums;      // DecodeMapScratch
@@ -178,7 +178,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.part = take(4 * plan.part);
   at.position = take(4 * plan.per);
   at.score = take(4 * plan.per);
-  if (!kFewBits<T>) at.weight = take(4 * plan.per);
+  if (p.layout.weights) at.weight = take(4 * plan.per);
   if (sizeof(T) == 1) {
     at.k_scale = take(4 * plan.per);
     at.v_scale = take(4 * plan.per);
@@ -191,13 +191,15 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.low = take(4 * G);
   at.share = take(4 * G);
   at.token_mass = take(4 * G);
-  at.candidate = take(16 * (kDecodeWarps + kDecodeCluster));
+  const bool merges = p.spec.victim == Victim::merge;
+  at.candidate = take(16 * (kDecodeWarps + (merges ? 2 : 1) * kDecodeCluster));
+  if (R == 0 && !merges) return at;
+  at.victim_key = take(4 * kD);
+  at.victim_value = take(4 * (merges ? kD : plan.columns));
   if (R == 0) return at;
   at.feature = take(4 * G * R);
   at.h = take(4 * R);
   at.H = take(4 * R * plan.columns);
-  at.victim_key = take(4 * kD);
-  at.victim_value = take(4 * plan.columns);
   at.psi_share = take(4 * R);
   at.psi_shares = take(4 * kDecodeCluster * R);
   at.map_sums = take(4 * kDecodeWarps * 32 * kDecodeMapUnits);

@@ -70,9 +70,10 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
   return best;
 }
 
-// The lowest of all threads and blocks.
+// The lowest of all threads and blocks. turn: others may still look at the candidates of the one
+// before.
 template <typename Case>
-LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best) {
+LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best, int turn) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     DecodeCandidate other;
@@ -86,9 +87,10 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best) {
   __syncthreads();
   best = lowest(0, kDecodeWarps);
   if (ranks == 1) return best;
-  if (t < ranks) store_cluster(s.candidate() + kDecodeWarps + rank, t, best);
+  const int met = kDecodeWarps + turn * kDecodeCluster;
+  if (t < ranks) store_cluster(s.candidate() + met + rank, t, best);
   cluster_sync();
-  return lowest(kDecodeWarps, ranks);
+  return lowest(met, ranks);
 }
 
 template <typename Case>
@@ -225,12 +227,14 @@ LESS_DEVICE void DecodeBlock<Case>::count() {
 // What becomes of the token that leaves is a case of the kernel, a struct with
 //
 //   kState         whether a step has a low-rank state, which is then attended, and maps
+//   kMerges        whether slots may stand for several tokens, in any format
 //   begin(block)   whether something becomes of this one, whose features are then computed
 //   end(block)     the rest, from the blocks' shares of its psi
 //
 // A step without a state: the token is forgotten.
 struct DecodeForget {
   static constexpr bool kState = false;
+  static constexpr bool kMerges = false;
 
   template <typename Block>
   static LESS_DEVICE bool begin(Block&) {
@@ -243,6 +247,7 @@ struct DecodeForget {
 // It is folded into the state, unless the step is to forget, or what leaves is an empty slot.
 struct DecodeFold {
   static constexpr bool kState = true;
+  static constexpr bool kMerges = false;
 
   template <typename Block>
   static LESS_DEVICE bool begin(Block& block) {
@@ -254,6 +259,20 @@ struct DecodeFold {
   static LESS_DEVICE void end(Block& block) {
     block.fold();
   }
+};
+
+// It becomes part of a slot that stays, unless the step is to forget.
+struct DecodeMerge {
+  static constexpr bool kState = false;
+  static constexpr bool kMerges = true;
+
+  template <typename Block>
+  static LESS_DEVICE bool begin(Block& block) {
+    if (block.p.spec.victim == Victim::merge) block.merge();
+    return false;
+  }
+  template <typename Block>
+  static LESS_DEVICE void end(Block&) {}
 };
 
 }  // namespace less::cuda
