@@ -195,10 +195,10 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
 // Refuses rows for which this library has no kernels yet.
 inline void check_rows([[maybe_unused]] const char* op,
                        [[maybe_unused]] const LayerArguments& layer) {
-  if (layer.spec.victim == Victim::merge) {
-    fail(op, ": victim merge has no kernel yet; use victim forget");
-  }
 #ifdef LESS_LAUNCHES
+  if (layer.spec.victim == Victim::merge) {
+    fail(op, ": victim merge has no CUDA kernel yet; use victim forget");
+  }
   const Layout& layout = layer.layout;
   if (packed(layout.v_dtype) && layout.weights) {
     fail(op, ": packed rows with log-weights have no CUDA kernel yet");
