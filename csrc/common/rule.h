@@ -33,6 +33,16 @@ LESS_HD T select(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
+// Whether a token stays whatever its score; n: tokens seen, those of the call included.
+template <typename Position>
+LESS_HD auto is_protected(const Rule& rule, int64_t n, Position position)
+    -> decltype(position > position) {
+  const int64_t old = n - rule.recent - 1;
+  const Position youngest(int32_t(old > -1 ? old : -1));
+  const Position first_other(int32_t(rule.sinks < INT32_MAX ? rule.sinks : INT32_MAX));
+  return (position > youngest) | (first_other > position);
+}
+
 // The rank of a token; n: tokens seen, those of the call included. NaN ranks lowest.
 template <typename Position, typename Score>
 LESS_HD Score rank_of(const Rule& rule, int64_t n, Position position, Score score) {
@@ -43,10 +53,7 @@ LESS_HD Score rank_of(const Rule& rule, int64_t n, Position position, Score scor
     rank = rule.per_age ? score / Score(Position(int32_t(n)) - position) : score;
     rank = select(lowest < rank, rank, lowest);
   }
-  const int64_t old = n - rule.recent - 1;
-  const Position youngest(int32_t(old > -1 ? old : -1));
-  const Position first_other(int32_t(rule.sinks < INT32_MAX ? rule.sinks : INT32_MAX));
-  return select((position > youngest) | (first_other > position), Score(kInfinite), rank);
+  return select(is_protected(rule, n, position), Score(kInfinite), rank);
 }
 
 // Of two ranks, neither NaN, the lower leaves; of equals the older token.

@@ -1,5 +1,6 @@
 // The call's tokens join the slots. Of slots and call the S highest ranks stay, of equals the older
-// leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), and forgotten.
+// leaves first; what leaves is folded, H += psi(k)^T v, z += psi(k), or becomes part of the nearest
+// token that stays, or is forgotten.
 //
 // With W hot slots, the first tokens and the last ones have those, and do not compete. What leaves
 // the ring of the last ones is encoded, as is the rest of the call, and competes for the S - W
@@ -7,9 +8,10 @@
 //
 // Range:  heads (b,k); one call owns each head whole.
 // Memory: the keys and values that leave are read once, those of the call that stay are copied;
-//         scratch is one tile of tokens, and a few bytes for each candidate.
-// Order:  leavers fold in ascending position; of those who join, the older takes the lower slot:
-//         neither the thread count nor the rest of the batch changes a bit.
+//         scratch is one tile of tokens, a few bytes for each candidate, and where tokens merge the
+//         rows of those that stay as floats.
+// Order:  leavers fold, or merge, in ascending position; of those who join, the older takes the
+//         lower slot: neither the thread count nor the rest of the batch changes a bit.
 #include <algorithm>
 #include <optional>
 #include <utility>
@@ -18,6 +20,7 @@
 #include "cpu/codec.h"
 #include "cpu/feature_panel.h"
 #include "cpu/fold.h"
+#include "cpu/merge.h"
 #include "cpu/space.h"
 
 namespace less::cpu::LESS_ISA {
@@ -29,6 +32,16 @@ struct Candidate {
   float rank;
   int32_t position;
   int32_t source;  // slot, or layout.S + index in the call
+};
+
+// A token that may take others in.
+struct Target {
+  int32_t source;
+  int32_t position;
+  float score;
+  float weight;  // log-weight
+  float mass;    // of its score and of those whom it has taken in
+  bool changed;
 };
 
 // The keys or values of a head and of its call.
@@ -45,19 +58,26 @@ class Compaction {
         R_(p.layout.R),
         S_(p.layout.S),
         folds_(p.spec.victim == Victim::fold),
-        arena_(folds_ ? FeaturePanel::size(p.maps.psi) + Arena::size(D_ * kLanes) +
-                            Arena::size(R_ * kTokens) + Arena::size(kTokens * D_) +
-                            Arena::size(kLanes * D_) + Arena::size(features_scratch(p.maps.psi))
-                      : 0),
+        merges_(p.spec.victim == Victim::merge),
+        arena_(total_floats()),
         coded_(D_),
         row_(D_) {
-    if (!folds_) return;
-    psi_.emplace(p.maps.psi, arena_);
-    keys_ = arena_.take(D_ * kLanes);
-    features_ = arena_.take(R_ * kTokens);
-    values_ = arena_.take(kTokens * D_);
-    rows_ = arena_.take(kLanes * D_);
-    scratch_ = arena_.take(features_scratch(p.maps.psi));
+    if (folds_ || merges_) {
+      keys_ = arena_.take(D_ * kLanes);
+      values_ = arena_.take(kTokens * D_);
+      rows_ = arena_.take(kLanes * D_);
+    }
+    if (folds_) {
+      psi_.emplace(p.maps.psi, arena_);
+      features_ = arena_.take(R_ * kTokens);
+      scratch_ = arena_.take(features_scratch(p.maps.psi));
+    }
+    if (merges_) {
+      target_keys_ = arena_.take(S_ * D_);
+      target_weight_ = arena_.take(S_);
+      mean_keys_ = arena_.take(S_ * D_);
+      mean_values_ = arena_.take(S_ * D_);
+    }
   }
 
   void run(int64_t row) {
@@ -108,6 +128,7 @@ class Compaction {
     if (leaving > 0) {
       choose(leaving, position);
       if (folds_) fold(h, head.state);
+      if (merges_) merge(leaving, slots, slot_score);
       for (int32_t source : leaving_) {
         if (source < S_) {
           leave(source);
@@ -115,6 +136,7 @@ class Compaction {
           chunk_position_[source - S_] = -1;
         }
       }
+      if (merges_) put_means(slots);
     }
     joining_.clear();
     for (int64_t s = 0; s < W; ++s) {
@@ -129,10 +151,15 @@ class Compaction {
     int64_t slot = W;
     for (int32_t source : joining_) {
       while (position[slot] >= 0) ++slot;
-      take(k_, slot, source);
-      take(v_, slot, source);
-      position[slot] = source < S_ ? position[source] : chunk_position_[source - S_];
-      score[slot] = slot_score[source];  // the call's follow those of S_ slots
+      const int32_t target = leaving > 0 && merges_ ? mean_of_[source] : -1;
+      if (target >= 0) {
+        put_mean(target, slots, slot);
+      } else {
+        take(k_, slot, source);
+        take(v_, slot, source);
+        position[slot] = source < S_ ? position[source] : chunk_position_[source - S_];
+        score[slot] = slot_score[source];  // the call's follow those of S_ slots
+      }
       if (source < W) leave(source);
     }
     for (int64_t t = 0; W > 0 && t < T_; ++t) {
@@ -147,6 +174,15 @@ class Compaction {
   }
 
  private:
+  int64_t total_floats() const {
+    constexpr auto size = Arena::size;
+    if (!folds_ && !merges_) return 0;
+    const int64_t tile = size(D_ * kLanes) + size(kTokens * D_) + size(kLanes * D_);
+    if (merges_) return tile + 3 * size(S_ * D_) + size(S_);
+    return tile + FeaturePanel::size(p_.maps.psi) + size(R_ * kTokens) +
+           size(features_scratch(p_.maps.psi));
+  }
+
   // The rows of a candidate, and which of them is its own.
   std::pair<const Stored*, int64_t> find(const Kept& x, int64_t source) const {
     if (source >= S_) return {&x.call, source - S_};
@@ -249,10 +285,98 @@ class Compaction {
     }
   }
 
+  // Those who stay and are not protected become targets, in ascending position.
+  void gather_targets(int64_t leaving, const Slots& slots, const float* score) {
+    targets_.clear();
+    for (size_t i = leaving; i < tokens_.size(); ++i) {
+      const Candidate& t = tokens_[i];
+      if (!(t.rank < kInfinity)) continue;
+      const float mass = mass_of(score[t.source]);
+      targets_.push_back({t.source, t.position, score[t.source], log_weight(slots, t.source), mass,
+                          /*changed=*/false});
+    }
+    std::sort(targets_.begin(), targets_.end(),
+              [](const Target& a, const Target& b) { return a.position < b.position; });
+    sources_.clear();
+    for (size_t j = 0; j < targets_.size(); ++j) {
+      sources_.push_back(targets_[j].source);
+      target_weight_[j] = targets_[j].mass;
+    }
+    const int64_t N = int64_t(targets_.size());
+    load(k_, sources_.data(), N, target_keys_);
+    load(v_, sources_.data(), N, mean_values_);
+    std::copy(target_keys_, target_keys_ + N * D_, mean_keys_);
+  }
+
+  float log_weight(const Slots& slots, int64_t source) const {
+    return source < S_ ? slots.weight[source] : 0.0f;
+  }
+  int32_t position(const Slots& slots, int64_t source) const {
+    return source < S_ ? slots.position[source] : chunk_position_[source - S_];
+  }
+
+  // Those who leave become part of their targets, which they find by weights and keys as they are
+  // before any mean.
+  void merge(int64_t leaving, const Slots& slots, const float* score) {
+    gather_targets(leaving, slots, score);
+    const int64_t N = int64_t(targets_.size());
+    for (int64_t first = 0; first < leaving && N > 0; first += kLanes) {
+      const int32_t* source = leaving_.data() + first;
+      const int64_t count = std::min(kLanes, leaving - first);
+      load(k_, source, count, rows_);
+      load(v_, source, count, values_);
+      if (count < kLanes) std::fill(keys_, keys_ + D_ * kLanes, 0.0f);
+      float weight[kLanes] = {};
+      for (int64_t n = 0; n < count; ++n) {
+        put_lane(rows_ + n * D_, D_, n, keys_);
+        weight[n] = mass_of(score[source[n]]);
+      }
+      int32_t nearest[kLanes];
+      nearest_targets(target_keys_, target_weight_, N, D_, keys_, weight, nearest);
+      for (int64_t n = 0; n < count; ++n) {
+        if (nearest[n] < 0) continue;
+        const int64_t j = nearest[n];
+        Target& target = targets_[j];
+        const float part = weight[n] / (weight[n] + target.mass);
+        move_towards(rows_ + n * D_, part, D_, mean_keys_ + j * D_);
+        move_towards(values_ + n * D_, part, D_, mean_values_ + j * D_);
+        target.mass += weight[n];
+        target.position = std::max(target.position, position(slots, source[n]));
+        target.score += score[source[n]];
+        target.weight = merged_weight(target.weight, log_weight(slots, source[n]));
+        target.changed = true;
+      }
+    }
+  }
+
+  // Writes the means of slots that stay where they are, and notes where those of the others are.
+  void put_means(const Slots& slots) {
+    mean_of_.assign(S_ + p_.T, -1);
+    for (size_t j = 0; j < targets_.size(); ++j) {
+      const Target& target = targets_[j];
+      if (!target.changed) continue;
+      if (target.source >= slots.W && target.source < S_) {
+        put_mean(int64_t(j), slots, target.source);
+      } else {
+        mean_of_[target.source] = int32_t(j);
+      }
+    }
+  }
+
+  // A target, with all that it has taken in, takes a slot.
+  void put_mean(int64_t j, const Slots& slots, int64_t slot) {
+    const Target& target = targets_[j];
+    encode_row(k_.slots.cold, slot - slots.W, mean_keys_ + j * D_, D_);
+    encode_row(v_.slots.cold, slot - slots.W, mean_values_ + j * D_, D_);
+    slots.position[slot] = target.position;
+    slots.score[slot] = target.score;
+    slots.weight[slot] = target.weight;
+  }
+
   const CompactParams& p_;
   const int64_t D_, R_;
   const int64_t S_;  // where the call's candidates begin, whatever slots a head has
-  const bool folds_;
+  const bool folds_, merges_;
   Arena arena_;
   std::optional<FeaturePanel> psi_;
   float* keys_ = nullptr;             // [D][kLanes]
@@ -260,6 +384,10 @@ class Compaction {
   float* values_ = nullptr;           // [kTokens, D]
   float* rows_ = nullptr;             // [kLanes, D]
   float* scratch_ = nullptr;          // of features()
+  float* target_keys_ = nullptr;      // [targets, D], before any mean
+  float* target_weight_ = nullptr;    // [targets], likewise
+  float* mean_keys_ = nullptr;        // [targets, D]
+  float* mean_values_ = nullptr;      // [targets, D]
   std::vector<unsigned char> coded_;  // a row of at most 8 bits a number
   std::vector<float> row_;            // [D]
   std::vector<int32_t> chunk_position_;
@@ -267,6 +395,9 @@ class Compaction {
   std::vector<int32_t> leaving_;      // sources, by ascending position
   std::vector<int32_t> joining_;      // who takes a slot that is not hot, likewise
   std::vector<uint8_t> leaves_call_;  // [T]
+  std::vector<Target> targets_;
+  std::vector<int32_t> sources_;  // of targets_
+  std::vector<int32_t> mean_of_;  // by source: the target that joins with a mean; -1: none
   Kept k_{}, v_{};
 };
 

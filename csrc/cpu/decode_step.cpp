@@ -3,7 +3,8 @@
 //   out = (phi H + sum e^l v) / (phi z + sum e^l),  l = scale q.k + weight, over slots and token
 //   (with a soft-cap, softcap tanh(scale q.k / softcap) + weight)
 //   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
-//   the lowest position; H += psi(k)^T v, z += psi(k) of the victim; the token takes its slot.
+//   the lowest position; H += psi(k)^T v, z += psi(k) of the victim, or the nearest token takes it
+//   in; the token takes its slot.
 //   Where there are hot slots the token takes its own of them; who lay there is encoded, and is
 //   what a free slot, or the victim's, is for.
 //
@@ -21,6 +22,8 @@
 #include "cpu/codec.h"
 #include "cpu/features.h"
 #include "cpu/integer_rows.h"
+#include "cpu/lowest.h"
+#include "cpu/merge.h"
 #include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -30,17 +33,6 @@
 
 namespace less::cpu::LESS_ISA {
 namespace {
-
-// The candidate that leaves before all others.
-struct Lowest {
-  float rank = kInfinity;
-  int32_t position = INT32_MAX;
-  int64_t source = -1;
-
-  void offer(float r, int32_t at, int64_t from) {
-    if (leaves_before(r, at, rank, position)) *this = {r, at, from};
-  }
-};
 
 // Slots whose rows are stored alike.
 struct Group {
@@ -60,6 +52,7 @@ class Step {
         width_(padded(p.spec.D)),
         rotates_(p.maps.space.key_mean != nullptr),
         rounds_(packed(p.layout.v_dtype)),
+        merges_(p.spec.victim == Victim::merge),
         scaled_(has_scale(p.layout.v_dtype) || has_scale(p.layout.call_dtype)) {
     Scratch scratch(total_floats());
     const int64_t most = padded(p.layout.S + 1);
@@ -79,6 +72,7 @@ class Step {
     for (float*& row : left_row_) row = scratch.floats(width_);
     features_ = scratch.floats(padded(R_));
     hidden_ = scratch.floats(hidden_floats());
+    distances_ = merges_ ? scratch.floats(KeyDistances::scratch(D_)) : nullptr;
   }
 
   // Work item (head, b), of [0, K B); `last`: no other follows.
@@ -100,10 +94,10 @@ class Step {
       narrow(out, D_, p_.out.dtype, offset(p_.out, b_, query(g), 0), p_.out.data);
     }
     if (p_.spec.victim == Victim::none) return;
-    const Token token{int32_t(seen_), p_.spec.scores ? add_scores() : 0.0f};
+    const Token token{int32_t(seen_), p_.spec.scores ? add_scores() : 0.0f, 0.0f};
     if (W_ == 0) return join(token, new_k(), new_v());
     const int64_t slot = hot_slot(p_.layout, seen_);
-    const Token left{slots_.position[slot], slots_.score[slot]};
+    const Token left{slots_.position[slot], slots_.score[slot], 0.0f};
     if (left.position >= 0) encode(slot);
     copy_row(new_k(), 0, group_[0].k, slot);
     copy_row(new_v(), 0, group_[0].v, slot);
@@ -115,6 +109,7 @@ class Step {
   struct Token {
     int32_t position;
     float score;
+    float weight;
   };
 
   // What a work item reads; empty where its row has no page.
@@ -160,7 +155,8 @@ class Step {
     const int64_t most = padded(p_.layout.S + 1);
     return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
            (rounds_ ? line(G_ * width_ / 4) : 0) + 4 * line(G_) + 6 * line(width_) +
-           line(padded(R_)) + line(hidden_floats());
+           line(padded(R_)) + line(hidden_floats()) +
+           (merges_ ? line(KeyDistances::scratch(D_)) : 0);
   }
 
   void clear() {
@@ -366,7 +362,7 @@ class Step {
   }
 
   // A token takes a slot that is not hot: a free one, or the victim's; or is the victim itself.
-  void join(const Token& token, const Stored& k, const Stored& v) {
+  void join(Token token, const Stored& k, const Stored& v) {
     const Group& cold = group_[1];
     int64_t slot = first_free();
     if (slot < 0) {
@@ -378,6 +374,7 @@ class Step {
           fold(k, v, 0);
         }
       }
+      if (merges_) take_in(slot, token, k, v);
     }
     if (slot == S_) return;
     copy_row(k, 0, cold.k, slot - W_);
@@ -398,30 +395,62 @@ class Step {
   int64_t choose(const Token& token) const {
     const Rule rule = for_slots(p_.spec.rule, S_);
     const int64_t n = seen_ + 1;
-    Vec best(kInfinity);
-    Int best_position(INT32_MAX), best_slot(-1), slot = iota() + Int(int32_t(W_));
-    int64_t s = W_;
-    for (; s + Vec::kSize <= S_; s += Vec::kSize) {
-      const Int position = Int::load(slots_.position + s);
-      const Vec rank = rank_of(rule, n, position, Vec::load(slots_.score + s));
-      const Int better = leaves_before(rank, position, best, best_position);
-      best = select(better, rank, best);
-      best_position = select(better, position, best_position);
-      best_slot = select(better, slot, best_slot);
-      slot = slot + Int(Vec::kSize);
-    }
-    float rank[Vec::kSize];
-    int32_t position[Vec::kSize], from[Vec::kSize];
-    best.store(rank);
-    best_position.store(position);
-    best_slot.store(from);
-    Lowest lowest;
-    for (int i = 0; i < Vec::kSize; ++i) lowest.offer(rank[i], position[i], from[i]);
-    for (; s <= S_; ++s) {
-      const int32_t at = s < S_ ? slots_.position[s] : token.position;
-      lowest.offer(rank_of(rule, n, at, s < S_ ? slots_.score[s] : token.score), at, s);
-    }
+    const auto rank = [&](auto position, auto from) LESS_LAMBDA_INLINE {
+      return rank_of(rule, n, position, from(slots_.score));
+    };
+    Lowest lowest = lowest_of(slots_.position, W_, S_, Lowest{}, rank);
+    lowest.offer(rank_of(rule, n, token.position, token.score), token.position, S_);
     return lowest.source;
+  }
+
+  // A candidate: a slot's, or the token that joins.
+  struct Candidate {
+    int32_t& position;
+    float& score;
+    float& weight;
+    const Stored& k;
+    const Stored& v;
+    int64_t row;
+  };
+
+  // The victim, a slot or S_ for the token, becomes part of the nearest of the others: of a slot's
+  // or of the token. Of nobody where all are protected.
+  void take_in(int64_t victim, Token& token, const Stored& k, const Stored& v) {
+    const Group& cold = group_[1];
+    const auto candidate = [&](int64_t source) -> Candidate {
+      if (source == S_) return {token.position, token.score, token.weight, k, v, 0};
+      return {slots_.position[source],
+              slots_.score[source],
+              slots_.weight[source],
+              cold.k,
+              cold.v,
+              source - W_};
+    };
+    const Candidate i = candidate(victim);
+    const KeyDistances from(i.k, i.row, D_, distances_);
+    float* const distance = logit_;  // [S_ + 1], whose logits are done with
+    from.to(cold.k, cold.count, distance + W_);
+    from.to(k, 1, distance + S_);
+    distance[victim] = kInfinity;
+    const Rule rule = for_slots(p_.spec.rule, S_);
+    const float w_i = mass_of(i.score);
+    const int64_t n = seen_ + 1;
+    const auto cost = [&](auto position, auto from) LESS_LAMBDA_INLINE {
+      const auto score = from(slots_.score);
+      return merge_cost(rule, n, position, decltype(score)(w_i), mass_of(score),
+                        from(distance));
+    };
+    Lowest nearest = lowest_of(slots_.position, W_, S_, Lowest::finite(), cost);
+    nearest.offer(merge_cost(rule, n, token.position, w_i, mass_of(token.score), distance[S_]),
+                  token.position, S_);
+    if (nearest.source < 0) return;
+    const Candidate j = candidate(nearest.source);
+    const float part = w_i / (w_i + mass_of(j.score));
+    merge_row(i.k, i.row, part, D_, key_, value_, j.k, j.row);
+    merge_row(i.v, i.row, part, D_, key_, value_, j.v, j.row);
+    j.position = std::max(j.position, i.position);
+    j.score += i.score;
+    j.weight = merged_weight(j.weight, i.weight);
   }
 
   void fold(const Stored& k, const Stored& v, int64_t row) {
@@ -435,14 +464,15 @@ class Step {
   void hold(int64_t slot, const Token& token) {
     slots_.position[slot] = token.position;
     slots_.score[slot] = token.score;
-    if (slots_.weight != nullptr) slots_.weight[slot] = 0.0f;
+    if (slots_.weight != nullptr) slots_.weight[slot] = token.weight;
   }
 
   const DecodeStepParams& p_;
   const int64_t G_, D_, R_;  // R: 0 where there are no maps to read the state by
   const int64_t W_, width_;
   const bool rotates_, rounds_;  // rounds: queries too, to 8 bits
-  const bool scaled_;            // some rows of values have scales
+  const bool merges_;
+  const bool scaled_;  // some rows of values have scales
   Stream stream_;
   int64_t head_ = 0, b_ = 0, S_ = 0, stride_ = 0, held_ = 0, seen_ = 0;
   Slots slots_{};
@@ -462,6 +492,7 @@ class Step {
   uint16_t left_half_[2];
   float* features_;  // [R]
   float* hidden_;
+  float* distances_;  // KeyDistances' own
 };
 
 }  // namespace

@@ -195,11 +195,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
 // Refuses rows for which this library has no kernels yet.
 inline void check_rows([[maybe_unused]] const char* op,
                        [[maybe_unused]] const LayerArguments& layer) {
-#ifndef LESS_LAUNCHES
-  if (layer.spec.victim == Victim::merge) {
-    fail(op, ": victim merge has no kernel yet; use victim forget");
-  }
-#else
+#ifdef LESS_LAUNCHES
   const Layout& layout = layer.layout;
   if (layer.spec.victim == Victim::merge && layout.R > 0) {
     fail(op, ": victim merge with a low-rank state has no CUDA kernel; use victim fold");

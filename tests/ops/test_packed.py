@@ -56,11 +56,9 @@ def space_of(D, seed=5):
     )
 
 
-def layer_of(name, layout, policy, *, state=False, space=None, softcap=None):
+def layer_of(name, layout, policy, *, state=False, **options):
     maps = random_maps(Q, K, layout.head_dim, 16, layout.rank, "exp", seed=1) if state else None
-    return PagedLayer(
-        policy, layout, Q, maps=maps, space=space, softcap=softcap, null_page=NULL, backend=name
-    )
+    return PagedLayer(policy, layout, Q, maps=maps, null_page=NULL, backend=name, **options)
 
 
 def call_of(T, D, seed, padding=0.0):
@@ -88,7 +86,7 @@ def assert_same_pages(layout, got, want):
                 assert torch.equal(y, x), name
 
 
-def run(layout, policy, calls, *, pages=(2, 0), padding=0.0, **options):
+def run(layout, policy, calls, *, pages=(2, 0), padding=0.0, same=assert_same_pages, **options):
     """Calls of these lengths: after each the output is close, and the pages are the same.
 
     Pages begin as NaN. Returns the reference's last pages and output.
@@ -105,7 +103,7 @@ def run(layout, policy, calls, *, pages=(2, 0), padding=0.0, **options):
         )
         assert (got - want).abs().max() <= 2e-5 * max(1.0, want.abs().max().item())
         held = [p for p in pages if p != NULL]
-        assert_same_pages(layout, *(pool[held] for pool in pools))
+        same(layout, *(pool[held] for pool in pools))
         untouched = [p for p in range(3) if p not in held]
         assert bool((pools[0][untouched] == 0xFF).all())
     return pools[1][held], want
