@@ -25,6 +25,7 @@ from less.cache.checks import (
     positive,
     real_device,
     sliding_layers,
+    warn_of_merging,
 )
 from less.cache.described import Described
 from less.cache.holdings import Holdings
@@ -146,10 +147,10 @@ class LessKVCache(Described, CacheProtocol):
         if sidekick is not None:
             check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
         if self.victim == "merge":
-            held = [p for p in self.policies if p is not None]
-            for i, one in enumerate(held):
-                if one not in held[:i]:
+            for one in self.policies:
+                if one is not None:
                     check_merging(op, one)
+            warn_of_merging(op, self.policies)
         self._capacities = layer_capacities(op, capacities, self.policies, kv_heads)
         self.calibration = calibration
         if calibration is not None:

@@ -124,9 +124,6 @@ def checked_victim(op: str, victim: str | None, sidekick: Sidekick | None) -> st
 def check_merging(op: str, policy: Policy) -> None:
     """Refuse a policy whose tokens have no scores, by which tokens are merged.
 
-    Warns of scores that never decay: old tokens then move every mean, and the cache becomes worse
-    than one that forgets.
-
     Raises:
         ValueError: It is one.
     """
@@ -135,7 +132,15 @@ def check_merging(op: str, policy: Policy) -> None:
             f"{op}: victim 'merge' weighs tokens by their scores, which policy "
             f"{type(policy).__name__} does not keep; use H2O, or victim 'forget'"
         )
-    if policy.evicts and policy.decay == 1.0:
+
+
+def warn_of_merging(op: str, policies: Sequence[Policy | None]) -> None:
+    """Warn of scores that never decay.
+
+    Old tokens then move every mean, and a cache that merges loses more than one that forgets.
+    """
+    policy = next((p for p in policies if p is not None and p.evicts and p.decay == 1.0), None)
+    if policy is not None:
         warnings.warn(
             f"{op}: victim 'merge' weighs means by scores, and those of {policy!r} never decay: "
             "this does harm (docs/merging.md); give it a decay, such as 0.98",

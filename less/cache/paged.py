@@ -11,7 +11,7 @@ from torch import Tensor
 from less import backend as backends
 from less._check import require_int, require_tensor
 from less.backend import Backend
-from less.cache.checks import check_call, check_dtype, positive
+from less.cache.checks import check_call, check_dtype, check_merging, positive
 from less.layer import (
     Call,
     LayerPlan,
@@ -92,6 +92,8 @@ class PagedLayer:
                 f"{op}: layout must have the policy's capacity, {policy.capacity}, got "
                 f"{layout.capacity}"
             )
+        if victim == "merge":
+            check_merging(op, policy)
         self.policy, self.layout, self.device = policy, layout, torch.device(device)
         if backend is None or isinstance(backend, str):
             backend = backends.choose(backend, self.device)

@@ -151,8 +151,6 @@ class LayerPlan:
             raise ValueError(
                 f"{op}: the layout's rank must be that of the maps, {rank}, got {self.layout.rank}"
             )
-        if self.spec.victim == "merge" and not self.spec.scores:
-            raise ValueError(f"{op}: victim 'merge' weighs tokens by scores, which spec has not")
         if self.spec.victim == "merge" and not self.layout.weights:
             raise ValueError(f"{op}: victim 'merge' needs a layout with weights")
         if self.spec.victim == "fold" and self.maps is None:
