@@ -108,6 +108,10 @@ class Space:
             ((v - self.v_mean) * self.c_v) @ self.rotation,
         )
 
+    def key_without_mean(self, k: Tensor) -> Tensor:
+        """Keys [K, T, D] of the space as the layer's own, less their mean."""
+        return (k @ self.rotation.T) / self.c_k
+
     def leave(self, out: Tensor) -> Tensor:
         """An output [Q, T, D] of the space as the layer's own."""
         K, D = self.c_v.shape[0], out.shape[-1]
