@@ -18,7 +18,7 @@ from bench.simulate import __main__ as simulate_command
 from bench.simulate import quantizers, rounding
 from bench.simulate.budgets import STEP, Curves, along, deal
 from bench.simulate.measure import Measurement, Setting
-from bench.simulate.native import Cache, Features, Quantizer, round_rows, simulate
+from bench.simulate.native import VICTIMS, Cache, Features, Quantizer, round_rows, simulate
 from bench.simulate.space import SPACES, Space, moments, rotation
 from less import H2O, LessKVCache, Sidekick, SinkRecent
 from less.budget import most_within, page_bytes
@@ -73,6 +73,35 @@ def test_the_simulator_answers_as_the_cache_does(
     q, k, v = random_qkv(1, Q, K, T, D, seed=D)
     ours = simulate(q[0], k[0], v[0], simulated(policy, rows), D**-0.5)
     assert_close(ours, real(policy, dtype, q, k, v)[0], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
+def test_rows_merge_as_the_cache_merges_them(policy: Policy, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(1, Q, K, T, 16)
+    rows = quantizers.EXACT if dtype == torch.float32 else quantizers.HALF
+    forgetting = simulated(policy, rows)
+    ours = simulate(q[0], k[0], v[0], replace(forgetting, victim="merge"), 0.25)
+    assert_close(ours, real(policy, dtype, q, k, v, victim="merge")[0], torch.float32)
+    assert (ours - simulate(q[0], k[0], v[0], forgetting, 0.25)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("rows", ["k4v4", "k3v3", "k2v2"])
+def test_packed_rows_of_heads_of_their_own_are_the_cache_s(rows: str, victim: str) -> None:
+    D, hot, capacities = 64, {"sinks": 2, "hot": 6}, (16, 26)
+    q, k, v = random_qkv(1, Q, K, T, D)
+    policy = H2O(heavy=9, recent=12, decay=0.9)
+    more = {**hot, "victim": victim, "capacities": [capacities]}
+    wanted = real(policy, rows, q, k, v, **more)[0]
+    packed = quantizers.named("max", int(rows[1]), D)
+    cache = Cache(
+        packed, packed, [S - 8 for S in capacities], **hot,
+        recent=[12 * S // 21 for S in capacities], decay=0.9, int8_queries=True, victim=victim,
+    )  # fmt: skip
+    space = Space(K, D)
+    ours = space.leave(simulate(*space.enter(q[0], k[0], v[0]), cache, D**-0.5))
+    assert_close(ours, wanted, torch.float32, 4)
 
 
 def test_tokens_that_leave_join_a_state_as_in_the_cache() -> None:
@@ -158,6 +187,7 @@ def encoded(x: torch.Tensor, rows: Quantizer) -> torch.Tensor:
     level = torch.tensor(rows.levels)
     unit = x.abs().amax(-1, True) if rows.by_max else x.square().mean(-1, True).sqrt()
     cuts = (level[1:] + level[:-1]) / 2
+    unit = unit * rows.unit
     code = (x[..., None] > cuts * unit[..., None]).sum(-1)
     chosen = level[code]
     match = (x * chosen).sum(-1, True)

@@ -74,7 +74,8 @@ class Setting:
         return Cache(
             k, v, [S - hot for S in slots], sinks=self.sinks, hot=self.hot,
             recent=[int(self.recent * S) for S in slots], decay=self.decay,
-            half_scores=self.half_scores, victim=self.victim,
+            half_scores=self.half_scores,
+            int8_queries=k.kind == "table", victim=self.victim,
         )  # fmt: skip
 
     def slots(self, D: int, length: int) -> int:

@@ -34,7 +34,8 @@ class Quantizer:
     Attributes:
         kind: One of ``KINDS``; what follows is of ``"table"`` alone.
         levels: What a code stands for, in units of the scale, ascending.
-        by_max: The unit of the levels is the largest number of the group, else its rms.
+        by_max: A group is cut by its largest number, else by its rms.
+        unit: The part of that which a level of 1 stands for.
         fit: The stored scale: the unit itself (``"none"``), the one of least squared error
             (``"square"``), or the one that keeps the row's product with itself (``"product"``),
             so that a row is not shortened.
@@ -44,6 +45,7 @@ class Quantizer:
     kind: str
     levels: tuple[float, ...] = ()
     by_max: bool = False
+    unit: float = 1.0
     fit: str = "square"
     group: int = 0
 
@@ -63,6 +65,7 @@ class Cache:
         protect: First tokens that do not leave (the policy's).
         decay: What a score keeps per token.
         half_scores: Scores are held in fp16.
+        int8_queries: Queries are rounded to int8, as they are where they meet packed rows.
         victim: ``"forget"``, or ``"merge"``: who leaves joins another cold row.
     """
 
@@ -76,12 +79,14 @@ class Cache:
     protect: int = 0
     decay: float = 0.98
     half_scores: bool = False
+    int8_queries: bool = False
     victim: str = "forget"
 
 
 class _Quantizer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("kind", "levels", "group", "by_max", "fit")] + [
-        ("level", ctypes.c_void_p)
+        ("unit", ctypes.c_float),
+        ("level", ctypes.c_void_p),
     ]
 
 
@@ -142,6 +147,7 @@ def _filled(rows: Quantizer, D: int, alive: list[Tensor]) -> _Quantizer:
         group,
         rows.by_max,
         FITS.index(rows.fit),
+        rows.unit,
         table.data_ptr(),
     )
 
@@ -216,6 +222,8 @@ def simulate(
     q, k, v, phi, psi = (
         x.to(torch.float32).contiguous() for x in (q, k, v, features.phi, features.psi)
     )
+    if cache.int8_queries:
+        q = round_rows(q, Quantizer("int8"))
     out = torch.empty_like(q)
     noise = noise or Noise(*torch.zeros(2, 2, dtype=torch.float64))
     alive: list[Tensor] = []

@@ -27,8 +27,9 @@ struct Quantizer {
   int32_t kind;        // Kind
   int32_t levels;      // kTable: how many
   int32_t group;       // kTable: numbers per scale; divides D
-  int32_t by_max;      // kTable: levels are in units of the largest number, else of the rms
+  int32_t by_max;      // kTable: rows are cut by their largest number, else by their rms
   int32_t fit;         // kTable: Fit
+  float unit;          // kTable: the part of that which a level of 1 stands for
   const float* level;  // kTable: [levels], ascending
 };
 
@@ -100,6 +101,7 @@ void round_group(const Quantizer& f, const float* x, int n, float* y) {
     std::fill(y, y + n, unit);  // 0, or NaN
     return;
   }
+  unit *= f.unit;
   float threshold[256];
   for (int i = 0; i + 1 < f.levels; ++i) {
     threshold[i] = 0.5f * (f.level[i] + f.level[i + 1]) * unit;
