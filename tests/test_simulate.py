@@ -16,7 +16,6 @@ if not any(map(shutil.which, ("c++", "g++"))):
 
 from bench.simulate import __main__ as simulate_command
 from bench.simulate import quantizers, rounding
-from bench.simulate.budgets import STEP, Curves, along, deal
 from bench.simulate.measure import Measurement, Setting
 from bench.simulate.native import VICTIMS, Cache, Features, Quantizer, round_rows, simulate
 from bench.simulate.space import SPACES, Space, moments, rotation
@@ -273,36 +272,14 @@ def test_settings_that_cannot_be_are_refused_by_name() -> None:
         simulate(*torch.ones(3, 1, 2, 16), Cache(exact, exact, 4, victim="fold"), 1.0)
 
 
-def test_slots_go_where_errors_fall_fastest() -> None:
-    grid = (8, 16, 32, 64, 128)
-    power = torch.tensor(grid, dtype=torch.float64)
-    steep, flat = 100 * power**-2, 0.01 * power**-0.5
-    curves = Curves(grid, {0: torch.stack([steep, flat]), 3: torch.stack([flat, steep])})
-    dealt = deal(curves, 400, 20, 1024)
-    assert sum(map(sum, dealt.values())) == 400
-    assert dealt[0][0] > dealt[0][1] >= 20
-    assert dealt[3][1] > dealt[3][0] >= 20
-    # At the optimum a slot gains as much in one head as in another.
-    assert abs(dealt[0][0] - dealt[3][1]) <= STEP
-    assert deal(curves, 80, 20, 1024) == {0: [20, 20], 3: [20, 20]}
-    assert max(map(max, deal(curves, 10**4, 20, 300).values())) == 300
-
-
-def test_a_curve_is_straight_in_logarithms() -> None:
-    grid = (8, 16, 32)
-    wanted = [5.0 * n**-1.5 for n in (10, 16, 20, 500)]
-    assert along(grid, [5.0 * n**-1.5 for n in grid], [10, 16, 20, 500]) == pytest.approx(wanted)
-
-
 def test_budgets_keep_to_the_bytes(tiny: Measurement) -> None:
     setting = Setting("k4v4", 30, budgets=True, sinks=2, hot=4)
     D, dealt = tiny.head_dim, tiny.capacities(setting)
-    slots = setting.slots(D, 80)
     heads = [S for layer in dealt.values() for S in layer]
     assert len(heads) == 2 * tiny.kv_heads
     assert len(set(heads)) > 1
     spent = sum(setting.head_bytes(D, S) for S in heads)
-    assert 0.9 < spent / (len(heads) * setting.head_bytes(D, slots)) <= 1
+    assert 0.9 < spent / (len(heads) * setting.room(D)) <= 1
 
 
 def test_both_commands_print_a_table_of_a_model_and_a_text(

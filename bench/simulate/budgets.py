@@ -1,14 +1,14 @@
-"""How many slots each kv head gets: error curves of a training text, and what they buy.
+"""Error curves of a training text, along which ``less.budget.deal_curves`` deals slots to heads.
 
 A head's error at a capacity is what its part of the layer's output loses, after the output
 projection, with inputs that are exact. A layer's errors are divided by the mean square of the
-residual stream that they are added to. Who gets the next slots is who gains the most of them.
+residual stream that they are added to. ``less.fit.curves`` measures the same through the real
+cache, with one layer after another in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from bench.simulate.model import full, nats
 from bench.simulate.native import Cache, simulate
 
 GRID = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-STEP = 4  # slots that are dealt at once
 
 
 @dataclass(frozen=True)
@@ -102,61 +101,3 @@ def _residual(model: Any, start: int, power: dict[int, float]) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def deal(measured: Curves, total: int, least: int, most: int) -> dict[int, list[int]]:
-    """Deal slots to heads so that the errors' sum is the least, on the curves' convex hulls.
-
-    Args:
-        measured: The curves.
-        total: Slots of all heads together, at least `least` for each.
-        least: Slots that every head gets.
-        most: Slots that no head exceeds.
-
-    Returns:
-        By layer: slots of each head.
-    """
-    heads = [(layer, h) for layer, error in measured.error.items() for h in range(len(error))]
-    dealt = dict.fromkeys(heads, least)
-    offers = []
-    for i, (layer, h) in enumerate(heads):
-        slots = range(least, most + 1, STEP)
-        errors = along(measured.capacities, measured.error[layer][h].tolist(), slots)
-        for gain, first, stop in _hull(slots, errors):
-            offers.append((-gain, i, first, stop))
-    left = total - least * len(heads)
-    for _, i, first, stop in sorted(offers):
-        taken = min(stop - first, left)
-        dealt[heads[i]] += taken
-        left -= taken
-    return {
-        layer: [dealt[layer, h] for h in range(len(error))]
-        for layer, error in measured.error.items()
-    }
-
-
-def along(capacities: Sequence[int], errors: Sequence[float], slots: Sequence[int]) -> list[float]:
-    """A curve at other slots: straight in logarithms between its points and beyond its last two."""
-    x = torch.tensor(capacities, dtype=torch.float64).log()
-    y = torch.tensor(errors, dtype=torch.float64).clamp(min=1e-12).log().cummin(0).values
-    at = torch.tensor(slots, dtype=torch.float64).log()
-    i = torch.searchsorted(x, at).clamp(1, len(x) - 1)
-    slope = (y[i] - y[i - 1]) / (x[i] - x[i - 1])
-    found: list[float] = (y[i] + slope * (at - x[i])).exp().tolist()
-    return found
-
-
-def _hull(slots: Sequence[int], errors: Sequence[float]) -> Iterator[tuple[float, int, int]]:
-    """Segments of the lower convex hull: what a slot gains, first slots, last slots."""
-    corner: list[int] = []
-    for i in range(len(slots)):
-        while len(corner) > 1:
-            a, b = corner[-2], corner[-1]
-            if (errors[a] - errors[b]) * (slots[i] - slots[a]) > (errors[a] - errors[i]) * (
-                slots[b] - slots[a]
-            ):
-                break
-            corner.pop()
-        corner.append(i)
-    for a, b in itertools.pairwise(corner):
-        yield (errors[a] - errors[b]) / (slots[b] - slots[a]), slots[a], slots[b]

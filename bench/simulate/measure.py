@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from bench.simulate import quantizers
-from bench.simulate.budgets import Curves, curves, deal
+from bench.simulate.budgets import Curves, curves
 from bench.simulate.model import Sidekick, bounded, calibrate, nats
 from bench.simulate.native import Cache, Noise
 from bench.simulate.space import Moments, space_by_name
-from less.budget import most_within
+from less.budget import deal_curves, most_within
 from less.evaluate.perplexity import Nats, recovered
 from less.layer.layout import field_bytes
 
 LEAST_COLD = 12  # cold slots that every head is dealt
-MOST = 4096  # slots that none exceeds
 METADATA = {"forget": 8, "merge": 12}  # bytes of a slot: position, score, log-weight
 
 
@@ -178,21 +177,16 @@ class Measurement:
 
     def capacities(self, setting: Setting, measured: Curves | None = None) -> dict[int, list[int]]:
         """Slots of each head, by layer; of the curves of the training text, or of others."""
-        D, length = self.head_dim, self.chunks.shape[1]
-        slots = setting.slots(D, length)
         measured = measured or self.curves()
-        heads = sum(map(len, measured.error.values()))
-        least = setting.sinks + setting.hot + LEAST_COLD
-
-        def dealt(mean: int) -> dict[int, list[int]]:
-            return deal(measured, max(mean, least) * heads, least, MOST)
-
-        def spent(mean: int) -> int:
-            table = dealt(mean).values()
-            return sum(setting.head_bytes(D, S) for layer in table for S in layer)
-
-        room = heads * setting.head_bytes(D, slots)
-        return dealt(most_within(room, spent))
+        D, K = self.head_dim, self.kv_heads
+        dealt = deal_curves(
+            list(measured.error.values()),
+            measured.capacities,
+            len(measured.error) * K * setting.room(D),
+            lambda slots: setting.head_bytes(D, slots),
+            setting.sinks + setting.hot + LEAST_COLD,
+        )
+        return {layer: list(heads) for layer, heads in zip(measured.error, dealt, strict=True)}
 
     def measure(
         self,
