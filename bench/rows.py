@@ -122,7 +122,7 @@ def main() -> None:
             print(f"{head}, perplexity {copy_perplexity(nats):.2f}")
             continue
         lost = nats.per_chunk(FROM) - full.per_chunk(FROM)
-        print(f"{head}, lost {_mean(lost)}", end="")
+        print(f"{head}, lost {mean_of(lost)} nats", end="")
         if args.what == "bytes":
             won = recovered(full, found[0], nats)
             print(f", recovered {100 * won.share:.1f} ± {100 * won.error:.1f} %", end="")
@@ -133,8 +133,9 @@ def _perplexity(what: str, nats: Any) -> float:
     return copy_perplexity(nats) if what == "copy" else nats.perplexity()
 
 
-def _mean(x: Tensor) -> str:
-    return f"{x.mean():.4f} ± {x.std() / len(x) ** 0.5:.4f} nats"
+def mean_of(x: Tensor) -> str:
+    """A mean over chunks and its standard error."""
+    return f"{x.mean():.4f} ± {x.std() / len(x) ** 0.5:.4f}"
 
 
 if __name__ == "__main__":

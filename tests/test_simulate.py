@@ -17,13 +17,16 @@ if not any(map(shutil.which, ("c++", "g++"))):
 from bench.simulate import __main__ as simulate_command
 from bench.simulate import quantizers, rounding
 from bench.simulate.measure import Measurement, Setting
-from bench.simulate.native import Cache, Quantizer, round_rows, simulate
+from bench.simulate.native import VICTIMS, Cache, Features, Quantizer, round_rows, simulate
 from bench.simulate.space import SPACES, Space, moments, rotation
-from less import H2O, LessKVCache, SinkRecent
+from less import H2O, LessKVCache, Sidekick, SinkRecent
+from less.budget import most_within, page_bytes
 from less.evaluate.perplexity import full_attention, through_caches
 from less.hf import cache_for
+from less.layer import Maps
 from less.policies import Policy
-from tests.helpers import TOLERANCE, assert_close, random_qkv
+from less.reference.maps import phi, psi
+from tests.helpers import TOLERANCE, assert_close, random_maps, random_qkv
 from tests.tiny_model import TEXT, save_tiny, tiny_model
 
 Q, K, T = 6, 2, 90
@@ -51,8 +54,11 @@ def simulated(policy: Policy, rows: Quantizer) -> Cache:
     )  # fmt: skip
 
 
-def real(policy: Policy, dtype: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-    cache = LessKVCache(1, Q, K, q.shape[-1], 1, policy, dtype=dtype, backend="reference")
+def real(
+    policy: Policy, dtype: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any
+):
+    D = q.shape[-1]
+    cache = LessKVCache(1, Q, K, D, 1, policy, dtype=dtype, backend="reference", **more)
     steps = [cache.attend(0, *(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(T)]
     return torch.cat(steps, 2)
 
@@ -66,6 +72,64 @@ def test_the_simulator_answers_as_the_cache_does(
     q, k, v = random_qkv(1, Q, K, T, D, seed=D)
     ours = simulate(q[0], k[0], v[0], simulated(policy, rows), D**-0.5)
     assert_close(ours, real(policy, dtype, q, k, v)[0], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
+def test_rows_merge_as_the_cache_merges_them(policy: Policy, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(1, Q, K, T, 16)
+    rows = quantizers.EXACT if dtype == torch.float32 else quantizers.HALF
+    forgetting = simulated(policy, rows)
+    ours = simulate(q[0], k[0], v[0], replace(forgetting, victim="merge"), 0.25)
+    assert_close(ours, real(policy, dtype, q, k, v, victim="merge")[0], torch.float32)
+    assert (ours - simulate(q[0], k[0], v[0], forgetting, 0.25)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("rows", ["k4v4", "k3v3", "k2v2"])
+def test_packed_rows_of_heads_of_their_own_are_the_cache_s(rows: str, victim: str) -> None:
+    D, hot, capacities = 64, {"sinks": 2, "hot": 6}, (16, 26)
+    q, k, v = random_qkv(1, Q, K, T, D)
+    policy = H2O(heavy=9, recent=12, decay=0.9)
+    more = {**hot, "victim": victim, "capacities": [capacities]}
+    wanted = real(policy, rows, q, k, v, **more)[0]
+    packed = quantizers.named("max", int(rows[1]), D)
+    cache = Cache(
+        packed, packed, [S - 8 for S in capacities], **hot,
+        recent=[12 * S // 21 for S in capacities], decay=0.9, int8_queries=True, victim=victim,
+    )  # fmt: skip
+    space = Space(K, D)
+    ours = space.leave(simulate(*space.enter(q[0], k[0], v[0]), cache, D**-0.5))
+    assert_close(ours, wanted, torch.float32, 4)
+
+
+def test_tokens_that_leave_join_a_state_as_in_the_cache() -> None:
+    q, k, v = random_qkv(1, Q, K, T, 16)
+    policy, tensors = H2O(heavy=9, recent=12, decay=0.9), random_maps(Q, K, 16, 8, 5, "exp")
+    sidekick = Sidekick([tensors], "exp")
+    maps = Maps("exp", tensors)
+    features = Features(phi(q, maps)[0], psi(k, maps)[0])
+    cache = simulated(policy, quantizers.EXACT)
+    ours = simulate(q[0], k[0], v[0], cache, 0.25, features=features)
+    assert_close(ours, real(policy, torch.float32, q, k, v, sidekick=sidekick)[0], torch.float32)
+    assert (ours - simulate(q[0], k[0], v[0], cache, 0.25)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="victim 'merge' and a low-rank state exclude"):
+        simulate(q[0], k[0], v[0], replace(cache, victim="merge"), 0.25, features=features)
+
+
+def test_each_head_has_slots_of_its_own() -> None:
+    q, k, v = random_qkv(1, Q, K, T, 16)
+    exact = quantizers.EXACT
+    several = Cache(exact, exact, [9, 30], exact, recent=[4, 10])
+    ours = simulate(q[0], k[0], v[0], several, 0.25)
+    for h, (cold, recent) in enumerate([(9, 4), (30, 10)]):
+        own = slice(h * Q // K, (h + 1) * Q // K)
+        alone = replace(several, cold=cold, recent=recent)
+        assert torch.equal(
+            ours[own], simulate(q[0, own], k[0, h : h + 1], v[0, h : h + 1], alone, 0.25)
+        )
+    with pytest.raises(ValueError, match="cold must be one number or 2"):
+        simulate(q[0], k[0], v[0], replace(several, cold=[9]), 0.25)
 
 
 def test_a_cache_that_holds_everything_is_full_attention() -> None:
@@ -122,6 +186,7 @@ def encoded(x: torch.Tensor, rows: Quantizer) -> torch.Tensor:
     level = torch.tensor(rows.levels)
     unit = x.abs().amax(-1, True) if rows.by_max else x.square().mean(-1, True).sqrt()
     cuts = (level[1:] + level[:-1]) / 2
+    unit = unit * rows.unit
     code = (x[..., None] > cuts * unit[..., None]).sum(-1)
     chosen = level[code]
     match = (x * chosen).sum(-1, True)
@@ -177,7 +242,7 @@ def test_a_model_on_simulated_caches_costs_what_it_costs_on_real_ones(tiny: Meas
     assert (tiny.h2o(16).per_chunk(20) - full.per_chunk(20)).abs().max() > 1e-2
 
 
-SETTING = Setting("k16v16", "lloyd", 0, "calibrated", 0, 0, 0.98, 0.25, False)
+SETTING = Setting("k16v16", 0, hot=0, sinks=0)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -186,19 +251,35 @@ def test_rows_of_16_bits_lose_next_to_nothing_in_any_space(tiny: Measurement, sp
     assert max(map(abs, record["loss"])) < 5e-3
     assert record["slots"] == 80
     assert record["h2o"] is None
-    assert f"k16v16 lloyd, {space}, hot 0" in row
+    assert f"k16v16 max, {space}, {SETTING.victim}, hot 0" in row
 
 
-def test_bytes_buy_more_slots_of_fewer_bits() -> None:
-    bought = {
-        rows: replace(SETTING, rows=rows, bytes_of=64, hot=16, sinks=4).slots(64, 1024)
-        for rows in ("k4v4", "k3v3", "k2v2", "k8v4")
-    }
-    assert bought == {"k4v4": 214, "k3v3": 268, "k2v2": 362, "k8v4": 155}
+@pytest.mark.parametrize("rows", ["k4v4", "k3v3", "k2v2", "k8v4"])
+@pytest.mark.parametrize("bytes_of", [32, 64, 205])
+def test_bytes_buy_as_many_slots_as_pages_have_room_for(rows: str, bytes_of: int) -> None:
+    room = page_bytes(1, 64, torch.float16, bytes_of)
+    bought = most_within(room, lambda slots: page_bytes(1, 64, rows, max(slots, 21)))
+    assert Setting(rows, bytes_of).slots(64, 1024) == bought
+
+
+def test_settings_that_cannot_be_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="--bytes-of must leave cold slots"):
-        replace(SETTING, bytes_of=8, hot=16).cache(64, 1024)
+        Setting("k4v4", 8).cache(64, [12])
     with pytest.raises(ValueError, match=r"quantizer must be .*, got 'lloid'"):
         quantizers.named("lloid", 4, 16)
+    exact = quantizers.EXACT
+    with pytest.raises(ValueError, match="victim must be of .*, got 'fold'"):
+        simulate(*torch.ones(3, 1, 2, 16), Cache(exact, exact, 4, victim="fold"), 1.0)
+
+
+def test_budgets_keep_to_the_bytes(tiny: Measurement) -> None:
+    setting = Setting("k4v4", 30, budgets=True, sinks=2, hot=4)
+    D, dealt = tiny.head_dim, tiny.capacities(setting)
+    heads = [S for layer in dealt.values() for S in layer]
+    assert len(heads) == 2 * tiny.kv_heads
+    assert len(set(heads)) > 1
+    spent = sum(setting.head_bytes(D, S) for S in heads)
+    assert 0.9 < spent / (len(heads) * setting.room(D)) <= 1
 
 
 def test_both_commands_print_a_table_of_a_model_and_a_text(

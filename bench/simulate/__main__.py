@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.simulate.measure import Measurement, Setting
 from bench.simulate.model import narrow
+from bench.simulate.native import VICTIMS
 from bench.simulate.space import SPACES
 from less.evaluate import assets
 from less.evaluate.perplexity import FROM, copy_probes
@@ -26,12 +27,11 @@ CALIBRATION = 8  # chunks of training text
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
     """The product of what was asked for."""
-    for rows, quantizer, spent, space, hot, decay in itertools.product(
-        args.rows, args.quantizer, args.bytes_of, args.space, args.hot, args.decay
-    ):
-        yield Setting(
-            rows, quantizer, spent, space, hot, args.sinks, decay, args.recent, args.half_scores
-        )
+    fixed = {"sinks": args.sinks, "half_scores": args.half_scores, "metadata": args.metadata}
+    several = ("rows", "quantizer", "bytes_of", "space", "victim", "budgets", "hot", "decay")
+    several += ("recent",)
+    for values in itertools.product(*(getattr(args, name) for name in several)):
+        yield Setting(**dict(zip(several, values, strict=True)), **fixed)
 
 
 def options(words: Sequence[str] | None) -> argparse.Namespace:
@@ -46,13 +46,23 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=1024)
     add("--probe", action="store_true", help="copy probes made of the text, scored at the copy")
     add("--rows", default=["k4v4"], **several, help="bits of keys and values: k4v4, k3v2, k16v16")
-    add("--quantizer", default=["lloyd"], **several, help="see quantizers.named")
+    add("--quantizer", default=["max"], **several, help="see quantizers.named")
     add("--bytes-of", type=int, default=[64], **several, help="fp16 tokens; 0: all is kept")
     add("--space", default=["calibrated"], **several, choices=SPACES)
+    add("--victim", default=["forget"], **several, choices=VICTIMS)
+    add(
+        "--budgets",
+        default=[False],
+        **several,
+        type=lambda word: word == "curves",
+        metavar="{uniform,curves}",
+        help="slots of a head: all alike, or by error curves",
+    )
     add("--hot", type=int, default=[16], **several, help="last tokens in int8")
     add("--sinks", type=int, default=4, help="first tokens in int8")
     add("--decay", type=float, default=[0.98], **several)
-    add("--recent", type=float, default=0.25, help="part of the slots that hold the last tokens")
+    add("--recent", type=float, default=[0.25], **several, help="part of the slots, last tokens")
+    add("--metadata", type=int, help="bytes of a slot's metadata; default: what the cache has")
     add("--half-scores", action="store_true", help="scores in fp16")
     add("--exact", action="store_true", help="the model multiplies in float32, not bfloat16")
     add("--json", type=Path, help="a file that gets a line for each row")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,12 +13,16 @@ import torch
 from torch import Tensor
 
 from bench.simulate import quantizers
-from bench.simulate.model import bounded, calibrate, nats
+from bench.simulate.budgets import Curves, curves
+from bench.simulate.model import Sidekick, bounded, calibrate, nats
 from bench.simulate.native import Cache, Noise
 from bench.simulate.space import Moments, space_by_name
+from less.budget import deal_curves, most_within
 from less.evaluate.perplexity import Nats, recovered
+from less.layer.layout import field_bytes
 
-METADATA = 6  # bytes of a slot beside its rows and their scales
+LEAST_COLD = 12  # cold slots that every head is dealt
+METADATA = {"forget": 8, "merge": 12}  # bytes of a slot: position, score, log-weight
 
 
 @dataclass(frozen=True)
@@ -25,67 +31,88 @@ class Setting:
 
     Attributes:
         rows: Bits of keys and values, as in ``k4v3``; 16 is fp16, 8 is int8.
+        bytes_of: 16-bit tokens whose bytes are spent, those of a page; 0: nothing is evicted.
         quantizer: A name that ``quantizers.named`` knows.
-        bytes_of: 16-bit tokens of today's pages whose bytes are spent; 0: nothing is evicted.
         space: One of ``SPACES``.
+        victim: One of ``VICTIMS``.
+        budgets: Slots are dealt to the heads by the curves of the training text.
         hot: Last tokens in int8.
         sinks: First tokens in int8.
         decay: What a score keeps per token.
         recent: Part of the slots that hold the last tokens.
         half_scores: Scores are held in fp16.
+        metadata: Bytes of a slot beside its rows and their scales; None: as the cache has them.
     """
 
     rows: str
-    quantizer: str
     bytes_of: int
-    space: str
-    hot: int
-    sinks: int
-    decay: float
-    recent: float
-    half_scores: bool
+    quantizer: str = "max"
+    space: str = "calibrated"
+    victim: str = "forget"
+    budgets: bool = False
+    hot: int = 16
+    sinks: int = 4
+    decay: float = 0.98
+    recent: float = 0.25
+    half_scores: bool = False
+    metadata: int | None = None
 
-    def cache(self, D: int, length: int) -> Cache:
-        """The cache to simulate, of rows of D numbers and texts of `length` tokens."""
-        k, v = (quantizers.named(self.quantizer, bits, D) for bits in bits_of(self.rows))
-        slots = self.slots(D, length)
-        if slots <= self.sinks + self.hot:
+    def cache(self, D: int, slots: Sequence[int]) -> Cache:
+        """The cache to simulate of rows of D numbers, given the slots of each head.
+
+        The part that is recent is counted of the mean over `slots`, then scaled head by head, as
+        a policy's rule is.
+        """
+        hot = self.sinks + self.hot
+        if min(slots) <= hot:
             raise ValueError(
-                f"--bytes-of must leave cold slots beside {self.sinks + self.hot} hot ones, "
-                f"got {self.bytes_of}: {slots} slots"
+                f"--bytes-of must leave cold slots beside {hot} hot ones, "
+                f"got {self.bytes_of}: {min(slots)} slots"
             )
+        k, v = (quantizers.named(self.quantizer, bits, D) for bits in bits_of(self.rows))
         return Cache(
-            k, v, slots - self.sinks - self.hot, sinks=self.sinks, hot=self.hot,
-            recent=round(self.recent * slots), decay=self.decay, half_scores=self.half_scores,
+            k, v, [S - hot for S in slots], sinks=self.sinks, hot=self.hot,
+            recent=[int(self.recent * S) for S in slots], decay=self.decay,
+            half_scores=self.half_scores,
+            int8_queries=k.kind == "table", victim=self.victim,
         )  # fmt: skip
 
     def slots(self, D: int, length: int) -> int:
-        """Slots of a kv head, hot ones included."""
+        """Slots of a kv head, hot ones included, where all have equally many."""
         if not self.bytes_of:
             return length
+        return most_within(self.room(D), lambda slots: self.head_bytes(D, slots))
+
+    def room(self, D: int) -> int:
+        """Bytes of a kv head."""
+        tokens = self.bytes_of
+        return sum(field_bytes(tokens * n) for n in (4, 2 * D, 4, 2 * D, 4))
+
+    def head_bytes(self, D: int, slots: int) -> int:
+        """Bytes of a kv head of so many slots: the fields of a page, padded as a page pads them."""
         group = quantizers.named(self.quantizer, 4, D).group
-        hot = self.sinks + self.hot
-        room = self.bytes_of * (4 * D + 12) - hot * slot_bytes("k8v8", D, 0)
-        return hot + room // slot_bytes(self.rows, D, group)
+        hot = min(self.sinks + self.hot, slots)
+        metadata = METADATA[self.victim] if self.metadata is None else self.metadata
+        fields = [4 * slots] * (metadata // 4) + [metadata % 4 * slots]
+        for bits in bits_of(self.rows):
+            scales = 0 if bits == 16 else 4 if bits == 8 else 2 * (D // (group or D))
+            cold = slots - hot
+            fields += [D * hot, 4 * hot, D * bits // 8 * cold, scales * cold]
+        return sum(map(field_bytes, fields))
 
     def __str__(self) -> str:
-        scores = ", fp16 scores" if self.half_scores else ""
-        spent = f"bytes of {self.bytes_of}" if self.bytes_of else "nothing evicted"
-        return (
-            f"{self.rows} {self.quantizer}, {self.space}, hot {self.hot}, "
-            f"decay {self.decay}{scores}, {spent}"
-        )
+        words = [f"{self.rows} {self.quantizer}", self.space, self.victim]
+        words += ["budgets"] if self.budgets else []
+        words += [f"hot {self.hot}", f"decay {self.decay}", f"recent {self.recent}"]
+        words += ["fp16 scores"] if self.half_scores else []
+        words += [] if self.metadata is None else [f"metadata {self.metadata}"]
+        words += [f"bytes of {self.bytes_of}" if self.bytes_of else "nothing evicted"]
+        return ", ".join(words)
 
 
 def bits_of(rows: str) -> list[int]:
     """Bits of keys and of values."""
     return [int(bits) for bits in rows[1:].split("v")]
-
-
-def slot_bytes(rows: str, D: int, group: int) -> int:
-    """Bytes of a slot: codes, scales of two bytes, metadata."""
-    scales = 2 * (D // group if group else 1)
-    return METADATA + sum(D * b // 8 + (scales if b < 16 else 0) for b in bits_of(rows))
 
 
 @dataclass
@@ -105,12 +132,19 @@ class Measurement:
     training: Tensor
     _known: dict[int, Moments] = field(default_factory=dict)
     _measured: dict[int, Nats] = field(default_factory=dict)
+    _curves: Curves | None = None
 
     @property
     def head_dim(self) -> int:
         """Head dim."""
         config = self.model.config.get_text_config()
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Kv heads of a layer."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
     @property
     def full(self) -> Nats:
@@ -124,7 +158,9 @@ class Measurement:
         if tokens not in self._measured:
             half = quantizers.HALF
             plain = Cache(half, half, tokens, half, sinks=0, hot=0, recent=tokens // 2, decay=1.0)
-            self._measured[tokens] = nats(self.model, self.chunks, bounded(plain, None), self.start)
+            self._measured[tokens] = nats(
+                self.model, self.chunks, bounded(lambda layer: plain, None), self.start
+            )
         return self._measured[tokens]
 
     def calibrated(self) -> dict[int, Moments]:
@@ -133,27 +169,62 @@ class Measurement:
             self._known = calibrate(self.model, self.training)
         return self._known
 
-    def measure(self, setting: Setting) -> tuple[str, dict[str, Any]]:
-        """A row of the table, and all of it unrounded."""
+    def curves(self) -> Curves:
+        """Error curves of the training text."""
+        if self._curves is None:
+            self._curves = curves(self.model, self.training)
+        return self._curves
+
+    def capacities(self, setting: Setting, measured: Curves | None = None) -> dict[int, list[int]]:
+        """Slots of each head, by layer; of the curves of the training text, or of others."""
+        measured = measured or self.curves()
+        D, K = self.head_dim, self.kv_heads
+        dealt = deal_curves(
+            list(measured.error.values()),
+            measured.capacities,
+            len(measured.error) * K * setting.room(D),
+            lambda slots: setting.head_bytes(D, slots),
+            setting.sinks + setting.hot + LEAST_COLD,
+        )
+        return {layer: list(heads) for layer, heads in zip(measured.error, dealt, strict=True)}
+
+    def measure(
+        self,
+        setting: Setting,
+        capacities: dict[int, list[int]] | None = None,
+        sidekick: Sidekick | None = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """A row of the table, and all of it unrounded.
+
+        Args:
+            setting: The row.
+            capacities: Slots of each head, by layer; None: as the setting has them.
+            sidekick: What makes a low-rank state, on top of the setting's bytes; None: nothing.
+        """
         began = time.perf_counter()
         noise = Noise(*torch.zeros(2, 2, dtype=torch.float64))
         known = self.calibrated() if setting.space in ("calibrated", "means") else {}
-        length = self.chunks.shape[1]
-        attend = bounded(
-            setting.cache(self.head_dim, length), space_by_name(setting.space, known), noise
-        )
+        slots = setting.slots(self.head_dim, self.chunks.shape[1])
+        if capacities is None and setting.budgets:
+            capacities = self.capacities(setting)
+        K = self.kv_heads
+        caches = defaultdict(lambda: setting.cache(self.head_dim, [slots] * K))
+        for layer, heads in (capacities or {}).items():
+            caches[layer] = setting.cache(self.head_dim, heads)
+        attend = bounded(caches.__getitem__, space_by_name(setting.space, known), noise, sidekick)
         measured = nats(self.model, self.chunks, attend, self.start)
         h2o = self.h2o(setting.bytes_of) if setting.bytes_of else None
         record = {
             **asdict(setting),
-            "slots": setting.slots(self.head_dim, length),
+            "slots": slots,
+            "capacities": capacities,
             "perplexity": measured.perplexity(self.start),
             "loss": self._loss(measured).tolist(),
             "h2o": self._loss(h2o).tolist() if h2o else None,
             "noise": (noise.error / noise.power).tolist(),
             "seconds": time.perf_counter() - began,
         }
-        return self.row(str(setting), record["slots"], measured, h2o), record
+        return self.row(str(setting), slots, measured, h2o), record
 
     def row(self, name: str, slots: int, measured: Nats, h2o: Nats | None = None) -> str:
         """A row of the table; standard errors are paired over chunks."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.simulate.native import Cache, Noise, simulate
+from bench.simulate.native import Cache, Features, Noise, cold_keys, simulate
 from bench.simulate.space import FIRST, Moments, Space, moments
 from less.evaluate.perplexity import FROM, Nats
 
@@ -128,19 +128,37 @@ def full(module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: 
     )[0]
 
 
+#: (layer, q [Q, T, D], k [K, T, D]) -> features. q is the layer's own; k the rows as they are held
+#: once they are cold, outside of their space, its mean left off.
+Sidekick = Callable[[int, Tensor, Tensor], Features]
+
+
 def bounded(
-    cache: Cache,
+    cache: Callable[[int], Cache],
     space: Callable[[int, Tensor, Tensor, Tensor, Tensor], Space] | None,
     noise: Noise | None = None,
+    sidekick: Sidekick | None = None,
 ) -> Attend:
-    """Attention through a simulated cache, of rows in the space that `space` gives for a layer."""
+    """Attention through a simulated cache for each layer.
+
+    Args:
+        cache: That of a layer.
+        space: That of a layer's rows, given index, q, k, v and output weight; None: there is none.
+        noise: What is added to.
+        sidekick: What makes the low-rank state of a layer; None: there is none.
+    """
 
     def attend(
         module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Tensor:
-        if space is None:
-            return simulate(q, k, v, cache, scale, noise)
-        inside = space(layer, q, k, v, module.o_proj.weight)
-        return inside.leave(simulate(*inside.enter(q, k, v), cache, scale, noise))
+        held = cache(layer)
+        inside = None if space is None else space(layer, q, k, v, module.o_proj.weight)
+        rows = (q, k, v) if inside is None else inside.enter(q, k, v)
+        features = None
+        if sidekick is not None:
+            keys = cold_keys(rows[1], held)
+            features = sidekick(layer, q, keys if inside is None else inside.key_without_mean(keys))
+        out = simulate(*rows, held, scale, noise, features)
+        return out if inside is None else inside.leave(out)
 
     return attend

@@ -7,6 +7,7 @@ import itertools
 import math
 
 from bench.simulate.native import FITS, Quantizer
+from less.reference import codec
 
 
 def _density(x: float) -> float:
@@ -45,35 +46,19 @@ def whole(bits: int) -> tuple[float, ...]:
 
 EXACT, HALF, BRAIN, INT8 = (Quantizer(kind) for kind in ("exact", "half", "brain", "int8"))
 RULES = ("lloyd", "rms", "max", "fullmax", "absmax")
-# The clip of least squared error for Gaussian numbers, in units of rms and of the largest of n.
+# The clip of least squared error for Gaussian numbers.
 _CLIP_OF_RMS = {4: 2.45, 3: 2.0, 2: 1.5}
-_CLIP_OF_MAX = {
-    16: {4: 0.98, 3: 0.90, 2: 0.70},
-    32: {4: 0.96, 3: 0.86, 2: 0.64},
-    64: {4: 0.92, 3: 0.80, 2: 0.58},
-    128: {4: 0.88, 3: 0.74, 2: 0.52},
-    256: {4: 0.84, 3: 0.68, 2: 0.48},
-}
-
-
-def _clip_of_max(bits: int, n: int) -> float:
-    """The table's clip, between its sizes by the logarithm, beyond them that of its ends."""
-    sizes = list(_CLIP_OF_MAX)
-    n = min(max(n, sizes[0]), sizes[-1])
-    low = max(size for size in sizes if size <= n)
-    high = min(size for size in sizes if size >= n)
-    part = math.log2(n / low) / math.log2(high / low) if high > low else 0.0
-    return (1 - part) * _CLIP_OF_MAX[low][bits] + part * _CLIP_OF_MAX[high][bits]
 
 
 def named(name: str, bits: int, D: int) -> Quantizer:
     """A quantiser of rows of D numbers by its name, RULE[:FIT][/GROUP].
 
-    RULE is ``lloyd``, Lloyd-Max levels in units of the rms; ``rms`` or ``max``, uniform levels up
-    to the best fixed part of rms or maximum; ``fullmax``, uniform levels up to the maximum; or
-    ``absmax``, whole numbers times max / (2^(bits-1) - 1). FIT is one of ``native.FITS``, by
-    default ``none`` for the last two and ``square`` for the others. GROUP is how many numbers
-    share a scale, by default the row. Rows of 8 bits are int8 and of 16 fp16, whatever the name.
+    RULE is ``max``, the uniform levels of the cache; ``lloyd``, Lloyd-Max levels in units of the
+    rms; ``rms``, uniform levels up to the best fixed part of the rms; ``fullmax``, uniform levels
+    up to the maximum; or ``absmax``, whole numbers times max / (2^(bits-1) - 1). FIT is one of
+    ``native.FITS``, by default ``none`` for the last two and ``square`` for the others. GROUP is
+    how many numbers share a scale, by default the row. Rows of 8 bits are int8 and of 16 fp16,
+    whatever the name.
 
     Raises:
         ValueError: There is no such rule or fit.
@@ -89,12 +74,15 @@ def named(name: str, bits: int, D: int) -> Quantizer:
     group = int(size or 0)
     if bits >= 8:
         return INT8 if bits == 8 else HALF
-    levels = {
-        "lloyd": lambda: lloyd_max(bits),
-        "rms": lambda: uniform(bits, _CLIP_OF_RMS[bits]),
-        "max": lambda: uniform(bits, _clip_of_max(bits, group or D)),
-        "fullmax": lambda: uniform(bits, 1),
-        "absmax": lambda: whole(bits),
-    }[rule]()
+    unit = 1.0
+    if rule == "max":  # the cache's own codes and scales
+        table = codec.levels(bits).tolist()
+        unit = codec.clip(bits, group or D) / table[-1]
+    elif rule == "lloyd":
+        table = lloyd_max(bits)
+    elif rule == "absmax":
+        table = whole(bits)
+    else:
+        table = uniform(bits, _CLIP_OF_RMS[bits] if rule == "rms" else 1)
     by_max = rule not in ("lloyd", "rms")
-    return Quantizer("table", levels, by_max=by_max, fit=fit, group=group)
+    return Quantizer("table", tuple(table), by_max, unit, fit, group)

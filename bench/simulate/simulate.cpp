@@ -1,10 +1,15 @@
 // One layer of one text: what a bounded cache would have answered, token by token.
 //
-//   out[h,t] = softmax(scale q[h,t] . rows, log-weight 0) rows     over what is held at step t
+//   out[h,t] = softmax(scale q[h,t] . rows + log-weights) rows     over what is held at step t
+//
+// With a low-rank state the part phi[h,t] z joins that softmax, its value phi[h,t] H / phi[h,t] z.
+// Features stand in the coordinates of the rows: where these lie in a space whose key mean m was
+// taken off, the logits lack scale q.m, and so must log(phi z).
 //
 // A row is held as the numbers that its format stands for, so every format costs the same time, and
 // nothing is packed. A token comes in as a hot row; it turns cold when `hot` later ones have come,
-// and competes for the cold slots then. Heads are independent of each other.
+// and competes for the cold slots then. Who leaves is forgotten, or its mean with the row that
+// costs least takes that row's slot. Heads are independent of each other.
 //
 // Memory: keys lie one dim after the other, [D][columns], so that a dim of the query meets 16
 // columns in one vector; values lie row by row.
@@ -22,8 +27,9 @@ struct Quantizer {
   int32_t kind;        // Kind
   int32_t levels;      // kTable: how many
   int32_t group;       // kTable: numbers per scale; divides D
-  int32_t by_max;      // kTable: levels are in units of the largest number, else of the rms
+  int32_t by_max;      // kTable: rows are cut by their largest number, else by their rms
   int32_t fit;         // kTable: Fit
+  float unit;          // kTable: the part of that which a level of 1 stands for
   const float* level;  // kTable: [levels], ascending
 };
 
@@ -31,18 +37,22 @@ struct Simulation {
   int32_t Q, K, T, D;
   int32_t sinks;       // first tokens that stay hot for good
   int32_t hot;         // last tokens that are hot; 0: a token turns cold as it comes
-  int32_t cold;        // cold slots of a kv head
-  int32_t recent;      // the policy: last tokens that do not leave
   int32_t protect;     // the policy: first tokens that do not leave
   int32_t half_score;  // scores are held in fp16
+  int32_t merge;       // who leaves joins another row
+  int32_t R;           // rank of the low-rank state; 0: there is none
   float decay, scale;
   Quantizer hot_rows, cold_k, cold_v;
-  const float* q;  // [Q, T, D]
-  const float* k;  // [K, T, D]
-  const float* v;  // [K, T, D]
-  float* out;      // [Q, T, D]
-  double* error;   // [2]: sums of squares that encoding cold rows left of keys and of values
-  double* power;   // [2]: sums of squares of those rows
+  const int32_t* cold;    // [K] cold slots
+  const int32_t* recent;  // [K] the policy: last tokens that do not leave
+  const float* q;         // [Q, T, D]
+  const float* k;         // [K, T, D]
+  const float* v;         // [K, T, D]
+  const float* phi;       // [Q, T, R] features of the queries
+  const float* psi;       // [K, T, R] features of the keys
+  float* out;             // [Q, T, D]
+  double* error;          // [2]: sums of squares that encoding cold rows left of keys and of values
+  double* power;          // [2]: sums of squares of those rows
 };
 
 namespace {
@@ -51,6 +61,8 @@ enum Kind { kExact, kHalf, kBrain, kInt8, kTable };
 enum Fit { kNone, kSquare, kProduct };
 constexpr int kLanes = 16;
 constexpr int kQueries = 4;  // query heads that share one pass over the rows
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLeastWeight = 1e-6f;  // what a merge adds to scores, so that none weighs nothing
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
@@ -89,6 +101,7 @@ void round_group(const Quantizer& f, const float* x, int n, float* y) {
     std::fill(y, y + n, unit);  // 0, or NaN
     return;
   }
+  unit *= f.unit;
   float threshold[256];
   for (int i = 0; i + 1 < f.levels; ++i) {
     threshold[i] = 0.5f * (f.level[i] + f.level[i + 1]) * unit;
@@ -161,6 +174,11 @@ Aligned aligned(size_t numbers) {
   return Aligned(static_cast<float*>(p));
 }
 
+// What a query head's softmax makes of the rows: the largest logit, and the masses' sum.
+struct Part {
+  float top, total;
+};
+
 int rounded_up(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // The rows of one kv head. Columns 0 .. count-1 are held, in no order.
@@ -169,16 +187,22 @@ class Head {
   Head(const Simulation& s, int head)
       : s_(s),
         head_(head),
-        room_(rounded_up(std::min<int64_t>(s.T, int64_t{s.sinks} + s.hot + s.cold + 1))),
+        cold_slots_(s.cold[head]),
+        recent_(s.recent[head]),
+        room_(rounded_up(std::min<int64_t>(s.T, int64_t{s.sinks} + s.hot + s.cold[head] + 1))),
         width_(rounded_up(s.D)),
         keys_(aligned(static_cast<size_t>(room_) * s.D)),
         values_(aligned(static_cast<size_t>(room_) * width_)),
         mass_(aligned(static_cast<size_t>(room_) * kQueries)),
         received_(aligned(room_)),
         score_(aligned(room_)),
+        weight_(aligned(room_)),
+        distance_(aligned(room_)),
+        z_(s.R),
+        H_(aligned(static_cast<size_t>(s.R) * width_)),
         position_(room_),
         is_cold_(room_),
-        column_(s.T, -1),
+        column_(s.T),
         row_(s.D) {}
 
   void run() {
@@ -208,7 +232,7 @@ class Head {
       const int leaver = t - s_.hot;
       if (leaver < s_.sinks) continue;
       cool(column_[leaver]);
-      if (cold_ > s_.cold) drop(victim(t + 1));
+      if (cold_ > cold_slots_) evict(t + 1);
     }
   }
 
@@ -232,7 +256,7 @@ class Head {
     round_row(once_hot ? s_.hot_rows : s_.cold_k, key(t), s_.D, row_.data());
     set_key(i, row_.data());
     round_row(once_hot ? s_.hot_rows : s_.cold_v, value(t), s_.D, value_of(i));
-    score_[i] = 0;
+    score_[i] = weight_[i] = 0;
     position_[i] = t;
     is_cold_[i] = false;
     column_[t] = i;
@@ -261,49 +285,115 @@ class Head {
     }
   }
 
-  // Column of the cold row of lowest rank; of equals the older.
-  int victim(int seen) const {
+  float rank(int i, int seen) const {
+    const int p = position_[i];
+    return p >= seen - recent_ || p < s_.protect ? kInfinity : score_[i];
+  }
+
+  // The cold row of lowest rank leaves; of equals the older.
+  void evict(int seen) {
     int lowest = -1;
     float least = 0;
     for (int i = 0; i < count_; ++i) {
       if (!is_cold_[i]) continue;
-      const int p = position_[i];
-      const bool stays = p >= seen - s_.recent || p < s_.protect;
-      const float rank = stays ? std::numeric_limits<float>::infinity() : score_[i];
-      if (lowest < 0 || rank < least || (rank == least && p < position_[lowest])) {
+      const float mine = rank(i, seen);
+      if (lowest < 0 || mine < least || (mine == least && position_[i] < position_[lowest])) {
         lowest = i;
-        least = rank;
+        least = mine;
       }
     }
-    return lowest;
+    if (s_.merge) {
+      const int j = target(lowest, seen);
+      if (j >= 0) merge(lowest, j);
+    }
+    if (s_.R > 0) fold(lowest);
+    drop(lowest);
+  }
+
+  float joining_weight(int i) const { return score_[i] + kLeastWeight; }
+
+  // Column that row i joins at the least cost; of equals the older; -1: all others are protected.
+  int target(int i, int seen) {
+    get_key(i, row_.data());
+    for (int j = 0; j < rounded_up(count_); j += kLanes) {
+      Lanes sum = {};
+      const float* base = &keys_[j];
+      for (int d = 0; d < s_.D; ++d, base += room_) {
+        const Lanes apart = *reinterpret_cast<const Lanes*>(base) - row_[d];
+        sum += apart * apart;
+      }
+      std::memcpy(&distance_[j], &sum, sizeof(Lanes));
+    }
+    const float a = joining_weight(i);
+    int nearest = -1;
+    float least = 0;
+    for (int j = 0; j < count_; ++j) {
+      if (j == i || !is_cold_[j] || rank(j, seen) == kInfinity) continue;
+      const float b = joining_weight(j), cost = a * b / (a + b) * distance_[j];
+      if (std::isnan(cost)) continue;
+      if (nearest < 0 || cost < least || (cost == least && position_[j] < position_[nearest])) {
+        nearest = j;
+        least = cost;
+      }
+    }
+    return nearest;
+  }
+
+  void merge(int i, int j) {
+    const float a = joining_weight(i) / (joining_weight(i) + joining_weight(j));
+    std::vector<float> x(s_.D), y(s_.D);
+    get_key(i, x.data());
+    get_key(j, y.data());
+    for (int d = 0; d < s_.D; ++d) y[d] += a * (x[d] - y[d]);
+    round_row(s_.cold_k, y.data(), s_.D, row_.data());
+    set_key(j, row_.data());
+    const float* v = value_of(i);
+    std::copy(value_of(j), value_of(j) + s_.D, y.data());
+    for (int d = 0; d < s_.D; ++d) y[d] += a * (v[d] - y[d]);
+    round_row(s_.cold_v, y.data(), s_.D, value_of(j));
+    weight_[j] = std::log(std::exp(weight_[j]) + std::exp(weight_[i]));
+    score_[j] += score_[i];
+    if (s_.half_score) score_[j] = half(score_[j]);
+    position_[j] = std::max(position_[j], position_[i]);
+  }
+
+  // A row is one token here: merging and folding exclude each other.
+  void fold(int i) {
+    const float* psi = s_.psi + (static_cast<int64_t>(head_) * s_.T + position_[i]) * s_.R;
+    const float* v = value_of(i);
+    for (int r = 0; r < s_.R; ++r) {
+      z_[r] += psi[r];
+      for (int d = 0; d < s_.D; ++d) H_[static_cast<int64_t>(r) * width_ + d] += psi[r] * v[d];
+    }
   }
 
   void drop(int i) {
     const int last = --count_;
     --cold_;
-    column_[position_[i]] = -1;
     if (i == last) return;
     get_key(last, row_.data());
     set_key(i, row_.data());
     std::copy(value_of(last), value_of(last) + s_.D, value_of(i));
     score_[i] = score_[last];
+    weight_[i] = weight_[last];
     position_[i] = position_[last];
     is_cold_[i] = is_cold_[last];
-    column_[position_[i]] = i;
+    if (!is_cold_[i]) column_[position_[i]] = i;
   }
 
-  // Turns products into masses and adds weights to `received_`. Returns 1 / sum of the masses.
-  float soften(float* mass) {
+  // Turns products into masses and adds what each row receives to `received_`.
+  Part soften(float* mass) {
     const int columns = rounded_up(count_);
-    std::fill(mass + count_, mass + columns, -std::numeric_limits<float>::infinity());
-    float top = -std::numeric_limits<float>::infinity();
-    Lanes tops = top + Lanes{};
+    for (int i = 0; i < count_; ++i) mass[i] = mass[i] * s_.scale + weight_[i];
+    std::fill(mass + count_, mass + columns, -kInfinity);
+    Lanes tops = -kInfinity + Lanes{};
     for (int i = 0; i < columns; i += kLanes) {
       const Lanes x = *reinterpret_cast<const Lanes*>(mass + i);
       tops = x > tops ? x : tops;
     }
+    float top = -kInfinity;
     for (int j = 0; j < kLanes; ++j) top = std::max(top, tops[j]);
-    for (int i = 0; i < count_; ++i) mass[i] = exp_of((mass[i] - top) * s_.scale);
+    for (int i = 0; i < count_; ++i) mass[i] = exp_of(mass[i] - top);
     std::fill(mass + count_, mass + columns, 0.f);
     Lanes totals = {};
     for (int i = 0; i < columns; i += kLanes) totals += *reinterpret_cast<const Lanes*>(mass + i);
@@ -311,7 +401,7 @@ class Head {
     for (int j = 0; j < kLanes; ++j) total += totals[j];
     const float inverse = static_cast<float>(1 / total);
     for (int i = 0; i < count_; ++i) received_[i] += mass[i] * inverse;
-    return inverse;
+    return {top, static_cast<float>(total)};
   }
 
   // N query heads from `first` on, which share the rows.
@@ -330,8 +420,8 @@ class Head {
       }
       for (int g = 0; g < N; ++g) std::memcpy(&mass_[g * room_ + i], &sum[g], sizeof(Lanes));
     }
-    float inverse[N];
-    for (int g = 0; g < N; ++g) inverse[g] = soften(&mass_[static_cast<int64_t>(g) * room_]);
+    Part part[N];
+    for (int g = 0; g < N; ++g) part[g] = soften(&mass_[static_cast<int64_t>(g) * room_]);
     for (int d = 0; d < width_; d += kLanes) {
       Lanes sum[N] = {};
       const float* base = &values_[d];
@@ -340,18 +430,42 @@ class Head {
         for (int g = 0; g < N; ++g) sum[g] = fused(row, mass_[g * room_ + i], sum[g]);
       }
       for (int g = 0; g < N; ++g) {
-        float* out = s_.out + (static_cast<int64_t>(first + g) * s_.T + t) * s_.D;
-        for (int j = 0; j < std::min(kLanes, s_.D - d); ++j) out[d + j] = sum[g][j] * inverse[g];
+        float* out = out_of(first + g, t);
+        const float inverse = 1 / part[g].total;
+        for (int j = 0; j < std::min(kLanes, s_.D - d); ++j) out[d + j] = sum[g][j] * inverse;
       }
+    }
+    for (int g = 0; s_.R > 0 && g < N; ++g) add_state(first + g, t, part[g]);
+  }
+
+  float* out_of(int query, int t) const {
+    return s_.out + (static_cast<int64_t>(query) * s_.T + t) * s_.D;
+  }
+
+  // Merges the state's part into an output that is that of the rows.
+  void add_state(int query, int t, const Part& rows) {
+    const float* phi = s_.phi + (static_cast<int64_t>(query) * s_.T + t) * s_.R;
+    float low = 0;
+    for (int r = 0; r < s_.R; ++r) low += phi[r] * z_[r];
+    if (!(low > 0)) return;
+    const float log_low = std::log(low), top = std::max(rows.top, log_low);
+    const float held = rows.total * std::exp(rows.top - top), folded = std::exp(log_low - top);
+    float* out = out_of(query, t);
+    for (int d = 0; d < s_.D; ++d) {
+      float value = 0;
+      for (int r = 0; r < s_.R; ++r) value += phi[r] * H_[static_cast<int64_t>(r) * width_ + d];
+      out[d] = (held * out[d] + folded * value / low) / (held + folded);
     }
   }
 
   const Simulation& s_;
-  const int head_, room_, width_;
-  const Aligned keys_, values_, mass_, received_, score_;
+  const int head_, cold_slots_, recent_, room_, width_;
+  const Aligned keys_, values_, mass_, received_, score_, weight_, distance_;
+  std::vector<float> z_;
+  const Aligned H_;  // [R, width]
   std::vector<int> position_;
   std::vector<char> is_cold_;
-  std::vector<int> column_;  // of a position; -1: not held
+  std::vector<int> column_;  // of a hot token, by its position
   std::vector<float> row_;
   int count_ = 0, cold_ = 0;
 };

@@ -9,21 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from less.layer.space import block_size, butterflies, signs
+
 FIRST = 4  # tokens left out of moments: the first of a text are unlike all others
 
 
 @functools.cache
 def rotation(D: int) -> Tensor:
-    """Signed Hadamard of dims in blocks, orthogonal, float32 [D, D]: x @ rotation(D)."""
-    block = D & -D
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) < block:
-        hadamard = torch.cat(
-            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
-        )
-    signs = torch.randint(0, 2, (D,), generator=torch.Generator().manual_seed(15)) * 2 - 1
-    blocks = torch.block_diag(*[hadamard] * (D // block)) / block**0.5
-    return (signs[:, None] * blocks).contiguous()
+    """The cache's rotation as a matrix, orthogonal, float32 [D, D]: x @ rotation(D)."""
+    return signs(D)[:, None] * butterflies(torch.eye(D)) * block_size(D) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,10 @@ class Space:
             ((k - self.k_mean) * self.c_k) @ self.rotation,
             ((v - self.v_mean) * self.c_v) @ self.rotation,
         )
+
+    def key_without_mean(self, k: Tensor) -> Tensor:
+        """Keys [K, T, D] of the space as the layer's own, less their mean."""
+        return (k @ self.rotation.T) / self.c_k
 
     def leave(self, out: Tensor) -> Tensor:
         """An output [Q, T, D] of the space as the layer's own."""
