@@ -52,14 +52,20 @@ def add_parser(subparsers: Any) -> None:
         help="first tokens always kept (default: 4 with --policy sinks, 0 with h2o, whose scores "
         "keep them)",
     )  # fmt: skip
-    add("--kind", choices=("exp", "paper"), default="exp", help="of map; default: %(default)s")
+    add(
+        "--kind", choices=("exp", "centroid", "paper"), default="exp",
+        help="of map; default: %(default)s",
+    )  # fmt: skip
     add(
         "--loss", choices=("norm", "squared"),
         help="error of an attention output (default: squared, the paper's, with --kind paper; "
         "else norm)",
     )  # fmt: skip
     add("--rank", type=int, default=8, help="features R (default: %(default)s)")
-    add("--hidden", type=int, default=64, help="hidden width E (default: %(default)s)")
+    add(
+        "--hidden", type=int, default=64,
+        help="hidden width E, of exp and paper maps (default: %(default)s)",
+    )  # fmt: skip
     add("--steps", type=int, default=1000, help="per layer (default: %(default)s)")
     add("--lr", type=float, default=0.01, help="peak learning rate (default: %(default)s)")
     add("--rows", type=int, default=32, help="queries per chunk and step (default: %(default)s)")
@@ -192,9 +198,11 @@ def layer_line(record: LayerRecord, layers: int) -> str:
     pairs = ", ".join(
         f"{e:.3g} -> {s:.3g}" for e, s in zip(record.eviction, record.sidekick, strict=True)
     )
+    less = f"{100 * (1 - record.ratio):.0f} % less"
     return (
         f"layer {record.layer} of 0..{layers - 1}: loss of eviction alone -> with sidekick: "
-        f"{pairs} ({100 * (1 - record.ratio):.0f} % less), {record.seconds:.0f} s"
+        f"{pairs} ({less if record.helps else 'not less: left without maps'}), "
+        f"{record.seconds:.0f} s"
     )
 
 

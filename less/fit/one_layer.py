@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from less.fit import objective
+from less.fit.calibrate import key_mean
 from less.fit.capture import Captured
 from less.fit.recipe import LayerRecord, Recipe
 from less.fit.schedule import schedule
 from less.fit.start import Trainable
+from less.layer.kinds import KEY_MEAN, KINDS
 from less.policies import Policy
 
 
@@ -99,12 +101,18 @@ def fit_layer(
         tick: Called with the fraction done.
 
     Returns:
-        The maps (float32, on the captured tensors' device) and the record.
+        The maps (float32, on the captured tensors' device) and the record. Centred maps are trained
+        on keys without their mean, which comes with them; under a soft-cap, on keys as they are.
     """
     begun = time.perf_counter()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + layer)
     c = captured
     left = [schedule(c.q, c.k, c.v, p, c.scale, c.softcap) for p in policies]
+    mean = None
+    if KINDS[recipe.kind].centred and not c.softcap:
+        # As a cache's space rounds it. Every logit of a query moves by the same.
+        mean = key_mean(c.k).half().float().to(c.k.device)
+        captured = replace(c, k=c.k.float() - mean[:, None])
     data = _Data(captured, policies, left, held, generator)
     weight = captured.o_weight.float()
     error = objective.LOSSES[recipe.loss]
@@ -137,4 +145,6 @@ def fit_layer(
         tick((step + 1) / recipe.steps)
     final = {n: t.detach().clone() for n, t in trainable.maps().items()}
     losses = data.losses(held_rows, final, recipe)
+    if mean is not None:
+        final[KEY_MEAN] = mean
     return final, LayerRecord(layer, eviction, start, losses, time.perf_counter() - begun)

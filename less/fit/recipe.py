@@ -14,11 +14,11 @@ class Recipe:
     """How each layer is trained.
 
     Attributes:
-        kind: Kind of map, "exp" or "paper".
+        kind: Kind of map, a name in ``less.layer.kinds.KINDS``.
         loss: Error of a query's attention output after the output projection: its l2 norm
             ("norm") or its mean square ("squared", the paper's).
         rank: Features R.
-        hidden: Hidden width E.
+        hidden: Hidden width E, of kinds that have a hidden layer.
         steps: Adam steps per layer. A step takes one chunk per policy.
         lr: Peak learning rate; it rises over `warmup` steps and falls to 0 as a half cosine.
         warmup: Steps of linear rise.
@@ -83,6 +83,11 @@ class LayerRecord:
     start: list[float]
     sidekick: list[float]
     seconds: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the maps are better than eviction alone, mean over the policies."""
+        return self.ratio < 1.0
 
     @property
     def ratio(self) -> float:

@@ -58,6 +58,9 @@ def train(
     it was in, and ends with the same sidekick bit for bit as a run that was not (same machine and
     thread count): everything random is seeded per layer.
 
+    A layer whose maps lose more than eviction alone on the held-back chunks is left without maps
+    (``Sidekick.absent``), and evicts alone.
+
     Layers that slide are not trained: they bound themselves, and a cache leaves them as they are
     (`less.hf`). Their entries in the sidekick are zeros, and they have no record.
 
@@ -187,11 +190,16 @@ def _train_layers(
         for passed in walk.boundaries:
             if passed <= layer and (layer + 1 in walk.boundaries):
                 walk.release(passed)
-        trained[layer] = maps
+        trained[layer] = maps if record.helps else {}
         records.append(record)
         show(Progress(layer, total, "done", 1.0, record, resumed))
     # A sidekick has an entry for each layer of the model; those of sliding layers are not used.
-    some = next(iter(trained.values()))
+    if not any(trained.values()):
+        raise ValueError(
+            "train: no layer's maps are better than eviction alone on the held-back chunks; train "
+            "for more steps, or on more text"
+        )
+    some = next(maps for maps in trained.values() if maps)
     unused = {n: torch.zeros_like(t) for n, t in some.items()}
     return [trained.get(layer, unused) for layer in range(total)], records
 
