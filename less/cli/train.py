@@ -72,11 +72,24 @@ def add_parser(subparsers: Any) -> None:
     add("--chunks", type=int, default=48, help="of text (default: %(default)s)")
     add("--length", type=int, default=1024, help="tokens per chunk (default: %(default)s)")
     add("--held", type=int, help="chunks kept for the reported losses (default: an eighth)")
+    add(
+        "--start", type=Path, metavar="FOLDER",
+        help="a sidekick of the same kind to begin at, such as one trained on shorter chunks",
+    )  # fmt: skip
+    add(
+        "--tune", type=int, metavar="STEPS",
+        help="of end-to-end tuning against the model's own outputs, of centroid maps; 0: none "
+        "(default: 60 of them with --kind centroid)",
+    )  # fmt: skip
+    add(
+        "--window", type=int, default=768,
+        help="tokens of a window of that tuning (default: %(default)s)",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--work", type=Path, help="folder of the unfinished run (default: OUT/unfinished)")
     add(
-        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float16",
-        help="of the saved matrices (default: %(default)s)",
+        "--dtype", choices=("float32", "bfloat16", "float16", "int8"),
+        help="of the saved matrices (default: int8 with --kind centroid, else float16)",
     )  # fmt: skip
     measuring.add_model_dtype(parser)
     add("--device", default="cpu", help="default: %(default)s")
@@ -144,9 +157,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from less import Sidekick
     from less.evaluate import assets
-    from less.fit import Recipe, sample_chunks, train
+    from less.fit import Recipe, Tuning, sample_chunks, train
     from less.fit.train import held_chunks
+    from less.fit.tune import check_tuning
     from less.hf.models import describe
 
     chosen = policies(args)
@@ -160,6 +175,13 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed,
     )
+    steps = args.tune
+    if steps is None:
+        steps = 60 if args.kind == "centroid" else 0
+    tuning = Tuning(steps=steps, window=args.window, seed=args.seed) if steps else None
+    if tuning is not None:
+        check_tuning(args.kind, args.length, chosen, tuning)
+    start = None if args.start is None else Sidekick.from_pretrained(args.start)
     device = corpus.named_device(args.device)
     held_chunks(chosen, args.chunks, args.length, args.held)
     texts, source = corpus.read_named_texts(args.text)
@@ -172,8 +194,9 @@ def run(args: argparse.Namespace) -> int:
     model = found.load(getattr(torch, args.model_dtype)).to(device)
     name = args.name or ("SmolLM2-135M-Instruct" if args.model == sources.SMOLLM2 else None)
     console.print(
-        f"training {args.kind} maps, rank {args.rank}, hidden {args.hidden}, for "
-        + ", ".join(map(str, chosen))
+        f"training {args.kind} maps, rank {args.rank}, "
+        + ("" if args.kind == "centroid" else f"hidden {args.hidden}, ")
+        + f"for {', '.join(map(str, chosen))}"
     )
     with _Shown(console) as show:
         sidekick = train(
@@ -185,9 +208,12 @@ def run(args: argparse.Namespace) -> int:
             work=work,
             source=source,
             name=name,
+            start=start,
+            tuning=tuning,
             show=show,
         )
-    sidekick.save_pretrained(args.out, dtype=getattr(torch, args.dtype))
+    dtype = args.dtype or ("int8" if args.kind == "centroid" else "float16")
+    sidekick.save_pretrained(args.out, dtype=getattr(torch, dtype))
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     console.print(f"{args.out}: {sidekick!r}, {size / 2**20:.1f} MiB on disk")
     return 0
@@ -242,6 +268,8 @@ class _Shown:
         if done > self.skipped and done < 1:
             left = f"about {_minutes(spent * (1 - done) / (done - self.skipped))} left"
         label = f"layer {progress.layer} of 0..{progress.layers - 1} {progress.phase}"
+        if progress.phase == "tune":
+            done, label = progress.fraction, "all layers, tuned together"
         self.bar.update(self.task, completed=done, description=label, left=left)
         if progress.record is not None:
             note = ", from the earlier run" if progress.resumed else ""

@@ -8,7 +8,7 @@ Source: arXiv:2402.09398, section 3.3.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +89,7 @@ def fit_layer(
     layer: int,
     held: int,
     tick: Callable[[float], None] = lambda fraction: None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], LayerRecord]:
     """Train one layer's maps.
 
@@ -99,6 +100,7 @@ def fit_layer(
         layer: Index; part of the seed and of the record.
         held: Chunks held back.
         tick: Called with the fraction done.
+        start: A layer's maps to begin at, with their ``key_mean``; None: drawn, matched in mass.
 
     Returns:
         The maps (float32, on the captured tensors' device) and the record. Centred maps are trained
@@ -111,7 +113,8 @@ def fit_layer(
     mean = None
     if KINDS[recipe.kind].centred and not c.softcap:
         # As a cache's space rounds it. Every logit of a query moves by the same.
-        mean = key_mean(c.k).half().float().to(c.k.device)
+        known = None if start is None else start.get(KEY_MEAN)
+        mean = (key_mean(c.k) if known is None else known).half().float().to(c.k.device)
         captured = replace(c, k=c.k.float() - mean[:, None])
     data = _Data(captured, policies, left, held, generator)
     weight = captured.o_weight.float()
@@ -122,12 +125,13 @@ def fit_layer(
     trainable = Trainable(
         recipe.kind, captured.q, captured.k, recipe.rank, recipe.hidden, generator
     )
-    some = range(min(4, data.train_chunks))
-    trainable.match_mass(
-        [data.draw(p, c, recipe.rows, gone_mass=True) for p in range(len(policies)) for c in some]
-    )
+    if start is not None:
+        trainable.begin_at(start)
+    else:
+        some = [(p, c) for p in range(len(policies)) for c in range(min(4, data.train_chunks))]
+        trainable.match_mass([data.draw(p, c, recipe.rows, gone_mass=True) for p, c in some])
     with torch.no_grad():
-        start = data.losses(held_rows, trainable.maps(), recipe)
+        at_start = data.losses(held_rows, trainable.maps(), recipe)
     optimizer = torch.optim.Adam(trainable.leaves.values(), lr=recipe.lr, betas=(0.9, 0.97))
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -147,4 +151,4 @@ def fit_layer(
     losses = data.losses(held_rows, final, recipe)
     if mean is not None:
         final[KEY_MEAN] = mean
-    return final, LayerRecord(layer, eviction, start, losses, time.perf_counter() - begun)
+    return final, LayerRecord(layer, eviction, at_start, losses, time.perf_counter() - begun)

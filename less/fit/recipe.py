@@ -105,7 +105,7 @@ class Progress:
     Attributes:
         layer: Layer at work.
         layers: Number of layers.
-        phase: "capture", "train" or "done" (with this layer).
+        phase: "capture", "train" or "done" (with this layer); "tune", of all layers together.
         fraction: Part of this layer's work that is done.
         record: The layer's record, in phase "done".
         resumed: The layer was read from an earlier run's file.

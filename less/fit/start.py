@@ -16,7 +16,7 @@ attention, trained worse.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ class Trainable:
             elif name == "k_mix_scale":
                 x = torch.full(shape, 1e-4)  # as published; 0.1 and 1 trained worse
             self.leaves[name] = x.to(q.device).requires_grad_()
+
+    @torch.no_grad()
+    def begin_at(self, maps: Mapping[str, Tensor]) -> None:
+        """Begin at a layer's maps, of these shapes."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(maps[name].to(leaf) * self._divisor.get(name, 1.0))
 
     def maps(self) -> dict[str, Tensor]:
         """The maps on inputs as they are: what the cache evaluates."""

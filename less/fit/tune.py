@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from less import reference
-from less.fit import objective
 from less.fit.capture import attend_fully, calling
 from less.fit.schedule import schedule
 from less.hf.models import ModelFacts, describe
+from less.layer import Maps
 from less.layer.kinds import KEY_MEAN
 from less.policies import Policy
 from less.sidekick import Sidekick
@@ -101,14 +101,8 @@ def tune(
         ValueError: The maps are of another kind, or the chunks are too short.
     """
     settings = settings or Tuning()
-    if sidekick.kind != "centroid":
-        raise ValueError(f"tune: sidekick must have centroid maps, got kind {sidekick.kind!r}")
+    check_tuning(sidekick.kind, ids.shape[1], policies, settings)
     window = min(settings.window, ids.shape[1])
-    if window <= max(p.capacity for p in policies):
-        raise ValueError(
-            f"tune: windows must be longer than the largest budget, "
-            f"{max(p.capacity for p in policies)}, got {window} tokens"
-        )
     begun = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
     facts = describe(model, "tune")
@@ -150,6 +144,28 @@ def tune(
     config = {**sidekick.config, "training": {**training, "tuning": record}}
     layers = run.layers() if kept else list(sidekick.to(torch.float32))
     return Sidekick(layers, kind=sidekick.kind, config=config)
+
+
+def check_tuning(kind: str, length: int, policies: Sequence[Policy], settings: Tuning) -> None:
+    """Refuse maps and texts that cannot be tuned.
+
+    Args:
+        kind: Of the maps.
+        length: Tokens of a chunk.
+        policies: Who stays.
+        settings: How.
+
+    Raises:
+        ValueError: The maps are of another kind than centroid, or windows evict nothing.
+    """
+    if kind != "centroid":
+        raise ValueError(f"tune: maps must be of kind 'centroid', got {kind!r}")
+    window, most = min(settings.window, length), max(p.capacity for p in policies)
+    if window <= most:
+        raise ValueError(
+            f"tune: windows must be longer than the largest budget, {most}, else nothing is "
+            f"evicted; got {window} tokens"
+        )
 
 
 class _Run:
@@ -267,7 +283,7 @@ def bounded(
     k: Tensor,
     v: Tensor,
     left: Tensor,
-    maps: objective.Maps,
+    maps: Mapping[str, Tensor],
     mean: Tensor | None,
     scale: float,
     softcap: float,
@@ -289,24 +305,25 @@ def bounded(
     Returns:
         float32 [B, Q, T, D].
     """
-    B, K, T, _ = k.shape
+    B, K, T, D = k.shape
     Q = q.shape[1]
     q, k, v = q.float(), k.float(), v.float()
     if mean is not None:
         k = k - mean[:, None]
     token = torch.arange(T, device=k.device)
-    gone = left[:, :, None, :] <= token[:, None]
-    hidden = gone | (token > token[:, None])
-    logits = reference.capped(q.reshape(B, K, -1, q.shape[3]) @ k.transpose(2, 3) * scale, softcap)
-    logits = logits.view(B, K, Q // K, T, T).masked_fill(hidden[:, :, None], -torch.inf)
-    logits = logits.view(B, K, -1, T)
-    rows = objective.Rows(
-        q=q,
-        k=k,
-        v=v,
-        gone=gone[:, :, None].float(),
-        log_mass=logits.logsumexp(-1, keepdim=True),
-        value=logits.softmax(-1) @ v,
-        target=q,
-    )
-    return objective.attend(rows, maps or None, "centroid")
+    gone = left[:, :, None, None, :] <= token[:, None]
+    hidden = token > token[:, None] if maps else gone | (token > token[:, None])
+    grouped = (B, K, Q // K, T, T)
+    logits = reference.capped(q.reshape(B, K, -1, D) @ k.transpose(2, 3) * scale, softcap)
+    logits = logits.view(grouped)
+    if maps:
+        # What has left weighs by its features: of one softmax with what is kept.
+        phi, psi = (
+            reference.phi(q, Maps("centroid", maps)),
+            reference.psi(k, Maps("centroid", maps)),
+        )
+        low = phi.reshape(B, K, Q // K * T, -1) @ psi.transpose(2, 3)
+        low = low.clamp(min=torch.finfo(torch.float32).tiny).log()
+        logits = torch.where(gone, low.view(grouped), logits)
+    weight = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    return (weight.view(B, K, -1, T) @ v).view(B, Q, T, D)

@@ -130,6 +130,16 @@ class Sidekick:
         return self._layers[layer].get(KEY_MEAN)
 
     @property
+    def digest(self) -> str:
+        """A sha256 of all tensors, by layer and name."""
+        digest = hashlib.sha256()
+        for i, layer in enumerate(self._layers):
+            for name, tensor in layer.items():
+                digest.update(f"{i}.{name}".encode())
+                digest.update(tensor.cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
     def key_mean_digest(self) -> str | None:
         """A sha256 of the means of keys: what snapshots are compared by; None: there are none."""
         means = [layer[KEY_MEAN] for layer in self._layers if KEY_MEAN in layer]
