@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,14 @@ from less.sidekick import authors, files
 from less.sidekick.identity import model_identity
 from less.sidekick.kinds import KEY_MEAN, kind_of
 from less.sidekick.parts import check_part, part_slice
-from less.sidekick.tensors import as_dtype, check_dtype, checked_layer, dtype_of, type_name
+from less.sidekick.tensors import (
+    as_dtype,
+    check_dtype,
+    checked_layer,
+    digest,
+    dtype_of,
+    type_name,
+)
 
 _HEADS = ("q_heads", "kv_heads")
 
@@ -132,23 +138,13 @@ class Sidekick:
     @property
     def digest(self) -> str:
         """A sha256 of all tensors, by layer and name."""
-        digest = hashlib.sha256()
-        for i, layer in enumerate(self._layers):
-            for name, tensor in layer.items():
-                digest.update(f"{i}.{name}".encode())
-                digest.update(tensor.cpu().float().numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self._layers)
 
     @property
     def key_mean_digest(self) -> str | None:
         """A sha256 of the means of keys: what snapshots are compared by; None: there are none."""
-        means = [layer[KEY_MEAN] for layer in self._layers if KEY_MEAN in layer]
-        if not means:
-            return None
-        digest = hashlib.sha256()
-        for mean in means:
-            digest.update(mean.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        means = [{n: t for n, t in layer.items() if n == KEY_MEAN} for layer in self._layers]
+        return digest(means) if any(means) else None
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -95,6 +96,16 @@ def checked_layer(
             raise ValueError(f"{here} must be finite, got {bad} NaN or infinite values")
         held[name] = copy
     return held
+
+
+def digest(layers: Sequence[Mapping[str, Tensor]]) -> str:
+    """A sha256 of layers' tensors, by layer and name."""
+    found = hashlib.sha256()
+    for i, layer in enumerate(layers):
+        for name, tensor in layer.items():
+            found.update(f"{i}.{name}".encode())
+            found.update(tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_dtype(op: str, dtype: torch.dtype) -> None:
