@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from less import reference
 from less.fit.capture import attend_fully, calling
@@ -274,7 +275,11 @@ class _Run:
         if self._policy is None or layer in self.facts.windows:
             return attend_fully(q, k, v, mask, scale, softcap)
         left = schedule(q.detach(), k.detach(), v.detach(), self._policy, scale, softcap)
-        out = bounded(q, k, v, left, self.maps(layer), self._means[layer], scale, softcap)
+        given = (q, k, v, left, self.maps(layer), self._means[layer], scale, softcap)
+        if not torch.is_grad_enabled():
+            return bounded(*given).to(q.dtype)
+        # Computed again in the backward pass: a window's [T, T] of every layer are gigabytes.
+        out: Tensor = checkpoint(bounded, *given, use_reentrant=False)
         return out.to(q.dtype)
 
 
