@@ -79,24 +79,33 @@ struct QuantizeParams {
   int64_t D;
 };
 
-enum class MapKind : int32_t { paper = 0, exp = 1 };
+enum class MapKind : int32_t { paper = 0, exp = 1, centroid = 2 };
 
 // The weights of phi (one set per query head) or psi (one per kv head); design.md, section 2.
+// Of centroids, w1 is the one matrix: heads of a group share it, E is R, and there is no w2.
 struct FeatureMaps {
-  const void* w1;          // [heads, D, E]  of w_dtype, as w2
+  const void* w1;          // [heads / group, D, E]  of w_dtype, as w2
   const void* w2;          // [heads, E, R]
-  const float* w1_scale;   // [heads, E]     of each column of w1; null unless w_dtype is i8
+  const float* w1_scale;   // [heads / group, E]     of each column of w1; null unless of i8
   const float* w2_scale;   // [heads, R]     of each column of w2
-  const float* bias;       // [heads, R]     exp; null: 0
+  const float* bias;       // [heads, R]     exp; null: 0; centroid
   const float* mix;        // [heads, R, R]  A of the paper's psi; null: this is phi, or exp
   const float* scale;      // [heads, R]     s1, with mix
   const float* mix_scale;  // [heads, R]     s2, with mix
+  const float* factor;     // [heads]        centroid: of x c
+  const float* weight;     // [heads, D]     centroid, psi: of x in the log of its mass; null: phi
+  const float* offset;     // [heads]        with weight
   MapKind kind;
   DType w_dtype;
+  int64_t group = 1;  // heads that share a matrix
   int64_t D;
   int64_t E;
   int64_t R;
 };
+
+// Whether psi takes keys without the mean of their space, and the state stands in the coordinates
+// of the slots' logits; else what those lack counts where they meet the state.
+LESS_HD constexpr bool centred(MapKind kind) { return kind == MapKind::centroid; }
 
 // A layer's maps, of rank 0 where it has none; and the space of its rows.
 struct Maps {
@@ -158,8 +167,9 @@ struct ChunkAttentionParams {
   HeadRows q;          // [B, Q, T, D]
   CallRows call;       // [B, K, T, D]
   const bool* valid;   // [B, T]        false: padding; null: all valid
-  const float* phi_q;  // [B, Q, T, R]  null: no state; of rows in a space [B, Q, T, R + 1], the
-                       //               last of which is what the query's logits lack
+  const float* phi_q;  // [B, Q, T, R]  null: no state; of rows in a space, unless the maps are
+                       //               centred, [B, Q, T, R + 1], the last of which is what the
+                       //               query's logits lack
   bool shifted;        // whether phi_q has that
   HeadRows out;        // [B, Q, T, D]  of q's dtype; written, 0 for padding and without a page
   float* score;        // [B, K, S + T] after the call, of slots and tokens; written. S: layout.S,
@@ -214,11 +224,13 @@ struct CompactParams {
 struct DecodeStepParams {
   LayerSpec spec;
   Layout layout;
-  Pool pool;          // written
-  Maps maps;          // with a state
-  HeadRows q;         // [B, Q, 1, D]
-  HeadRows k;         // [B, K, 1, D]  taken into the space and rounded on entry
-  HeadRows v;         // [B, K, 1, D]  of k's dtype
+  Pool pool;             // written
+  Maps maps;             // with a state
+  HeadRows q;            // [B, Q, 1, D]
+  HeadRows map_q = {};   // [B, Q, 1, D]  as phi takes them, where rotated
+  bool rotated = false;  // q, k, v and out lie in the layer's space, as only a GPU's do
+  HeadRows k;            // [B, K, 1, D]  taken into the space and rounded on entry
+  HeadRows v;            // [B, K, 1, D]  of k's dtype
   HeadRows out;       // [B, Q, 1, D]  of q's dtype; written, 0 for a row without a token or a page
   const bool* valid;  // [B]           false: this row has no token; null: all have
   void* workspace;    // a GPU's scratch; see cuda/kernels.h

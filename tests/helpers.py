@@ -45,6 +45,16 @@ def random_maps(Q, K, D, E, R, kind, seed=0, dtype=torch.float32):
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
+    if kind == "centroid":
+        return {
+            "centroids": normal(K, D, R, scale=D**-0.5),
+            "q_factor": 1 + normal(Q, scale=0.2),
+            "q_bias": normal(Q, R),
+            "k_factor": 1 + normal(K, scale=0.2),
+            "k_bias": normal(K, R),
+            "k_weight": normal(K, D, scale=D**-0.5),
+            "k_offset": normal(K),
+        }
     maps = {
         "q_w1": normal(Q, D, E, scale=D**-0.5),
         "q_w2": normal(Q, E, R, scale=E**-0.5),

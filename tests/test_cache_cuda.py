@@ -109,7 +109,7 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, FP8], ids=str)
-@pytest.mark.parametrize("kind", ["exp", "paper", ""])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper", ""])
 @pytest.mark.parametrize("policy", [H2O(4, 4), SinkRecent(recent=4, sinks=2), Full(60)], ids=repr)
 def test_calls_on_a_gpu_meet_no_tensor_of_the_cpu_and_wait_for_nothing(
     monkeypatch, policy, kind, dtype

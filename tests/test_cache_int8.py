@@ -39,7 +39,7 @@ def parts(calls, *tensors):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp", ""])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid", ""])
 def test_an_int8_cache_is_a_float32_cache_of_the_rounded_rows(backend, policy, kind):
     eight = build(policy, backend, kind=kind)
     plain = build(policy, "reference", torch.float32, kind=kind)

@@ -43,7 +43,7 @@ def held(cache):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp", ""])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid", ""])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_native_equals_reference_call_by_call(simd, policy, kind, dtype):
     native, plain = pair(policy, kind=kind, dtype=dtype)
@@ -87,7 +87,7 @@ def test_a_soft_capped_cache_is_the_reference_under_that_cap(slots):
         uncapped.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize("slots", [torch.float32, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("maps", [torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_small_maps_serve_slots_of_any_dtype(simd, kind, slots, maps):
@@ -111,7 +111,7 @@ def test_small_maps_serve_slots_of_any_dtype(simd, kind, slots, maps):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 4, 8), (6, 3, 20), (8, 1, 64), (40, 2, 128)])
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 def test_native_equals_float64_for_every_shape(simd, shape, kind):
     Q, K, D = shape
     policy = H2O(heavy=6, recent=6, decay=0.97)

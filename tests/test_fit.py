@@ -215,7 +215,7 @@ def rows_of(q, k, v, left, rows, gone_mass=False):
     return objective.prepare(q, k, v, full, left, rows, q.shape[3] ** -0.5, gone_mass=gone_mass)
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_the_objective_s_output_equals_the_reference_s_parallel_form(kind):
     q, k, v = random_qkv(2, 4, 2, 40, 8)
     left = schedule(q, k, v, H2O(4, 4))
@@ -229,7 +229,7 @@ def test_the_objective_s_output_equals_the_reference_s_parallel_form(kind):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_the_objective_s_gradient_equals_the_reference_s(kind):
     q, k, v = random_qkv(1, 4, 2, 30, 8)
     left = schedule(q, k, v, H2O(4, 4))
@@ -271,7 +271,7 @@ def test_the_losses_are_of_the_error_after_the_output_projection():
     torch.testing.assert_close(norm(out, target, weight), lengths.mean())
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_the_start_has_its_part_of_the_evicted_mass_of_every_query_head_or_group(kind):
     q, k, v = random_qkv(3, 4, 2, 60, 8)
     left = schedule(q, k, v, H2O(4, 4))
@@ -386,7 +386,7 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("loss", ["norm", "squared"])
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_training_ends_well_below_eviction_alone(kind, loss):
     q, k, v = random_qkv(8, 2, 1, 96, 8)
     full = reference.parallel(q, k, v, torch.full((8, 1, 96), 97))

@@ -148,7 +148,7 @@ def formula(q, k, v, left, maps, kind, t):
 
 
 @pytest.mark.parametrize("loss", ["norm", "squared"])
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_the_loss_under_a_soft_cap_is_the_formula_s_in_float64(kind, loss):
     q, k, v = random_qkv(2, 4, 2, 26, 8, dtype=torch.float64)
     maps = random_maps(4, 2, 8, 6, 3, kind, dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_the_loss_under_a_soft_cap_is_the_formula_s_in_float64(kind, loss):
     assert_close(rows.target, target, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_the_gradient_under_a_soft_cap_is_the_reference_s(kind):
     q, k, v = random_qkv(1, 4, 2, 30, 8)
     left = schedule(q, k, v, H2O(4, 4), softcap=CAP)

@@ -142,7 +142,7 @@ def test_a_plan_without_sharded_weights_is_refused():
         part_of(Plan(**plan), 4, 2)
 
 
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_parts_of_a_sidekick_make_up_the_whole(tmp_path, kind, dtype):
     whole = Sidekick.random(2, 8, 4, 6, rank=3, hidden=5, kind=kind, generator=1).to(dtype)

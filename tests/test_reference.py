@@ -27,6 +27,17 @@ def naive_feature(x, maps, side, kind):
     def gelu(a):
         return 0.5 * a * (1.0 + math.erf(a / math.sqrt(2.0)))
 
+    if kind == "centroid":
+        D, R = maps["centroids"].shape
+        near = [
+            maps["factor"] * sum(x[d] * maps["centroids"][d][r] for d in range(D)) + maps["bias"][r]
+            for r in range(R)
+        ]
+        if side == "q":
+            return [math.exp(min(15.0, max(-15.0, a))) for a in near]
+        total = sum(math.exp(a) for a in near)
+        mass = sum(x[d] * maps["weight"][d] for d in range(D)) + maps["offset"]
+        return [math.exp(a) / total * math.exp(min(15.0, max(-15.0, mass))) for a in near]
     D, E = maps["w1"].shape
     R = maps["w2"].shape[1]
     hidden = [gelu(sum(x[d] * maps["w1"][d][e] for d in range(D))) for e in range(E)]
@@ -41,8 +52,12 @@ def naive_feature(x, maps, side, kind):
     return [abs(h[r] + mixed[r] * maps["mix_scale"][r]) for r in range(R)]
 
 
-def head_maps(maps, side, head):
-    return {n[2:]: t[head].double() for n, t in maps.items() if n.startswith(side + "_")}
+def head_maps(maps, side, head, group=1):
+    """A head's maps; `group`: heads that share a matrix of centroids."""
+    own = {n[2:]: t[head].double() for n, t in maps.items() if n.startswith(side + "_")}
+    if "centroids" in maps:
+        own["centroids"] = maps["centroids"][head // group].double()
+    return own
 
 
 def naive_run(q, k, v, policy, maps, kind, prompt, softcap=0.0):
@@ -104,7 +119,7 @@ def naive_run(q, k, v, policy, maps, kind, prompt, softcap=0.0):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize(("prompt", "softcap"), [(1, 0.0), (3, 0.8), (12, 0.0)])
 def test_run_equals_the_design_written_as_scalar_loops(policy, kind, prompt, softcap):
     B, Q, K, T, D = 1, 4, 2, 22, 4
@@ -113,7 +128,7 @@ def test_run_equals_the_design_written_as_scalar_loops(policy, kind, prompt, sof
     got = reference.run(q, k, v, policy, maps, kind, prompt=prompt, softcap=softcap)
     for head in range(K):
         group = range(head * 2, head * 2 + 2)
-        ours = {"q": [head_maps(maps, "q", g) for g in group], "k": head_maps(maps, "k", head)}
+        ours = {"q": [head_maps(maps, "q", g, 2) for g in group], "k": head_maps(maps, "k", head)}
         out, history, H, z = naive_run(
             q[0, list(group)], k[0, head], v[0, head], policy, ours, kind, prompt, softcap
         )
@@ -126,7 +141,7 @@ def test_run_equals_the_design_written_as_scalar_loops(policy, kind, prompt, sof
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize("prompt", [1, 12])
 def test_parallel_form_equals_recurrent_form(policy, kind, prompt):
     q, k, v = random_qkv(2, 4, 2, 40, 8, seed=5, dtype=torch.float64)
@@ -157,7 +172,7 @@ def test_parallel_form_equals_recurrent_form_under_a_soft_cap():
     torch.testing.assert_close(whole, recurrent.out, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 def test_parallel_form_has_the_gradient_of_finite_differences(kind):
     q, k, v = random_qkv(1, 2, 1, 9, 4, seed=1, dtype=torch.float64)
     maps = random_maps(2, 1, 4, E=3, R=2, kind=kind, dtype=torch.float64)
@@ -171,7 +186,7 @@ def test_parallel_form_has_the_gradient_of_finite_differences(kind):
     assert torch.autograd.gradcheck(f, inputs)
 
 
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize("prompt", [1, 12])
 def test_a_key_of_nan_shows_in_every_output_from_its_token_on(kind, prompt):
     q, k, v = random_qkv(1, 4, 2, 22, 4, dtype=torch.float64)

@@ -34,21 +34,22 @@ def without(name, kind="exp"):
     return {n: t for n, t in layer(kind).items() if n != name}
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_a_sidekick_holds_float32_copies_and_knows_its_sizes(kind):
     given = [layer(kind, 0, torch.float16), layer(kind, 1, torch.bfloat16)]
     sidekick = Sidekick(layers=given, kind=kind)
     assert (sidekick.layers, len(sidekick), sidekick.kind) == (2, 2, kind)
     sizes = (sidekick.q_heads, sidekick.kv_heads, sidekick.head_dim, sidekick.hidden, sidekick.rank)
-    assert sizes == (4, 2, 8, 6, 3)
+    assert sizes == (4, 2, 8, 0 if kind == "centroid" else 6, 3)
     for held, source in zip(sidekick, given, strict=True):
         assert list(held) == list(TENSORS[kind])
         for name, tensor in held.items():
             assert tensor.dtype == torch.float32
             assert tensor.is_contiguous()
             assert torch.equal(tensor, source[name].float())
-    given[0]["q_w1"].zero_()
-    assert sidekick[0]["q_w1"].abs().sum() > 0
+    name = KINDS[kind].matrices[0]
+    given[0][name].zero_()
+    assert sidekick[0][name].abs().sum() > 0
     assert sidekick.nbytes == sum(4 * t.numel() for held in sidekick for t in held.values())
     assert kind in repr(sidekick)
 
@@ -152,11 +153,11 @@ def test_wrong_sidekicks_are_refused_by_name(case):
         call()
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_random_is_seeded_and_every_term_matters(kind):
     one, same, other = (Sidekick.random(2, 4, 2, 8, 3, 6, kind, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a[n], b[n]) for a, b in zip(one, same, strict=True) for n in a)
-    assert not torch.equal(one[0]["q_w1"], other[0]["q_w1"])
+    assert all(not torch.equal(one[0][n], other[0][n]) for n in one[0])
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     before = reference.phi(q, one[0], kind).repeat(1, 1, 1, 1), reference.psi(k, one[0], kind)
     for name, tensor in one[0].items():
@@ -174,7 +175,7 @@ def rounded(tensor, dtype):
     return tensor.to(dtype).float()
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matrices_take_another_dtype_and_the_rest_stays_float32(kind, dtype):
     plain = Sidekick([layer(kind, i) for i in range(2)], kind=kind, config={"a": 1})
@@ -191,7 +192,7 @@ def test_matrices_take_another_dtype_and_the_rest_stays_float32(kind, dtype):
     back = sidekick.to(torch.float32)
     for held, source in zip(back, plain, strict=True):
         assert list(held) == list(source)
-        for name in MATRICES:
+        for name in KINDS[kind].matrices:
             assert torch.equal(held[name], rounded(source[name], dtype)), name
     assert sidekick.nbytes == sum(t.nbytes for held in sidekick for t in held.values())
     again = Sidekick(list(sidekick), kind=kind, dtype=dtype)
@@ -211,7 +212,7 @@ def test_a_device_and_a_dtype_may_be_given_together_or_apart():
         sidekick.to(torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 def test_features_of_int8_maps_are_near_those_of_float32(kind):
     plain = Sidekick.random(1, 4, 2, 32, 8, 48, kind, 0)
     small = plain.to(torch.int8)
@@ -223,7 +224,7 @@ def test_features_of_int8_maps_are_near_those_of_float32(kind):
         assert (got - want).abs().mean() < 0.02 * want.abs().mean()
 
 
-@pytest.mark.parametrize("kind", ["exp", "paper"])
+@pytest.mark.parametrize("kind", ["exp", "centroid", "paper"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_saved_sidekick_comes_back(tmp_path, kind, dtype):
     record = {"policies": [{"name": "H2O", "heavy": 4}], "training": {"tokens": 7}}
@@ -238,7 +239,8 @@ def test_a_saved_sidekick_comes_back(tmp_path, kind, dtype):
         for other in (loaded, again):
             assert list(other[i]) == list(wanted)
             assert all(torch.equal(other[i][name], wanted[name]) for name in wanted)
-        assert torch.equal(wide[i]["k_w2"], rounded(sidekick[i]["k_w2"], dtype))
+        name = KINDS[kind].matrices[-1]
+        assert torch.equal(wide[i][name], rounded(sidekick[i][name], dtype))
 
 
 def test_files_of_int8_are_of_a_version_that_older_libraries_refuse(tmp_path):

@@ -4,7 +4,8 @@
 //
 // With W hot slots, the first tokens and the last ones have those, and do not compete. What leaves
 // the ring of the last ones is encoded, as is the rest of the call, and competes for the S - W
-// others. psi is taken of keys outside of their space; values fold in it.
+// others. psi is taken of keys outside of their space, of a centred kind without their mean; values
+// fold in it.
 //
 // Range:  heads (b,k); one call owns each head whole.
 // Memory: the keys and values that leave are read once, those of the call that stay are copied;
@@ -253,7 +254,9 @@ class Compaction {
     load(k_, source, count, out);
     const Space& space = p_.maps.space;
     if (space.key_mean == nullptr) return;
-    for (int64_t n = 0; n < count; ++n) key_out_of_space(space, head, D_, out + n * D_);
+    for (int64_t n = 0; n < count; ++n) {
+      key_out_of_space(space, p_.maps.psi.kind, head, D_, out + n * D_);
+    }
   }
 
   // Folds those who leave. Few are taken one by one, by the loops of decode_step:

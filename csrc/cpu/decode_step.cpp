@@ -328,7 +328,8 @@ class Step {
     for (int64_t g = 0; g < G_; ++g) {
       features(p_.maps.phi, query(g), plain_q_ + g * width_, hidden_, features_);
       // What all logits of the query lack in the space counts where they meet the state.
-      const float lacks = rotates_ ? p_.spec.scale * shift(plain_q_ + g * width_) : 0.0f;
+      const bool counts = rotates_ && !centred(p_.maps.phi.kind);
+      const float lacks = counts ? p_.spec.scale * shift(plain_q_ + g * width_) : 0.0f;
       share += merge_state(features_, state_.H, state_.z, R_, D_, top_[g] + lacks, total_[g],
                            out_ + g * width_);
     }
@@ -456,7 +457,7 @@ class Step {
   void fold(const Stored& k, const Stored& v, int64_t row) {
     decode_row(k, row, D_, key_);
     decode_row(v, row, D_, value_);
-    if (rotates_) key_out_of_space(p_.maps.space, head_, D_, key_);
+    if (rotates_) key_out_of_space(p_.maps.space, p_.maps.psi.kind, head_, D_, key_);
     features(p_.maps.psi, head_, key_, hidden_, features_);
     fold_token(features_, value_, R_, D_, state_.H, state_.z);
   }

@@ -3,6 +3,7 @@
 // Order: d, e and r ascending in one chain of fma each; a row's bits depend on nothing but the row.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/arena.h"
@@ -17,7 +18,7 @@ class FeaturePanel {
   // Floats that the constructor takes from the arena.
   static int64_t size(const FeatureMaps& m) {
     return Arena::size(m.D * m.E) + Arena::size(m.E * m.R) + Arena::size(kRows * m.E) +
-           Arena::size(m.E * kLanes) + Arena::size(m.R * kLanes);
+           Arena::size(std::max<int64_t>(m.E, 2) * kLanes) + Arena::size(m.R * kLanes);
   }
 
   FeaturePanel(const FeatureMaps& m, Arena& arena)
@@ -25,7 +26,7 @@ class FeaturePanel {
         w1_(arena.take(m.D * m.E)),
         w2_(arena.take(m.E * m.R)),
         rows_(arena.take(kRows * m.E)),
-        hidden_(arena.take(m.E * kLanes)),
+        hidden_(arena.take(std::max<int64_t>(m.E, 2) * kLanes)),
         before_mix_(arena.take(m.R * kLanes)) {}
 
   // Makes `head` the head that run() evaluates.
@@ -38,6 +39,7 @@ class FeaturePanel {
 
   // y[r * stride + lane] = map of the row in each lane of x [D][kLanes].
   void run(const float* x, float* y, int64_t stride) const {
+    if (m_.kind == MapKind::centroid) return run_centroids(x, y, stride);
     const int64_t E = m_.E, R = m_.R;
     const float* w1_scale = m_.w1_scale == nullptr ? nullptr : m_.w1_scale + head_ * E;
     const float* w2_scale = m_.w2_scale == nullptr ? nullptr : m_.w2_scale + head_ * R;
@@ -53,7 +55,7 @@ class FeaturePanel {
       const float* bias = m_.bias == nullptr ? nullptr : m_.bias + head_ * R;
       return for_rows(y, stride, R, [=](int64_t r, int64_t, Vec a) {
         if (bias != nullptr) a = a + Vec(bias[r]);
-        return exp(min(Vec(kExpClamp), max(Vec(-kExpClamp), a)));
+        return exp_clamped(a);
       });
     }
     if (m_.mix == nullptr) {
@@ -74,6 +76,42 @@ class FeaturePanel {
   }
 
  private:
+  void run_centroids(const float* x, float* y, int64_t stride) const {
+    const int64_t R = m_.R, shared = head_ / m_.group;
+    const float* scale = m_.w1_scale == nullptr ? nullptr : m_.w1_scale + shared * R;
+    const float* bias = m_.bias + head_ * R;
+    const Vec factor(m_.factor[head_]);
+    const bool phi = m_.weight == nullptr;
+    panel_product(w1_, m_.D, 1, R, m_.D, x, y, stride);
+    for_rows(y, stride, R, [=](int64_t r, int64_t, Vec a) {
+      if (scale != nullptr) a = a * Vec(scale[r]);
+      a = fma(a, factor, Vec(bias[r]));
+      return phi ? exp_clamped(a) : a;
+    });
+    if (phi) return;
+    float* const mass = hidden_;          // [kLanes]: what a row's features add up to
+    float* const top = hidden_ + kLanes;  // [kLanes]
+    panel_product(m_.weight + head_ * m_.D, m_.D, 1, 1, m_.D, x, mass, kLanes);
+    std::copy(y, y + kLanes, top);
+    for_rows(y, stride, R, [=](int64_t, int64_t lane, Vec a) {
+      max(Vec::load(top + lane), a).store(top + lane);
+      return a;
+    });
+    Vec total[kPanelVecs];
+    for (int j = 0; j < kPanelVecs; ++j) total[j] = Vec(0.0f);
+    for_rows(y, stride, R, [&](int64_t, int64_t lane, Vec a) {
+      const Vec e = exp(a - Vec::load(top + lane));
+      total[lane / Vec::kSize] = total[lane / Vec::kSize] + e;
+      return e;
+    });
+    const Vec offset(m_.offset[head_]);
+    for_rows(mass, kLanes, 1, [&](int64_t, int64_t lane, Vec a) {
+      return exp_clamped(a + offset) / total[lane / Vec::kSize];
+    });
+    for_rows(y, stride, R,
+             [=](int64_t, int64_t lane, Vec a) { return a * Vec::load(mass + lane); });
+  }
+
   // x[r][lane] = f(r, lane, x[r][lane]), vector by vector.
   template <typename F>
   static void for_rows(float* x, int64_t stride, int64_t rows, F f) {
@@ -90,7 +128,7 @@ class FeaturePanel {
   template <typename W>
   void load_weights() {
     const int64_t D = m_.D, E = m_.E;
-    const W* w1 = static_cast<const W*>(m_.w1) + head_ * D * E;
+    const W* w1 = static_cast<const W*>(m_.w1) + head_ / m_.group * D * E;
     for (int64_t d0 = 0; d0 < D; d0 += kRows) {
       const int64_t count = D - d0 < kRows ? D - d0 : kRows;
       widen(w1 + d0 * E, count * E, rows_);
@@ -98,7 +136,7 @@ class FeaturePanel {
         for (int64_t d = 0; d < count; ++d) w1_[e * D + d0 + d] = rows_[d * E + e];
       }
     }
-    widen(static_cast<const W*>(m_.w2) + head_ * E * m_.R, E * m_.R, w2_);
+    if (m_.w2 != nullptr) widen(static_cast<const W*>(m_.w2) + head_ * E * m_.R, E * m_.R, w2_);
   }
 
   static constexpr int64_t kRows = 16;  // of W1 that are transposed at once
@@ -107,7 +145,7 @@ class FeaturePanel {
   float* const w1_;          // [E, D]
   float* const w2_;          // [E, R]
   float* const rows_;        // [kRows, E]
-  float* const hidden_;      // [E][kLanes]
+  float* const hidden_;      // [E][kLanes], two rows or more
   float* const before_mix_;  // [R][kLanes]
   int64_t head_ = -1;
 };

@@ -2,6 +2,8 @@
 //
 //   hidden = gelu(x W1)     paper: y = gelu(hidden W2); psi: |h + (h A) s2|, h = |s1| y; phi: |y|
 //                           exp:   y = exp(clamp(hidden W2 + bias, +-15))
+//   centroid: l = factor x C + bias; phi: exp(clamp(l, +-15))
+//             psi: softmax(l) exp(clamp(x weight + offset, +-15))
 //
 // Order: d, e and r ascending in four interleaved sums, the same for every row and any batch.
 #pragma once
@@ -74,8 +76,48 @@ LESS_INLINE void for_each(float* x, int64_t n, F f) {
   }
 }
 
+// e^x of numbers within +-kExpClamp; NaN stays NaN.
+LESS_INLINE Vec exp_clamped(Vec x) { return exp(min(Vec(kExpClamp), max(Vec(-kExpClamp), x))); }
+
+// sum_i x[i] w[i]
+LESS_INLINE float dot(const float* x, const float* w, int64_t n) {
+  Vec total(0.0f);
+  for (int64_t i = 0; i < n; i += Vec::kSize) {
+    const int some = int(std::min<int64_t>(Vec::kSize, n - i));
+    total = fma(load_some(x + i, some), load_some(w + i, some), total);
+  }
+  return sum(total);
+}
+
+template <typename W>
+void centroid_features(const FeatureMaps& m, int64_t head, const float* x, float* y) {
+  const int64_t shared = head / m.group;
+  row_times_matrix(x, static_cast<const W*>(m.w1) + shared * m.D * m.R, m.D, m.R, y);
+  if constexpr (std::is_same_v<W, int8_t>) {
+    const float* s = m.w1_scale + shared * m.R;
+    for_each(y, m.R, [s](Vec a, int64_t i, int n) { return a * load_some(s + i, n); });
+  }
+  const Vec factor(m.factor[head]);
+  const float* bias = m.bias + head * m.R;
+  const bool phi = m.weight == nullptr;
+  for_each(y, m.R, [=](Vec a, int64_t i, int n) {
+    a = fma(a, factor, load_some(bias + i, n));
+    return phi ? exp_clamped(a) : a;
+  });
+  if (phi) return;
+  float top = y[0], total = 0.0f;
+  for (int64_t r = 1; r < m.R; ++r) top = std::max(top, y[r]);
+  for_each(y, m.R, [top](Vec a, int64_t, int) { return exp(a - Vec(top)); });
+  for (int64_t r = 0; r < m.R; ++r) total += y[r];
+  float mass = dot(x, m.weight + head * m.D, m.D) + m.offset[head];
+  exp_clamped(Vec(mass)).store(&mass, 1);
+  const Vec each(mass / total);
+  for_each(y, m.R, [each](Vec a, int64_t, int) { return a * each; });
+}
+
 template <typename W>
 void features_of(const FeatureMaps& m, int64_t head, const float* x, float* scratch, float* y) {
+  if (m.kind == MapKind::centroid) return centroid_features<W>(m, head, x, y);
   float* hidden = scratch;
   row_times_matrix(x, static_cast<const W*>(m.w1) + head * m.D * m.E, m.D, m.E, hidden);
   if constexpr (std::is_same_v<W, int8_t>) {
@@ -92,7 +134,7 @@ void features_of(const FeatureMaps& m, int64_t head, const float* x, float* scra
     const float* bias = m.bias == nullptr ? nullptr : m.bias + head * m.R;
     for_each(y, m.R, [bias](Vec a, int64_t i, int n) {
       if (bias != nullptr) a = a + load_some(bias + i, n);
-      return exp(min(Vec(kExpClamp), max(Vec(-kExpClamp), a)));
+      return exp_clamped(a);
     });
     return;
   }

@@ -111,12 +111,13 @@ LESS_INLINE void into_space(const uint16_t* mean, const uint16_t* scale, int64_t
   butterflies(x, D);
 }
 
-// x [D] becomes W (x) (f / scale) + mean.
+// x [D] becomes W (x) (f / scale) + mean; null: without a mean.
 LESS_INLINE void out_of_space(const uint16_t* mean, const uint16_t* scale, int64_t D, float* x) {
   butterflies(x, D);
   const Vec factor(hadamard_factor(D));
   for_each(x, D, [=](Vec a, int64_t d, int n) {
-    return a * (factor / load_half(scale + d, n)) + load_half(mean + d, n);
+    a = a * (factor / load_half(scale + d, n));
+    return mean == nullptr ? a : a + load_half(mean + d, n);
   });
 }
 
@@ -142,9 +143,11 @@ LESS_INLINE void rotate_row(const Space& space, Rotation rotation, int64_t head,
   }
 }
 
-// A key back out of the space.
-LESS_INLINE void key_out_of_space(const Space& space, int64_t head, int64_t D, float* x) {
-  out_of_space(space.key_mean + head * D, space.key_scale + head * D, D, x);
+// A key back out of the space, as psi of maps of a kind takes it.
+LESS_INLINE void key_out_of_space(const Space& space, MapKind kind, int64_t head, int64_t D,
+                                  float* x) {
+  const uint16_t* const mean = centred(kind) ? nullptr : space.key_mean + head * D;
+  out_of_space(mean, space.key_scale + head * D, D, x);
 }
 
 }  // namespace less::cpu::LESS_ISA

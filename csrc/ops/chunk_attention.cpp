@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> chunk_attention(Tensor q, Tensor k, Tensor v, Optiona
   }
   arguments.check("valid", valid, ScalarType::Bool, {B, T});
   if (phi_q && R == 0) fail(kOp, ": phi_q belongs to a layer with a state");
-  const bool shifted = of.has_space();
+  const bool shifted = of.shifted();
   arguments.check("phi_q", phi_q, ScalarType::Float, {B, Q, T, R + shifted});
   ChunkAttentionParams params{
       .spec = of.spec,

@@ -29,7 +29,7 @@ Tensor feature_map(Tensor x, Tensor maps, Tensor layer, bool query) {
   check_any_head_dim(kOp, "x", of.spec.D);
   launch(arguments, cuda::feature_map, params, {{"x", x}});
 #else
-  const int64_t work = map.E * (map.D + map.R);  // multiply-adds per row
+  const int64_t work = map.E * (map.D + (map.w2 == nullptr ? 0 : map.R));  // multiply-adds per row
   torch::stable::parallel_for(0, B * heads * T, grain(work), [&](int64_t begin, int64_t end) {
     cpu::feature_map(params, begin, end);
   });

@@ -26,6 +26,8 @@ struct LayerArguments {
   bool has_rule;  // false: the spec's rule is none, and ranks are the caller's
 
   bool has_space() const { return (present & 1) != 0; }
+  // Whether what queries' logits lack in the space is added where they meet the state.
+  bool shifted() const { return has_space() && kind >= 0 && !centred(MapKind(kind)); }
 };
 
 namespace layer_fields {
@@ -129,7 +131,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
   within("sinks", sinks, 0, INT64_MAX);
   within("rule's capacity", rule_capacity, 0, INT32_MAX);
   if (x[rule_capacity] > 0) within("recent", recent, 0, INT32_MAX);
-  within("kind", kind, -1, int64_t(MapKind::exp));
+  within("kind", kind, -1, int64_t(MapKind::centroid));
   within("dtype of maps", w_dtype, 0, int64_t(DType::i8));
   within("hidden width", E, 0, 1 << 20);
   within("null_page", null_page, INT32_MIN, INT32_MAX);
@@ -200,10 +202,10 @@ inline void check_rows([[maybe_unused]] const char* op,
   if (layer.spec.victim == Victim::merge && layout.R > 0) {
     fail(op, ": victim merge with a low-rank state has no CUDA kernel; use victim fold");
   }
-  if ((packed(layout.v_dtype) || layer.has_space()) &&
+  if ((packed(layout.v_dtype) || layer.shifted()) &&
       (layout.R > 0 || layer.spec.victim == Victim::fold)) {
-    fail(op, ": packed rows with feature maps have no CUDA kernel yet; use victim forget, without ",
-         "maps");
+    fail(op, ": ", packed(layout.v_dtype) ? "packed rows" : "rows in a space",
+         " with feature maps have no CUDA kernel yet; use victim forget, without maps");
   }
 #endif
 }
@@ -339,8 +341,10 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   }
   if (!maps) return {};
   const int64_t Q = layer.spec.Q, K = layer.spec.K, D = layer.spec.D;
-  const int64_t E = layer.E, R = layer.layout.R;
   const MapKind kind = MapKind(layer.kind);
+  const bool centroids = layer.kind >= 0 && kind == MapKind::centroid;
+  const int64_t R = layer.layout.R, E = centroids ? R : layer.E;
+  if (centroids && layer.E != 0) fail(op, ": kind 2 (centroid) has no hidden layer, got ", layer.E);
 #ifdef LESS_LAUNCHES
   if (layer.kind >= 0 && E < 1)
     fail(op, ": w1 must have a hidden column or more on a GPU, got ", E);
@@ -391,7 +395,36 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   read.psi.mix = floats(K * R * R);
   read.psi.scale = floats(K * R);
   read.psi.mix_scale = floats(K * R);
+  const void* const shared = take(K * D * R, w);
+  const float* const shared_scale = floats(K * R);
+  read.phi.factor = floats(Q);
+  read.psi.factor = floats(K);
+  read.psi.weight = floats(K * D);
+  read.psi.offset = floats(K);
   const bool scaled = layer.w_dtype == DType::i8, paper = kind == MapKind::paper;
+  if (centroids) {
+    if (!shared || !read.phi.factor || !read.phi.bias || !read.psi.factor || !read.psi.bias ||
+        !read.psi.weight || !read.psi.offset) {
+      fail(op, ": kind 2 (centroid) must have centroids, factors, biases, weight and offset");
+    }
+    if (bool(shared_scale) != scaled) {
+      fail(op, ": centroids_scale belongs to int8 centroids, and must be given with them");
+    }
+    for (FeatureMaps* m : {&read.phi, &read.psi}) {
+      if (m->w1 || m->w1_scale || m->w2 || m->w2_scale || m->mix || m->scale || m->mix_scale) {
+        fail(op, ": kind 2 (centroid) must have no w1, w2 and mix");
+      }
+      m->w1 = shared;
+      m->w1_scale = shared_scale;
+    }
+    read.phi.group = Q / K;
+    arguments.check("maps", *maps, ScalarType::Byte, {at});
+    return read;
+  }
+  if (shared || shared_scale || read.phi.factor || read.psi.factor || read.psi.weight ||
+      read.psi.offset) {
+    fail(op, ": centroids, factors, weight and offset belong to kind 2 (centroid) alone");
+  }
   for (const FeatureMaps* m : {&read.phi, &read.psi}) {
     if (m->w1 == nullptr || m->w2 == nullptr) fail(op, ": maps must have w1 and w2");
     if (bool(m->w1_scale) != scaled || bool(m->w2_scale) != scaled) {

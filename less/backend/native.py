@@ -54,7 +54,7 @@ class NativeBackend:
         if plan.space is None:
             return ops.chunk_attention(call.q, new, call.valid, at, plan, out=call.out, phi_q=phi_q)
         query = ops.rotate(call.q, plan, plan.query_rotation)
-        if phi_q is not None:
+        if phi_q is not None and plan.shifted:
             shift = query_shift(call.q, plan.space, plan.spec.scale)
             phi_q = torch.cat([phi_q, shift.unsqueeze(-1)], -1)
         step = ops.chunk_attention(query, new, call.valid, at, plan, phi_q=phi_q)

@@ -72,7 +72,7 @@ class ReferenceBackend:
                 phi_q=None if run.maps is None else reference.phi(q, run.maps),
                 state=run.state,
                 shift=None
-                if run.space is None
+                if run.space is None or not plan.shifted
                 else reference.query_shift(q, run.space, plan.spec.scale),
             )
             own = run.slots.position.shape[2]

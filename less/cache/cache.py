@@ -16,6 +16,7 @@ from less.cache import snapshot
 from less.cache.checks import (
     check_call,
     check_dtype,
+    check_key_means,
     check_merging,
     check_sidekick,
     checked_victim,
@@ -81,7 +82,8 @@ class LessKVCache(Described, CacheProtocol):
             which needs a policy with scores that decay and no sidekick; or ``"forget"``. None:
             folded where there is a sidekick.
         calibration: Means and scales of the channels, which few bits fit better then; of the space
-            in which rows of any dtype are stored. None: packed formats are rotated alone.
+            in which rows of any dtype are stored. None: packed formats are rotated alone, and keys
+            are centred on the sidekick's ``key_mean``, where it has one.
         sinks: First tokens that stay for good, in rows of ``hot_dtype``, of packed formats; 4 by
             default.
         hot: Last tokens in rows of ``hot_dtype``, of packed formats; 16 by default. Who leaves
@@ -159,6 +161,8 @@ class LessKVCache(Described, CacheProtocol):
                     f"{op}: calibration must be a Calibration, got {type(calibration).__name__}"
                 )
             calibration.check(op, layers, kv_heads, head_dim)
+            if sidekick is not None and softcap is None:
+                check_key_means(op, sidekick, calibration)
         self._hot = (sinks, hot, hot_dtype)
         self._biased = BiasedKeys(calibration, dtype)
         self.session = Session(self.layers, self.batch, self.device, self.native)
@@ -180,14 +184,14 @@ class LessKVCache(Described, CacheProtocol):
                 layers.append(None)
                 continue
             # A full layer keeps every token, hence no state.
-            sidekick = self.sidekick if policy.evicts else None
+            maps = self.sidekick[i] if self.sidekick is not None and policy.evicts else {}
             merges = policy.evicts and self.victim == "merge"
             layout = PageLayout(
                 self.kv_heads,
                 self.head_dim,
                 capacity,
                 self.dtype,
-                0 if sidekick is None else sidekick.rank,
+                0 if self.sidekick is None or not maps else self.sidekick.rank,
                 *self._hot,
                 weights=merges or None,
             )
@@ -196,7 +200,7 @@ class LessKVCache(Described, CacheProtocol):
                     policy,
                     layout,
                     self.q_heads,
-                    maps=None if sidekick is None else sidekick[i],
+                    maps=maps or None,
                     kind=self.kind or "exp",
                     space=None if self.calibration is None else self.calibration.space(i),
                     scale=self.scale,
@@ -334,14 +338,17 @@ class LessKVCache(Described, CacheProtocol):
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
 
         Raises:
-            ValueError: The cache has no sidekick, or the layer is full, hence no state.
+            ValueError: The cache has no sidekick, or the layer is full or without maps, hence no
+                state.
         """
         self._check_layer("state", layer)
         states = [views.state for views in self._holdings.views(layer)]
         held = [x for x in states if x is not None]
         if not held:
             if self.sidekick is not None:
-                raise ValueError(f"state: layer {layer} keeps every token, hence no low-rank state")
+                has_maps = layer not in self.sidekick.absent
+                why = "keeps every token" if has_maps else "has no maps in the sidekick"
+                raise ValueError(f"state: layer {layer} {why}, hence no low-rank state")
             raise ValueError("state: this cache has no sidekick, hence no low-rank state")
         return torch.cat([x.H for x in held], 1), torch.cat([x.z for x in held], 1)
 

@@ -10,8 +10,10 @@ import torch
 
 from less._check import require_int, require_shape, require_tensor
 from less.backend import Backend
+from less.calibration import Calibration
 from less.dtypes import FLOATS
-from less.layer import Call, LayerPlan
+from less.layer import Call, LayerPlan, Space
+from less.layer.kinds import KEY_MEAN, KINDS
 from less.policies import Policy
 from less.sidekick import Sidekick
 
@@ -208,6 +210,31 @@ def check_sidekick(
     ):
         if wanted != got:
             raise ValueError(f"{op}: sidekick must have {name}={wanted}, got {name}={got}")
+
+
+def check_key_means(op: str, sidekick: Sidekick, calibration: Calibration) -> None:
+    """Refuse means of keys other than those that centred maps were trained with.
+
+    Raises:
+        ValueError: The message names the first layer that differs.
+    """
+    if not KINDS[sidekick.kind].centred:
+        return
+    for i, maps in enumerate(sidekick):
+        space = calibration.space(i)
+        if maps and space is not None and not same_key_mean(space, maps.get(KEY_MEAN)):
+            raise ValueError(
+                f"{op}: calibration must have the key_mean that the sidekick {sidekick.name!r} was "
+                f"trained with, and has another in layer {i}; train it with this calibration, or "
+                "leave the calibration out"
+            )
+
+
+def same_key_mean(space: Space, mean: torch.Tensor | None) -> bool:
+    """Whether a space has this mean of keys [K, D], rounded as the space rounds it; None: 0."""
+    if mean is None:
+        return not bool(space.key_mean.any())
+    return torch.equal(space.key_mean, mean.to(space.key_mean))
 
 
 def named_device(op: str, device: torch.device | str) -> torch.device:

@@ -56,6 +56,16 @@ class Described:
             "capacities": [None if x is None else list(x.capacities) for x in self.layouts],
             "kind": self.kind,
             "rank": self.sidekick.rank if self.sidekick is not None else 0,
+            **self._centred_maps(),
+        }
+
+    def _centred_maps(self) -> dict[str, Any]:
+        """Which layers have no maps, and the means of keys, where the sidekick has such."""
+        absent = () if self.sidekick is None else self.sidekick.absent
+        means = None if self.sidekick is None else self.sidekick.key_mean_digest
+        return {
+            **({"layers_without_maps": list(absent)} if absent else {}),
+            **({"key_mean": means} if means is not None else {}),
         }
 
     @property

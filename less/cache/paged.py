@@ -11,7 +11,13 @@ from torch import Tensor
 from less import backend as backends
 from less._check import require_int, require_tensor
 from less.backend import Backend
-from less.cache.checks import check_call, check_dtype, check_merging, positive
+from less.cache.checks import (
+    check_call,
+    check_dtype,
+    check_merging,
+    positive,
+    same_key_mean,
+)
 from less.layer import (
     Call,
     LayerPlan,
@@ -26,6 +32,7 @@ from less.layer import (
     allocate,
     plain_space,
 )
+from less.layer.kinds import KEY_MEAN, kind_of
 from less.policies import Policy
 from less.policies.base import checked_rank
 from less.reference import Attended, candidates
@@ -47,9 +54,10 @@ class PagedLayer:
         layout: The page.
         q_heads: Query heads Q, a multiple of the kv heads.
         maps: Feature maps: a layer of a ``Sidekick`` by name, of the layout's rank. None: no state.
-        kind: Their kind, ``"paper"`` or ``"exp"``.
-        space: The space of the rows of a packed format, or of any other; None: that without means
-            and scales for packed formats, none for others.
+        kind: Their kind, a name in ``less.layer.kinds.KINDS``.
+        space: The space of the rows of a packed format, or of any other; None: that of the maps'
+            ``key_mean`` where they have one; else that without means and scales for packed
+            formats, none for others.
         victim: ``"fold"``, ``"merge"`` or ``"forget"``: what becomes of an evicted token. Merging
             needs a policy with scores, and a layout with weights. None: ``"fold"`` with maps,
             ``"forget"`` without.
@@ -102,6 +110,9 @@ class PagedLayer:
         least, most = -(1 << 31), (1 << 31) - 1
         if require_int(op, "null_page", null_page, least) > most:
             raise ValueError(f"{op}: null_page must be at most {most}, got {null_page}")
+        if maps is not None and kind_of(op, kind).centred:
+            space = self._centred(op, maps, space, softcap)
+            maps = {n: x for n, x in maps.items() if n != KEY_MEAN}
         packed = None if maps is None else PackedMaps.pack(maps, kind, self.device)
         spec = LayerSpec(
             q_heads=q_heads,
@@ -120,6 +131,23 @@ class PagedLayer:
         if space is not None:
             space = (space if not spec.softcap else space.without_key_mean()).to(self.device)
         self.plan = LayerPlan(spec, layout, packed, space)
+
+    def _centred(
+        self, op: str, maps: Mapping[str, Tensor], space: Space | None, softcap: float | None
+    ) -> Space | None:
+        """The space of the rows, whose mean of keys must be the one that maps were trained with."""
+        mean = maps.get(KEY_MEAN)
+        if mean is not None and softcap is not None:
+            raise ValueError(f"{op}: maps must have no key_mean under a soft-cap")
+        if space is None:
+            heads, dim = self.layout.kv_heads, self.layout.head_dim
+            return None if mean is None else Space.of(heads, dim, key_mean=mean)
+        if softcap is None and not same_key_mean(space, mean):
+            raise ValueError(
+                f"{op}: space must have the key_mean that the maps were trained with"
+                + (", 0" if mean is None else "")
+            )
+        return space
 
     def new_pool(self, pages: int) -> Tensor:
         """A pool of empty pages, uint8 [pages, page]."""

@@ -52,25 +52,44 @@ def add_parser(subparsers: Any) -> None:
         help="first tokens always kept (default: 4 with --policy sinks, 0 with h2o, whose scores "
         "keep them)",
     )  # fmt: skip
-    add("--kind", choices=("exp", "paper"), default="exp", help="of map; default: %(default)s")
+    add(
+        "--kind", choices=("exp", "centroid", "paper"), default="exp",
+        help="of map; default: %(default)s",
+    )  # fmt: skip
     add(
         "--loss", choices=("norm", "squared"),
         help="error of an attention output (default: squared, the paper's, with --kind paper; "
         "else norm)",
     )  # fmt: skip
     add("--rank", type=int, default=8, help="features R (default: %(default)s)")
-    add("--hidden", type=int, default=64, help="hidden width E (default: %(default)s)")
+    add(
+        "--hidden", type=int, default=64,
+        help="hidden width E, of exp and paper maps (default: %(default)s)",
+    )  # fmt: skip
     add("--steps", type=int, default=1000, help="per layer (default: %(default)s)")
     add("--lr", type=float, default=0.01, help="peak learning rate (default: %(default)s)")
     add("--rows", type=int, default=32, help="queries per chunk and step (default: %(default)s)")
     add("--chunks", type=int, default=48, help="of text (default: %(default)s)")
     add("--length", type=int, default=1024, help="tokens per chunk (default: %(default)s)")
     add("--held", type=int, help="chunks kept for the reported losses (default: an eighth)")
+    add(
+        "--start", type=Path, metavar="FOLDER",
+        help="a sidekick of the same kind to begin at, such as one trained on shorter chunks",
+    )  # fmt: skip
+    add(
+        "--tune", type=int, metavar="STEPS",
+        help="of end-to-end tuning against the model's own outputs, of centroid maps; 0: none "
+        "(default: 60 of them with --kind centroid)",
+    )  # fmt: skip
+    add(
+        "--window", type=int, default=768,
+        help="tokens of a window of that tuning (default: %(default)s)",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--work", type=Path, help="folder of the unfinished run (default: OUT/unfinished)")
     add(
-        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float16",
-        help="of the saved matrices (default: %(default)s)",
+        "--dtype", choices=("float32", "bfloat16", "float16", "int8"),
+        help="of the saved matrices (default: int8 with --kind centroid, else float16)",
     )  # fmt: skip
     measuring.add_model_dtype(parser)
     add("--device", default="cpu", help="default: %(default)s")
@@ -138,9 +157,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from less import Sidekick
     from less.evaluate import assets
-    from less.fit import Recipe, sample_chunks, train
+    from less.fit import Recipe, Tuning, sample_chunks, train
     from less.fit.train import held_chunks
+    from less.fit.tune import check_tuning
     from less.hf.models import describe
 
     chosen = policies(args)
@@ -154,6 +175,13 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed,
     )
+    steps = args.tune
+    if steps is None:
+        steps = 60 if args.kind == "centroid" else 0
+    tuning = Tuning(steps=steps, window=args.window, seed=args.seed) if steps else None
+    if tuning is not None:
+        check_tuning(args.kind, args.length, chosen, tuning)
+    start = None if args.start is None else Sidekick.from_pretrained(args.start)
     device = corpus.named_device(args.device)
     held_chunks(chosen, args.chunks, args.length, args.held)
     texts, source = corpus.read_named_texts(args.text)
@@ -166,8 +194,9 @@ def run(args: argparse.Namespace) -> int:
     model = found.load(getattr(torch, args.model_dtype)).to(device)
     name = args.name or ("SmolLM2-135M-Instruct" if args.model == sources.SMOLLM2 else None)
     console.print(
-        f"training {args.kind} maps, rank {args.rank}, hidden {args.hidden}, for "
-        + ", ".join(map(str, chosen))
+        f"training {args.kind} maps, rank {args.rank}, "
+        + ("" if args.kind == "centroid" else f"hidden {args.hidden}, ")
+        + f"for {', '.join(map(str, chosen))}"
     )
     with _Shown(console) as show:
         sidekick = train(
@@ -179,9 +208,12 @@ def run(args: argparse.Namespace) -> int:
             work=work,
             source=source,
             name=name,
+            start=start,
+            tuning=tuning,
             show=show,
         )
-    sidekick.save_pretrained(args.out, dtype=getattr(torch, args.dtype))
+    dtype = args.dtype or ("int8" if args.kind == "centroid" else "float16")
+    sidekick.save_pretrained(args.out, dtype=getattr(torch, dtype))
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     console.print(f"{args.out}: {sidekick!r}, {size / 2**20:.1f} MiB on disk")
     return 0
@@ -192,9 +224,11 @@ def layer_line(record: LayerRecord, layers: int) -> str:
     pairs = ", ".join(
         f"{e:.3g} -> {s:.3g}" for e, s in zip(record.eviction, record.sidekick, strict=True)
     )
+    less = f"{100 * (1 - record.ratio):.0f} % less"
     return (
         f"layer {record.layer} of 0..{layers - 1}: loss of eviction alone -> with sidekick: "
-        f"{pairs} ({100 * (1 - record.ratio):.0f} % less), {record.seconds:.0f} s"
+        f"{pairs} ({less if record.helps else 'not less: left without maps'}), "
+        f"{record.seconds:.0f} s"
     )
 
 
@@ -234,6 +268,8 @@ class _Shown:
         if done > self.skipped and done < 1:
             left = f"about {_minutes(spent * (1 - done) / (done - self.skipped))} left"
         label = f"layer {progress.layer} of 0..{progress.layers - 1} {progress.phase}"
+        if progress.phase == "tune":
+            done, label = progress.fraction, "all layers, tuned together"
         self.bar.update(self.task, completed=done, description=label, left=left)
         if progress.record is not None:
             note = ", from the earlier run" if progress.resumed else ""

@@ -7,6 +7,7 @@ from less.fit.recipe import LayerRecord, Progress, Recipe
 from less.fit.schedule import schedule
 from less.fit.text import read_stream, sample_chunks
 from less.fit.train import train
+from less.fit.tune import Tuning, tune
 
 __all__ = [
     "Captured",
@@ -14,10 +15,12 @@ __all__ = [
     "LayerWalk",
     "Progress",
     "Recipe",
+    "Tuning",
     "calibrate",
     "fit_layer",
     "read_stream",
     "sample_chunks",
     "schedule",
     "train",
+    "tune",
 ]

@@ -129,6 +129,11 @@ def measure(captured: Captured) -> dict[str, Tensor]:
     }
 
 
+def key_mean(k: Tensor) -> Tensor:
+    """The mean of keys [N, K, T, D], as ``measure`` has it: float32 [K, D], on the CPU."""
+    return _moments(k[:, :, _FIRST:])[0].float()
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of [N, K, T, D] over N and T, float64 [K, D], a chunk at a time."""
     count = x.shape[0] * x.shape[2]

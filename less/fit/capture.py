@@ -323,9 +323,38 @@ def _output_weight(attention: nn.Module) -> Tensor:
 @contextlib.contextmanager
 def _catching(model: Any, facts: ModelFacts) -> Iterator[list[_Call]]:
     """Let each call of the model's attention append what it got and gave to a list."""
+    caught: list[_Call] = []
+
+    def attend(
+        _module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        out = attend_fully(query, key, value, mask, scale, softcap)
+        caught.append(_Call((query, key, value, out), scale, softcap))
+        return out
+
+    with calling(model, facts, attend):
+        yield caught
+
+
+#: Attention of a module over a whole text: module, q, k, v, mask, scale, soft-cap -> [B, Q, T, D].
+Attention = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float, float], Tensor]
+
+
+@contextlib.contextmanager
+def calling(model: Any, facts: ModelFacts, attend: Attention) -> Iterator[None]:
+    """Let the model call another attention function; it leaves as it came.
+
+    Raises:
+        ValueError: In a call of the model: a layer is no causal softmax over all tokens.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    caught: list[_Call] = []
     sliding = {id(facts.modules[i]) for i in facts.windows}
 
     def attention(
@@ -348,8 +377,7 @@ def _catching(model: Any, facts: ModelFacts) -> Iterator[list[_Call]]:
                 f"({', '.join(special)}); such a layer cannot have a sidekick"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        out = _attend(query, key, value, attention_mask, scale, softcap or 0.0)
-        caught.append(_Call((query, key, value, out), scale, softcap or 0.0))
+        out = attend(module, query, key, value, attention_mask, scale, softcap or 0.0)
         return out.transpose(1, 2).contiguous(), None
 
     # An entry of one object of the interface would be overlooked: where the class has none, a model
@@ -360,10 +388,10 @@ def _catching(model: Any, facts: ModelFacts) -> Iterator[list[_Call]]:
         for registry in (AttentionInterface, AttentionMaskInterface):
             leave.callback(registry._global_mapping.pop, _NAME)
         switch_attention(model, facts, _NAME, leave)
-        yield caught
+        yield
 
 
-def _attend(
+def attend_fully(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
     """Attention over a whole text [B, Q, T, D]; mask: bool [B, 1, T, T], or None: causal."""

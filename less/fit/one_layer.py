@@ -8,18 +8,20 @@ Source: arXiv:2402.09398, section 3.3.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from less.fit import objective
+from less.fit.calibrate import key_mean
 from less.fit.capture import Captured
 from less.fit.recipe import LayerRecord, Recipe
 from less.fit.schedule import schedule
 from less.fit.start import Trainable
+from less.layer.kinds import KEY_MEAN, KINDS
 from less.policies import Policy
 
 
@@ -87,6 +89,7 @@ def fit_layer(
     layer: int,
     held: int,
     tick: Callable[[float], None] = lambda fraction: None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], LayerRecord]:
     """Train one layer's maps.
 
@@ -97,14 +100,22 @@ def fit_layer(
         layer: Index; part of the seed and of the record.
         held: Chunks held back.
         tick: Called with the fraction done.
+        start: A layer's maps to begin at, with their ``key_mean``; None: drawn, matched in mass.
 
     Returns:
-        The maps (float32, on the captured tensors' device) and the record.
+        The maps (float32, on the captured tensors' device) and the record. Centred maps are trained
+        on keys without their mean, which comes with them; under a soft-cap, on keys as they are.
     """
     begun = time.perf_counter()
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + layer)
     c = captured
     left = [schedule(c.q, c.k, c.v, p, c.scale, c.softcap) for p in policies]
+    mean = None
+    if KINDS[recipe.kind].centred and not c.softcap:
+        # As a cache's space rounds it. Every logit of a query moves by the same.
+        known = None if start is None else start.get(KEY_MEAN)
+        mean = (key_mean(c.k) if known is None else known).half().float().to(c.k.device)
+        captured = replace(c, k=c.k.float() - mean[:, None])
     data = _Data(captured, policies, left, held, generator)
     weight = captured.o_weight.float()
     error = objective.LOSSES[recipe.loss]
@@ -114,12 +125,13 @@ def fit_layer(
     trainable = Trainable(
         recipe.kind, captured.q, captured.k, recipe.rank, recipe.hidden, generator
     )
-    some = range(min(4, data.train_chunks))
-    trainable.match_mass(
-        [data.draw(p, c, recipe.rows, gone_mass=True) for p in range(len(policies)) for c in some]
-    )
+    if start is not None:
+        trainable.begin_at(start)
+    else:
+        some = [(p, c) for p in range(len(policies)) for c in range(min(4, data.train_chunks))]
+        trainable.match_mass([data.draw(p, c, recipe.rows, gone_mass=True) for p, c in some])
     with torch.no_grad():
-        start = data.losses(held_rows, trainable.maps(), recipe)
+        at_start = data.losses(held_rows, trainable.maps(), recipe)
     optimizer = torch.optim.Adam(trainable.leaves.values(), lr=recipe.lr, betas=(0.9, 0.97))
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
@@ -137,4 +149,6 @@ def fit_layer(
         tick((step + 1) / recipe.steps)
     final = {n: t.detach().clone() for n, t in trainable.maps().items()}
     losses = data.losses(held_rows, final, recipe)
-    return final, LayerRecord(layer, eviction, start, losses, time.perf_counter() - begun)
+    if mean is not None:
+        final[KEY_MEAN] = mean
+    return final, LayerRecord(layer, eviction, at_start, losses, time.perf_counter() - begun)

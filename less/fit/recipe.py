@@ -14,11 +14,11 @@ class Recipe:
     """How each layer is trained.
 
     Attributes:
-        kind: Kind of map, "exp" or "paper".
+        kind: Kind of map, a name in ``less.layer.kinds.KINDS``.
         loss: Error of a query's attention output after the output projection: its l2 norm
             ("norm") or its mean square ("squared", the paper's).
         rank: Features R.
-        hidden: Hidden width E.
+        hidden: Hidden width E, of kinds that have a hidden layer.
         steps: Adam steps per layer. A step takes one chunk per policy.
         lr: Peak learning rate; it rises over `warmup` steps and falls to 0 as a half cosine.
         warmup: Steps of linear rise.
@@ -85,6 +85,11 @@ class LayerRecord:
     seconds: float
 
     @property
+    def helps(self) -> bool:
+        """Whether the maps are better than eviction alone, mean over the policies."""
+        return self.ratio < 1.0
+
+    @property
     def ratio(self) -> float:
         """Sidekick's loss over eviction's, mean over the policies."""
         ratios = [
@@ -100,7 +105,7 @@ class Progress:
     Attributes:
         layer: Layer at work.
         layers: Number of layers.
-        phase: "capture", "train" or "done" (with this layer).
+        phase: "capture", "train" or "done" (with this layer); "tune", of all layers together.
         fraction: Part of this layer's work that is done.
         record: The layer's record, in phase "done".
         resumed: The layer was read from an earlier run's file.

@@ -28,6 +28,7 @@ from less.fit.capture import LayerWalk
 from less.fit.one_layer import fit_layer
 from less.fit.recipe import LayerRecord, Progress, Recipe
 from less.fit.text import Pool, identity, sample_chunks
+from less.fit.tune import Tuning, check_tuning, tune
 from less.hf.weights import FIELD, note_weights
 from less.policies import Policy, policy_to_dict
 from less.sidekick import Sidekick
@@ -50,6 +51,8 @@ def train(
     work: str | os.PathLike[str] | None = None,
     source: str = "",
     name: str | None = None,
+    start: Sidekick | None = None,
+    tuning: Tuning | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> Sidekick:
     """Train a sidekick for a model, a policy (or several at once) and a text.
@@ -57,6 +60,9 @@ def train(
     Each finished layer is a file in `work`. A run that is killed continues there, from the layer
     it was in, and ends with the same sidekick bit for bit as a run that was not (same machine and
     thread count): everything random is seeded per layer.
+
+    A layer whose maps lose more than eviction alone on the held-back chunks is left without maps
+    (``Sidekick.absent``), and evicts alone.
 
     Layers that slide are not trained: they bound themselves, and a cache leaves them as they are
     (`less.hf`). Their entries in the sidekick are zeros, and they have no record.
@@ -79,6 +85,10 @@ def train(
             Emptied of the run's files at its end.
         source: Where the text comes from, for the record.
         name: The model's name, for the record; the last part of its path by default.
+        start: A sidekick of this model, kind and rank: training begins at its maps, and keeps its
+            means of keys. One that was trained on shorter texts, say. None: maps are drawn.
+        tuning: How the maps of all layers are tuned together at the end (``less.fit.tune``), of
+            centroid maps; None: they are not.
         show: Called as the work proceeds.
 
     Returns:
@@ -97,6 +107,11 @@ def train(
     written = [policy_to_dict(p) for p in policies]
     ids, record = _pool(text, tokenizer, chunks, chunk_tokens, recipe.seed)
     held = held_chunks(policies, ids.shape[0], ids.shape[1], held)
+    if tuning is not None:
+        check_tuning(recipe.kind, ids.shape[1], policies, tuning)
+    if start is not None:
+        _check_start(start, model, recipe)
+        start = start.to(torch.float32)
     folder = Path(tempfile.mkdtemp(prefix="less-train-")) if work is None else Path(work)
     begun = time.perf_counter()
     try:
@@ -112,9 +127,11 @@ def train(
             "held": held,
             "model": {k: v for k, v in model_record.items() if k != "name"},
         }
+        if start is not None:
+            run["start"] = start.digest
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, run)
-        layers, records = _train_layers(walk, policies, recipe, held, folder, show)
+        layers, records = _train_layers(walk, policies, recipe, held, folder, show, start)
         config = {
             "model": model_record,
             FIELD: note_weights(walk.facts),
@@ -130,6 +147,14 @@ def train(
             },
         }
         sidekick = Sidekick(layers, kind=recipe.kind, config=_rounded(config))
+        if tuning is not None:
+            total = len(walk.layers)
+
+            def tuned(done: int, steps: int, _divergence: float) -> None:
+                show(Progress(total, total, "tune", done / steps))
+
+            sidekick = tune(model, ids, sidekick, policies, tuning, held=held, show=tuned)
+            sidekick.config = _rounded(sidekick.config)
     except BaseException:
         if work is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -170,6 +195,7 @@ def _train_layers(
     held: int,
     folder: Path,
     show: Callable[[Progress], None],
+    start: Sidekick | None,
 ) -> tuple[list[dict[str, Tensor]], list[LayerRecord]]:
     total = len(walk.layers)
     trained: dict[int, dict[str, Tensor]] = {}
@@ -182,16 +208,22 @@ def _train_layers(
         if resumed:
             maps, record = _read_layer(path)
         else:
-            maps, record = _train_layer(walk, policies, recipe, held, layer, show)
+            begin = None if start is None or layer in start.absent else start[layer]
+            maps, record = _train_layer(walk, policies, recipe, held, layer, show, begin)
             _write_layer(path, maps, record)
         for passed in walk.boundaries:
             if passed <= layer and (layer + 1 in walk.boundaries):
                 walk.release(passed)
-        trained[layer] = maps
+        trained[layer] = maps if record.helps else {}
         records.append(record)
         show(Progress(layer, total, "done", 1.0, record, resumed))
     # A sidekick has an entry for each layer of the model; those of sliding layers are not used.
-    some = next(iter(trained.values()))
+    if not any(trained.values()):
+        raise ValueError(
+            "train: no layer's maps are better than eviction alone on the held-back chunks; train "
+            "for more steps, or on more text"
+        )
+    some = next(maps for maps in trained.values() if maps)
     unused = {n: torch.zeros_like(t) for n, t in some.items()}
     return [trained.get(layer, unused) for layer in range(total)], records
 
@@ -203,6 +235,7 @@ def _train_layer(
     held: int,
     layer: int,
     show: Callable[[Progress], None],
+    start: dict[str, Tensor] | None,
 ) -> tuple[dict[str, Tensor], LayerRecord]:
     """Capture and train; of a layer's time about a sixth is the capture's."""
     begun, total, caught = time.perf_counter(), len(walk.layers), 0
@@ -221,6 +254,7 @@ def _train_layer(
         layer,
         held,
         lambda fraction: show(Progress(layer, total, "train", 0.15 + 0.85 * fraction)),
+        start,
     )
     return maps, dataclasses.replace(record, seconds=time.perf_counter() - begun)
 
@@ -241,6 +275,21 @@ def _pool(
         raise ValueError("train: text needs tokenizer=, the model's; or give token ids")
     texts = [text] if isinstance(text, str) else text
     return sample_chunks(tokenizer, texts, length, chunks, seed)
+
+
+def _check_start(start: Sidekick, model: Any, recipe: Recipe) -> None:
+    """Refuse a sidekick that training cannot begin at."""
+    start.check_model(model)
+    for name in ("kind", "rank"):
+        if getattr(start, name) != getattr(recipe, name):
+            raise ValueError(
+                f"train: start must have the recipe's {name}, {getattr(recipe, name)!r}, got "
+                f"{getattr(start, name)!r}"
+            )
+    if start.hidden not in (0, recipe.hidden):
+        raise ValueError(
+            f"train: start must have the recipe's hidden, {recipe.hidden}, got {start.hidden}"
+        )
 
 
 def _claim(folder: Path, run: dict[str, Any]) -> None:

@@ -32,7 +32,16 @@ ORDER = (
     "k_mix",
     "k_scale",
     "k_mix_scale",
+    "centroids",
+    "centroids_scale",
+    "q_factor",
+    "k_factor",
+    "k_weight",
+    "k_offset",
 )
+#: What a layer of a sidekick may note beside the maps of a centred kind, float32 [K, D]: the mean
+#: of the keys that they were trained with.
+KEY_MEAN = "key_mean"
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,18 @@ class MapKind:
     Attributes:
         number: Its number in ``MapKind`` of csrc/params.h.
         tensors: Tensor name -> shape in letters, in the order of the files. Names that begin with
-            ``q_`` belong to phi, with ``k_`` to psi.
+            ``q_`` belong to phi, with ``k_`` to psi, others to both.
         matrices: Which of them are matrices of a layer, [heads, in, out]: nearly all of the bytes,
             and what may be held in 16 or 8 bits.
+        centred: Whether psi takes keys without the mean of their space, so that the state stands
+            in the coordinates of the slots' logits and nothing is added where they meet. Such a
+            layer of a sidekick may have ``KEY_MEAN``.
     """
 
     number: int
     tensors: Mapping[str, str]
     matrices: tuple[str, ...]
+    centred: bool = False
 
     @cached_property
     def scales(self) -> dict[str, str]:
@@ -97,6 +110,21 @@ KINDS: dict[str, MapKind] = {
         number=1,
         tensors={**_Q_LAYERS, "q_bias": "QR", **_K_LAYERS, "k_bias": "KR"},
         matrices=_MATRICES,
+    ),
+    # docs/training.md
+    "centroid": MapKind(
+        number=2,
+        tensors={
+            "centroids": "KDR",
+            "q_factor": "Q",
+            "q_bias": "QR",
+            "k_factor": "K",
+            "k_bias": "KR",
+            "k_weight": "KD",
+            "k_offset": "K",
+        },
+        matrices=("centroids",),
+        centred=True,
     ),
 }
 

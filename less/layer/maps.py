@@ -31,6 +31,11 @@ class Maps:
         """Features R."""
         return KINDS[self.kind].size(self.tensors, "R")
 
+    @property
+    def centred(self) -> bool:
+        """Whether its kind takes keys without the mean of their space."""
+        return KINDS[self.kind].centred
+
 
 @dataclass(frozen=True)
 class PackedMaps(Maps):

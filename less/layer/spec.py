@@ -189,6 +189,11 @@ class LayerPlan:
         """How queries enter the space: those that meet packed rows are rounded."""
         return "rounded_query" if self.layout.format.packed else "query"
 
+    @property
+    def shifted(self) -> bool:
+        """Whether what queries' logits lack in the space is added where they meet the state."""
+        return self.space is not None and self.maps is not None and not self.maps.centred
+
     @cached_property
     def encoded(self) -> Tensor:
         """What the ops take of it, int64 on the CPU."""

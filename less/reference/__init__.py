@@ -20,7 +20,7 @@ from less.reference.codec import (
     slot_floats,
 )
 from less.reference.eviction import Compacted, candidates, chunk_position, compact, survivors
-from less.reference.maps import EXP_CLAMP, feature_map, fold, phi, psi
+from less.reference.maps import EXP_CLAMP, centroid_map, feature_map, fold, phi, psi
 from less.reference.numbers import dequantize, floats, quantize, rounded
 from less.reference.trajectory import (
     Trajectory,
@@ -38,6 +38,7 @@ __all__ = [
     "Trajectory",
     "candidates",
     "capped",
+    "centroid_map",
     "chunk_attention",
     "chunk_position",
     "compact",

@@ -181,14 +181,16 @@ def rotate(x: Tensor, space: Space, rotation: str, valid: Tensor | None = None) 
     return y if valid is None else torch.where(valid[:, None, :, None], y, 0.0)
 
 
-def keys_out_of_space(k: Tensor, space: Space) -> Tensor:
-    """Keys [B, K, N, D] back out of the space."""
-    return _out_of(k, space.key_mean, space.key_scale, space.factor)
+def keys_out_of_space(k: Tensor, space: Space, mean: bool = True) -> Tensor:
+    """Keys [B, K, N, D] back out of the space; without their mean, where ``mean`` is False."""
+    x = _out_of(k, space.key_scale, space.factor)
+    return x + _per_head(space.key_mean, x) if mean else x
 
 
 def values_out_of_space(v: Tensor, space: Space) -> Tensor:
     """Values [B, K, N, D], or attention's output [B, Q, T, D], back out of the space."""
-    return _out_of(v, space.value_mean, space.value_scale, space.factor)
+    x = _out_of(v, space.value_scale, space.factor)
+    return x + _per_head(space.value_mean, x)
 
 
 def query_shift(q: Tensor, space: Space, scale: float) -> Tensor:
@@ -214,8 +216,9 @@ def _into(x: Tensor, mean: Tensor, scale: Tensor, factor: float) -> Tensor:
     return butterflies((x - _per_head(mean, x)) * _per_head(_wide(scale, x) * factor, x))
 
 
-def _out_of(x: Tensor, mean: Tensor, scale: Tensor, factor: float) -> Tensor:
-    return butterflies(x) * _per_head(_divided(factor, _wide(scale, x)), x) + _per_head(mean, x)
+def _out_of(x: Tensor, scale: Tensor, factor: float) -> Tensor:
+    x = x.double() if x.dtype == torch.float64 else x.float()  # slots may be of 16 bits
+    return butterflies(x) * _per_head(_divided(factor, _wide(scale, x)), x)
 
 
 def _per_head(x: Tensor, like: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ def compact(
         state: The low-rank state.
         maps: The layer's feature maps.
         sinks: Of the hot slots.
-        space: Of the rows: psi is taken of keys outside of it.
+        space: Of the rows: psi is taken of keys outside of it, of a centred kind without their
+            mean.
     """
     B, K, S = slots.position.shape
     W = slots.hot_slots
@@ -161,7 +162,7 @@ def compact(
             raise ValueError("compact: victim 'fold' needs state and maps")
         k, v = (decode(*stored[n], getattr(slots.rows, n)) for n in ("k", "v"))
         if space is not None:
-            k = keys_out_of_space(k, space)
+            k = keys_out_of_space(k, space, mean=not maps.centred)
         leaves = (position >= 0) & ~keep & ~hot
         state = fold(state, psi(k, maps), v, leaves)
     tokens = _Tokens(

@@ -72,9 +72,58 @@ def feature_map(
     return (h + mixed * mix_scale.to(dtype)[:, None, :]).abs()
 
 
+def centroid_map(
+    x: Tensor,
+    centroids: Tensor,
+    *,
+    factor: Tensor,
+    bias: Tensor,
+    centroids_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Evaluate a map of learned keys c_r, head by head.
+
+    With l_r = factor x.c_r + bias_r: phi_r(x) = exp(clamp(l_r, +-15)); with ``weight`` and
+    ``offset`` given, psi_r(x) = softmax_r(l) exp(clamp(x.weight + offset, +-15)). So the state is R
+    slots more, whose keys are learned.
+
+    Args:
+        x: Queries, or keys without the mean of their space, [B, N, T, D].
+        centroids: c [K, D, R], shared by the N / K heads of a group.
+        factor: [N].
+        bias: [N, R].
+        centroids_scale: [K, R], of each column of int8 centroids.
+        weight: [K, D], psi only.
+        offset: [K], psi only.
+
+    Returns:
+        Features [B, N, T, R], all >= 0, float32 (float64 for float64 x).
+    """
+    dtype = accumulator(x)
+    x = x.to(dtype)
+    if centroids_scale is not None:
+        centroids = dequantize(centroids, centroids_scale.to(dtype), -2)
+    own = centroids.to(dtype).repeat_interleave(x.shape[1] // centroids.shape[0], 0)
+    logits = torch.einsum("bntd,ndr->bntr", x, own) * factor.to(dtype)[:, None, None]
+    logits = logits + bias.to(dtype)[:, None, :]
+    if weight is None or offset is None:
+        return logits.clamp(-EXP_CLAMP, EXP_CLAMP).exp()
+    mass = torch.einsum("bntd,nd->bnt", x, weight.to(dtype)) + offset.to(dtype)[:, None]
+    return logits.softmax(-1) * mass.clamp(-EXP_CLAMP, EXP_CLAMP).exp()[..., None]
+
+
 def phi(q: Tensor, maps: Maps) -> Tensor:
     """Features of queries [B, Q, T, D] -> [B, Q, T, R], from a layer's maps."""
     get = maps.tensors.get
+    if maps.kind == "centroid":
+        return centroid_map(
+            q,
+            maps.tensors["centroids"],
+            factor=maps.tensors["q_factor"],
+            bias=maps.tensors["q_bias"],
+            centroids_scale=get("centroids_scale"),
+        )
     return feature_map(
         q,
         maps.tensors["q_w1"],
@@ -87,8 +136,21 @@ def phi(q: Tensor, maps: Maps) -> Tensor:
 
 
 def psi(k: Tensor, maps: Maps) -> Tensor:
-    """Features of keys [B, K, T, D] -> [B, K, T, R], from a layer's maps."""
+    """Features of keys [B, K, T, D] -> [B, K, T, R], from a layer's maps.
+
+    Those of a centred kind take keys without the mean of their space.
+    """
     get = maps.tensors.get
+    if maps.kind == "centroid":
+        return centroid_map(
+            k,
+            maps.tensors["centroids"],
+            factor=maps.tensors["k_factor"],
+            bias=maps.tensors["k_bias"],
+            centroids_scale=get("centroids_scale"),
+            weight=maps.tensors["k_weight"],
+            offset=maps.tensors["k_offset"],
+        )
     return feature_map(
         k,
         maps.tensors["k_w1"],

@@ -24,6 +24,7 @@ CONFIG_FILE = "config.json"
 DIGEST = "tensors_sha256"  # field of config.json; files without it are older, and not compared
 #: What config.json says of the tensors, and Sidekick's attribute of the same name must confirm.
 SHAPE_FIELDS = ("kind", "layers", "q_heads", "kv_heads", "head_dim", "rank", "hidden")
+ABSENT = "layers_without_maps"  # field of config.json, where there are such
 _SHIPPED = Path(__file__).parent.parent / "sidekicks"
 
 
@@ -54,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def extra(header: Mapping[str, Any]) -> dict[str, Any]:
     """The part of config.json that the tensors do not say themselves."""
-    derived = ("format", "format_version", "dtype", DIGEST, *SHAPE_FIELDS)
+    derived = ("format", "format_version", "dtype", DIGEST, ABSENT, *SHAPE_FIELDS)
     return {k: v for k, v in header.items() if k not in derived}
 
 
@@ -77,8 +78,16 @@ def check_digest(path: Path, wanted: object) -> None:
         )
 
 
-def read_tensors(path: Path, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
+def read_tensors(
+    path: Path, rank: int = 0, world: int = 1, absent: object = ()
+) -> list[dict[str, Tensor]]:
     """Read the layers of a sidekick's tensors, of one part of the heads alone.
+
+    Args:
+        path: The file.
+        rank: Which part.
+        world: Of how many.
+        absent: The layers without maps, as config.json lists them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -105,6 +114,12 @@ def read_tensors(path: Path, rank: int = 0, world: int = 1) -> list[dict[str, Te
                 layers.setdefault(int(match[1]), {})[match[2]] = tensor
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{at}: truncated or not a safetensors file ({error})") from None
+    if not isinstance(absent, (list, tuple)) or not all(type(i) is int for i in absent):
+        raise ValueError(f"{at}: {ABSENT} must be a list of layers, got {absent!r}")
+    for i in absent:
+        if i in layers:
+            raise ValueError(f"{at}: layer {i} must have no tensors, {CONFIG_FILE} says")
+        layers[i] = {}
     if sorted(layers) != list(range(len(layers))):
         raise ValueError(f"{at}: layers must be numbered 0.. without a gap, got {sorted(layers)}")
     return [layers[i] for i in range(len(layers))]

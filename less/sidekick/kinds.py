@@ -5,9 +5,9 @@ The rows stand in ``less.layer.kinds``, because layers come before sidekicks.
 
 from __future__ import annotations
 
-from less.layer.kinds import KINDS, ORDER, MapKind, kind_of
+from less.layer.kinds import KEY_MEAN, KINDS, ORDER, MapKind, kind_of
 
-__all__ = ["KINDS", "MATRICES", "SCALES", "TENSORS", "MapKind", "kind_of"]
+__all__ = ["KEY_MEAN", "KINDS", "MATRICES", "SCALES", "TENSORS", "MapKind", "kind_of"]
 
 #: Tensor name -> shape in letters, per kind. The order is the order of the files.
 TENSORS: dict[str, dict[str, str]] = {name: dict(kind.tensors) for name, kind in KINDS.items()}

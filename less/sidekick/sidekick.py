@@ -13,9 +13,16 @@ from torch import Tensor
 
 from less.sidekick import authors, files
 from less.sidekick.identity import model_identity
-from less.sidekick.kinds import kind_of
+from less.sidekick.kinds import KEY_MEAN, kind_of
 from less.sidekick.parts import check_part, part_slice
-from less.sidekick.tensors import as_dtype, check_dtype, checked_layer, dtype_of, type_name
+from less.sidekick.tensors import (
+    as_dtype,
+    check_dtype,
+    checked_layer,
+    digest,
+    dtype_of,
+    type_name,
+)
 
 _HEADS = ("q_heads", "kv_heads")
 
@@ -26,8 +33,10 @@ class Sidekick:
     Args:
         layers: One dict of tensors per layer, names and shapes as in ``less.layer.kinds``. Any
             floating dtype, or int8 matrices with their scales; held as contiguous copies on the
-            device they came on.
-        kind: A name in ``less.layer.kinds.KINDS``: "paper" or "exp".
+            device they came on. An empty dict: the layer has no maps, and evicts alone. Of kind
+            "centroid" a layer may have ``key_mean`` [K, D]: the mean of keys that it was trained
+            with, to which a cache's rows must be centred.
+        kind: A name in ``less.layer.kinds.KINDS``: "paper", "exp" or "centroid".
         config: What is known beside the tensors, saved with them: "model" (identity of the model,
             see ``less.sidekick.identity``), "model_weights" (a few of its weights, see
             ``less.hf.weights``), "policies", "budgets", "training". Anything JSON can hold.
@@ -61,6 +70,8 @@ class Sidekick:
             as_dtype(i, checked_layer(i, layer, kind, sizes, where), dtype)
             for i, layer in enumerate(layers)
         ]
+        if not any(self._layers):
+            raise ValueError("Sidekick: layers must hold at least one layer with maps, got none")
         self.dtype = dtype
         self.q_heads, self.kv_heads = sizes["Q"], sizes["K"]
         self.head_dim, self.rank = sizes["D"], sizes["R"]
@@ -71,7 +82,7 @@ class Sidekick:
                 f"Sidekick: query heads must be a multiple of kv heads, got {self.q_heads} "
                 f"({where['Q']}) and {self.kv_heads} ({where['K']})"
             )
-        self.device = next(iter(self._layers[0].values())).device
+        self.device = next(t for layer in self._layers for t in layer.values()).device
         self._part = (0, 1)
         self._name = ""
 
@@ -88,6 +99,8 @@ class Sidekick:
 
     def __getitem__(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one layer, by name (a fresh dict of the held tensors).
+
+        Empty where the layer has no maps.
 
         Raises:
             IndexError: there is no such layer (negative indices do not count from the end).
@@ -112,6 +125,26 @@ class Sidekick:
     def nbytes(self) -> int:
         """Bytes of all tensors as held."""
         return sum(t.numel() * t.element_size() for layer in self._layers for t in layer.values())
+
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """The layers without maps, ascending: they evict alone."""
+        return tuple(i for i, layer in enumerate(self._layers) if not layer)
+
+    def key_mean(self, layer: int) -> Tensor | None:
+        """The mean of keys that a layer's maps were trained with [K, D]; None: none."""
+        return self._layers[layer].get(KEY_MEAN)
+
+    @property
+    def digest(self) -> str:
+        """A sha256 of all tensors, by layer and name."""
+        return digest(self._layers)
+
+    @property
+    def key_mean_digest(self) -> str | None:
+        """A sha256 of the means of keys: what snapshots are compared by; None: there are none."""
+        means = [{n: t for n, t in layer.items() if n == KEY_MEAN} for layer in self._layers]
+        return digest(means) if any(means) else None
 
     @property
     def name(self) -> str:
@@ -220,7 +253,7 @@ class Sidekick:
             head_dim: Head dim D.
             rank: Features R.
             hidden: Hidden width E.
-            kind: "paper" or "exp".
+            kind: A name in ``less.layer.kinds.KINDS``.
             generator: A torch generator, a seed, or None for torch's own state.
         """
         tensors = kind_of("Sidekick.random", kind).tensors
@@ -237,7 +270,7 @@ class Sidekick:
             x = torch.rand([sizes[c] for c in letters], generator=generator) * 2 - 1
             if len(letters) == 3:  # [heads, in, out]
                 return x * math.sqrt(3 / sizes[letters[1]]) * (2 if name.endswith("w2") else 1)
-            return 1 + x / 2 if name == "k_scale" else x / 2
+            return 1 + x / 2 if name in ("k_scale", "q_factor", "k_factor") else x / 2
 
         return cls([{n: draw(n, s) for n, s in tensors.items()} for _ in range(layers)], kind=kind)
 
@@ -312,7 +345,7 @@ class Sidekick:
             "Sidekick.from_pretrained", rank, world, header.get("q_heads"), header.get("kv_heads")
         )
         tensors = root / files.TENSORS_FILE
-        layers = files.read_tensors(tensors, rank, world)
+        layers = files.read_tensors(tensors, rank, world, header.get(files.ABSENT, ()))
         try:
             held = dtype_of(layers, header["kind"])
             sidekick = cls(layers, kind=header["kind"], config=files.extra(header), dtype=held)
@@ -362,6 +395,8 @@ class Sidekick:
         }
         root = Path(path)
         shape = {field: getattr(self, field) for field in files.SHAPE_FIELDS}
+        if self.absent:
+            shape[files.ABSENT] = list(self.absent)
         files.write(root, shape, dtype, tensors, self.config)
         return root
 

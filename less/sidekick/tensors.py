@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from less.dtypes import FLOATS, MAP_DTYPES
 from less.reference import dequantize, quantize
-from less.sidekick.kinds import KINDS, MATRICES, SCALES
+from less.sidekick.kinds import KEY_MEAN, KINDS, MATRICES, SCALES
 
 _STORED = (*FLOATS, torch.float64)
 
@@ -28,6 +29,8 @@ def checked_layer(
 ) -> dict[str, Tensor]:
     """One layer as contiguous copies, int8 matrices with their scales and the rest in float32.
 
+    A layer without tensors has no maps; one of a centred kind may have a ``key_mean``.
+
     Args:
         index: The layer's, for messages.
         layer: Its tensors by name.
@@ -43,7 +46,11 @@ def checked_layer(
     if not isinstance(layer, Mapping):
         raise TypeError(f"{at} must be a dict of tensors, got {type_name(layer)}")
     row = KINDS[kind]
+    if not layer:
+        return {}
     names = dict(row.tensors)
+    if row.centred and KEY_MEAN in layer:
+        names[KEY_MEAN] = "KD"
     eights = [n for n in row.matrices if getattr(layer.get(n), "dtype", None) == torch.int8]
     names |= {f"{n}_scale": row.scales[f"{n}_scale"] for n in eights}
     missing = [n for n in names if n not in layer]
@@ -91,6 +98,16 @@ def checked_layer(
     return held
 
 
+def digest(layers: Sequence[Mapping[str, Tensor]]) -> str:
+    """A sha256 of layers' tensors, by layer and name."""
+    found = hashlib.sha256()
+    for i, layer in enumerate(layers):
+        for name, tensor in layer.items():
+            found.update(f"{i}.{name}".encode())
+            found.update(tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()
+
+
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """Refuse a dtype that matrices cannot be held in.
 
@@ -104,7 +121,8 @@ def check_dtype(op: str, dtype: torch.dtype) -> None:
 
 def dtype_of(layers: Sequence[Mapping[str, Tensor]], kind: str) -> torch.dtype:
     """What the first matrix of a file is stored in; another than ours is refused by its layer."""
-    dtype = getattr(layers[0].get(KINDS[kind].matrices[0]), "dtype", None) if layers else None
+    first = next((layer for layer in layers if layer), {})
+    dtype = getattr(first.get(KINDS[kind].matrices[0]), "dtype", None)
     return dtype if dtype in MAP_DTYPES else torch.float32
 
 

@@ -13,6 +13,7 @@ import torch
 from less.backend import ops
 from less.backend.ops import fold, prompt_scores, quantize
 from less.layer import Call, LayerSpec, PackedMaps, Paged, PageLayout, Rows, allocate, encode
+from less.layer.kinds import KINDS
 
 __all__ = [
     "chunk_attention",
@@ -27,14 +28,18 @@ __all__ = [
     "quantize",
 ]
 
-KINDS = ("paper", "exp")
+
+def sizes(maps):
+    """Q, K, D and R of a layer's maps."""
+    row = next(row for row in KINDS.values() if row.tensors.keys() <= maps.keys())
+    return tuple(row.size(maps, letter) for letter in "QKDR")
 
 
 def plan_of(Q, K, D, S, dtype, R=0, maps=None, kind="exp", victim=None, **spec):
     """A layer's plan; its state may come without maps, which no cache has but an op takes."""
     if maps is not None:
         assert kind in KINDS
-    device = maps["q_w2"].device if maps is not None else "cpu"
+    device = next(iter(maps.values())).device if maps is not None else "cpu"
     packed = None if maps is None else PackedMaps.pack(maps, kind, device)
     layout = PageLayout(K, D, S, dtype, R)
     made = LayerSpec(
@@ -97,7 +102,7 @@ def compact(
     """Writes the slots, the state and seen."""
     K, S, D = slot_k.shape[1:]
     R = 0 if H is None else H.shape[2]
-    Q = K if maps is None else maps["q_w2"].shape[0]
+    Q = K if maps is None else sizes(maps)[0]
     plan = plan_of(Q, K, D, S, slot_k.dtype, R, maps, kind, rule=rule)
     tensors = {"k": slot_k, "v": slot_v, "position": position, "score": score, "weight": weight,
                "seen": seen, "k_scale": k_scale, "v_scale": v_scale, "H": H, "z": z}  # fmt: skip
@@ -132,7 +137,7 @@ def decode_step(
 
 def decode_step_workspace(slot_k, Q, maps):
     B, K, S, D = slot_k.shape
-    R = 0 if maps is None else maps["q_w2"].shape[2]
+    R = 0 if maps is None else sizes(maps)[3]
     plan = plan_of(Q, K, D, S, slot_k.dtype, R, maps)
     pool = allocate([plan.layout], B, slot_k.device)[0]
     return ops.decode_step_workspace(pool, plan, B)
@@ -147,6 +152,6 @@ def psi(k, maps, kind):
 
 
 def feature_map(x, maps, kind, query):
-    Q, D, _ = maps["q_w1"].shape
-    plan = plan_of(Q, maps["k_w1"].shape[0], D, 1, torch.float32, maps["q_w2"].shape[2], maps, kind)
+    Q, K, D, R = sizes(maps)
+    plan = plan_of(Q, K, D, 1, torch.float32, R, maps, kind)
     return ops.feature_map(x, plan, query)

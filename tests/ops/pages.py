@@ -10,6 +10,7 @@ import torch
 from less import PageLayout, reference
 from less.dtypes import has_scale
 from less.layer import LayerPlan, LayerSpec, PackedMaps, allocate
+from less.layer.kinds import KINDS
 from less.policies import Rule
 from tests.helpers import random_maps, random_qkv
 
@@ -35,7 +36,7 @@ def plan_of(
     maps = None
     if state:
         tensors = random_maps(Q, K, D, 16, 4, kind)
-        for n in ("q_w1", "q_w2", "k_w1", "k_w2"):
+        for n in KINDS[kind].matrices:
             if maps_dtype == torch.int8:
                 tensors[n], tensors[f"{n}_scale"] = reference.quantize(tensors[n], -2)
             elif maps_dtype is not None:

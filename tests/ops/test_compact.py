@@ -67,7 +67,7 @@ def assert_same_layer(got, want, names=LAYER):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("T", [1, 5, 40])
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_compact_equals_the_reference(device, rule, T, kind, dtype):
     got, want = run_both(layer(T=T, kind=kind, dtype=dtype), device, kind=kind, rule=rule)
@@ -215,7 +215,7 @@ def test_compact_passes_opcheck(dtype, state):
     torch.library.opcheck(torch.ops.less.compact.default, tuple(args.values()))
 
 
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str
 )

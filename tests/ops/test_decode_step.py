@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from less.layer.kinds import KINDS
 from less.policies import Rule
 from tests.helpers import assert_close
 from tests.ops import flat_reference as reference
@@ -76,7 +77,7 @@ def assert_same(got, want, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp", ""])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid", ""])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decode_step_equals_attention_then_compaction(simd, rule, kind, shape, dtype):
@@ -153,11 +154,11 @@ def test_int8_slots_equal_the_reference_on_the_same_rows(simd, rule, shape, soft
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 def test_narrow_maps_equal_the_same_maps_in_float32(simd, dtype, kind):
     a = layer(B=2, T=1, kind=kind, **SHAPES["mha"])
     narrow, wide = dict(a["maps"]), dict(a["maps"])
-    for name in ("q_w1", "q_w2", "k_w1", "k_w2"):
+    for name in KINDS[kind].matrices:
         if dtype == torch.int8:
             narrow[name], narrow[f"{name}_scale"] = reference.quantize(wide[name], -2)
             wide[name] = reference.dequantize(narrow[name], narrow[f"{name}_scale"], -2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from less.layer.kinds import KINDS
 from less.policies import Rule
 from tests.ops import flat_reference as reference
 from tests.ops.common import layer
@@ -68,7 +69,7 @@ def make(dtype=torch.float16, q_dtype=None, maps_dtype=None, empty=0.0, device="
     for name in ("q", "k", "v"):
         a[name] = a[name].to(q_dtype)
     if maps_dtype is not None:
-        for name in ("q_w1", "q_w2", "k_w1", "k_w2"):
+        for name in KINDS[kind].matrices:
             w = a["maps"][name]
             if maps_dtype == torch.int8:
                 a["maps"][name], a["maps"][f"{name}_scale"] = reference.quantize(w, -2)
@@ -175,7 +176,7 @@ def test_any_number_of_query_heads_share_a_kv_head(launched, meeting, dtype, G):
 
 
 @pytest.mark.parametrize("maps_dtype", [*FLOATS, torch.int8], ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 @pytest.mark.parametrize(("R", "E"), [(8, 64), (3, 10), (64, 512), (1, 24)])
 def test_maps_of_any_kind_rank_width_and_dtype(launched, meeting, kind, maps_dtype, R, E):
     shape = {"B": 1, "Q": 4, "K": 2, "D": 64, "S": 40, "R": R, "E": E, "kind": kind}

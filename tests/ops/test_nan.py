@@ -28,7 +28,7 @@ def assert_same_numbers(got, want, dtype):
 
 @pytest.mark.parametrize("w_dtype", [*FLOATS, torch.int8], ids=str)
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 def test_the_features_of_a_row_with_nan_are_nan_and_no_others(device, kind, x_dtype, w_dtype):
     maps, _ = narrowed(random_maps(2, 2, 64, 24, 8, kind), w_dtype)
     maps = {n: x.to(device) for n, x in maps.items()}
@@ -93,7 +93,7 @@ def test_nan_in_a_query_or_the_state_of_a_step_is_nan_in_out(device, dtype, name
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8], ids=str)
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 def test_a_key_of_nan_that_has_left_shows_in_every_step(device, kind, dtype):
     a = make(dtype, B=1, Q=4, K=2, D=64, S=20, kind=kind)
     oldest = a["position"][0, 1].masked_fill(a["position"][0, 1] < 0, 99).argmin()
@@ -110,7 +110,7 @@ def test_a_key_of_nan_that_has_left_shows_in_every_step(device, kind, dtype):
     assert a["H"][0, 0].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["paper", "exp"])
+@pytest.mark.parametrize("kind", ["paper", "exp", "centroid"])
 def test_a_key_of_nan_that_leaves_a_call_of_many_tokens_is_folded(device, kind):
     a = layer(T=30, S=9, D=64, E=32, kind=kind)
     a["valid"][:] = True

@@ -359,6 +359,30 @@ TENSORS = {
     "a scale without a mix": (
         "paper", {"k_mix": None}, "mix, scale and mix_scale must be given together"
     ),
+    "centroids of exp": (
+        "exp", {"centroids": torch.ones(K, D, 4)}, r"belong to kind 2 \(centroid\) alone"
+    ),
+    "centroids without a factor": (
+        "centroid", {"q_factor": None}, r"kind 2 \(centroid\) must have centroids, factors, biases"
+    ),
+    "centroids without a bias": (
+        "centroid", {"k_bias": None}, r"kind 2 \(centroid\) must have centroids, factors, biases"
+    ),
+    "int8 centroids without a scale": (
+        "centroid",
+        {"centroids": torch.zeros(K, D, 4, dtype=torch.int8)},
+        "centroids_scale belongs to int8 centroids, and must be given with them",
+    ),
+    "a scale of float centroids": (
+        "centroid",
+        {"centroids_scale": torch.ones(K, 4)},
+        "centroids_scale belongs to int8 centroids, and must be given with them",
+    ),
+    "a w1 of centroids": (
+        "centroid",
+        {"q_w1": torch.ones(Q, D, 4)},
+        r"kind 2 \(centroid\) must have no w1, w2 and mix",
+    ),
 }  # fmt: skip
 
 
