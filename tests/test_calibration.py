@@ -240,14 +240,14 @@ def test_the_command_measures_a_folder_and_refuses_what_cannot_be(tmp_path, caps
     assert main([*arguments, str(out), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "Calibration(layers=2" in printed
-    assert "slots of each layer's kv heads at a mean of 256:" in printed
+    assert "slots of heads at a mean of 256, a line for each layer:" in printed
     assert "10th, 50th and 90th percentile" in printed
     assert "</svg>" in picture.read_text()
     calibration = Calibration.from_pretrained(out)
     assert len(calibration) == 2
     assert calibration.length == 200
     assert main([*arguments, str(out), "--no-budgets"]) == 0
-    assert "slots of" not in capsys.readouterr().out
+    assert "slots of heads" not in capsys.readouterr().out
     assert Calibration.from_pretrained(out).capacities == ()
     assert main([*arguments, str(out), "--chunks", "2", "--length", "4096"]) == 2
     assert "--length 4096 is beyond" in capsys.readouterr().err

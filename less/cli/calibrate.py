@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     calibration.save_pretrained(args.out)
     if not args.no_budgets:
         slots = heat_map.dealt_slots(calibration, _SAMPLE)
-        title = f"slots of each layer's kv heads at a mean of {_SAMPLE}"
-        console.print(f"{title}:\n{heat_map.text(slots)}", soft_wrap=True)
+        title = f"slots of heads at a mean of {_SAMPLE}"
+        console.print(f"{title}, a line for each layer:\n{heat_map.text(slots)}", soft_wrap=True)
         if args.plot is not None:
             heat_map.plot(slots, args.plot, title)
     console.print(

@@ -65,7 +65,7 @@ def plot(slots: Slots, path: Path, title: str) -> None:
 
     heads = max(len(layer) for layer in slots if layer is not None)
     grid = [[float("nan")] * heads if layer is None else list(layer) for layer in slots]
-    size = (2.5 + 0.25 * heads, 1.5 + 0.2 * len(slots))
+    size = (3.5 + 0.25 * heads, 1.5 + 0.2 * len(slots))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(grid, norm=LogNorm(), aspect="auto", cmap="viridis")
     axes.set_xlabel("kv head")
