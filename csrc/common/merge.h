@@ -31,8 +31,8 @@ LESS_HD Score merge_cost(Score mass_i, Score mass_j, Score far) {
 
 // The same of a token that may be protected.
 template <typename Position, typename Score>
-LESS_HD Score merge_cost(const Rule& rule, int64_t n, Position position, Score mass_i,
-                         Score mass_j, Score far) {
+LESS_HD Score merge_cost(const Rule& rule, int64_t n, Position position, Score mass_i, Score mass_j,
+                         Score far) {
   const Score infinite(__builtin_huge_valf());
   return select(is_protected(rule, n, position), infinite, merge_cost(mass_i, mass_j, far));
 }
