@@ -205,7 +205,7 @@ LAYERS = {
         [number(x) for x in (0.0, -0.5, 1.5, float("nan"))],
         r"decay must be in \(0, 1\], got",
     ),
-    "kind": ([-2, 2], "layer's kind must be in -1 .. 1, got"),
+    "kind": ([-2, 3], "layer's kind must be in -1 .. 2, got"),
     "w_dtype": ([-1, 4], "layer's dtype of maps must be in 0 .. 3, got"),
     "E": ([-1, 2**21], "layer's hidden width must be in 0 .. "),
     "map_rank": ([-1, 3, 5], "maps must have the state's rank, 4, got"),
@@ -360,7 +360,9 @@ TENSORS = {
         "paper", {"k_mix": None}, "mix, scale and mix_scale must be given together"
     ),
     "centroids of exp": (
-        "exp", {"centroids": torch.ones(K, D, 4)}, r"belong to kind 2 \(centroid\) alone"
+        "exp",
+        {"centroids": torch.ones(K, D, 4)},
+        r"centroids, factors, weight and offset belong to kind 2 \(centroid\) alone",
     ),
     "centroids without a factor": (
         "centroid", {"q_factor": None}, r"kind 2 \(centroid\) must have centroids, factors, biases"
