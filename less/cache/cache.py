@@ -14,15 +14,16 @@ from less._check import require_int, require_shape, require_tensor
 from less.backend import Backend
 from less.cache import snapshot
 from less.cache.checks import (
+    check_calibration,
     check_call,
     check_dtype,
-    check_key_means,
     check_merging,
     check_sidekick,
     checked_victim,
     layer_capacities,
     layer_policies,
     named_device,
+    no_state,
     positive,
     real_device,
     sliding_layers,
@@ -143,37 +144,21 @@ class LessKVCache(Described, CacheProtocol):
         check_dtype(op, "dtype", dtype, chosen, self.device)
         self.scale = positive(op, "scale", 1.0 / math.sqrt(head_dim) if scale is None else scale)
         self.softcap = None if softcap is None else positive(op, "softcap", softcap)
-        self.dtype = dtype
-        self.sidekick = sidekick
+        self.dtype, self.sidekick, self.calibration = dtype, sidekick, calibration
         self.victim = checked_victim(op, victim, sidekick)
         if sidekick is not None:
             check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
         if self.victim == "merge":
-            for one in self.policies:
-                if one is not None:
-                    check_merging(op, one)
+            check_merging(op, *self.policies)
             warn_of_merging(op, self.policies)
         self._capacities = layer_capacities(op, capacities, self.policies, kv_heads)
-        self.calibration = calibration
         if calibration is not None:
-            if not isinstance(calibration, Calibration):
-                raise ValueError(
-                    f"{op}: calibration must be a Calibration, got {type(calibration).__name__}"
-                )
-            calibration.check(op, layers, kv_heads, head_dim)
-            if sidekick is not None and softcap is None:
-                check_key_means(op, sidekick, calibration)
+            check_calibration(op, calibration, (layers, kv_heads, head_dim), sidekick, softcap)
         self._hot = (sinks, hot, hot_dtype)
         self._biased = BiasedKeys(calibration, dtype)
         self.session = Session(self.layers, self.batch, self.device, self.native)
         self._holdings = self._built(chosen, self.device)
-        kept = [
-            n
-            for p, at in zip(self.policies, self.layouts, strict=True)
-            if p is not None and at is not None and p.evicts
-            for n in at.capacities
-        ]
-        self._limits = TrainingLimits(sidekick, kept)
+        self._limits = TrainingLimits(sidekick, self._holdings.bounded)
         self._holdings.reserve()
 
     def _built(self, backend: Backend, device: torch.device) -> Holdings:
@@ -338,18 +323,11 @@ class LessKVCache(Described, CacheProtocol):
         """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
 
         Raises:
-            ValueError: The cache has no sidekick, or the layer is full or without maps, hence no
-                state.
+            ValueError: The layer has no low-rank state; the message says why.
         """
         self._check_layer("state", layer)
         states = [views.state for views in self._holdings.views(layer)]
-        held = [x for x in states if x is not None]
-        if not held:
-            if self.sidekick is not None:
-                has_maps = layer not in self.sidekick.absent
-                why = "keeps every token" if has_maps else "has no maps in the sidekick"
-                raise ValueError(f"state: layer {layer} {why}, hence no low-rank state")
-            raise ValueError("state: this cache has no sidekick, hence no low-rank state")
+        held = [x for x in states if x is not None] or no_state(layer, self.sidekick)
         return torch.cat([x.H for x in held], 1), torch.cat([x.z for x in held], 1)
 
     @property

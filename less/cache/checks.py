@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -123,17 +124,18 @@ def checked_victim(op: str, victim: str | None, sidekick: Sidekick | None) -> st
     return victim
 
 
-def check_merging(op: str, policy: Policy) -> None:
-    """Refuse a policy whose tokens have no scores, by which tokens are merged.
+def check_merging(op: str, *policies: Policy | None) -> None:
+    """Refuse policies whose tokens have no scores, by which tokens are merged.
 
     Raises:
-        ValueError: It is one.
+        ValueError: One of them is such.
     """
-    if policy.evicts and not policy.needs_scores:
-        raise ValueError(
-            f"{op}: victim 'merge' weighs tokens by their scores, which policy "
-            f"{type(policy).__name__} does not keep; use H2O, or victim 'forget'"
-        )
+    for policy in policies:
+        if policy is not None and policy.evicts and not policy.needs_scores:
+            raise ValueError(
+                f"{op}: victim 'merge' weighs tokens by their scores, which policy "
+                f"{type(policy).__name__} does not keep; use H2O, or victim 'forget'"
+            )
 
 
 def warn_of_merging(op: str, policies: Sequence[Policy | None]) -> None:
@@ -210,6 +212,46 @@ def check_sidekick(
     ):
         if wanted != got:
             raise ValueError(f"{op}: sidekick must have {name}={wanted}, got {name}={got}")
+
+
+def check_calibration(
+    op: str,
+    calibration: Calibration,
+    shape: tuple[int, int, int],
+    sidekick: Sidekick | None,
+    softcap: float | None,
+) -> None:
+    """Refuse a calibration of another shape, or of other means than the sidekick's maps have.
+
+    Args:
+        op: Who asks, for the message.
+        calibration: What is looked at.
+        shape: Layers, kv heads, head dim.
+        sidekick: The cache's.
+        softcap: Under one, a cache has no means of keys.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if not isinstance(calibration, Calibration):
+        raise ValueError(
+            f"{op}: calibration must be a Calibration, got {type(calibration).__name__}"
+        )
+    calibration.check(op, *shape)
+    if sidekick is not None and softcap is None:
+        check_key_means(op, sidekick, calibration)
+
+
+def no_state(layer: int, sidekick: Sidekick | None) -> NoReturn:
+    """Say why a layer has no low-rank state.
+
+    Raises:
+        ValueError: Always.
+    """
+    if sidekick is None:
+        raise ValueError("state: this cache has no sidekick, hence no low-rank state")
+    why = "has no maps in the sidekick" if layer in sidekick.absent else "keeps every token"
+    raise ValueError(f"state: layer {layer} {why}, hence no low-rank state")
 
 
 def check_key_means(op: str, sidekick: Sidekick, calibration: Calibration) -> None:

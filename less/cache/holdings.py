@@ -44,6 +44,11 @@ class Holdings:
         return [at for at in self.layers if at is not None]
 
     @property
+    def bounded(self) -> list[int]:
+        """The capacities of all heads of the layers that evict."""
+        return [n for at in self.held if at.policy.evicts for n in at.layout.capacities]
+
+    @property
     def layouts(self) -> tuple[PageLayout | None, ...]:
         """What a page of each layer holds; None for layers that slide."""
         return tuple(None if at is None else at.layout for at in self.layers)
