@@ -1,10 +1,13 @@
 // Merging: a token i that leaves becomes part of the token j that stays, of least
 //
-//   cost = w_i w_j / (w_i + w_j) |k_i - k_j|^2,  w = score + 1e-6
+//   cost = w_i w_j / (w_i + w_j) |k_i - k_j|^2,  w = score + 1e-6,
 //
-// of equals the older; less/reference/merge.py is the same in Python. Score is float, or a
-// machine's vector of them, as in rule.h.
+// of equal costs of the older; j moves by w_i / (w_i + w_j) of the way to i.
+// less/reference/merge.py is the same in Python. Score is float, or a machine's vector of them, as
+// in rule.h.
 #pragma once
+
+#include <cmath>
 
 #include "common/dtype.h"
 #include "common/rule.h"
@@ -13,25 +16,31 @@ namespace less {
 
 // What a token of this score weighs: no token weighs nothing.
 template <typename Score>
-LESS_HD Score merge_weight(Score score) {
+LESS_HD Score mass_of(Score score) {
   return score + Score(1e-6f);
 }
 
-// What merging costs, of weights and the keys' squared distance. NaN and infinity are no costs:
+// What merging costs, of masses and the keys' squared distance. NaN and infinity are no costs:
 // both become infinity, at which nobody is a target.
 template <typename Score>
-LESS_HD Score merge_cost(Score w_i, Score w_j, Score distance) {
+LESS_HD Score merge_cost(Score mass_i, Score mass_j, Score far) {
   const Score infinite(__builtin_huge_valf());
-  const Score cost = w_i * w_j / (w_i + w_j) * distance;
+  const Score cost = mass_i * mass_j / (mass_i + mass_j) * far;
   return select(cost < infinite, cost, infinite);
 }
 
 // The same of a token that may be protected.
 template <typename Position, typename Score>
-LESS_HD Score merge_cost(const Rule& rule, int64_t n, Position position, Score w_i, Score w_j,
-                         Score distance) {
+LESS_HD Score merge_cost(const Rule& rule, int64_t n, Position position, Score mass_i, Score mass_j,
+                         Score far) {
   const Score infinite(__builtin_huge_valf());
-  return select(is_protected(rule, n, position), infinite, merge_cost(w_i, w_j, distance));
+  return select(is_protected(rule, n, position), infinite, merge_cost(mass_i, mass_j, far));
+}
+
+// log(e^a + e^b) of finite log-weights.
+LESS_HD float merged_weight(float a, float b) {
+  const float most = a > b ? a : b, least = a > b ? b : a;
+  return most + log1pf(expf(least - most));
 }
 
 }  // namespace less

@@ -291,7 +291,7 @@ class Compaction {
     for (size_t i = leaving; i < tokens_.size(); ++i) {
       const Candidate& t = tokens_[i];
       if (!(t.rank < kInfinity)) continue;
-      const float mass = merge_weight(score[t.source]);
+      const float mass = mass_of(score[t.source]);
       targets_.push_back({t.source, t.position, score[t.source], log_weight(slots, t.source), mass,
                           /*changed=*/false});
     }
@@ -329,7 +329,7 @@ class Compaction {
       float weight[kLanes] = {};
       for (int64_t n = 0; n < count; ++n) {
         put_lane(rows_ + n * D_, D_, n, keys_);
-        weight[n] = merge_weight(score[source[n]]);
+        weight[n] = mass_of(score[source[n]]);
       }
       int32_t nearest[kLanes];
       nearest_targets(target_keys_, target_weight_, N, D_, keys_, weight, nearest);
@@ -343,7 +343,7 @@ class Compaction {
         target.mass += weight[n];
         target.position = std::max(target.position, position(slots, source[n]));
         target.score += score[source[n]];
-        target.weight = log_of_both(target.weight, log_weight(slots, source[n]));
+        target.weight = merged_weight(target.weight, log_weight(slots, source[n]));
         target.changed = true;
       }
     }

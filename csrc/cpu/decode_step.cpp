@@ -433,24 +433,23 @@ class Step {
     from.to(k, 1, distance + S_);
     distance[victim] = kInfinity;
     const Rule rule = for_slots(p_.spec.rule, S_);
-    const float w_i = merge_weight(i.score);
+    const float w_i = mass_of(i.score);
     const int64_t n = seen_ + 1;
     const auto cost = [&](auto position, auto from) LESS_LAMBDA_INLINE {
       const auto score = from(slots_.score);
-      return merge_cost(rule, n, position, decltype(score)(w_i), merge_weight(score),
-                        from(distance));
+      return merge_cost(rule, n, position, decltype(score)(w_i), mass_of(score), from(distance));
     };
     Lowest nearest = lowest_of(slots_.position, W_, S_, Lowest::finite(), cost);
-    nearest.offer(merge_cost(rule, n, token.position, w_i, merge_weight(token.score), distance[S_]),
+    nearest.offer(merge_cost(rule, n, token.position, w_i, mass_of(token.score), distance[S_]),
                   token.position, S_);
     if (nearest.source < 0) return;
     const Candidate j = candidate(nearest.source);
-    const float part = w_i / (w_i + merge_weight(j.score));
+    const float part = w_i / (w_i + mass_of(j.score));
     merge_row(i.k, i.row, part, D_, key_, value_, j.k, j.row);
     merge_row(i.v, i.row, part, D_, key_, value_, j.v, j.row);
     j.position = std::max(j.position, i.position);
     j.score += i.score;
-    j.weight = log_of_both(j.weight, i.weight);
+    j.weight = merged_weight(j.weight, i.weight);
   }
 
   void fold(const Stored& k, const Stored& v, int64_t row) {

@@ -15,12 +15,6 @@
 
 namespace less::cpu::LESS_ISA {
 
-// log(e^a + e^b)
-inline float log_of_both(float a, float b) {
-  const float top = std::max(a, b);
-  return top + std::log1p(std::exp(std::min(a, b) - top));
-}
-
 // x [D] moves by `part` of the way to y.
 LESS_INLINE void move_towards(const float* y, float part, int64_t D, float* x) {
   for_each(x, D,

@@ -288,7 +288,8 @@ class _Writer:
         """Put tokens into slots, all but their rows."""
         for name, x in vars(tokens).items():
             if name in self.tensors:
-                self.tensors[name][b, h, place] = x[b, h, which]
+                mine = self.tensors[name]
+                mine[b, h, place] = x[b, h, which].to(mine.dtype)
 
     def slots(self) -> Slots:
         """What became of them."""
