@@ -80,6 +80,13 @@ def test_means_weigh_by_score_in_order_of_position():
         assert torch.equal(x[[8, 9]], y[[8, 9]])
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    if request.param == "native":
+        pytest.importorskip("less._C")
+    return request.param
+
+
 def cache(policy=None, backend="reference", **settings):
     shape = {"layers": 1, "q_heads": 4, "kv_heads": 2, "head_dim": 16, "batch": 2}
     shape |= {"victim": "merge"} | settings
@@ -100,22 +107,32 @@ def feed(cache, calls, seed=0):
     return torch.cat(out, 2)
 
 
-def test_nothing_leaves_and_merging_changes_nothing():
-    mine, other = cache(), cache(victim="forget")
+def test_nothing_leaves_and_merging_changes_nothing(backend):
+    mine, other = cache(backend=backend), cache(victim="forget", backend=backend)
     torch.testing.assert_close(feed(mine, [12]), feed(other, [12]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, "k4v4", "k3v2"])
-def test_every_token_counts_whatever_left(dtype):
+def test_every_token_counts_whatever_left(dtype, backend):
     policy = H2O(heavy=30, recent=10, decay=0.9)
     calls = [25] + 60 * [1] + [7, 33]
-    mine = cache(policy, dtype=dtype)
+    mine = cache(policy, dtype=dtype, backend=backend)
     feed(mine, calls)
     counts = torch.where(mine.positions(0) >= 0, mine.weights(0).exp(), 0.0)
     torch.testing.assert_close(counts.sum(2), torch.full((2, 2), float(sum(calls))))
     assert mine.stats()["kept"] == [2 * 40]
     if isinstance(dtype, str):
         assert (mine.weights(0)[..., :20] == 0).all()  # hot slots stand for one token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "k4v4", "k3v2"])
+def test_a_merging_cache_is_the_same_on_every_backend(dtype):
+    pytest.importorskip("less._C")
+    policy = H2O(heavy=30, recent=10, decay=0.9)
+    calls = [25, *(30 * [1]), 7, 33, *(10 * [1])]
+    mine, other = (cache(policy, name, dtype=dtype) for name in ("native", "reference"))
+    torch.testing.assert_close(feed(mine, calls), feed(other, calls), atol=1e-3, rtol=1e-3)
+    assert torch.equal(mine.positions(0), other.positions(0))
 
 
 def test_a_token_of_a_packed_layout_has_a_weight_only_where_it_merges():
@@ -133,14 +150,15 @@ def test_what_cannot_merge_is_refused_by_name():
         LessKVCache(1, 4, 2, 16, 1, H2O(heavy=4, recent=4), victim="blend")
 
 
-def test_a_cache_with_heads_of_several_capacities_is_one_cache_a_head():
+def test_a_cache_with_heads_of_several_capacities_is_one_cache_a_head(backend):
     policy = H2O(heavy=12, recent=4, decay=0.9)
-    ragged = cache(policy, capacities=[[8, 24]])
+    ragged = cache(policy, backend, capacities=[[8, 24]])
     out = feed(ragged, [30] + 20 * [1] + [5])
     assert ragged.positions(0).shape == (2, 2, 24)
     assert (ragged.positions(0)[:, 0, 8:] == -1).all()
     for h, (S, recent) in enumerate([(8, 2), (24, 6)]):
-        one = cache(H2O(heavy=S - recent, recent=recent, decay=0.9), q_heads=2, kv_heads=1)
+        policy_of_one = H2O(heavy=S - recent, recent=recent, decay=0.9)
+        one = cache(policy_of_one, backend, q_heads=2, kv_heads=1)
         g = torch.Generator().manual_seed(0)
         parts = []
         for T in [30] + 20 * [1] + [5]:
@@ -149,10 +167,10 @@ def test_a_cache_with_heads_of_several_capacities_is_one_cache_a_head():
             parts.append(one.attend(0, q, k, v))
         torch.testing.assert_close(out[:, 2 * h : 2 * h + 2], torch.cat(parts, 2))
         assert torch.equal(ragged.positions(0)[:, h, :S], one.positions(0)[:, 0])
-    again = cache(policy, capacities=[[8, 24]])
+    again = cache(policy, backend, capacities=[[8, 24]])
     again.load_state_dict(ragged.state_dict())
     with pytest.raises(ValueError, match="capacities"):
-        cache(policy).load_state_dict(ragged.state_dict())
+        cache(policy, backend).load_state_dict(ragged.state_dict())
 
 
 def test_wrong_capacities_are_refused_by_name():

@@ -438,8 +438,7 @@ class Step {
     const int64_t n = seen_ + 1;
     const auto cost = [&](auto position, auto from) LESS_LAMBDA_INLINE {
       const auto score = from(slots_.score);
-      return merge_cost(rule, n, position, decltype(score)(w_i), mass_of(score),
-                        from(distance));
+      return merge_cost(rule, n, position, decltype(score)(w_i), mass_of(score), from(distance));
     };
     Lowest nearest = lowest_of(slots_.position, W_, S_, Lowest::finite(), cost);
     nearest.offer(merge_cost(rule, n, token.position, w_i, mass_of(token.score), distance[S_]),

@@ -52,10 +52,10 @@ class Described:
             "scale": self.scale,
             "softcap": self.softcap,
             "policy": self.policy_text(),
-            "victim": self.victim,
-            "capacities": [None if x is None else list(x.capacities) for x in self.layouts],
             "kind": self.kind,
             "rank": self.sidekick.rank if self.sidekick is not None else 0,
+            "victim": self.victim,
+            "capacities": [None if x is None else list(x.capacities) for x in self.layouts],
             **self._centred_maps(),
         }
 
