@@ -123,6 +123,18 @@ LESS_DEVICE void four_numbers(DType dtype, const void* row, float scale, int D, 
   for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], scale);
 }
 
+// A row of shared memory as numbers: row `index` of `of`, at to [D]; one warp.
+LESS_DEVICE void decode_row(const StoredRows& of, int64_t index, int D, float* to) {
+  const float scale = of.scale(index);
+#pragma unroll 1
+  for (int d = int(threadIdx.x) % 32 * 4; d < D; d += 128) {
+    float x[4];
+    // narrow: four numbers a lane, 16 bytes where they are float32
+    four_numbers(of.dtype, of.at(index, D), scale, D, d, x);
+    store16_shared(to + d, bits_of<uint4>(make_float4(x[0], x[1], x[2], x[3])));
+  }
+}
+
 // -- a warp has a row --
 
 constexpr int kCodecEach = 256 / kCodecLanes;  // numbers of a lane, at most
@@ -142,27 +154,26 @@ LESS_DEVICE void for_lane_dims(int D, const F& f) {
   }
 }
 
-// The row that a stored one stands for. scale: as StoredRows has it.
+// The row that a stored one stands for, of the dtype of a call's rows or of hot ones.
 LESS_DEVICE LaneRow decoded_row(DType dtype, const void* row, float scale, int D) {
   LaneRow out;
   for_lane_dims(D, [&](int i, int d) {
     // narrow: a lane a number of the one row, side by side
     if (dtype == DType::i8) {
-      out.x[i] = float(static_cast<const int8_t*>(row)[d]);
-    } else if (dtype == DType::fp8) {
-      out.x[i] = widened(bits_of<__nv_fp8_e4m3>(static_cast<const uint8_t*>(row)[d]));
-    } else if (packed(dtype)) {
-      const int code = code_at(dtype, static_cast<const uint8_t*>(row), D, d);
-      out.x[i] = float(int8_t(levels_of_codes(dtype, uint32_t(code))));
+      out.x[i] = __fmul_rn(float(static_cast<const int8_t*>(row)[d]), scale);
     } else if (dtype == DType::fp16) {
       out.x[i] = widened(bits_of<__half>(static_cast<const uint16_t*>(row)[d]));
-    } else if (dtype == DType::bf16) {
-      out.x[i] = widened(bits_of<__nv_bfloat16>(static_cast<const uint16_t*>(row)[d]));
     } else {
       out.x[i] = static_cast<const float*>(row)[d];
     }
-    if (has_scale(dtype)) out.x[i] = __fmul_rn(out.x[i], scale);
   });
+  return out;
+}
+
+// A row of shared memory.
+LESS_DEVICE LaneRow lane_row(const float* row, int D) {
+  LaneRow out;
+  for_lane_dims(D, [&](int i, int d) { out.x[i] = row[d]; });
   return out;
 }
 
@@ -219,26 +230,33 @@ LESS_DEVICE float encode_levels(const LaneRow& row, int D, uint8_t* codes) {
   return widened(__float2half_rn(scale > kLargestHalf ? kLargestHalf : scale));
 }
 
-// The same of a row of 8 bits, whose codes are its bytes.
-template <typename T>
-LESS_DEVICE float encode_bytes(const LaneRow& row, int D, uint8_t* codes) {
-  const float scale = __fdiv_rn(largest_of(row, D), std::is_same_v<T, int8_t> ? 127.0f : 448.0f);
-  const bool sound = scale > 0.0f && scale <= 3.402823466e38f;
-  for_lane_dims(D, [&](int i, int d) {
-    const T x = narrowed<T>(sound ? __fdiv_rn(row.x[i], scale) : 0.0f);
-    if (int(threadIdx.x) % 32 < kCodecLanes) codes[d] = bits_of<uint8_t>(x);
-  });
-  return scale;
-}
+// The step of a row of 8 bits, max|x| / most; and its numbers in units of that.
+struct Eighth {
+  float scale;
+  bool sound;
 
-// The codes of a row of a format with scales. codes [D]: the warp's own, shared. Returns the scale,
-// as it is stored.
+  LESS_DEVICE Eighth(const LaneRow& row, int D, float most)
+      : scale(__fdiv_rn(largest_of(row, D), most)),
+        sound(scale > 0.0f && scale <= 3.402823466e38f) {}
+  LESS_DEVICE float units(float x) const { return sound ? __fdiv_rn(x, scale) : 0.0f; }
+};
+
+// The codes of a packed row, or the bytes of one of int8. codes [D]: the warp's own, shared.
+// Returns the scale, as it is stored.
 LESS_DEVICE float encode_codes(DType dtype, const LaneRow& row, int D, uint8_t* codes) {
-  const float scale = dtype == DType::i8    ? encode_bytes<int8_t>(row, D, codes)
-                      : dtype == DType::fp8 ? encode_bytes<__nv_fp8_e4m3>(row, D, codes)
-                      : dtype == DType::b4  ? encode_levels<DType::b4>(row, D, codes)
-                      : dtype == DType::b3  ? encode_levels<DType::b3>(row, D, codes)
-                                            : encode_levels<DType::b2>(row, D, codes);
+  float scale;
+  if (dtype == DType::i8) {
+    const Eighth eighth(row, D, 127.0f);
+    for_lane_dims(D, [&](int i, int d) {
+      const int8_t x = narrowed<int8_t>(eighth.units(row.x[i]));
+      if (int(threadIdx.x) % 32 < kCodecLanes) codes[d] = uint8_t(x);
+    });
+    scale = eighth.scale;
+  } else {
+    scale = dtype == DType::b4   ? encode_levels<DType::b4>(row, D, codes)
+            : dtype == DType::b3 ? encode_levels<DType::b3>(row, D, codes)
+                                 : encode_levels<DType::b2>(row, D, codes);
+  }
   __syncwarp();
   return scale;
 }
@@ -256,30 +274,19 @@ LESS_DEVICE LaneRow rounded_row(DType dtype, const LaneRow& row, int D, uint8_t*
   return out;
 }
 
-// Stores a row as one of `to`. codes [D]: the warp's own, shared.
+// Stores a row as row `index` of packed ones, or of int8. codes [D]: the warp's own, shared.
 LESS_DEVICE void encode_row(const StoredRows& to, int64_t index, const LaneRow& row, int D,
                             uint8_t* codes) {
   const int lane = int(threadIdx.x) % 32;
   const DType dtype = to.dtype;
-  if (!has_scale(dtype)) {
-    __syncwarp();  // the row may have been this one
-    for_lane_dims(D, [&](int i, int d) {
-      if (lane >= kCodecLanes) return;
-      // narrow: a lane a number of the one row, side by side
-      if (dtype == DType::f32) {
-        store(static_cast<float*>(to.at(index, D)) + d, row.x[i]);
-      } else if (dtype == DType::bf16) {
-        store(static_cast<__nv_bfloat16*>(to.at(index, D)) + d, narrowed<__nv_bfloat16>(row.x[i]));
-      } else {
-        store(static_cast<__half*>(to.at(index, D)) + d, narrowed<__half>(row.x[i]));
-      }
-    });
-    return;
-  }
   const float scale = encode_codes(dtype, row, D, codes);
-  if (lane == 0 && packed(dtype))
-    store(to.halves + index, bits_of<uint16_t>(__float2half_rn(scale)));
-  if (lane == 0 && !packed(dtype)) store(to.scales + index, scale);
+  if (lane == 0) {
+    if (dtype == DType::i8) {
+      store(to.scales + index, scale);
+    } else {
+      store(to.halves + index, bits_of<uint16_t>(__float2half_rn(scale)));
+    }
+  }
   const int bytes = int(row_bytes(dtype, D)), each = bytes % 4 == 0 ? 4 : 1;
   auto* const bytes_of_row = static_cast<uint8_t*>(to.at(index, D));
   const auto code = [codes](int64_t d) { return int(codes[d]); };
@@ -289,7 +296,7 @@ LESS_DEVICE void encode_row(const StoredRows& to, int64_t index, const LaneRow& 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = first + (i < each ? i : 0);
-      const uint8_t byte = packed(dtype) ? packed_byte(dtype, D, at, code) : codes[at];
+      const uint8_t byte = dtype == DType::i8 ? codes[at] : packed_byte(dtype, D, at, code);
       word |= uint32_t(byte) << (8 * i);
     }
     if (each == 4) {
@@ -301,6 +308,31 @@ LESS_DEVICE void encode_row(const StoredRows& to, int64_t index, const LaneRow& 
     }
   }
   __syncwarp();
+}
+
+// The same of rows of any format.
+LESS_DEVICE void store_row(const StoredRows& to, int64_t index, const LaneRow& row, int D,
+                           uint8_t* codes) {
+  const int lane = int(threadIdx.x) % 32;
+  const DType dtype = to.dtype;
+  if (packed(dtype) || dtype == DType::i8) return encode_row(to, index, row, D, codes);
+  const Eighth eighth(row, D, 448.0f);
+  if (dtype == DType::fp8 && lane == 0) store(to.scales + index, eighth.scale);
+  for_lane_dims(D, [&](int i, int d) {
+    if (lane >= kCodecLanes) return;
+    void* const of = to.at(index, D);
+    // narrow: a lane a number of the one row, side by side
+    if (dtype == DType::f32) {
+      store(static_cast<float*>(of) + d, row.x[i]);
+    } else if (dtype == DType::bf16) {
+      store(static_cast<__nv_bfloat16*>(of) + d, narrowed<__nv_bfloat16>(row.x[i]));
+    } else if (dtype == DType::fp16) {
+      store(static_cast<__half*>(of) + d, narrowed<__half>(row.x[i]));
+    } else {
+      const auto x = narrowed<__nv_fp8_e4m3>(eighth.units(row.x[i]));
+      store(static_cast<uint8_t*>(of) + d, bits_of<uint8_t>(x));
+    }
+  });
 }
 
 }  // namespace less::cuda

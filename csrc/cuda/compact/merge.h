@@ -54,7 +54,7 @@ LESS_DEVICE int older_than(const int32_t* list, const int32_t* when, int n, int 
   return older;
 }
 
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     compact_leave_kernel(const __grid_constant__ CompactParams p,
                          const __grid_constant__ CompactWorkspace w) {
   SMEM_ARRAY(uint8_t, codes, kMergeWarps * 256);
@@ -153,7 +153,7 @@ struct Nearest {
   }
 };
 
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     compact_nearest_kernel(const __grid_constant__ CompactParams p,
                            const __grid_constant__ CompactWorkspace w) {
   SMEM_ARRAY(float, left, kNearestDims* kNearestStride);
@@ -235,58 +235,96 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 // -- means --
 
-__global__ void __launch_bounds__(kMergeThreads)
+// A mean of rows in a warp: a lane has dims 4 lane .. 4 lane + 3, and those 128 after them.
+struct Mean {
+  float x[2][4] = {};
+  float mass = 0.0f;
+
+  LESS_DEVICE void add(const StoredRows& of, int64_t index, int D, float more) {
+    mass += more;
+    const float part = more / mass, scale = of.scale(index);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int d = half * 128 + int(threadIdx.x) % 32 * 4;
+      if (d >= D) break;
+      float other[4];
+      // narrow: four numbers a lane, 16 bytes where they are float32
+      four_numbers(of.dtype, of.at(index, D), scale, D, d, other);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[half][e] = moved(x[half][e], other[e], part);
+    }
+  }
+
+  // to [D]: shared.
+  LESS_DEVICE void keep(int D, float* to) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int d = half * 128 + int(threadIdx.x) % 32 * 4;
+      if (d >= D) break;
+      store16_shared(to + d,
+                     bits_of<uint4>(make_float4(x[half][0], x[half][1], x[half][2], x[half][3])));
+    }
+    __syncwarp();
+  }
+};
+
+// f(i) for those who leave and go into a slot, oldest first; one warp.
+template <typename F>
+LESS_DEVICE void for_each_in(const int32_t* into, int n, int64_t slot, const F& f) {
+#pragma unroll 1
+  for (int first = 0; first < n; first += 32) {
+    const int at = first + int(threadIdx.x) % 32;
+    // narrow: a lane one who leaves, side by side
+    unsigned who = __ballot_sync(0xffffffffu, at < n && into[at] == slot);
+#pragma unroll 1
+    for (; who != 0; who &= who - 1) f(first + __ffs(int(who)) - 1);
+  }
+}
+
+__global__ void __launch_bounds__(kMergeThreads, 1)
     compact_mean_kernel(const __grid_constant__ CompactParams p,
                         const __grid_constant__ CompactWorkspace w) {
   SMEM_ARRAY(uint8_t, codes, kMergeWarps * 256);
+  SMEM_ARRAY(float, rows, kMergeWarps * 256);
   const int n = w.leaving[blockIdx.x];
   if (n == 0) return;
   const HeadRow head(p, blockIdx.x);
   const Slots slots = less::head(p.layout, head.page, head.h).slots;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.spec.D);
   const int64_t left = head.row * p.T;
+  const int32_t* const into = w.into + left;
   const int64_t first = slots.W + int64_t{blockIdx.y} * kMergeRows + warp * kMergeEach;
 #pragma unroll 1
   for (int64_t slot = first; slot < min(first + kMergeEach, slots.S); ++slot) {
+    // narrow: numbers of a row, whose lanes read them
+    float score = slots.score[slot], weight = slots.weight[slot];
+    const float own = mass_of(score);
+    int32_t position = slots.position[slot];  // narrow: a number of a row, whose lanes read it
+    bool any = false;
+    for_each_in(into, n, slot, [&](int i) {
+      any = true;
+      score += w.left_score[left + i];                          // narrow: a number of a row
+      weight = merged_weight(weight, w.left_weight[left + i]);  // narrow: a number of a row
+      position = max(position, w.left_position[left + i]);      // narrow: a number of a row
+    });
+    if (!any) continue;
 #pragma unroll 1
     for (int v = 0; v < 2; ++v) {
-      const StoredRows own = cold_rows(p.layout, slots, v == 1), of = w.left(p, head.row, v == 1);
-      const int64_t at = slot - slots.W;
-      LaneRow row;
-      float mass = 0.0f, score = 0.0f, weight = 0.0f;
-      int32_t position = -1;  // nobody came yet
-#pragma unroll 1
-      for (int base = 0; base < n; base += 32) {
-        // narrow: a lane one who leaves, side by side
-        const bool mine = base + lane < n && w.into[left + base + lane] == slot;
-        unsigned who = __ballot_sync(0xffffffffu, mine);
-#pragma unroll 1
-        for (; who != 0; who &= who - 1) {
-          const int i = base + __ffs(int(who)) - 1;
-          if (position < 0) {
-            row = decoded_row(own.dtype, own.at(at, D), own.scale(at), D);
-            score = slots.score[slot];
-            mass = mass_of(score);
-            weight = slots.weight[slot];
-            position = slots.position[slot];
-          }
-          const LaneRow other = decoded_row(of.dtype, of.at(i, D), of.scale(i), D);
-          const float more = w.left_score[left + i];
-          const float part = mass_of(more) / (mass_of(more) + mass);
-          for_lane_dims(D, [&](int x, int) { row.x[x] = moved(row.x[x], other.x[x], part); });
-          mass += mass_of(more);
-          score += more;
-          weight = merged_weight(weight, w.left_weight[left + i]);
-          position = max(position, w.left_position[left + i]);
-        }
-      }
-      if (position < 0) break;
-      encode_row(own, at, row, D, codes + warp * 256);
-      if (v == 0 || lane != 0) continue;
-      store(slots.position + slot, position);
-      store(slots.score + slot, score);
-      store(slots.weight + slot, weight);
+      const StoredRows to = cold_rows(p.layout, slots, v == 1), of = w.left(p, head.row, v == 1);
+      Mean mean;
+      mean.add(to, slot - slots.W, D, own);
+      for_each_in(into, n, slot, [&](int i) {
+        // narrow: a number of a row, whose lanes read it
+        mean.add(of, i, D, mass_of(w.left_score[left + i]));
+      });
+      mean.keep(D, rows + warp * 256);
+      store_row(to, slot - slots.W, lane_row(rows + warp * 256, D), D, codes + warp * 256);
+      __syncwarp();
     }
+    if (lane != 0) continue;
+    store(slots.position + slot, position);
+    store(slots.score + slot, score);
+    store(slots.weight + slot, weight);
   }
 }
 

@@ -298,8 +298,9 @@ struct DecodeBlock {
   LESS_DEVICE StoredRows cold(bool values) const;
   LESS_DEVICE int cold_slot(int slot) const;
   LESS_DEVICE uint8_t* codes() const;
+  LESS_DEVICE float* numbers() const;
   LESS_DEVICE LaneRow joining_row(bool values) const;
-  LESS_DEVICE LaneRow row_of(int slot, bool values) const;
+  LESS_DEVICE void decode_slot(int slot, bool values, float* to) const;
   LESS_DEVICE void keep_victim();
   LESS_DEVICE bool takes_others(int slot, int32_t position, float score) const;
   LESS_DEVICE DecodeCandidate nearest(float mass) const;

@@ -48,49 +48,55 @@ LESS_DEVICE int DecodeBlock<Case>::cold_slot(int slot) const {
   return kPacked ? slot - hot_slots(p.layout) : slot;
 }
 
-// [D], the warp's own: nobody looks at the ring any more.
+// [D] codes, and [D] numbers, of this warp, one of two: nobody looks at the ring any more.
 template <typename Case>
 LESS_DEVICE uint8_t* DecodeBlock<Case>::codes() const {
   return s.ring() + warp * kD;
 }
 
-// Slot S's, as a slot that is not hot would hold it.
+template <typename Case>
+LESS_DEVICE float* DecodeBlock<Case>::numbers() const {
+  return reinterpret_cast<float*>(s.ring() + 2 * kD) + warp * kD;
+}
+
+// Keys or values of slot S, as a slot that is not hot would hold them.
 template <typename Case>
 LESS_DEVICE LaneRow DecodeBlock<Case>::joining_row(bool values) const {
   if constexpr (kPacked) {
     const Slots of = slots();
     const int64_t own = hot_slot(p.layout, seen);
     const auto* const row = static_cast<const int8_t*>(values ? of.hot_v : of.hot_k) + own * kD;
+    // narrow: the same number for all lanes
     const float scale = values ? of.hot_v_scale[own] : of.hot_k_scale[own];
     return rounded_row(values ? p.layout.v_dtype : p.layout.k_dtype,
                        decoded_row(DType::i8, row, scale, kD), kD, codes());
   } else {
-    const float* const row = values ? s.value() : s.key();
-    const float scale = kScaled ? s.token()[values] : 1.0f;
-    LaneRow out;
-    for_lane_dims(kD, [&](int i, int d) { out.x[i] = __fmul_rn(row[d], scale); });
+    LaneRow out = lane_row(values ? s.value() : s.key(), kD);
+    if constexpr (kScaled) {
+      for_lane_dims(kD, [&](int i, int) { out.x[i] = __fmul_rn(out.x[i], s.token()[values]); });
+    }
     return out;
   }
 }
 
+// The keys or values of a slot, as numbers; one warp. to [D]: shared.
 template <typename Case>
-LESS_DEVICE LaneRow DecodeBlock<Case>::row_of(int slot, bool values) const {
-  if (slot == S) return joining_row(values);
-  const StoredRows of = cold(values);
-  const int at = cold_slot(slot);
-  return decoded_row(of.dtype, of.at(at, kD), of.scale(at), kD);
+LESS_DEVICE void DecodeBlock<Case>::decode_slot(int slot, bool values, float* to) const {
+  if (slot == S) {
+    const LaneRow row = joining_row(values);
+    for_lane_dims(kD, [&](int i, int d) {
+      if (lane < kCodecLanes) to[d] = row.x[i];
+    });
+  } else {
+    decode_row(cold(values), cold_slot(slot), kD, to);
+  }
+  __syncwarp();
 }
 
 // The victim's rows, as numbers.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::keep_victim() {
-  if (warp < 2) {
-    const LaneRow row = row_of(victim.slot, warp == 1);
-    float* const to = warp == 1 ? s.victim_value() : s.victim_key();
-    for_lane_dims(kD, [&](int i, int d) {
-      if (lane < kCodecLanes) to[d] = row.x[i];
-    });
-  }
+  if (warp < 2) decode_slot(victim.slot, warp == 1, warp == 1 ? s.victim_value() : s.victim_key());
   __syncthreads();
 }
 
@@ -172,9 +178,10 @@ LESS_DEVICE void DecodeBlock<Case>::merge() {
     __syncthreads();  // scores are written below
     if (warp < 2) {
       const float* const leaves = warp == 1 ? s.victim_value() : s.victim_key();
-      LaneRow row = row_of(target.slot, warp == 1);
-      for_lane_dims(kD, [&](int i, int d) { row.x[i] = moved(row.x[i], leaves[d], part); });
-      encode_row(cold(warp == 1), cold_slot(slot), row, kD, codes());
+      decode_slot(target.slot, warp == 1, numbers());
+      LaneRow mean = lane_row(numbers(), kD);
+      for_lane_dims(kD, [&](int i, int d) { mean.x[i] = moved(mean.x[i], leaves[d], part); });
+      store_row(cold(warp == 1), cold_slot(slot), mean, kD, codes());
     }
     if (t == 0) {
       const Slots to = slots();
