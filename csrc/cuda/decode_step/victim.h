@@ -140,7 +140,12 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::finish_psi() {
   if (p.maps.psi.kind == MapKind::centroid) {
     if (t < R) s.h()[t] = centroid_psi(s.psi_shares(), R, t);
-    __syncthreads();
+    // All blocks have read the victim's row before one of them writes its slot.
+    if (ranks > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
     return;
   }
 #pragma unroll 1
