@@ -235,18 +235,20 @@ struct Eighth {
   float scale;
   bool sound;
 
-  LESS_DEVICE Eighth(const LaneRow& row, int D, float most)
-      : scale(__fdiv_rn(largest_of(row, D), most)),
-        sound(scale > 0.0f && scale <= 3.402823466e38f) {}
   LESS_DEVICE float units(float x) const { return sound ? __fdiv_rn(x, scale) : 0.0f; }
 };
+
+LESS_DEVICE Eighth eighth_of(const LaneRow& row, int D, float most) {
+  const float scale = __fdiv_rn(largest_of(row, D), most);
+  return {scale, scale > 0.0f && scale <= 3.402823466e38f};
+}
 
 // The codes of a packed row, or the bytes of one of int8. codes [D]: the warp's own, shared.
 // Returns the scale, as it is stored.
 LESS_DEVICE float encode_codes(DType dtype, const LaneRow& row, int D, uint8_t* codes) {
   float scale;
   if (dtype == DType::i8) {
-    const Eighth eighth(row, D, 127.0f);
+    const Eighth eighth = eighth_of(row, D, 127.0f);
     for_lane_dims(D, [&](int i, int d) {
       const int8_t x = narrowed<int8_t>(eighth.units(row.x[i]));
       if (int(threadIdx.x) % 32 < kCodecLanes) codes[d] = uint8_t(x);
@@ -316,7 +318,7 @@ LESS_DEVICE void store_row(const StoredRows& to, int64_t index, const LaneRow& r
   const int lane = int(threadIdx.x) % 32;
   const DType dtype = to.dtype;
   if (packed(dtype) || dtype == DType::i8) return encode_row(to, index, row, D, codes);
-  const Eighth eighth(row, D, 448.0f);
+  const Eighth eighth = eighth_of(row, D, 448.0f);
   if (dtype == DType::fp8 && lane == 0) store(to.scales + index, eighth.scale);
   for_lane_dims(D, [&](int i, int d) {
     if (lane >= kCodecLanes) return;
