@@ -107,7 +107,7 @@ def test_packed_caches_in_one_pass_with_others_equal_each_alone(model, chunks):
 
     together = through_caches(model, chunks, caches())
     for nats, cache in zip(together, caches(), strict=True):
-        assert apart(nats, through_caches(model, chunks, [cache])[0]) < 5e-3  # one code
+        assert apart(nats, through_caches(model, chunks, [cache])[0]) < 2e-2  # a code of 3 bits
 
 
 @pytest.mark.parametrize(
