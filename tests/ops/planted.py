@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from less.backend import ops as less_ops
+from less.layer import Paged, Rows
 from less.layer.kinds import KINDS
 from less.policies import Rule
 from tests.emulated import Emulator
@@ -25,6 +27,8 @@ from tests.ops import flat as ops
 from tests.ops import flat_reference as reference
 from tests.ops.common import SCALES, in_int8, layer
 from tests.ops.test_decode_step_launched import RULES, WRITTEN, make, next_token, run
+
+Written = list[torch.Tensor]
 
 
 def feature_map() -> None:
@@ -42,6 +46,19 @@ def compact() -> None:
         a["position"], a["score"], a["weight"], a["seen"], H=a["H"], z=a["z"], maps=a["maps"],
         rule=Rule(recent=2, sinks=0, by_score=True, per_age=False),
     )  # fmt: skip
+
+
+def compact_merge() -> Written:
+    """Of slots and of the call leave more than a tile takes, and go to more than a tile."""
+    a = layer(B=1, K=2, Q=2, T=100, S=70, D=64)
+    rule = Rule(recent=2, sinks=0, by_score=True, per_age=False)
+    plan = ops.plan_of(2, 2, 64, 70, torch.float32, victim="merge", rule=rule)
+    names = {"k": "slot_k", "v": "slot_v"}
+    tensors = {n: a[names.get(n, n)] for n in ("k", "v", "position", "score", "weight", "seen")}
+    pool, views = ops.filled(plan, tensors)
+    score = torch.rand(1, 2, 170, generator=torch.Generator().manual_seed(1))
+    less_ops.compact(Rows(a["k"], a["v"]), None, score, Paged(pool), plan)
+    return list(views.values())
 
 
 class WrongError(AssertionError):
@@ -92,9 +109,6 @@ def prompt_scores() -> None:
             check(ops.prompt_scores(q, k, mask, scale=0.1), want)
 
 
-Written = list[torch.Tensor]
-
-
 def decode(
     G: int = 1, empty: float = 0.0, clusters: bool = True, state: bool = True, **options: object
 ) -> Written:
@@ -122,12 +136,14 @@ def decode(
 SCENARIOS: dict[str, Callable[[], Written | None]] = {
     "feature_map": feature_map,
     "compact": compact,
+    "compact_merge": compact_merge,
     "chunk_attention": chunk_attention,
     "prompt_scores": prompt_scores,
     "decode": decode,
     "decode_mma": partial(decode, G=4),
     "decode_empty": partial(decode, empty=0.3),
     "decode_stateless": partial(decode, state=False),
+    "decode_merge": partial(decode, state=False, victim="merge"),
     "decode_workspace": partial(decode, clusters=False),
     "decode_attention": partial(decode, victim="none"),
     "decode_dependent": partial(decode, dependent=True),
