@@ -429,7 +429,7 @@ def test_a_snapshot_of_another_calibration_or_an_older_format_is_refused():
         cache.load_state_dict(build(calibration=calibration_of(seed=4)).state_dict())
     d = cache.state_dict()
     d["cache"]["format"] = 3
-    with pytest.raises(ValueError, match="load_state_dict: format must be 4, got 3"):
+    with pytest.raises(ValueError, match="load_state_dict: format must be 5, got 3"):
         cache.load_state_dict(d)
 
 

@@ -153,7 +153,7 @@ def test_a_share_is_of_each_batchs_longest_request(model):
             {"config": LessConfig(tokens=8), "tokens": 9},
             r"has these settings already: \['tokens'\]",
         ),
-        ({"bytes": 100}, "cannot hold one token per head"),
+        ({"bytes": 100}, "cannot hold 21 tokens per head"),
         ({"tokens": 30, "rows": "k5v5"}, "rows must be one of"),
         ({"tokens": 30, "rows": "k4v4", "slots": "k3v3"}, "slots and rows say the same"),
         ({"tokens": 16, "rows": "k4v4"}, "would keep 16 tokens, and k4v4 keeps 21 or more"),

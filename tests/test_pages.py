@@ -252,7 +252,8 @@ def test_ragged_heads_are_one_cache_per_head(backend, dtype, own_policy):
     maps = maps_of("exp", heads * group, heads)
 
     def policy(capacity):
-        return HeavyValues(capacity) if own_policy else H2O(capacity - 4, 4, decay=0.97)
+        recent = 4 * capacity // 5  # in proportion, in a head as in a cache of its own
+        return HeavyValues(capacity) if own_policy else H2O(capacity - recent, recent, decay=0.97)
 
     options = {"device": backend.device, "backend": backend.backend}
     ragged = PagedLayer(
@@ -483,7 +484,7 @@ def test_a_snapshot_of_another_format_is_refused_by_name():
     snapshot = cache.state_dict()
     snapshot["cache"]["format"] = 2
     before = cache.pools[0].clone()
-    with pytest.raises(ValueError, match="load_state_dict: format must be 4, got 2"):
+    with pytest.raises(ValueError, match="load_state_dict: format must be 5, got 2"):
         cache.load_state_dict(snapshot)
     assert torch.equal(cache.pools[0], before)
 
@@ -538,7 +539,7 @@ LAYERS = [
     ({"policy": H2O(4, 4)}, "PagedLayer: layout must have the policy's capacity, 8, got 9"),
     ({"maps": None}, "the layout's rank must be that of the maps, 0, got 4"),
     ({"layout": PageLayout(K, D, 9)}, "the layout's rank must be that of the maps, 4, got 0"),
-    ({"kind": "cubic"}, "maps: kind must be one of .*exp.*, got 'cubic'"),
+    ({"kind": "cubic"}, "PagedLayer: kind must be one of .*exp.*, got 'cubic'"),
     ({"maps": {"q_w3": torch.zeros(1)}}, r"maps: kind 'exp' has no tensors \['q_w3'\]"),
     ({"maps": {}}, r"maps: kind 'exp' needs tensors \['q_w1', 'q_w2', 'k_w1', 'k_w2'\]"),
     (
@@ -549,7 +550,7 @@ LAYERS = [
         {"maps": random_maps(Q, K, 32, 16, 4, "exp")},
         r"maps' q_w1 must have shape \[4, 64, 16\], got \[4, 32, 16\]",
     ),
-    ({"victim": "merge"}, "victim must be one of none, forget, fold, got 'merge'"),
+    ({"victim": "blend"}, "victim must be one of none, forget, fold, merge, got 'blend'"),
     ({"maps": None, "layout": PageLayout(K, D, 9), "victim": "fold"}, "victim 'fold' needs maps"),
     ({"scale": 0.0}, "PagedLayer: scale must be finite and positive, got 0.0"),
     ({"scale": "big"}, "PagedLayer: scale must be a number, got 'big'"),

@@ -226,16 +226,17 @@ HeadRows Layer::rows(void* data, DType dtype, int64_t heads) const {
 
 LayerSpec Layer::spec(Victim victim) const {
   const Shape& s = shape_;
-  return {.Q = s.Q,
-          .K = s.K,
-          .D = s.D,
-          .scale = 1.0f / std::sqrt(float(s.D)),
-          .softcap = 0.0f,
-          .decay = 0.98f,
-          .scores = victim != Victim::none,
-          .dependent = false,
-          .victim = victim == Victim::fold && s.R == 0 ? Victim::forget : victim,
-          .rule = {.recent = s.S / 2, .sinks = 0, .by_score = true, .per_age = false}};
+  return {
+      .Q = s.Q,
+      .K = s.K,
+      .D = s.D,
+      .scale = 1.0f / std::sqrt(float(s.D)),
+      .softcap = 0.0f,
+      .decay = 0.98f,
+      .scores = victim != Victim::none,
+      .dependent = false,
+      .victim = victim == Victim::fold && s.R == 0 ? Victim::forget : victim,
+      .rule = {.recent = s.S / 2, .sinks = 0, .by_score = true, .per_age = false, .capacity = 0}};
 }
 
 DecodeStepParams Layer::decode_step(Victim victim) const {

@@ -41,7 +41,7 @@ LESS_DEVICE float centroid_product(const FeatureMaps& m, int64_t head, int i, co
 // From product i: phi's feature; or psi's logit, and its mass where i is R.
 LESS_DEVICE float centroid_number(const FeatureMaps& m, int64_t head, int i, float product) {
   const int R = int(m.R);
-  // narrow: a number of a head
+  // narrow: one number of a head, alone
   if (i == R) return exp_clamped(clamped(product + m.offset[head]));
   // narrow: a lane a feature, side by side
   if (m.w1_scale != nullptr) product *= m.w1_scale[head / m.group * R + i];

@@ -126,8 +126,8 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::nearest(float mass) const {
   for (int slot0 = begin; slot0 < end; slot0 += kAtOnce) {
     const int slot = slot0 + t / kRowLanes;
     const bool in = slot < end;
-    const int32_t position = in ? of.position[slot] : -1;  // narrow: a number of a slot
-    const float score = in ? of.score[slot] : 0.0f;        // narrow: a number of a slot
+    const int32_t position = in ? of.position[slot] : -1;  // narrow: one number of a slot, alone
+    const float score = in ? of.score[slot] : 0.0f;        // narrow: one number of a slot, alone
     const bool target = takes_others(slot, position, score);
     float far = 0.0f;
     if (target) {
