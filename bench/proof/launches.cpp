@@ -81,7 +81,7 @@ LayerSpec spec_of(const Model& m, const Setting& s) {
   spec.decay = 1.0f;
   spec.scores = true;
   spec.victim = Victim::fold;
-  spec.rule = {s.C / 2, 0, true, false};
+  spec.rule = {s.C / 2, 0, true, false, 0};
   return spec;
 }
 

@@ -295,7 +295,7 @@ struct Layer {
   std::vector<int64_t> seen;
   RandomMaps phi_maps{random, MapKind::exp, false, Q, D, E, R};
   RandomMaps psi_maps{random, MapKind::exp, true, K, D, E, R};
-  Rule rule{6, 2, true, false};
+  Rule rule{6, 2, true, false, 0};
   float scale = 0.2f, decay = 0.97f;
   float softcap;
 
@@ -948,7 +948,7 @@ void test_packed(DType k_dtype, DType v_dtype, int64_t D) {
                  .scores = false,
                  .dependent = false,
                  .victim = Victim::forget,
-                 .rule = {0, 0, true, false}};
+                 .rule = {0, 0, true, false, 0}};
   const CallRows call{contiguous_rows(k.data(), DType::f32, 1, T, D),
                       contiguous_rows(v.data(), DType::f32, 1, T, D), nullptr, nullptr};
   cpu::compact({.spec = spec,
@@ -1070,12 +1070,12 @@ void test_level(const std::string& level) {
     test_pages(dtype);
     for (int64_t held : {Layer::S, Layer::S - 3, int64_t(0)}) {
       where = level + " decode_step " + name(dtype) + " held=" + std::to_string(held);
-      test_decode_step(dtype, held, Victim::none, {6, 2, true, false});
-      test_decode_step(dtype, held, Victim::forget, {6, 2, true, false});
-      test_decode_step(dtype, held, Victim::fold, {6, 2, true, true});
-      test_decode_step(dtype, held, Victim::fold, {Layer::S - 2, 2, false, false});
+      test_decode_step(dtype, held, Victim::none, {6, 2, true, false, 0});
+      test_decode_step(dtype, held, Victim::forget, {6, 2, true, false, 0});
+      test_decode_step(dtype, held, Victim::fold, {6, 2, true, true, 0});
+      test_decode_step(dtype, held, Victim::fold, {Layer::S - 2, 2, false, false, 0});
       where += " softcap";
-      test_decode_step(dtype, held, Victim::fold, {6, 2, true, true}, 1.5f);
+      test_decode_step(dtype, held, Victim::fold, {6, 2, true, true, 0}, 1.5f);
     }
   }
 }
