@@ -171,7 +171,6 @@ cudaError_t fold_list(const CompactParams& p, const CompactWorkspace& w, cudaStr
   FeatureRows rows{};
   rows.x = p.call.k;
   rows.x_scale = p.call.k_scale;
-  rows.space = p.maps.space;
   rows.layout = p.layout;
   rows.pool = p.pool;
   rows.list = w.list;

@@ -1,5 +1,4 @@
-// hidden = gelu(x W1), y = hidden W2, then the end of the map (features.h), head by head. Maps by
-// centroids have one product, and a kernel of their own (feature_map/centroid.h).
+// hidden = gelu(x W1), y = hidden W2, then the end of the map (features.h), head by head.
 //
 // Grid:   (blocks of rows, heads, batch rows of a list); a block takes 64 rows (32 where R > 16,
 //         weights are float, or 64 are more than its shared memory holds) through all of the head's
@@ -10,7 +9,6 @@
 //         columns before them are multiplied.
 // Order:  a row's sums run over d ascending, within chunks of 64 hidden columns over four fixed
 //         parts, and over the chunks ascending: a row has the same bits in any block of any batch.
-#include "cuda/feature_map/centroid.h"
 #include "cuda/feature_map/float.h"
 #include "cuda/feature_map/mma.h"
 #include "cuda/kernels.h"
@@ -78,18 +76,12 @@ cudaError_t launch_map(const FeatureMaps& m, const FeatureRows& rows, cudaStream
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_centroids(const FeatureMaps& m, const FeatureRows& rows, cudaStream_t stream) {
-  const Launch how{map_grid(rows, kCentroidRows).grid, dim3(kCentroidThreads), 0, stream};
-  return launch(feature_centroid_kernel, how, m, rows);
-}
-
 }  // namespace
 
 cudaError_t features(const FeatureMaps& map, const FeatureRows& rows, cudaStream_t stream) {
   if (rows.B * rows.heads * rows.T == 0 || map.R == 0) return cudaSuccess;
   const bool supported = map.D % 16 == 0 && map.D <= 256 && map.D > 0 && map.E > 0 && map.R <= 64;
   if (!supported) return cudaErrorInvalidValue;
-  if (map.kind == MapKind::centroid) return launch_centroids(map, rows, stream);
   if (!aligned16({rows.x.data, rows.pool.data, map.w1, map.w2})) return cudaErrorMisalignedAddress;
   return map.R <= 16 ? launch_map<16>(map, rows, stream) : launch_map<64>(map, rows, stream);
 }

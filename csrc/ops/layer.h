@@ -343,6 +343,12 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   const int64_t Q = layer.spec.Q, K = layer.spec.K, D = layer.spec.D;
   const MapKind kind = MapKind(layer.kind);
   const bool centroids = layer.kind >= 0 && kind == MapKind::centroid;
+#ifdef LESS_LAUNCHES
+  if (centroids) {
+    fail(op,
+         ": kind 2 (centroid) has no CUDA kernel yet; use maps of kind exp, or backend reference");
+  }
+#endif
   const int64_t R = layer.layout.R, E = centroids ? R : layer.E;
   if (centroids && layer.E != 0) fail(op, ": kind 2 (centroid) has no hidden layer, got ", layer.E);
 #ifdef LESS_LAUNCHES

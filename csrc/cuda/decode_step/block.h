@@ -39,7 +39,6 @@ struct DecodeShared {
   LESS_DEVICE unsigned char* widened() const { return raw + at.widened; }
   LESS_DEVICE float* sums() const { return take<float>(at.sums); }
   LESS_DEVICE float* q() const { return take<float>(at.q); }
-  LESS_DEVICE float* map_q() const { return take<float>(at.map_q); }
   LESS_DEVICE float* mass() const { return take<float>(at.mass); }
   LESS_DEVICE float* part() const { return take<float>(at.part); }
   LESS_DEVICE float* score() const { return take<float>(at.score); }
@@ -186,8 +185,6 @@ struct DecodeBlock {
 
   LESS_DEVICE Narrow* narrow_q() const { return s.take<Narrow>(plan.layout.narrow_q); }
   LESS_DEVICE float* q_scale() const { return s.take<float>(plan.layout.q_scale); }
-  // The queries as phi takes them, [G, D].
-  LESS_DEVICE const float* map_q() const { return p.rotated ? s.map_q() : s.q(); }
   // Where query head g of this kv head lies in q and out.
   LESS_DEVICE int64_t query(const HeadRows& rows, int g) const {
     return offset(rows, b, head * G + g, 0);
@@ -230,7 +227,6 @@ struct DecodeBlock {
   LESS_DEVICE void ask_for_state();
   LESS_DEVICE void load();
   LESS_DEVICE void load_queries();
-  LESS_DEVICE void load_map_queries();
   LESS_DEVICE void load_scaled_queries();
   LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor);
   LESS_DEVICE void load_token();
@@ -286,7 +282,6 @@ struct DecodeBlock {
   LESS_DEVICE DecodeCandidate choose(DecodeCandidate best, int turn = 0);
   LESS_DEVICE DecodeCandidate lowest(int begin, int count) const;
   LESS_DEVICE void load_victim();
-  LESS_DEVICE void finish_psi();
   LESS_DEVICE void fold();
   LESS_DEVICE bool competes(int slot, int32_t position, float score, DecodeCandidate& as) const;
   LESS_DEVICE void take(int slot);

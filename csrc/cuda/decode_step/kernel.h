@@ -53,17 +53,10 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
     }
     if constexpr (kState) {
       const FeatureMaps maps = turn == 0 ? p.maps.phi : p.maps.psi;
-      const int64_t first_head = turn == 0 ? head * G : head;
-      const float* const x = turn == 0 ? map_q() : s.victim_key();
-      float* const features = s.part() + at.feature;
-      if (maps.kind == MapKind::centroid) {
-        numbers_of_centroids(maps, first_head, turn == 0 ? G : 1, x, s.maps().turn,
-                             turn == 0 ? features : s.psi_shares());
-      } else {
-        share_of_maps(maps, first_head, turn == 0 ? G : 1, x, turn == 0 ? split : rank,
-                      turn == 0 ? plan.splits : ranks, s.maps(),
-                      turn == 0 ? features : s.psi_share());
-      }
+      share_of_maps(maps, turn == 0 ? head * G : head, turn == 0 ? G : 1,
+                    turn == 0 ? s.q() : s.victim_key(), turn == 0 ? split : rank,
+                    turn == 0 ? plan.splits : ranks, s.maps(),
+                    turn == 0 ? s.part() + at.feature : s.psi_share());
     }
     if (turn == 1) Leaver::end(*this);
   }

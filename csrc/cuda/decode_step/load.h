@@ -87,9 +87,6 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
   } else {
     load_queries();
   }
-  if constexpr (kState) {
-    if (p.rotated) load_map_queries();
-  }
   if constexpr (kMma) {  // heads that complete a multiple of 8
 #pragma unroll 1
     for (int i = G * kD + t * 4; i < (G + 7) / 8 * 8 * kD; i += kDecodeThreads * 4) {
@@ -116,17 +113,6 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries() {
     store16_shared(s.q() + i / kD * kD + spread(i % kD),
                    bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
-  }
-}
-
-template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::load_map_queries() {
-#pragma unroll 1
-  for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
-    float four[4];
-    // narrow: four 16-bit elements a lane, of the one token
-    load_four(p.map_q.data, p.map_q.dtype, query(p.map_q, i / kD) + i % kD, four);
-    store16_shared(s.map_q() + i, bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
   }
 }
 

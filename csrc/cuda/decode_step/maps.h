@@ -1,14 +1,12 @@
 // A feature map of a few rows by several blocks: every block takes a slice of the columns of W1,
 // and what it makes of them is a share of y = gelu(x W1) W2. The sum of the shares, in the order of
-// the blocks, is y; features.h has the end of the map. Maps by centroids are small, and every block
-// evaluates all of them.
+// the blocks, is y; features.h has the end of the map.
 //
 // The unit of a slice is 32 bytes of a row of W1, a sector of memory. A block takes up to four
 // units at once: 128 threads load 16 bytes of as many rows as there are, eight loads each under
 // way.
 #pragma once
 
-#include "cuda/centroids.h"
 #include "cuda/convert.h"
 #include "cuda/decode_step/plan.h"
 #include "cuda/features.h"
@@ -52,6 +50,14 @@ LESS_DEVICE void add_map_rows(DType dtype, const uint4 (&rows)[kN], const float*
   } else {
     add_map_rows<float>(rows, x, d0, step, D, acc);
   }
+}
+
+LESS_DEVICE float map_element(DType dtype, const unsigned char* shared, int i) {
+  if (dtype == DType::f32) return reinterpret_cast<const float*>(shared)[i];
+  if (dtype == DType::i8) return float(reinterpret_cast<const int8_t*>(shared)[i]);
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(shared)[i];
+  return dtype == DType::bf16 ? bits_of<float>(uint32_t(bits) << 16)
+                              : __half2float(bits_of<__half>(bits));
 }
 
 // `count` bytes from global memory to shared, zeros after the first `valid`; neither need be
@@ -193,29 +199,6 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
     }
   }
   __syncthreads();
-}
-
-// y [heads, numbers] = the numbers of centroids, of x [heads, D] in shared memory: all of them, in
-// every block. All threads call it; ends with y visible to all.
-LESS_DEVICE void numbers_of_centroids(const FeatureMaps& m, int64_t first, int heads,
-                                      const float* x, float* turn, float* y) {
-  const int t = threadIdx.x, D = int(m.D), count = centroid_numbers(m), all = heads * count;
-#pragma unroll 1
-  for (int i0 = 0; i0 < all; i0 += kDecodeThreads) {
-    const int here = min(kDecodeThreads, all - i0), turns = kDecodeThreads / here;
-    const int i = i0 + t % here, g = i / count;
-    if (t < turns * here) {
-      turn[t] = centroid_product(m, first + g, i % count, x + g * D, t / here, turns);
-    }
-    __syncthreads();
-    if (t < here) {
-      float sum = turn[t];
-#pragma unroll 1
-      for (int other = 1; other < turns; ++other) sum += turn[other * here + t];
-      y[i] = centroid_number(m, first + g, i % count, sum);
-    }
-    __syncthreads();
-  }
 }
 
 }  // namespace less::cuda

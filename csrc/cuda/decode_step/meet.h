@@ -80,10 +80,6 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
 #pragma unroll 1
   for (int i = t; i < G * R; i += kDecodeThreads) {
     float y = 0.0f;
-    if (p.maps.phi.kind == MapKind::centroid) {  // this block has all of it
-      s.feature()[i] = s.part()[at.feature + i];
-      continue;
-    }
 #pragma unroll 4
     for (int of = 0; of < plan.splits; ++of) y += part_float(of, at.feature + i);
     s.feature()[i] = feature(p.maps.phi, head * G + i / R, i % R, y);

@@ -130,7 +130,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::nearest(float mass) const {
     const float score = in ? of.score[slot] : 0.0f;        // narrow: one number of a slot, alone
     const bool target = takes_others(slot, position, score);
     float far = 0.0f;
-    if (target) {
+    if (target) {  // narrow: one number of a slot, alone
       const int at = cold_slot(slot);
       const void* const row = keys.at(at, kD);
       const float scale = keys.scale(at);

@@ -53,7 +53,6 @@ struct DecodeLayout {
   int32_t widened;     // [tile, D]  of int8: packed rows, as they are multiplied
   int32_t sums;        // [threads / chunks, heads, D]  of values, by threads; not for tensor cores
   int32_t q;           // [G, D]
-  int32_t map_q;       // [G, D]  as phi takes them, where q lies in a space
   int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores
   int32_t q_scale;     // [G + 1]  what its rows were divided by, and the unit of the values' scales
   int32_t mass;        // [G, per + 8]  logits, then e^(logit - top); at `per` the token's
@@ -198,7 +197,6 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.victim_key = take(4 * kD);
   at.victim_value = take(4 * (merges ? kD : plan.columns));
   if (R == 0) return at;
-  if (p.rotated) at.map_q = take(4 * G * kD);
   at.feature = take(4 * G * R);
   at.h = take(4 * R);
   at.H = take(4 * R * plan.columns);

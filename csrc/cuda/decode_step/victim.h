@@ -129,25 +129,11 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
     s.victim_value()[c] = (kept ? widened(values[c]) : s.value()[column + c]) * v_scale;
   }
   __syncthreads();
-  if (p.rotated) {
-    key_out_of_space(
-        p.maps.space, head, kD, t, kDecodeThreads, [] { __syncthreads(); }, s.victim_key());
-  }
 }
 
-// h becomes psi of the victim, before the mix.
+// H += psi(k)^T v, z += psi(k) of the victim, from the blocks' shares of psi.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::finish_psi() {
-  if (p.maps.psi.kind == MapKind::centroid) {
-    if (t < R) s.h()[t] = centroid_psi(s.psi_shares(), R, t);
-    // All blocks have read the victim's row before one of them writes its slot.
-    if (ranks > 1) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
-    return;
-  }
+LESS_DEVICE void DecodeBlock<Case>::fold() {
 #pragma unroll 1
   for (int i = t; i < ranks * R; i += kDecodeThreads) {
     float* const to = s.psi_shares() + rank * R + i % R;
@@ -169,12 +155,6 @@ LESS_DEVICE void DecodeBlock<Case>::finish_psi() {
     s.h()[t] = feature(p.maps.psi, head, t, y);
   }
   __syncthreads();
-}
-
-// H += psi(k)^T v, z += psi(k) of the victim, from the blocks' shares of psi.
-template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::fold() {
-  finish_psi();
   const bool mixed = p.maps.psi.mix != nullptr;
   if (mixed) {
     if (t < R) s.psi_share()[t] = mixed_feature(p.maps.psi, head, t, s.h());

@@ -11,7 +11,6 @@ namespace less::cuda {
 struct FeatureRows {
   HeadRows x;            // [B, heads, T, D]  the call's rows
   const float* x_scale;  // [B, heads, T]     of each row, of i8 and fp8 alone
-  Space space;           // of keys, which centroids take out of it; null: they lie in none
   Layout layout;         // with list, as pool: of the slots, of x's dtype
   Pool pool;
   const int32_t* list;   // [B, heads, T]     a slot, or S + token; null: every token of the call
