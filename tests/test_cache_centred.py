@@ -60,13 +60,14 @@ def in_float64(sidekick, q, k, v):
     return reference.run(q.double(), centred, v.double(), POLICY, run, prompt=CALLS[0]).out
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_centred_cache_is_the_recurrence_on_keys_without_their_mean(backend, dtype):
     sidekick = sidekick_of()
     q, k, v = text(dtype)
-    cache = build(sidekick, dtype, backend.backend, device=backend.device)
+    cache = build(sidekick, dtype, backend)
     calls = [CALLS[0], *[1] * (sum(CALLS) - CALLS[0])]
-    got = feed(cache, *(x.to(backend.device) for x in (q, k, v)), calls).cpu()
+    got = feed(cache, q, k, v, calls)
     want = in_float64(sidekick, q, k, v)
     assert cache.stats()["memory_share"][0] > 0.02
     if dtype == torch.float32:
@@ -225,10 +226,11 @@ def test_a_snapshot_knows_the_means_and_the_layers_without_maps():
         build(sidekick_of(2, absent=(1,)), layers=2).load_state_dict(snapshot)
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_policy_without_scores_folds_into_centred_maps(backend):
     q, k, v = text()
     policy = SinkRecent(sinks=4, recent=17)
-    cache = build(sidekick_of(), backend=backend.backend, device=backend.device, policy=policy)
+    cache = build(sidekick_of(), backend=backend, policy=policy)
     plain = build(sidekick_of(), backend="reference", policy=policy)
-    got = feed(cache, *(x.to(backend.device) for x in (q, k, v))).cpu()
+    got = feed(cache, q, k, v)
     assert_close(got, feed(plain, q, k, v), torch.float32, factor=10)
