@@ -91,8 +91,8 @@ struct StoredRows {
 
   // In units of a packed row's levels.
   LESS_DEVICE float scale(int64_t row) const {
-    if (packed(dtype)) return level_scale(halves[row]);  // narrow: one number of a row, alone
-    return has_scale(dtype) ? scales[row] : 1.0f;        // narrow: one number of a row, alone
+    if (packed(dtype)) return level_scale(halves[row]);  // narrow: one number of each row
+    return has_scale(dtype) ? scales[row] : 1.0f;        // narrow: one number of each row
   }
 };
 

@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kInsertThreads)
     const int64_t hot = kFromHot - token;  // < 0: it is none of theirs
     if (lane == 0) {
       const int64_t from = stays ? slot : hot >= 0 ? hot : layout.S + token;
-      // narrow: one number of a slot, alone
+      // narrow: one number of each slot
       store(slots.score + slot, empty ? 0.0f : score[from]);
       if (!stays) {
-        // narrow: one number of a slot, alone
+        // narrow: one number of each slot
         store(slots.position + slot, empty ? -1 : w.position[head.row * layout.S + slot]);
         if (slots.weight != nullptr) store(slots.weight + slot, 0.0f);
       }

@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     if (thread < kNearestTile) {
       const int64_t slot = slots.W + first + thread;
       const bool target = first + thread < cold && takes_others(p, w, head.row, slots.S, slot);
-      kept_mass[thread] = target ? mass_of(slots.score[slot]) : 0.0f;  // narrow: a lane a slot, side by side
-      kept_position[thread] = target ? slots.position[slot] : -1;      // narrow: a lane a slot, side by side
+      kept_mass[thread] = target ? mass_of(slots.score[slot]) : 0.0f;  // narrow: slots lie side by side
+      kept_position[thread] = target ? slots.position[slot] : -1;      // narrow: slots lie side by side
     }
     float far[kNearestEach][kNearestEach] = {};
 #pragma unroll 1
@@ -303,9 +303,9 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     bool any = false;
     for_each_in(into, n, slot, [&](int i) {
       any = true;
-      score += w.left_score[left + i];                          // narrow: one number of a row, alone
-      weight = merged_weight(weight, w.left_weight[left + i]);  // narrow: one number of a row, alone
-      position = max(position, w.left_position[left + i]);      // narrow: one number of a row, alone
+      score += w.left_score[left + i];                          // narrow: one number of each row
+      weight = merged_weight(weight, w.left_weight[left + i]);  // narrow: one number of each row
+      position = max(position, w.left_position[left + i]);      // narrow: one number of each row
     });
     if (!any) continue;
 #pragma unroll 1

@@ -126,11 +126,11 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::nearest(float mass) const {
   for (int slot0 = begin; slot0 < end; slot0 += kAtOnce) {
     const int slot = slot0 + t / kRowLanes;
     const bool in = slot < end;
-    const int32_t position = in ? of.position[slot] : -1;  // narrow: one number of a slot, alone
-    const float score = in ? of.score[slot] : 0.0f;        // narrow: one number of a slot, alone
+    const int32_t position = in ? of.position[slot] : -1;  // narrow: one number of each slot
+    const float score = in ? of.score[slot] : 0.0f;        // narrow: one number of each slot
     const bool target = takes_others(slot, position, score);
     float far = 0.0f;
-    if (target) {  // narrow: one number of a slot, alone
+    if (target) {  // narrow: one number of each slot
       const int at = cold_slot(slot);
       const void* const row = keys.at(at, kD);
       const float scale = keys.scale(at);
