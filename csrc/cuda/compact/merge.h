@@ -181,8 +181,9 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     if (thread < kNearestTile) {
       const int64_t slot = slots.W + first + thread;
       const bool target = first + thread < cold && takes_others(p, w, head.row, slots.S, slot);
-      kept_mass[thread] = target ? mass_of(slots.score[slot]) : 0.0f;  // narrow: slots lie side by side
-      kept_position[thread] = target ? slots.position[slot] : -1;      // narrow: slots lie side by side
+      kept_mass[thread] =
+          target ? mass_of(slots.score[slot]) : 0.0f;              // narrow: slots lie side by side
+      kept_position[thread] = target ? slots.position[slot] : -1;  // narrow: slots lie side by side
     }
     float far[kNearestEach][kNearestEach] = {};
 #pragma unroll 1
