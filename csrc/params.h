@@ -224,13 +224,11 @@ struct CompactParams {
 struct DecodeStepParams {
   LayerSpec spec;
   Layout layout;
-  Pool pool;             // written
-  Maps maps;             // with a state
-  HeadRows q;            // [B, Q, 1, D]
-  HeadRows map_q = {};   // [B, Q, 1, D]  as phi takes them, where rotated
-  bool rotated = false;  // q, k, v and out lie in the layer's space, as only a GPU's do
-  HeadRows k;            // [B, K, 1, D]  taken into the space and rounded on entry
-  HeadRows v;            // [B, K, 1, D]  of k's dtype
+  Pool pool;          // written
+  Maps maps;          // with a state
+  HeadRows q;         // [B, Q, 1, D]
+  HeadRows k;         // [B, K, 1, D]  taken into the space and rounded on entry
+  HeadRows v;         // [B, K, 1, D]  of k's dtype
   HeadRows out;       // [B, Q, 1, D]  of q's dtype; written, 0 for a row without a token or a page
   const bool* valid;  // [B]           false: this row has no token; null: all have
   void* workspace;    // a GPU's scratch; see cuda/kernels.h

@@ -31,7 +31,8 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
     several = ("rows", "quantizer", "bytes_of", "space", "victim", "budgets", "hot", "decay")
     several += ("recent",)
     for values in itertools.product(*(getattr(args, name) for name in several)):
-        yield Setting(**dict(zip(several, values, strict=True)), **fixed)
+        varied = dict(zip(several, values, strict=True))
+        yield Setting(**varied | {"budgets": varied["budgets"] == "curves"}, **fixed)
 
 
 def options(words: Sequence[str] | None) -> argparse.Namespace:
@@ -52,10 +53,9 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--victim", default=["forget"], **several, choices=VICTIMS)
     add(
         "--budgets",
-        default=[False],
+        default=["uniform"],
         **several,
-        type=lambda word: word == "curves",
-        metavar="{uniform,curves}",
+        choices=("uniform", "curves"),
         help="slots of a head: all alike, or by error curves",
     )
     add("--hot", type=int, default=[16], **several, help="last tokens in int8")

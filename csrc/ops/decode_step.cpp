@@ -53,8 +53,6 @@ void run_in_space(const Arguments& arguments, const DecodeStepParams& p, const R
       3};
   launch(arguments, cuda::rotate_rows, in, tensors);
   DecodeStepParams step = p;
-  step.map_q = p.q;
-  step.rotated = true;
   step.q = rows.q;
   step.k = rows.k;
   step.v = rows.v;
@@ -120,7 +118,6 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
   params.pool = read_pool(arguments, of, pool, rows, B);
 #ifdef LESS_LAUNCHES
   check_head_dim(kOp, "q", D);
-  params.rotated = of.has_space();
   int64_t bytes = cuda::decode_step_workspace(params);
   const int64_t own = bytes;
   if (of.has_space()) bytes = RowsInSpace(of.spec, B, own, nullptr).bytes;
@@ -150,7 +147,6 @@ int64_t decode_step_workspace([[maybe_unused]] Tensor pool, [[maybe_unused]] Ten
   params.maps.phi.D = params.maps.psi.D = of.spec.D;
   params.maps.phi.E = params.maps.psi.E = of.E;
   params.maps.phi.R = params.maps.psi.R = of.layout.R;
-  params.rotated = of.has_space();
   params.B = B;
   const int64_t own = cuda::decode_step_workspace(params);
   return of.has_space() ? RowsInSpace(of.spec, B, own, nullptr).bytes : own;

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from less._check import require_int
 from less.fit import objective
 from less.sidekick import TENSORS
 
@@ -50,20 +52,31 @@ class Recipe:
                 f"Recipe: loss must be one of {sorted(objective.LOSSES)}, got {self.loss!r}"
             )
         for name in ("rank", "hidden", "rows", "held_rows"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Recipe: {name} must be a whole number >= 1, got {value!r}")
+            require_int("Recipe", name, getattr(self, name), 1)
         for name in ("steps", "warmup", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"Recipe: {name} must be a whole number >= 0, got {value!r}")
-        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"Recipe: lr must be a positive number, got {self.lr!r}")
+            require_int("Recipe", name, getattr(self, name), 0)
+        check_lr(self)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
+        return half_cosine(self.lr, step, self.steps, self.warmup)
+
+
+def check_lr(settings: Any) -> None:
+    """Refuse a learning rate that is no positive number.
+
+    Raises:
+        ValueError: ``settings.lr`` is such.
+    """
+    lr = settings.lr
+    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+        raise ValueError(f"{type(settings).__name__}: lr must be a positive number, got {lr!r}")
+
+
+def half_cosine(lr: float, step: int, steps: int, warmup: int) -> float:
+    """A learning rate that rises over `warmup` steps and falls to 0 as a half cosine."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    return lr * rise * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 @dataclass(frozen=True)

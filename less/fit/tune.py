@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from less import reference
+from less._check import require_int
 from less.fit.capture import attend_fully, calling
+from less.fit.recipe import check_lr, half_cosine
 from less.fit.schedule import schedule
 from less.hf.models import ModelFacts, describe
 from less.layer import Maps
@@ -61,16 +62,12 @@ class Tuning:
     def __post_init__(self) -> None:
         """Refuse settings out of range, by name."""
         for name in ("steps", "window", "rows", "held"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Tuning: {name} must be a whole number >= 1, got {value!r}")
-        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"Tuning: lr must be a positive number, got {self.lr!r}")
+            require_int("Tuning", name, getattr(self, name), 1)
+        check_lr(self)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return half_cosine(self.lr, step, self.steps, self.warmup)
 
 
 def tune(

@@ -148,11 +148,8 @@ class PageLayout:
         if self.weights is None:
             object.__setattr__(self, "weights", not packed)
         elif not isinstance(self.weights, bool) or not (self.weights or packed):
-            raise ValueError(
-                f"{op}: weights must be True or None for {self.dtype}, got {self.weights!r}"
-                if not packed
-                else f"{op}: weights must be True, False or None, got {self.weights!r}"
-            )
+            wanted = "True, False or None" if packed else f"True or None for {self.dtype}"
+            raise ValueError(f"{op}: weights must be {wanted}, got {self.weights!r}")
 
     def _check_hot(self, op: str, packed: bool) -> None:
         for field, least, default in (("sinks", 0, 4), ("hot", 1, 16)):

@@ -19,7 +19,7 @@ def default_policy(capacity: int) -> H2O:
 def merging_policy(capacity: int) -> H2O:
     """H2O for a cache that merges: decaying scores, a quarter of it recent.
 
-    docs/merging.md has the figures.
+    docs/memory.md has the figures.
     """
     recent = capacity // 4
     return H2O(heavy=capacity - recent, recent=recent, decay=DECAY)

@@ -156,6 +156,7 @@ def compact(
         ring = position >= (after_seen - (W - sinks)).view(B, 1, 1)
         hot = (position >= 0) & ((position < sinks) | ring)
     keep = survivors(torch.where(hot, -1, position), rank, S - W)
+    leaves = (position >= 0) & ~keep & ~hot
     stored = _candidate_rows(slots, new)
     if spec.victim == "fold":
         if state is None or maps is None:
@@ -163,7 +164,6 @@ def compact(
         k, v = (decode(*stored[n], getattr(slots.rows, n)) for n in ("k", "v"))
         if space is not None:
             k = keys_out_of_space(k, space, mean=not maps.centred)
-        leaves = (position >= 0) & ~keep & ~hot
         state = fold(state, psi(k, maps), v, leaves)
     tokens = _Tokens(
         position, score, torch.cat([slots.log_weight, torch.zeros_like(score[..., S:])], 2)
@@ -171,7 +171,6 @@ def compact(
     if spec.victim == "merge":
         if slots.weight is None:
             raise ValueError("compact: victim 'merge' needs slots with log-weights")
-        leaves = (position >= 0) & ~keep & ~hot
         tokens = _merge(tokens, stored, slots, leaves, keep & (rank < torch.inf))
     after = _Writer(slots)
     for b in range(B):
@@ -188,19 +187,15 @@ def compact(
                 stays = hot[b, h, :W].nonzero()[:, 0]
                 after.take(b, h, stays, tokens, stays)
             stays = W + keep[b, h, W:S].nonzero()[:, 0]
-            after.take(b, h, stays, tokens, stays)
-            for label, (codes, scale) in stored.items():
-                after.tensors[label][b, h, stays - W] = codes[b, h, stays]
-                if scale is not None:
-                    after.tensors[f"{label}_scale"][b, h, stays - W] = scale[b, h, stays]
             joins = torch.cat([keep[b, h, :W].nonzero()[:, 0], S + keep[b, h, S:].nonzero()[:, 0]])
             joins = joins[position[b, h, joins].argsort()]
             free = W + (~keep[b, h, W:S]).nonzero()[: len(joins), 0]
+            which, place = torch.cat([stays, joins]), torch.cat([stays, free])
             for label, (codes, scale) in stored.items():
-                after.tensors[label][b, h, free - W] = codes[b, h, joins]
+                after.tensors[label][b, h, place - W] = codes[b, h, which]
                 if scale is not None:
-                    after.tensors[f"{label}_scale"][b, h, free - W] = scale[b, h, joins]
-            after.take(b, h, free, tokens, joins)
+                    after.tensors[f"{label}_scale"][b, h, place - W] = scale[b, h, which]
+            after.take(b, h, place, tokens, which)
     return Compacted(after.slots(), state, after_seen)
 
 
