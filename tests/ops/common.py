@@ -2,6 +2,7 @@
 
 import torch
 
+from less.layer import Space
 from tests.helpers import random_maps, random_qkv
 from tests.ops import flat_reference as reference
 
@@ -65,3 +66,36 @@ def assert_rounded(got, want):
     error = ((got.cpu().double() - want).abs() - unit * want.abs()).max().item()
     bound = 1e-5 * max(1e-30, want.abs().max().item())
     assert error <= bound, f"off by {error:.3g} more than a rounding"
+
+
+def space_of(K, D):
+    """A layer's space with means and scales of its own."""
+    g = torch.Generator().manual_seed(5)
+    mean, scale = torch.randn(2, K, D, generator=g), torch.rand(2, K, D, generator=g) + 0.5
+    return Space.of(
+        K, D, key_mean=mean[0], key_scale=scale[0], value_mean=mean[1], value_scale=scale[1]
+    )
+
+
+def assert_alone_as_in_a_batch(native, lengths):
+    """A row's output and page have the same bits alone as in a batch of three.
+
+    Args:
+        native: A ``PagedLayer`` of kernels that are launched.
+        lengths: Tokens of the calls.
+    """
+    shape = native.plan.spec.q_heads, native.layout.kv_heads
+    calls = [
+        random_qkv(3, *shape, T, native.layout.head_dim, seed=i) for i, T in enumerate(lengths)
+    ]
+
+    def run(rows):
+        pool = native.new_pool(len(range(3)[rows]))
+        outs = [native.attend(pool, *(x[rows].to(native.device) for x in call)) for call in calls]
+        return torch.cat(outs, 2), pool
+
+    out, pool = run(slice(0, 3))
+    for b in range(3):
+        alone, own = run(slice(b, b + 1))
+        assert torch.equal(alone[0], out[b])
+        assert torch.equal(own[0], pool[b])

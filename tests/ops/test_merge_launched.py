@@ -10,10 +10,11 @@ import torch
 
 from less import H2O, PagedLayer, PageLayout
 from less.dtypes import FORMATS
-from less.layer import Paged, Space
+from less.layer import Paged
 from less.reference import Attended
 from less.reference.codec import slot_floats
 from tests.helpers import random_maps, random_qkv
+from tests.ops.common import assert_alone_as_in_a_batch, space_of
 
 pytest.importorskip("less._C")
 
@@ -21,27 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8
 HEAD_DIMS = (64, 80, 96, 128, 256)
 #: Of rows that are other rows once they were decoded and encoded again.
 INEXACT = ("k4v4",)
-
-
-@pytest.fixture(params=["cluster", "workspace"])
-def meeting(request, monkeypatch):
-    """Where a head's blocks meet: in a cluster (sm_90 on), or in the workspace."""
-    if request.param == "cluster" and request.config.getoption("--emulator-tier") == "ptx_80":
-        pytest.skip("sm_80 has no clusters")
-    if request.param == "workspace":
-        on_gpu = request.node.callspec.params["launched"] == "cuda" and torch.cuda.is_available()
-        if on_gpu and torch.cuda.get_device_capability() >= (9, 0):
-            pytest.skip("this GPU has clusters: its blocks meet there")
-        monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
-    return request.param
-
-
-def space_of(K, D):
-    g = torch.Generator().manual_seed(5)
-    mean, scale = torch.randn(2, K, D, generator=g), torch.rand(2, K, D, generator=g) + 0.5
-    return Space.of(
-        K, D, key_mean=mean[0], key_scale=scale[0], value_mean=mean[1], value_scale=scale[1]
-    )
 
 
 def layers(dtype, D=64, Q=4, K=2, capacity=40, device="cpu", policy=None, **layout):
@@ -203,18 +183,7 @@ def test_padding_and_absent_pages_stay_as_they_are(launched, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, "k4v4"], ids=str)
 def test_a_row_that_merges_has_the_same_bits_alone_and_in_a_batch(launched, meeting, dtype):
     native, _ = layers(dtype, capacity=200, device=launched)
-    calls = [random_qkv(3, 4, 2, T, 64, seed=i) for i, T in enumerate([230, 1, 40, *[1] * 4])]
-
-    def run(rows):
-        pool = native.new_pool(len(range(3)[rows]))
-        outs = [native.attend(pool, *(x[rows].to(launched) for x in call)) for call in calls]
-        return torch.cat(outs, 2), pool
-
-    out, pool = run(slice(0, 3))
-    for b in range(3):
-        alone, own = run(slice(b, b + 1))
-        assert torch.equal(alone[0], out[b])
-        assert torch.equal(own[0], pool[b])
+    assert_alone_as_in_a_batch(native, [230, 1, 40, *[1] * 4])
 
 
 def compacted(dtype, device, change, T=5, S=24, rank=None, D=64):

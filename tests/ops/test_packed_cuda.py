@@ -7,22 +7,14 @@ import torch
 
 from less import H2O, Full, PagedLayer, PageLayout, SinkRecent
 from less.dtypes import FORMATS
-from less.layer import Space
 from tests.helpers import assert_close, random_maps, random_qkv
+from tests.ops.common import assert_alone_as_in_a_batch, space_of
 
 pytest.importorskip("less._C")
 
 D_OF = (64, 80, 96, 128, 256)
 #: Fields whose bits a step decides; scores are sums of floats.
 EXACT = ("position", "k", "v", "k_scale", "v_scale", "hot_k", "hot_v", "hot_k_scale", "hot_v_scale")
-
-
-def space_of(K, D):
-    g = torch.Generator().manual_seed(5)
-    mean, scale = torch.randn(2, K, D, generator=g), torch.rand(2, K, D, generator=g) + 0.5
-    return Space.of(
-        K, D, key_mean=mean[0], key_scale=scale[0], value_mean=mean[1], value_scale=scale[1]
-    )
 
 
 def layers(form="k4v4", D=64, Q=2, K=2, capacity=40, device="cpu", policy=None, **layout):
@@ -137,20 +129,7 @@ def test_padding_and_absent_pages_leave_packed_rows_alone(launched, dtype):
 @pytest.mark.parametrize("form", ["k4v4", "k3v2"])
 def test_a_row_of_packed_slots_alone_has_the_bits_that_it_has_in_a_batch(launched, form):
     native, _ = layers(form, Q=4, K=2, capacity=200, device=launched)
-    calls = [random_qkv(3, 4, 2, T, 64, seed=i) for i, T in enumerate([150, 1, 1, 40, *[1] * 12])]
-
-    def run(rows):
-        pool = native.new_pool(len(range(3)[rows]))
-        outs = []
-        for call in calls:
-            outs.append(native.attend(pool, *(x[rows].to(launched) for x in call)))
-        return torch.cat(outs, 2), pool
-
-    out, pool = run(slice(0, 3))
-    for b in range(3):
-        alone, own = run(slice(b, b + 1))
-        assert torch.equal(alone[0], out[b])
-        assert torch.equal(own[0], pool[b])
+    assert_alone_as_in_a_batch(native, [150, 1, 1, 40, *[1] * 12])
 
 
 @pytest.mark.parametrize("T", [1, 3])
