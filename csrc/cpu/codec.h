@@ -43,43 +43,45 @@ LESS_INLINE void store_sixteen(Sixteen x, void* p, int n) {
 
 // Each byte's `bits` bits from bit `from` on; and the other way round, of bytes that fit there. The
 // machine shifts pairs of bytes: what the one beside it brings in is masked away.
-LESS_INLINE Sixteen field(Sixteen x, int from, int bits) {
-  typedef uint16_t Pairs __attribute__((vector_size(16)));
-  return (Sixteen)((Pairs)x >> uint16_t(from)) & uint8_t((1 << bits) - 1);
+template <typename Bytes>
+LESS_INLINE Bytes field(Bytes x, int from, int bits) {
+  typedef uint16_t Pairs __attribute__((vector_size(sizeof(Bytes))));
+  return (Bytes)((Pairs)x >> uint16_t(from)) & uint8_t((1 << bits) - 1);
 }
-LESS_INLINE Sixteen at_field(Sixteen x, int from) {
-  typedef uint16_t Pairs __attribute__((vector_size(16)));
-  return (Sixteen)((Pairs)x << uint16_t(from));
+template <typename Bytes>
+LESS_INLINE Bytes at_field(Bytes x, int from) {
+  typedef uint16_t Pairs __attribute__((vector_size(sizeof(Bytes))));
+  return (Bytes)((Pairs)x << uint16_t(from));
 }
 
-// f(codes, d, n) for all codes of a packed row: those of dims d .. d + n, n <= 16.
-template <typename F>
-LESS_INLINE void for_codes(DType dtype, const uint8_t* row, int64_t D, F f) {
+// f(codes, d, n) for all codes of packed rows, of which load(i, n) gives n <= 16 bytes from byte i
+// on: those of dims d .. d + n.
+template <typename Load, typename F>
+LESS_INLINE void for_codes(DType dtype, int64_t D, Load load, F f) {
   const int64_t quarter = D / 4, eighth = D / 8;
-  const auto sixteens = [](int64_t count, auto each) {
+  const auto sixteens = [](int64_t count, auto each) LESS_LAMBDA_INLINE {
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) each(i, 16);
     if (i < count) each(i, int(count - i));
   };
   if (dtype == DType::b4) {
     return sixteens(D / 2, [&](int64_t i, int n) {
-      const Sixteen x = load_sixteen(row + i, n);
+      const auto x = load(i, n);
       f(field(x, 0, 4), i, n);
       f(field(x, 4, 4), D / 2 + i, n);
     });
   }
   if (dtype == DType::b2) {
     return sixteens(quarter, [&](int64_t i, int n) {
-      const Sixteen x = load_sixteen(row + i, n);
+      const auto x = load(i, n);
       for (int j = 0; j < 4; ++j) f(field(x, 2 * j, 2), j * quarter + i, n);
     });
   }
   for (int half = 0; half < 2; ++half) {  // of each quarter: the dims of one third bit
     sixteens(eighth, [&](int64_t i, int n) {
-      const Sixteen low = load_sixteen(row + half * eighth + i, n);
-      const Sixteen high = load_sixteen(row + quarter + i, n);
+      const auto low = load(half * eighth + i, n), high = load(quarter + i, n);
       for (int j = 0; j < 4; ++j) {
-        const Sixteen third = at_field(field(high, 2 * j + half, 1), 2);
+        const auto third = at_field(field(high, 2 * j + half, 1), 2);
         f(field(low, 2 * j, 2) | third, j * quarter + half * eighth + i, n);
       }
     });
@@ -91,7 +93,8 @@ inline void decode_packed(DType dtype, const uint8_t* row, uint16_t half, int64_
   Sixteen level;
   std::memcpy(&level, levels_of(dtype).n, sizeof level);
   const Vec step(to_float(fp16{half}) * 0x1p-6f);  // exact, as the products are
-  for_codes(dtype, row, D, [&](Sixteen code, int64_t d, int n) {
+  const auto load = [row](int64_t i, int n) { return load_sixteen(row + i, n); };
+  for_codes(dtype, D, load, [&](Sixteen code, int64_t d, int n) {
     const Sixteen found = look_up(level, code);
     int8_t number[16];
     std::memcpy(number, &found, sizeof number);

@@ -20,6 +20,7 @@
 #include <numeric>
 
 #include "cpu/codec.h"
+#include "cpu/distances.h"
 #include "cpu/features.h"
 #include "cpu/integer_rows.h"
 #include "cpu/lowest.h"
@@ -72,7 +73,7 @@ class Step {
     for (float*& row : left_row_) row = scratch.floats(width_);
     features_ = scratch.floats(padded(R_));
     hidden_ = scratch.floats(hidden_floats());
-    distances_ = merges_ ? scratch.floats(KeyDistances::scratch(D_)) : nullptr;
+    key_memory_ = merges_ ? scratch.floats(key_scratch(D_)) : nullptr;
   }
 
   // Work item (head, b), of [0, K B); `last`: no other follows.
@@ -155,8 +156,7 @@ class Step {
     const int64_t most = padded(p_.layout.S + 1);
     return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
            (rounds_ ? line(G_ * width_ / 4) : 0) + 4 * line(G_) + 6 * line(width_) +
-           line(padded(R_)) + line(hidden_floats()) +
-           (merges_ ? line(KeyDistances::scratch(D_)) : 0);
+           line(padded(R_)) + line(hidden_floats()) + (merges_ ? line(key_scratch(D_)) : 0);
   }
 
   void clear() {
@@ -428,21 +428,22 @@ class Step {
               source - W_};
     };
     const Candidate i = candidate(victim);
-    const KeyDistances from(i.k, i.row, D_, distances_);
-    float* const distance = logit_;  // [S_ + 1], whose logits are done with
-    from.to(cold.k, cold.count, distance + W_);
-    from.to(k, 1, distance + S_);
-    distance[victim] = kInfinity;
     const Rule rule = for_slots(p_.spec.rule, S_);
-    const float w_i = mass_of(i.score);
     const int64_t n = seen_ + 1;
+    float* const distance = logit_;  // [S_ + 1], whose logits are done with
+    distance[S_] = kInfinity;
+    with_key(i.k, i.row, D_, key_memory_, [&](const auto& key) {
+      key.distances(cold.k, cold.count, distance + W_);
+      if (!is_protected(rule, n, token.position)) key.distances(k, 1, distance + S_);
+    });
+    distance[victim] = kInfinity;
+    const float w_i = mass_of(i.score);
     const auto cost = [&](auto position, auto from) LESS_LAMBDA_INLINE {
       const auto score = from(slots_.score);
       return merge_cost(rule, n, position, decltype(score)(w_i), mass_of(score), from(distance));
     };
     Lowest nearest = lowest_of(slots_.position, W_, S_, Lowest::finite(), cost);
-    nearest.offer(merge_cost(rule, n, token.position, w_i, mass_of(token.score), distance[S_]),
-                  token.position, S_);
+    nearest.offer(merge_cost(w_i, mass_of(token.score), distance[S_]), token.position, S_);
     if (nearest.source < 0) return;
     const Candidate j = candidate(nearest.source);
     const float part = w_i / (w_i + mass_of(j.score));
@@ -492,7 +493,7 @@ class Step {
   uint16_t left_half_[2];
   float* features_;  // [R]
   float* hidden_;
-  float* distances_;  // KeyDistances' own
+  float* key_memory_;  // of with_key()
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 // the same whole numbers, hence the same bits on every machine.
 #pragma once
 
+#include "cpu/byte_products.h"
 #include "cpu/rows.h"
 
 namespace less::cpu::LESS_ISA {
@@ -274,15 +275,6 @@ void add_weighted(const float* p, int64_t heads, int64_t stride, const uint8_t* 
   }
 }
 
-// Calls f with whether this machine has the products in one instruction.
-template <typename F>
-LESS_INLINE void with_vnni(F f) {
-#ifndef LESS_EMULATED_AVX512
-  if (__builtin_cpu_supports("avx512vnni")) return f(std::true_type{});
-#endif
-  f(std::false_type{});
-}
-
 }  // namespace integer
 
 // One head alone waits for its rows, not for its products: floats do as well.
@@ -296,7 +288,7 @@ inline bool dots_in_integers(DType dtype, const int8_t* q, const float* q_scale,
                              const int32_t* q_sum, int64_t heads, int64_t width, const void* k,
                              int64_t N, int64_t D, float* logit, int64_t stride, Stream* stream) {
   if (!integer_rows(dtype, heads, D)) return false;
-  integer::with_vnni([=](auto vnni) {
+  with_vnni([=](auto vnni) {
     integer::dots<decltype(vnni)::value>(q, q_scale, q_sum, heads, width,
                                          static_cast<const uint8_t*>(k), N, D, logit, stride,
                                          stream);
@@ -309,7 +301,7 @@ inline bool add_in_integers(DType dtype, const float* p, int64_t heads, int64_t 
                             const void* v, int64_t N, int64_t D, float* out, int64_t width,
                             Stream* stream) {
   if (!integer_rows(dtype, heads, D)) return false;
-  integer::with_vnni([=](auto vnni) {
+  with_vnni([=](auto vnni) {
     integer::add_weighted<decltype(vnni)::value>(p, heads, stride, static_cast<const uint8_t*>(v),
                                                  N, D, out, width, stream);
   });

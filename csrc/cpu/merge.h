@@ -1,8 +1,7 @@
-// Merging (common/merge.h): keys' distances, and means. Of a leaver i and the target j that takes
-// it in, k_j and v_j move by w_i / (w_i + w_j) of the way to k_i and v_i.
+// Merging (common/merge.h): means, and the targets of many. Of a leaver i and the target j that
+// takes it in, k_j and v_j move by w_i / (w_i + w_j) of the way to k_i and v_i.
 //
-// Order: of distances as it comes, but rows that are equal lie at exactly 0; means are one float
-// rounding an operation, never fma().
+// Order: means are one float rounding an operation, never fma().
 #pragma once
 
 #include <algorithm>
@@ -29,42 +28,6 @@ inline void merge_row(const Stored& from, int64_t i, float part, int64_t D, floa
   move_towards(y, part, D, x);
   encode_row(to, j, x, D);
 }
-
-// Squared distances from one key to others of the same format.
-class KeyDistances {
- public:
-  static int64_t scratch(int64_t D) { return 17 * padded(D); }
-
-  // From row i; `floats`: scratch() of them.
-  KeyDistances(const Stored& of, int64_t i, int64_t D, float* floats)
-      : D_(D), key_(floats), rows_(floats + padded(D)) {
-    decode_row(of, i, D, key_);
-  }
-
-  // out[n] = |k - k_n|^2, n < N
-  void to(const Stored& rows, int64_t N, float* out) const {
-    for (int64_t first = 0; first < N; first += kTile) {
-      const int64_t count = std::min(kTile, N - first);
-      decode_rows(rows, count, [=](int64_t n) { return first + n; }, D_, rows_);
-      for (int64_t n = 0; n < count; ++n) {
-        Vec total(0.0f);
-        for (int64_t d = 0; d < D_; d += Vec::kSize) {
-          const int some = int(std::min<int64_t>(Vec::kSize, D_ - d));
-          const Vec apart = load_some(rows_ + n * D_ + d, some) - load_some(key_ + d, some);
-          total = fma(apart, apart, total);
-        }
-        out[first + n] = sum(total);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kTile = 16;
-
-  int64_t D_;
-  float* key_;
-  float* rows_;
-};
 
 // nearest[lane]: which of N targets takes the leaver of a lane in, -1: none does. Targets come in
 // ascending position: keys [N, D], weights [N]. Leavers are a panel of keys, weights [kLanes].

@@ -84,6 +84,7 @@ typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
 // The same where they lie in memory: aligned as their elements only, of whatever type.
 typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
+typedef Ints IntsInMemory __attribute__((aligned(4), may_alias));
 typedef Halves HalvesInMemory __attribute__((aligned(2), may_alias));
 typedef Bytes BytesInMemory __attribute__((aligned(1), may_alias));
 
@@ -247,7 +248,7 @@ struct Int {  // kSize x int32; as a mask, all bits or none of each
 
   static LESS_INLINE Int load(const int32_t* p) {
     Int a;
-    std::memcpy(a.part, p, sizeof a.part);
+    LESS_EACH_PART(a.part[i] = *reinterpret_cast<const IntsInMemory*>(p + i * kNative));
     return a;
   }
   LESS_INLINE void store(int32_t* p) const { std::memcpy(p, part, sizeof part); }
@@ -544,6 +545,25 @@ LESS_INLINE void sum(const Vec (&a)[4], float* out) {
   const Four yz = Four{y[0], y[1], z[0], z[1]} + Four{y[2], y[3], z[2], z[3]};
   const Four all = Four{wx[0], wx[2], yz[0], yz[2]} + Four{wx[1], wx[3], yz[1], yz[3]};
   std::memcpy(out, &all, sizeof all);
+}
+
+// The sums of four, to out[0..4), in whatever order takes least.
+LESS_INLINE void quick_sums(const Vec (&a)[4], float* out) {
+#if defined(LESS_ISA_avx512) || defined(LESS_ISA_avx2)
+#ifdef LESS_ISA_avx512
+  const auto eight = [](Vec x) LESS_LAMBDA_INLINE {
+    return _mm512_castps512_ps256(x.part[0]) + _mm512_extractf32x8_ps(x.part[0], 1);
+  };
+#else
+  const auto eight = [](Vec x) LESS_LAMBDA_INLINE { return x.part[0]; };
+#endif
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(eight(a[0]), eight(a[1])),
+                                     _mm256_hadd_ps(eight(a[2]), eight(a[3])));
+  const Four all = _mm256_castps256_ps128(sums) + _mm256_extractf128_ps(sums, 1);
+  std::memcpy(out, &all, sizeof all);
+#else
+  sum(a, out);
+#endif
 }
 
 // Largest of all. Not for NaN.
