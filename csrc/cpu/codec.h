@@ -21,11 +21,14 @@ namespace less::cpu::LESS_ISA {
 
 // The first n of 16 bytes, n > 0, and zeros; or to memory.
 LESS_INLINE Sixteen load_sixteen(const void* p, int n) {
+  typedef int64_t Two __attribute__((vector_size(16)));
   Sixteen x{};
   if (n == 16) {
     std::memcpy(&x, p, 16);
-  } else if (n == 8) {
-    std::memcpy(&x, p, 8);
+  } else if (n == 8) {  // in a register: what memory is written in parts is slow to read whole
+    int64_t eight;
+    std::memcpy(&eight, p, 8);
+    x = (Sixteen)Two{eight, 0};
   } else {
     std::memcpy(&x, p, n);
   }
@@ -65,20 +68,20 @@ LESS_INLINE void for_codes(DType dtype, int64_t D, Load load, F f) {
     if (i < count) each(i, int(count - i));
   };
   if (dtype == DType::b4) {
-    return sixteens(D / 2, [&](int64_t i, int n) {
+    return sixteens(D / 2, [&](int64_t i, int n) LESS_LAMBDA_INLINE {
       const auto x = load(i, n);
       f(field(x, 0, 4), i, n);
       f(field(x, 4, 4), D / 2 + i, n);
     });
   }
   if (dtype == DType::b2) {
-    return sixteens(quarter, [&](int64_t i, int n) {
+    return sixteens(quarter, [&](int64_t i, int n) LESS_LAMBDA_INLINE {
       const auto x = load(i, n);
       for (int j = 0; j < 4; ++j) f(field(x, 2 * j, 2), j * quarter + i, n);
     });
   }
   for (int half = 0; half < 2; ++half) {  // of each quarter: the dims of one third bit
-    sixteens(eighth, [&](int64_t i, int n) {
+    sixteens(eighth, [&](int64_t i, int n) LESS_LAMBDA_INLINE {
       const auto low = load(half * eighth + i, n), high = load(quarter + i, n);
       for (int j = 0; j < 4; ++j) {
         const auto third = at_field(field(high, 2 * j + half, 1), 2);

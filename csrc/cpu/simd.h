@@ -384,18 +384,6 @@ LESS_INLINE Vec look_up(const Table& table, Int at) {
   LESS_EACH_PART(x.part[i] = looked_up(table.part, at.part[i]));
   return x;
 }
-// kSize bytes, the first n of which are memory's; each one's sign above it.
-LESS_INLINE Int load_signed(const uint8_t* p, int n = Vec::kSize) {
-  uint8_t whole[Vec::kSize] = {};
-  if (n == Vec::kSize) {
-    std::memcpy(whole, p, sizeof whole);
-  } else {
-    std::memcpy(whole, p, n);
-  }
-  Int x;
-  LESS_EACH_PART(x.part[i] = signed_ints(load_bytes(whole + i * kNative)));
-  return x;
-}
 LESS_INLINE Vec abs(Vec a) { return as_vec(as_int(a) & Int(0x7fffffff)); }
 LESS_INLINE Vec operator-(Vec a) { return as_vec(as_int(a) + Int(INT32_MIN)); }
 
@@ -501,6 +489,24 @@ LESS_INLINE void Vec::store(T* p, int n) const {
 
 #endif
 
+// kSize bytes, the first n of which are memory's; each one's sign above it.
+LESS_INLINE Int load_signed(const uint8_t* p, int n = Vec::kSize) {
+  Int x;
+#ifdef LESS_ISA_avx512
+  const auto* const at = reinterpret_cast<const int8_t*>(p);
+  x.part[0] = signed_ints(n == Vec::kSize ? load_bytes(p) : load_first(at, n, 0));
+#else
+  uint8_t whole[Vec::kSize] = {};
+  if (n == Vec::kSize) {
+    std::memcpy(whole, p, sizeof whole);
+  } else {
+    std::memcpy(whole, p, n);
+  }
+  LESS_EACH_PART(x.part[i] = signed_ints(load_bytes(whole + i * kNative)));
+#endif
+  return x;
+}
+
 // Up to a vector of elements; the rest is 0.
 template <typename T>
 LESS_INLINE Vec load_some(const T* p, int n) {
@@ -549,16 +555,19 @@ LESS_INLINE void sum(const Vec (&a)[4], float* out) {
 
 // The sums of four, to out[0..4), in whatever order takes least.
 LESS_INLINE void quick_sums(const Vec (&a)[4], float* out) {
-#if defined(LESS_ISA_avx512) || defined(LESS_ISA_avx2)
-#ifdef LESS_ISA_avx512
-  const auto eight = [](Vec x) LESS_LAMBDA_INLINE {
-    return _mm512_castps512_ps256(x.part[0]) + _mm512_extractf32x8_ps(x.part[0], 1);
+#if defined(LESS_ISA_avx512)
+  const auto halves = [](Vec x, Vec y) LESS_LAMBDA_INLINE {
+    const __m512i p = (__m512i)x.part[0], q = (__m512i)y.part[0];
+    return (__m512i)((Floats)_mm512_unpacklo_epi32(p, q) + (Floats)_mm512_unpackhi_epi32(p, q));
   };
-#else
-  const auto eight = [](Vec x) LESS_LAMBDA_INLINE { return x.part[0]; };
-#endif
-  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(eight(a[0]), eight(a[1])),
-                                     _mm256_hadd_ps(eight(a[2]), eight(a[3])));
+  const __m512i x = halves(a[0], a[1]), y = halves(a[2], a[3]);
+  Vec quarters;
+  quarters.part[0] = (Floats)_mm512_unpacklo_epi64(x, y) + (Floats)_mm512_unpackhi_epi64(x, y);
+  const Four all = sum_to_four(quarters);
+  std::memcpy(out, &all, sizeof all);
+#elif defined(LESS_ISA_avx2)
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a[0].part[0], a[1].part[0]),
+                                     _mm256_hadd_ps(a[2].part[0], a[3].part[0]));
   const Four all = _mm256_castps256_ps128(sums) + _mm256_extractf128_ps(sums, 1);
   std::memcpy(out, &all, sizeof all);
 #else
