@@ -126,6 +126,11 @@ LESS_EMULATED_INTRINSIC __m512i load_bytes(uint64_t mask, const void* p) {
   });
 }
 
+LESS_EMULATED_INTRINSIC __m512i insert_quarter(__m512i a, __m128i quarter, int which) {
+  std::memcpy(reinterpret_cast<char*>(&a) + which * sizeof quarter, &quarter, sizeof quarter);
+  return a;
+}
+
 LESS_EMULATED_INTRINSIC __m512 permute(__m512i at, __m512 a) {
   const __m512i x = each<int32_t>(
       at, (__m512i)a, [](int i, const int32_t* n, const int32_t* x) { return x[n[i] & 15]; });
@@ -156,6 +161,8 @@ LESS_EMULATED_INTRINSIC __m512 permute(__m512i at, __m512 a) {
 #define _mm256_mask_storeu_epi16(p, mask, x) \
   less::emulated::store(reinterpret_cast<uint16_t*>(p), mask, x)
 #define _mm_mask_storeu_epi8(p, mask, x) less::emulated::store(p, mask, x)
+#define _mm512_castsi128_si512(a) less::emulated::insert_quarter(__m512i{}, a, 0)
+#define _mm512_inserti32x4(a, quarter, which) less::emulated::insert_quarter(a, quarter, which)
 #define _mm512_setzero_si512() (__m512i{})
 #define _mm512_set1_epi8(x) less::emulated::all<int8_t>(x)
 #define _mm512_set1_epi16(x) less::emulated::all<int16_t>(x)

@@ -1030,6 +1030,225 @@ void test_packed(DType k_dtype, DType v_dtype, int64_t D) {
   }
 }
 
+// -- victim merge
+// ------------------------------------------------------------------------------------
+
+// A row of a format, and the numbers that it stands for.
+struct StoredRow {
+  std::vector<char> bytes;
+  float scale = 0.0f;
+  uint16_t half = 0;
+  std::vector<float> wide;
+
+  StoredRow(DType dtype, const std::vector<float>& x) : wide(x.size()) {
+    const int64_t D = int64_t(x.size());
+    if (packed(dtype)) {
+      bytes.resize(row_bytes(dtype, D));
+      auto* const row = reinterpret_cast<uint8_t*>(bytes.data());
+      half = naive::encode(dtype, x.data(), D, row);
+      for (int64_t d = 0; d < D; ++d) wide[d] = float(naive::decode(dtype, row, half, D, d));
+      return;
+    }
+    const Rows row(x, dtype, D);
+    bytes = row.bytes;
+    if (dtype == DType::i8) scale = row.scale[0];
+    for (int64_t d = 0; d < D; ++d) {
+      wide[d] = dtype == DType::i8 ? scale * float(int8_t(bytes[d])) : float(row.wide[d]);
+    }
+  }
+
+  void put(void* rows, float* scales, uint16_t* halves, int64_t n) const {
+    std::memcpy(static_cast<char*>(rows) + n * int64_t(bytes.size()), bytes.data(), bytes.size());
+    if (scales != nullptr) scales[n] = scale;
+    if (halves != nullptr) halves[n] = half;
+  }
+  bool lies_in(const void* rows, const float* scales, const uint16_t* halves, int64_t n) const {
+    const char* const at = static_cast<const char*>(rows) + n * int64_t(bytes.size());
+    return std::memcmp(at, bytes.data(), bytes.size()) == 0 &&
+           (scales == nullptr || scales[n] == scale) && (halves == nullptr || halves[n] == half);
+  }
+};
+
+struct Merging {
+  StoredRow k, v;
+  int32_t position;
+  float score, weight;
+  int64_t slot;  // -1: it joins
+};
+
+// Of `tokens` the S best stay; each of the others becomes part of the nearest that does.
+std::vector<Merging> merged(std::vector<Merging> tokens, int64_t S, const Rule& rule, int64_t n,
+                            DType k_dtype, DType v_dtype) {
+  const auto rank = [&](const Merging& t) {
+    return t.position >= n - rule.recent || t.position < rule.sinks ? INFINITY : t.score;
+  };
+  std::sort(tokens.begin(), tokens.end(), [&](const Merging& a, const Merging& b) {
+    return rank(a) != rank(b) ? rank(a) > rank(b) : a.position > b.position;
+  });
+  const auto older = [](const Merging& a, const Merging& b) { return a.position < b.position; };
+  const int64_t kept = std::min(S, int64_t(tokens.size()));
+  std::vector<Merging> leave(tokens.begin() + kept, tokens.end()), stay = tokens;
+  stay.erase(stay.begin() + kept, stay.end());
+  std::sort(leave.begin(), leave.end(), older);
+  std::sort(stay.begin(), stay.end(), older);
+  std::vector<Merging> after = stay;
+  std::vector<std::vector<float>> k, v;
+  std::vector<float> mass;
+  std::vector<bool> changed(stay.size());
+  for (const Merging& t : stay) {
+    k.push_back(t.k.wide);
+    v.push_back(t.v.wide);
+    mass.push_back(t.score + 1e-6f);
+  }
+  for (const Merging& i : leave) {
+    double least = INFINITY;
+    int64_t j = -1;
+    for (size_t s = 0; s < stay.size(); ++s) {
+      if (rank(stay[s]) == INFINITY) continue;
+      double far = 0.0;
+      for (size_t d = 0; d < i.k.wide.size(); ++d) {
+        far += std::pow(double(i.k.wide[d]) - stay[s].k.wide[d], 2.0);
+      }
+      const double a = i.score + 1e-6, b = stay[s].score + 1e-6, cost = a * b / (a + b) * far;
+      if (cost < least) {
+        least = cost;
+        j = int64_t(s);
+      }
+    }
+    if (j < 0) continue;
+    const float own = i.score + 1e-6f, part = own / (own + mass[j]);
+    for (size_t d = 0; d < k[j].size(); ++d) {
+      k[j][d] += part * (i.k.wide[d] - k[j][d]);
+      v[j][d] += part * (i.v.wide[d] - v[j][d]);
+    }
+    mass[j] += own;
+    after[j].score += i.score;
+    after[j].weight = std::log(std::exp(after[j].weight) + std::exp(i.weight));
+    after[j].position = std::max(after[j].position, i.position);
+    changed[j] = true;
+  }
+  for (size_t j = 0; j < after.size(); ++j) {
+    if (!changed[j]) continue;
+    after[j].k = StoredRow(k_dtype, k[j]);
+    after[j].v = StoredRow(v_dtype, v[j]);
+  }
+  return after;
+}
+
+// A step, or a call of T > 1 tokens, into full slots. Two slots have one key, and the other of them
+// the lowest score.
+void test_merge(DType k_dtype, DType v_dtype, int64_t D, int64_t T, int64_t recent) {
+  const bool few = packed(v_dtype);
+  const int64_t hot = few ? 1 : 0, cold = 37, S = cold + hot, seen_before = 100;
+  const DType call_dtype = few ? DType::f32 : k_dtype;
+  Layout layout{};
+  layout.K = 1;
+  layout.D = int32_t(D);
+  layout.hot = int32_t(hot);
+  layout.k_dtype = k_dtype;
+  layout.v_dtype = v_dtype;
+  layout.call_dtype = call_dtype;
+  layout.weights = true;
+  place_heads(layout, &S);
+  std::vector<float> memory(layout.nbytes / 4 + kFieldAlign);
+  auto* const data = reinterpret_cast<unsigned char*>(memory.data());
+  const Pool pool{data + (-reinterpret_cast<uintptr_t>(data)) % kFieldAlign,
+                  layout.nbytes,
+                  1,
+                  nullptr,
+                  nullptr,
+                  -1};
+  clear_page(layout, pool.data);
+  *seen(pool.data) = seen_before;
+  const Slots slots = head(layout, pool.data, 0).slots;
+  Random random(8);
+  std::vector<Merging> tokens;
+  std::vector<float> score = random.positive(S + T), weight = random.positive(cold);
+  score[hot + 9] = 0.001f;
+  if (T == 1) score[S] = 0.0f;  // as a step without scores has it
+  for (int64_t n = 0; n < cold; ++n) {
+    const std::vector<float> k = random.normal(D), v = random.normal(D);
+    const auto position = int32_t(n * 7 % cold * 2);
+    tokens.push_back({StoredRow(k_dtype, k), StoredRow(v_dtype, v), position, score[hot + n],
+                      weight[n], hot + n});
+    if (n == 9) tokens[9].k = tokens[5].k;
+    tokens[n].k.put(slots.k, slots.k_scale, slots.k_half, n);
+    tokens[n].v.put(slots.v, slots.v_scale, slots.v_half, n);
+    slots.position[hot + n] = position;
+    slots.score[hot + n] = score[hot + n];
+    slots.weight[hot + n] = weight[n];
+  }
+  const auto join = [&](const float* k, const float* v, int64_t position, float s) {
+    tokens.push_back({StoredRow(k_dtype, {k, k + D}), StoredRow(v_dtype, {v, v + D}),
+                      int32_t(position), s, 0.0f, -1});
+  };
+  if (few) {
+    const std::vector<float> k = random.normal(D), v = random.normal(D);
+    std::memcpy(slots.hot_k, k.data(), D * sizeof(float));
+    std::memcpy(slots.hot_v, v.data(), D * sizeof(float));
+    slots.position[0] = int32_t(seen_before - 1);
+    slots.score[0] = score[0];
+    join(k.data(), v.data(), seen_before - 1, score[0]);
+  }
+  std::vector<float> new_k = random.normal(T * D), new_v = random.normal(T * D), q(D), out(D);
+  for (int64_t t = 0; t + hot < T; ++t) {  // the last one may be hot
+    join(&new_k[t * D], &new_v[t * D], seen_before + t, score[S + t]);
+  }
+  const Rule rule{recent, 2, true, false, 0};
+  const std::vector<Merging> wanted = merged(tokens, cold, rule, seen_before + T, k_dtype, v_dtype);
+  const LayerSpec spec{.Q = 1,
+                       .K = 1,
+                       .D = D,
+                       .scale = 0.1f,
+                       .softcap = 0.0f,
+                       .decay = 1.0f,
+                       .scores = false,
+                       .dependent = false,
+                       .victim = Victim::merge,
+                       .rule = rule};
+  if (T == 1) {
+    DecodeStepParams step{};
+    step.spec = spec;
+    step.layout = layout;
+    step.pool = pool;
+    step.q = contiguous_rows(q.data(), DType::f32, 1, 1, D);
+    step.k = contiguous_rows(new_k.data(), DType::f32, 1, 1, D);
+    step.v = contiguous_rows(new_v.data(), DType::f32, 1, 1, D);
+    step.out = contiguous_rows(out.data(), DType::f32, 1, 1, D);
+    step.B = 1;
+    cpu::decode_step(step, 0, 1);
+  } else {
+    const Rows k(new_k, call_dtype, D), v(new_v, call_dtype, D);
+    CompactParams call{};
+    call.spec = spec;
+    call.layout = layout;
+    call.pool = pool;
+    call.call = {contiguous_rows(k.bytes.data(), call_dtype, 1, T, D),
+                 contiguous_rows(v.bytes.data(), call_dtype, 1, T, D),
+                 k.scale.empty() ? nullptr : k.scale.data(),
+                 v.scale.empty() ? nullptr : v.scale.data()};
+    call.score = score.data();
+    call.B = 1;
+    call.T = T;
+    cpu::compact(call, 0, 1);
+  }
+  std::vector<int64_t> free;
+  for (int64_t s = hot; s < S; ++s) {
+    const auto stays = [s](const Merging& t) { return t.slot == s; };
+    if (std::none_of(wanted.begin(), wanted.end(), stays)) free.push_back(s);
+  }
+  size_t next = 0;
+  for (const Merging& t : wanted) {  // in ascending position as they came
+    const int64_t s = t.slot >= 0 ? t.slot : free[next++];
+    const std::string which = "slot " + std::to_string(s);
+    expect(slots.position[s] == t.position, which + "'s position");
+    expect(slots.score[s] == t.score, which + "'s score");
+    expect_close(slots.weight[s], t.weight, 1e-6, "weight", s);
+    expect(t.k.lies_in(slots.k, slots.k_scale, slots.k_half, s - hot), which + "'s key");
+    expect(t.v.lies_in(slots.v, slots.v_scale, slots.v_half, s - hot), which + "'s value");
+  }
+}
+
 void test_level(const std::string& level) {
   cpu::set_level(level);
   where = level + " simd";
@@ -1045,6 +1264,21 @@ void test_level(const std::string& level) {
     for (DType dtype : {DType::b4, DType::b3, DType::b2}) test_packed(dtype, dtype, D);
     test_packed(DType::i8, DType::b4, D);
     test_packed(DType::b3, DType::b2, D);
+  }
+  for (int64_t D : {8, 43, 64, 72, 96, 128, 1040}) {
+    where = level + " merge D=" + std::to_string(D);
+    for (int64_t recent : {0, 6}) {
+      for (int64_t T : {1, 2, 70}) {
+        for (DType dtype : {DType::f32, DType::bf16, DType::fp16, DType::i8}) {
+          test_merge(dtype, dtype, D, T, recent);
+        }
+        if (D % 8 != 0) continue;
+        for (DType dtype : {DType::b4, DType::b3, DType::b2}) {
+          test_merge(dtype, dtype, D, T, recent);
+        }
+        test_merge(DType::i8, DType::b4, D, T, recent);
+      }
+    }
   }
   for (DType dtype : {DType::f32, DType::bf16, DType::fp16}) {
     where = level + " fold " + name(dtype);
