@@ -24,6 +24,7 @@ from bench import native
 RECORD = Path(__file__).resolve().parent / "instructions.json"
 LEVELS = ("portable", "avx2")  # what callgrind can run
 LIMIT = 3  # per cent
+MERGING, FORGETTING = " merge", " forget"  # how names of cases end that are the same but for that
 
 Counts = dict[str, int]
 Record = dict[str, dict[str, Counts]]
@@ -92,6 +93,16 @@ def compare(got: Counts, recorded: Counts) -> tuple[list[str], list[str]]:
     return rows, wrong
 
 
+def merging(got: Counts) -> list[str]:
+    """What every step that merges takes, as a multiple of the one that forgets."""
+    rows = []
+    for name, count in got.items():
+        base = name.removesuffix(MERGING)
+        if base != name and (other := got.get(base + FORGETTING)):
+            rows.append(f"{base}: merging takes {count / other:.3f} times what forgetting takes")
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Count, print, compare; returns 1 where a kernel got more expensive."""
     parser = argparse.ArgumentParser(prog="instructions", description=__doc__)
@@ -109,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.record:
             record.setdefault(compiler, {})[level] = got
         recorded = record.get(compiler, {}).get(level)
+        ratios = merging(got)
         if recorded is None:
-            print("\n".join(f"{name:44}{now:>12,}" for name, now in got.items()))
+            print("\n".join([*(f"{name:44}{now:>12,}" for name, now in got.items()), *ratios]))
             known = ", ".join(f"{c} ({', '.join(levels)})" for c, levels in record.items())
             print(
                 f"\nNOTHING WAS GATED: {RECORD.name} has no counts of {compiler} at {level}, only "
@@ -120,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             continue
         rows, bad = compare(got, recorded)
-        print("\n".join(rows))
+        print("\n".join([*rows, *ratios]))
         wrong += bad
     if args.record:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

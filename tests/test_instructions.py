@@ -37,6 +37,11 @@ def test_a_case_that_is_on_one_side_only_is_refused() -> None:
     assert wrong == ["new: not recorded yet", "old: not counted any more"]
 
 
+def test_a_step_that_merges_is_held_against_the_same_step_that_forgets() -> None:
+    rows = instructions.merging({"a forget": 100, "a merge": 112, "b merge": 5, "fold": 3})
+    assert rows == ["a: merging takes 1.120 times what forgetting takes"]
+
+
 def test_another_compiler_is_said_loudly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,11 +27,15 @@ void count(const std::string& name, const Shape& shape, const std::function<void
   CALLGRIND_DUMP_STATS_AT(name.c_str());
 }
 
-void decode(Layer& layer) {
-  const DecodeStepParams p = layer.decode_step(Victim::fold);
+void step(Layer& layer, Victim victim) {
+  const DecodeStepParams p = layer.decode_step(victim);
   cpu::decode_step(p, 0, p.B * p.spec.K);
   layer.advance();
 }
+
+void decode(Layer& layer) { step(layer, Victim::fold); }
+void forget(Layer& layer) { step(layer, Victim::forget); }
+void merge(Layer& layer) { step(layer, Victim::merge); }
 
 void chunk(Layer& layer) {
   const ChunkAttentionParams p = layer.chunk_attention();
@@ -80,6 +84,17 @@ void count_all() {
     count(std::string("compact ") + s.name + " float16 T=64", s, compact);
     count(std::string("fold ") + s.name + " float16 N=64", s, fold);
     count(std::string("feature_map ") + s.name + " float16 T=64", s, feature_map);
+  }
+  for (DType slots : {DType::fp16, DType::i8, DType::b4}) {
+    for (int64_t S : {220, 745}) {
+      Shape s = smollm2;
+      s.slots = slots;
+      s.S = S;
+      const std::string step =
+          std::string("decode_step ") + s.name + " " + name(slots) + " S=" + std::to_string(S);
+      count(step + " forget", s, forget);
+      count(step + " merge", s, merge);
+    }
   }
 }
 

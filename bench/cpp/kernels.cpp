@@ -78,6 +78,7 @@ void add(const std::string& what, const Shape& s, Run run, bool slots) {
 }
 
 const Run kStep = [](Layer& layer) { decode(layer, Victim::fold); };
+const Run kMerge = [](Layer& layer) { decode(layer, Victim::merge); };
 const Run kAttention = [](Layer& layer) { decode(layer, Victim::none); };
 
 void register_all() {
@@ -97,6 +98,14 @@ void register_all() {
       Shape s = model;
       s.maps = maps;
       add("decode_step", s, kStep, true);
+    }
+    for (DType slots : {DType::fp16, DType::b4}) {
+      Shape s = model;
+      s.slots = slots;
+      s.model = DType::fp16;
+      s.R = 0;
+      if (slots == DType::b4) add("decode_step", s, kStep, true);
+      add("merging_step", s, kMerge, true);
     }
     for (int64_t S : {410, 820}) {
       Shape s = model;

@@ -41,7 +41,7 @@ void put(void* array, DType dtype, int64_t i, float x) {
     case DType::b4:
     case DType::b3:
     case DType::b2:
-      break;  // rows of several numbers a byte are not made here
+      break;  // several numbers are a byte: fill()
   }
 }
 
@@ -70,8 +70,9 @@ const char* name(DType dtype) {
 }
 
 int64_t slot_bytes(const Shape& s) {
-  const int64_t scale = has_scale(s.slots) ? 4 : 0;
-  return 2 * s.B * s.K * s.S * (s.D * bytes_of(s.slots) + scale);
+  const int64_t hot = hot_slots(layout_of(s));
+  const auto row = [&s](DType dtype) { return row_bytes(dtype, s.D) + scale_bytes(dtype); };
+  return 2 * s.B * s.K * (hot * row(DType::i8) + (s.S - hot) * row(s.slots));
 }
 
 int64_t step_bytes(const Shape& s) {
@@ -85,7 +86,18 @@ int64_t step_bytes(const Shape& s) {
 
 Layout layout_of(const Shape& s) {
   const std::vector<int64_t> slots(s.K, s.S);
-  return make_layout(s.slots, s.K, s.D, s.R, slots.data());
+  if (!packed(s.slots)) return make_layout(s.slots, s.K, s.D, s.R, slots.data());
+  Layout layout{};
+  layout.K = int32_t(s.K);
+  layout.D = int32_t(s.D);
+  layout.R = int32_t(s.R);
+  layout.sinks = 4;
+  layout.hot = 16;
+  layout.k_dtype = layout.v_dtype = s.slots;
+  layout.call_dtype = DType::i8;
+  layout.weights = s.weights;
+  place_heads(layout, slots.data());
+  return layout;
 }
 
 Pools::Pools(const Shape& shape, int64_t layers) : each_(shape.B * layout_of(shape).nbytes) {
@@ -117,6 +129,13 @@ T* Layer::make(int64_t count) {
 }
 
 void Layer::fill(void* array, DType dtype, int64_t count, float scale) {
+  if (packed(dtype)) {  // any bytes are codes
+    const int64_t bytes = row_bytes(dtype, count);
+    for (int64_t i = 0; i < bytes; ++i) {
+      static_cast<uint8_t*>(array)[i] = uint8_t(127.0f + 127.0f * uniform());
+    }
+    return;
+  }
   // A value of 8 bits is a share of its row's scale.
   const float factor = has_scale(dtype) ? 1.0f : scale;
   for (int64_t i = 0; i < count; ++i) put(array, dtype, i, factor * uniform());
@@ -136,6 +155,14 @@ float* Layer::floats(int64_t count, float low, float high) {
   float* array = make<float>(count);
   fill(array, count, low, high);
   return array;
+}
+
+const uint16_t* Layer::halves(int64_t count, float low, float high) {
+  fp16* array = make<fp16>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    array[i] = from_float<fp16>(low + (high - low) * (0.5f + 0.5f * uniform()));
+  }
+  return &array->bits;
 }
 
 FeatureMaps Layer::maps(int64_t heads, DType dtype) {
@@ -171,14 +198,28 @@ Layer::Layer(const Shape& shape, uint64_t seed, std::byte* pool)
            .pages = nullptr,
            .fresh = nullptr,
            .null_page = -1};
-  const float step = s.slots == DType::i8 ? 0.013f : 1.7f;
+  const auto fill_scales = [this](float* array, DType dtype, int64_t count) {
+    const float step = dtype == DType::i8 ? 0.013f : 1.7f;
+    fill(array, count, step, 1.08f * step);
+  };
   for (int64_t i = 0; i < heads; ++i) {
     const auto [slots, state] = head(layout_, page(pool_, i / s.K), i % s.K);
-    fill(slots.k, s.slots, s.S * s.D, 1.7f);
-    fill(slots.v, s.slots, s.S * s.D, 1.7f);
-    if (has_scale(s.slots)) {
-      fill(slots.k_scale, s.S, step, 1.08f * step);
-      fill(slots.v_scale, s.S, step, 1.08f * step);
+    const int64_t W = slots.W, cold = s.S - W;
+    fill(slots.k, s.slots, cold * s.D, 1.7f);
+    fill(slots.v, s.slots, cold * s.D, 1.7f);
+    if (slots.k_scale != nullptr) {
+      fill_scales(slots.k_scale, s.slots, cold);
+      fill_scales(slots.v_scale, s.slots, cold);
+    }
+    for (int64_t n = 0; packed(s.slots) && n < cold; ++n) {
+      slots.k_half[n] = from_float<fp16>(1.0f + 0.04f * uniform()).bits;
+      slots.v_half[n] = from_float<fp16>(1.0f + 0.04f * uniform()).bits;
+    }
+    if (W > 0) {
+      fill(slots.hot_k, DType::i8, W * s.D, 1.0f);
+      fill(slots.hot_v, DType::i8, W * s.D, 1.0f);
+      fill_scales(slots.hot_k_scale, DType::i8, W);
+      fill_scales(slots.hot_v_scale, DType::i8, W);
     }
     fill(slots.score, s.S, 0.0f, 1.0f);
     if (s.R == 0) continue;
@@ -186,21 +227,37 @@ Layer::Layer(const Shape& shape, uint64_t seed, std::byte* pool)
     fill(state.z, s.R, 1.0f, 2.0f);
   }
   position_.resize(s.S);
-  // Slots are taken in the order of eviction: positions come in no order.
-  for (int64_t i = 0; i < s.S; ++i) position_[i] = int32_t(i);
-  for (int64_t i = s.S - 1; i > 0; --i) {
-    std::swap(position_[i], position_[int64_t((0.5f + 0.499f * uniform()) * float(i + 1))]);
+  // Hot slots have the first tokens and the last. The others are taken in the order of eviction:
+  // positions come in no order.
+  const int64_t W = hot_slots(layout_);
+  for (int64_t i = 0; i < s.S; ++i) {
+    position_[i] = int32_t(i < layout_.sinks ? i : i - layout_.hot);
+  }
+  for (int64_t i = s.S - 1; i > W; --i) {
+    const int64_t j = W + int64_t((0.5f + 0.499f * uniform()) * float(i + 1 - W));
+    std::swap(position_[i], position_[j]);
+  }
+  for (int64_t at = s.S - layout_.hot; at < s.S; ++at) {
+    position_[hot_slot(layout_, at)] = int32_t(at);
   }
   rewind();
   score_ = floats(heads * (s.S + s.T), 0.0f, 1.0f);
   share_q_ = make<float>(s.B * s.Q * s.T);
   received_ = make<float>(heads * (s.S + s.T));
+  if (packed(s.slots)) {
+    const int64_t numbers = s.K * s.D;
+    maps_.space = {.key_mean = halves(numbers, -1.0f, 1.0f),
+                   .key_scale = halves(numbers, 0.5f, 2.0f),
+                   .value_mean = halves(numbers, -1.0f, 1.0f),
+                   .value_scale = halves(numbers, 0.5f, 2.0f)};
+  }
   if (s.R > 0) {
     H_ = floats(heads * s.R * s.D, -1.0f, 1.0f);
     z_ = floats(heads * s.R, 1.0f, 2.0f);
     phi_q_ = floats(s.B * s.Q * s.T * s.R, 0.0f, 1.0f);
     psi_k_ = floats(tokens * s.R, 0.0f, 1.0f);
-    maps_ = {.phi = maps(s.Q, s.maps), .psi = maps(s.K, s.maps), .space = {}};
+    maps_.phi = maps(s.Q, s.maps);
+    maps_.psi = maps(s.K, s.maps);
   }
 }
 
@@ -244,7 +301,7 @@ DecodeStepParams Layer::decode_step(Victim victim) const {
   return {.spec = spec(victim),
           .layout = layout_,
           .pool = pool_,
-          .maps = victim == Victim::none ? Maps{} : maps_,
+          .maps = victim == Victim::none ? Maps{.phi = {}, .psi = {}, .space = maps_.space} : maps_,
           .q = rows(q_, s.model, s.Q),
           .k = rows(k_, token(), s.K),
           .v = rows(v_, token(), s.K),

@@ -21,16 +21,17 @@ struct Shape {
   int64_t E = 64;
   int64_t T = 1;  // tokens of a call
   int64_t B = 1;
-  DType slots = DType::fp16;
+  DType slots = DType::fp16;  // packed: 4 sinks and 16 others are hot, of int8, in a space
   DType maps = DType::f32;
   DType model = DType::fp16;  // of q, k, v and out
   bool huge_pages = true;     // of memory, where the system gives some
+  bool weights = true;        // whether slots of packed rows have log-weights
 
   bool operator==(const Shape&) const = default;
 };
 
 const char* name(DType dtype);
-// What a decode step must read of k and v: 2 B K S D values, and a scale each row of 8 bits.
+// What a decode step must read of k and v: 2 B K S rows and their scales.
 int64_t slot_bytes(const Shape& shape);
 // The above, scores, positions and log-weights, the state read and written, and the maps once.
 int64_t step_bytes(const Shape& shape);
@@ -89,6 +90,7 @@ class Layer {
   void fill(float* array, int64_t count, float low, float high);
   float* floats(int64_t count, float low, float high);
   FeatureMaps maps(int64_t heads, DType dtype);
+  const uint16_t* halves(int64_t count, float low, float high);
   float uniform();
   HeadRows rows(void* data, DType dtype, int64_t heads) const;
   LayerSpec spec(Victim victim) const;
