@@ -32,16 +32,18 @@ def test_memory_is_what_the_tensors_take_and_never_grows():
     cache = build(dtype=torch.float16)
     at_first = cache.memory()
 
-    def field(*sizes: int) -> int:
-        """Bytes of fields, each of which begins at a multiple of 128."""
+    def padded(*sizes: int) -> int:
+        """Bytes of what begins at a multiple of 128 each."""
         return sum(-(-n // 128) * 128 for n in sizes)
 
     rows, numbers = 8 * 8 * 2, 8 * 4  # of a head: k or v in fp16; position, score or log-weight
-    assert at_first["slots"] == 2 * 2 * 2 * field(rows, rows, numbers, numbers, numbers)
-    assert at_first["state"] == 2 * 2 * 2 * field(3 * 8 * 4, 3 * 4)
-    assert at_first["workspace"] == 2 * 2 * field(16 + 2 * 8)  # seen, share
+    z, H = 3 * 4 + 4 + 16, 3 * 8 * 4  # z is followed by 4 bytes up to 16, and 16 up to H's 32
+    head = padded(2 * rows + 3 * numbers + z + H)
+    assert at_first["state"] == 2 * 2 * 2 * (z + H)
+    assert at_first["slots"] == 2 * 2 * 2 * (head - z - H)
+    assert at_first["workspace"] == 2 * 2 * padded(16 + 2 * 8)  # seen, share
     sides = [[n * 8 * 6 * 4, n * 6 * 3 * 4, n * 3 * 4] for n in (4, 2)]
-    assert at_first["maps"] == 2 * sum(field(*side) for side in sides)
+    assert at_first["maps"] == 2 * sum(padded(*side) for side in sides)
     pages = sum(layout.nbytes for layout in cache.layouts)
     assert sum(at_first[n] for n in ("slots", "state", "workspace")) == 2 * pages
     assert at_first["full"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -371,7 +372,16 @@ def test_fields_of_any_layout_fill_a_page_and_never_overlap(layout):
     assert layout.nbytes % 128 == 0
     every = [f for head in layout.heads for f in head]
     assert layout.header_bytes + layout.bytes_of(*set(every)) == layout.nbytes
-    assert all(field.offset % 128 == 0 for head in layout.heads for field in head.values())
+    for head in layout.heads:
+        assert head["position"].offset % 128 == 0
+        end = head["position"].offset
+        for field in head.values():
+            row = field.dtype.itemsize * math.prod(field.shape[1:])
+            power = max(p for p in (1, 2, 4, 8, 16, 32, 64, 128) if row % p == 0)
+            begins_at = max(16, power)
+            assert field.offset % begins_at == 0
+            assert 0 <= field.offset - end < begins_at
+            end = field.offset + field.nbytes
     pool = torch.zeros(3, layout.nbytes, dtype=torch.uint8)
     views = [(run.heads, run.tensors()) for run in layout.views(pool)]
     written = []

@@ -18,7 +18,7 @@ void head_at_a_time(const DecodeStepParams& p) {
     // A page whose only head is that kv head.
     one.layout.slots[0] = p.layout.slots[kv];
     one.layout.first[0] = p.layout.first[kv];
-    one.layout.nbytes = p.layout.first[kv] * kFieldAlign + head_span(p.layout, nullptr, kv).nbytes;
+    one.layout.nbytes = p.layout.first[kv] * kPageAlign + head_span(p.layout, nullptr, kv).nbytes;
     one.pool.data = page(p.pool, b);
     one.q = row(p.q, b, h);
     one.k = row(p.k, b, kv);

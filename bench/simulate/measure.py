@@ -19,7 +19,7 @@ from bench.simulate.native import Cache, Noise
 from bench.simulate.space import Moments, space_by_name
 from less.budget import deal_curves, most_within
 from less.evaluate.perplexity import Nats, recovered
-from less.layer.layout import field_bytes
+from less.layer.layout import PageLayout, placed
 
 LEAST_COLD = 12  # cold slots that every head is dealt
 METADATA = {"forget": 8, "merge": 12}  # bytes of a slot: position, score, log-weight
@@ -85,20 +85,26 @@ class Setting:
 
     def room(self, D: int) -> int:
         """Bytes of a kv head."""
-        tokens = self.bytes_of
-        return sum(field_bytes(tokens * n) for n in (4, 2 * D, 4, 2 * D, 4))
+        layout = PageLayout(1, D, self.bytes_of, torch.float16)
+        return layout.nbytes - layout.header_bytes
 
     def head_bytes(self, D: int, slots: int) -> int:
-        """Bytes of a kv head of so many slots: the fields of a page, padded as a page pads them."""
+        """Bytes of a kv head of so many slots, its fields placed as those of a page."""
         group = quantizers.named(self.quantizer, 4, D).group
         hot = min(self.sinks + self.hot, slots)
         metadata = METADATA[self.victim] if self.metadata is None else self.metadata
-        fields = [4 * slots] * (metadata // 4) + [metadata % 4 * slots]
-        for bits in bits_of(self.rows):
+        fields = {"position": (slots, min(metadata, 4))}
+        for label, bits in zip("kv", bits_of(self.rows), strict=True):
             scales = 0 if bits == 16 else 4 if bits == 8 else 2 * (D // (group or D))
             cold = slots - hot
-            fields += [D * hot, 4 * hot, D * bits // 8 * cold, scales * cold]
-        return sum(map(field_bytes, fields))
+            fields |= {
+                f"hot_{label}": (hot, D),
+                f"hot_{label}_scale": (hot, 4),
+                label: (cold, D * bits // 8),
+                f"{label}_scale": (cold, scales),
+            }
+        fields["others"] = (slots, max(metadata - 4, 0))
+        return placed(fields)[1]
 
     def __str__(self) -> str:
         words = [f"{self.rows} {self.quantizer}", self.space, self.victim]

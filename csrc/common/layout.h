@@ -8,8 +8,9 @@
 //            z [R]  H [R, D]  score [S]
 //   head 1   ...           each head with a number of slots S of its own
 //
-// The fields of a head lie in the order in which a step reads them. Every field begins at a
-// multiple of kFieldAlign bytes; a head's rows are contiguous. The first W slots are hot: those of
+// The fields of a head lie in the order in which a step reads them. A field begins at a multiple of
+// the largest power of two that divides its rows' bytes, of kLeastAlign at least and kPageAlign at
+// most; heads begin at multiples of kPageAlign. Rows are contiguous. The first W slots are hot: those of
 // the first `sinks` tokens, then a ring of the last `hot`. Formats that are not packed have none.
 // Scales exist for rows of 8 bits and fewer, weights where no row is packed or the layout asks for
 // them, z and H where R > 0.
@@ -22,7 +23,8 @@
 
 namespace less {
 
-constexpr int64_t kFieldAlign = 128;
+constexpr int64_t kLeastAlign = 16;  // of a field
+constexpr int64_t kPageAlign = 128;  // of a page, and of its heads
 constexpr int kMaxKvHeads = 128;
 
 // How a layer's pages are laid out; the same for all of them.
@@ -39,7 +41,7 @@ struct Layout {
   DType call_dtype;            // of hot rows and of a call's own; without hot slots that of k
   bool weights;                // whether slots have log-weights, which all but packed ones have
   int32_t slots[kMaxKvHeads];  // of each head
-  int32_t first[kMaxKvHeads];  // where each head begins, in units of kFieldAlign
+  int32_t first[kMaxKvHeads];  // where each head begins, in units of kPageAlign
 };
 
 // Hot slots W of each head.
@@ -86,8 +88,15 @@ struct Head {
   State state;
 };
 
-LESS_HD constexpr int64_t field_bytes(int64_t bytes) {
-  return (bytes + kFieldAlign - 1) / kFieldAlign * kFieldAlign;
+// The next multiple of a power of two.
+LESS_HD constexpr int64_t aligned(int64_t bytes, int64_t to) {
+  return (bytes + to - 1) / to * to;
+}
+
+// What a field begins at a multiple of whose rows have so many bytes.
+LESS_HD constexpr int64_t alignment(int64_t row) {
+  const int64_t power = row & -row;
+  return power < kLeastAlign ? kLeastAlign : power > kPageAlign ? kPageAlign : power;
 }
 
 // Formats of a layer's rows, how many slots of a head are hot, and whether slots have log-weights.
@@ -108,27 +117,31 @@ struct HeadOffsets {
 };
 
 LESS_HD constexpr HeadOffsets head_offsets(const Formats& of, int64_t D, int64_t R, int64_t S) {
-  const int64_t numbers = field_bytes(4 * S), cold = S - of.W;
-  const int64_t hot = field_bytes(row_bytes(of.call, D) * of.W);
-  const int64_t hot_scales = field_bytes(scale_bytes(of.call) * of.W);
   HeadOffsets at{};
-  at.hot_k = at.position + numbers;
-  at.hot_k_scale = at.hot_k + hot;
-  at.k = at.hot_k_scale + hot_scales;
-  at.k_scale = at.k + field_bytes(row_bytes(of.k, D) * cold);
-  at.weight = at.k_scale + field_bytes(scale_bytes(of.k) * cold);
-  at.hot_v = at.weight + (of.weights ? numbers : 0);
-  at.hot_v_scale = at.hot_v + hot;
-  at.v = at.hot_v_scale + hot_scales;
-  at.v_scale = at.v + field_bytes(row_bytes(of.v, D) * cold);
-  at.z = at.v_scale + field_bytes(scale_bytes(of.v) * cold);
-  at.H = at.z + field_bytes(4 * R);
-  at.score = at.H + field_bytes(4 * R * D);
-  at.nbytes = at.score + numbers;
+  const auto place = [&at](int64_t rows, int64_t row) {
+    const int64_t begin = aligned(at.nbytes, alignment(row));
+    if (rows * row > 0) at.nbytes = begin + rows * row;
+    return begin;
+  };
+  const int64_t cold = S - of.W;
+  at.position = place(S, 4);
+  at.hot_k = place(of.W, row_bytes(of.call, D));
+  at.hot_k_scale = place(of.W, scale_bytes(of.call));
+  at.k = place(cold, row_bytes(of.k, D));
+  at.k_scale = place(cold, scale_bytes(of.k));
+  at.weight = place(of.weights ? S : 0, 4);
+  at.hot_v = place(of.W, row_bytes(of.call, D));
+  at.hot_v_scale = place(of.W, scale_bytes(of.call));
+  at.v = place(cold, row_bytes(of.v, D));
+  at.v_scale = place(cold, scale_bytes(of.v));
+  at.z = place(R, 4);
+  at.H = place(R, 4 * D);
+  at.score = place(S, 4);
+  at.nbytes = aligned(at.nbytes, kPageAlign);
   return at;
 }
 
-LESS_HD constexpr int64_t header_bytes(int64_t K) { return field_bytes(16 + 8 * K); }
+LESS_HD constexpr int64_t header_bytes(int64_t K) { return aligned(16 + 8 * K, kPageAlign); }
 
 // Completes a layout that has all but its slots and bytes: K <= kMaxKvHeads heads, of slots[h] > W
 // slots each.
@@ -136,7 +149,7 @@ inline void place_heads(Layout& layout, const int64_t* slots) {
   int64_t at = header_bytes(layout.K);
   for (int64_t h = 0; h < layout.K; ++h) {
     layout.slots[h] = int32_t(slots[h]);
-    layout.first[h] = int32_t(at / kFieldAlign);
+    layout.first[h] = int32_t(at / kPageAlign);
     layout.S = layout.slots[h] > layout.S ? layout.slots[h] : layout.S;
     at += head_offsets(formats(layout), layout.D, layout.R, slots[h]).nbytes;
   }
@@ -165,8 +178,8 @@ struct Span {
 };
 
 LESS_HD Span head_span(const Layout& layout, unsigned char* page, int64_t h) {
-  const int64_t begin = layout.first[h] * kFieldAlign;
-  const int64_t end = h + 1 < layout.K ? layout.first[h + 1] * kFieldAlign : layout.nbytes;
+  const int64_t begin = layout.first[h] * kPageAlign;
+  const int64_t end = h + 1 < layout.K ? layout.first[h + 1] * kPageAlign : layout.nbytes;
   return {page + begin, end - begin};
 }
 
@@ -214,7 +227,7 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h) {
 // A layer's pages, and which of them a call's rows use.
 struct Pool {
   unsigned char* data;  // [N, stride], at a multiple of 16 bytes
-  int64_t stride;       // bytes from a page to the next, a multiple of kFieldAlign
+  int64_t stride;       // bytes from a page to the next, a multiple of kPageAlign
   int64_t N;
   const int32_t* pages;  // [B]  null: row b has page b
   const int32_t* fresh;  // [B]  not 0: the page begins, whatever it holds; null: none does

@@ -81,7 +81,7 @@ class Stream {
 
  private:
   static constexpr int64_t kLine = 64;
-  static_assert(kFieldAlign % (2 * kLine) == 0);
+  static_assert(kPageAlign % (2 * kLine) == 0);
 
   // From `line` on, which moves; two lines at a time.
   static LESS_INLINE void ask(const unsigned char*& line, const unsigned char* to) {

@@ -98,7 +98,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
       fail(op, ": layer's ", name, " must be in ", low, " .. ", high, ", got ", x[i]);
     }
   };
-  if (x[version] != 3) fail(op, ": layer must be of version 3, got ", x[version]);
+  if (x[version] != 4) fail(op, ": layer must be of version 4, got ", x[version]);
   within("K", K, 1, kMaxKvHeads);
   within("Q", Q, 1, 1 << 20);
   within("D", D, 1, 1 << 16);
@@ -247,8 +247,8 @@ inline Pool read_pool(const Arguments& arguments, const LayerArguments& layer, c
          shape_text(pool.sizes()));
   }
   const int64_t N = pool.size(0), stride = N > 1 ? pool.stride(0) : page;
-  if (pool.stride(1) != 1 || stride < page || stride % kFieldAlign != 0) {
-    fail(op, ": pool's pages must be contiguous and begin at multiples of ", kFieldAlign,
+  if (pool.stride(1) != 1 || stride < page || stride % kPageAlign != 0) {
+    fail(op, ": pool's pages must be contiguous and begin at multiples of ", kPageAlign,
          " bytes, got strides ", shape_text(pool.strides()));
   }
   arguments.check_device("pool", pool);
@@ -331,6 +331,9 @@ inline CallRows call_rows(const Arguments& arguments, const LayerArguments& laye
           .v_scale = scales ? k_scale + B * K * T : nullptr};
 }
 
+// What each tensor begins at a multiple of, in the one piece that holds a layer's maps and space.
+constexpr int64_t kPieceAlign = 128;
+
 // The space and the maps of a layer, uint8 [bytes] as less.layer packs them; none where it has
 // none.
 inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
@@ -366,7 +369,7 @@ inline Maps read_maps(const Arguments& arguments, const LayerArguments& layer,
   const auto take = [&](int64_t numbers, int64_t bytes) -> const void* {
     if ((layer.present >> bit++ & 1) == 0) return nullptr;
     const void* const tensor = base + at;
-    at += field_bytes(numbers * bytes);
+    at += aligned(numbers * bytes, kPieceAlign);
     return tensor;
   };
   const auto floats = [&](int64_t numbers) { return static_cast<const float*>(take(numbers, 4)); };

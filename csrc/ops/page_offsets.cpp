@@ -15,7 +15,7 @@ Tensor page_offsets(Tensor layer) {
   Tensor offsets = torch::stable::new_empty(layer, {layout.K, 15}, ScalarType::Long);
   int64_t* out = offsets.mutable_data_ptr<int64_t>();
   // Addresses are offsets in a page that begins at `page`; nothing is read there.
-  alignas(kFieldAlign) static unsigned char page[kFieldAlign];
+  alignas(kPageAlign) static unsigned char page[kPageAlign];
   const auto offset = [](const void* field) -> int64_t {
     if (field == nullptr) return -1;
     return int64_t(reinterpret_cast<uintptr_t>(field) - reinterpret_cast<uintptr_t>(page));

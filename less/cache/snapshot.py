@@ -11,7 +11,7 @@ from torch import Tensor
 from less._check import require_shape, require_tensor
 from less.cache.session import Session, load_sliding, sliding_tensors
 
-FORMAT = 5
+FORMAT = 6
 
 
 def identity(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:

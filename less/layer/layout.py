@@ -15,14 +15,16 @@ The first W slots are hot: those of the first ``sinks`` tokens, then a ring of t
 Only packed formats have them (W = 0 otherwise). Slots of packed formats have a weight only where
 the layout asks for it: a slot may then stand for several tokens.
 Scales are float32 for rows of 8 bits, float16 for packed rows, and exist for no others; z and H
-exist only where R > 0. Every field begins at a multiple of 128 bytes. csrc/common/layout.h is the
-same in C++.
+exist only where R > 0. A field begins at a multiple of the largest power of two that divides its
+rows' bytes, of 16 at least and 128 at most; heads and pages begin at multiples of 128.
+csrc/common/layout.h is the same in C++.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,14 +34,34 @@ from less._check import require_int
 from less.dtypes import HOT_DTYPES, ROW_TYPES, RowFormat, RowType, name, row_format, state_dtype
 from less.layer.rows import Slots, State
 
-FIELD_ALIGN = 128
+LEAST_ALIGN = 16  # of a field
+PAGE_ALIGN = 128  # of a page, and of its heads
 MAX_KV_HEADS = 128
 _SHARE = 16  # where the header's share begins
 
 
-def field_bytes(nbytes: int) -> int:
-    """Bytes that a field takes up: the next multiple of 128."""
-    return -(-nbytes // FIELD_ALIGN) * FIELD_ALIGN
+def aligned(nbytes: int, to: int) -> int:
+    """The next multiple of ``to``."""
+    return -(-nbytes // to) * to
+
+
+def alignment(row: int) -> int:
+    """What a field begins at a multiple of whose rows have so many bytes."""
+    return min(max(row & -row, LEAST_ALIGN), PAGE_ALIGN)
+
+
+def placed(fields: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """Where the fields of a head begin, in bytes from its own beginning, and the head's bytes.
+
+    Args:
+        fields: By name, in the order in which they lie: how many rows, and the bytes of a row. A
+            field of rows without bytes takes none.
+    """
+    at, offsets = 0, {}
+    for label, (rows, row) in fields.items():
+        offsets[label] = aligned(at, alignment(row))
+        at = offsets[label] + rows * row
+    return offsets, aligned(at, PAGE_ALIGN)
 
 
 @dataclass(frozen=True)
@@ -205,47 +227,68 @@ class PageLayout:
     @property
     def header_bytes(self) -> int:
         """Bytes before the first head: ``seen`` and ``share``."""
-        return field_bytes(_SHARE + 8 * self.kv_heads)
+        return aligned(_SHARE + 8 * self.kv_heads, PAGE_ALIGN)
 
-    @cached_property
-    def heads(self) -> tuple[dict[str, Field], ...]:
-        """The fields of each head, by name, in the order in which they lie."""
+    def _head(self, S: int) -> tuple[dict[str, Field], int]:
+        """The fields of a head of S slots, from its own beginning, and its bytes."""
         numbers, W, D = state_dtype(self.dtype), self.hot_slots, self.head_dim
         hot, cold = self.hot_type, self.format
-        at, heads = self.header_bytes, []
-        for S in self.capacities:
-            fields: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-                "position": ((S,), torch.int32),
-                "hot_k": ((W, D), hot.stored if W else None),
-                "hot_k_scale": ((W,), hot.scale if W else None),
-                "k": ((S - W, cold.k.width(D)), cold.k.stored),
-                "k_scale": ((S - W,), cold.k.scale),
-                "weight": ((S,), numbers if self.weights else None),
-                "hot_v": ((W, D), hot.stored if W else None),
-                "hot_v_scale": ((W,), hot.scale if W else None),
-                "v": ((S - W, cold.v.width(D)), cold.v.stored),
-                "v_scale": ((S - W,), cold.v.scale),
-                "z": ((self.rank,), numbers if self.rank else None),
-                "H": ((self.rank, D), numbers if self.rank else None),
-                "score": ((S,), numbers),
+        every: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+            "position": ((S,), torch.int32),
+            "hot_k": ((W, D), hot.stored if W else None),
+            "hot_k_scale": ((W,), hot.scale if W else None),
+            "k": ((S - W, cold.k.width(D)), cold.k.stored),
+            "k_scale": ((S - W,), cold.k.scale),
+            "weight": ((S,), numbers if self.weights else None),
+            "hot_v": ((W, D), hot.stored if W else None),
+            "hot_v_scale": ((W,), hot.scale if W else None),
+            "v": ((S - W, cold.v.width(D)), cold.v.stored),
+            "v_scale": ((S - W,), cold.v.scale),
+            "z": ((self.rank,), numbers if self.rank else None),
+            "H": ((self.rank, D), numbers if self.rank else None),
+            "score": ((S,), numbers),
+        }
+        fields = {label: (shape, dtype) for label, (shape, dtype) in every.items() if dtype}
+        offsets, nbytes = placed(
+            {
+                label: (shape[0], dtype.itemsize * math.prod(shape[1:]))
+                for label, (shape, dtype) in fields.items()
             }
-            head = {}
-            for field, (shape, dtype) in fields.items():
-                if dtype is not None:
-                    head[field] = Field(at, shape, dtype)
-                    at += field_bytes(head[field].nbytes)
-            heads.append(head)
-        return tuple(heads)
+        )
+        return {label: Field(offsets[label], *fields[label]) for label in fields}, nbytes
+
+    @cached_property
+    def _heads(self) -> tuple[tuple[dict[str, Field], ...], tuple[int, ...]]:
+        """The fields of each head, and where each begins; after the last, where the page ends."""
+        begins, heads = [self.header_bytes], []
+        for S in self.capacities:
+            at = begins[-1]
+            head, nbytes = self._head(S)
+            heads.append({label: replace(f, offset=at + f.offset) for label, f in head.items()})
+            begins.append(at + nbytes)
+        return tuple(heads), tuple(begins)
+
+    @property
+    def heads(self) -> tuple[dict[str, Field], ...]:
+        """The fields of each head, by name, in the order in which they lie."""
+        return self._heads[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a page: up to where its last field ends."""
-        last = self.heads[-1]["score"]
-        return last.offset + field_bytes(last.nbytes)
+        """Bytes of a page: up to where its last head ends."""
+        return self._heads[1][-1]
 
     def bytes_of(self, *fields: str) -> int:
-        """Bytes of some fields in one page, padding to 128 bytes included."""
-        return sum(field_bytes(head[f].nbytes) for head in self.heads for f in fields if f in head)
+        """Bytes of some fields in one page, with the padding that follows them."""
+        total = 0
+        for head, end in zip(self.heads, self._heads[1][1:], strict=True):
+            ends = [*(field.offset for field in head.values()), end][1:]
+            total += sum(
+                end - head[label].offset
+                for label, end in zip(head, ends, strict=True)
+                if label in fields
+            )
+        return total
 
     def check_pool(self, op: str, pool: Tensor) -> Tensor:
         """A pool of such pages, as uint8 [N, page].
@@ -281,9 +324,9 @@ class PageLayout:
             raise ValueError(
                 f"{op}: pool's pages must be contiguous and apart, got strides {pool.stride()}"
             )
-        if N > 1 and pool.stride(0) % FIELD_ALIGN:
+        if N > 1 and pool.stride(0) % PAGE_ALIGN:
             raise ValueError(
-                f"{op}: pool's pages must begin at multiples of {FIELD_ALIGN} bytes, got a stride "
+                f"{op}: pool's pages must begin at multiples of {PAGE_ALIGN} bytes, got a stride "
                 f"of {pool.stride(0)}"
             )
         if pool.device.type != "meta" and pool.data_ptr() % 16:
@@ -311,9 +354,8 @@ class PageLayout:
         views = []
         for run in self.runs():
             head = self.heads[run.start]
-            first = head["position"].offset
-            nbytes = head["score"].offset + field_bytes(head["score"].nbytes) - first
-            count = run.stop - run.start
+            first, count = self._heads[1][run.start], run.stop - run.start
+            nbytes = self._heads[1][run.start + 1] - first
             heads = pool.narrow(1, first, count * nbytes).unflatten(1, (count, nbytes))
             of: dict[str, Tensor] = {}
             for label, field in head.items():

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from less.layer.layout import field_bytes
+from less.layer.layout import aligned
+
+PIECE_ALIGN = 128
 
 
 def in_one_piece(
@@ -27,7 +29,7 @@ def in_one_piece(
     at, offsets = 0, {}
     for n, x in ordered.items():
         offsets[n] = at
-        at += field_bytes(x.nbytes)
+        at += aligned(x.nbytes, PIECE_ALIGN)
     source = next(iter(ordered.values())).device
     memory = torch.zeros(at, dtype=torch.uint8, device=source)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from less._check import require_tensor, shape_text
-from less.layer.layout import FIELD_ALIGN, PageLayout
+from less.layer.layout import PAGE_ALIGN, PageLayout
 
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
@@ -48,7 +48,7 @@ def allocate(
     device = torch.device(device)
     sizes = [layout.nbytes * pages for layout in layouts]
     if device.type == "cpu":
-        begin = _HUGE if sum(sizes) >= _HUGE else FIELD_ALIGN
+        begin = _HUGE if sum(sizes) >= _HUGE else PAGE_ALIGN
         memory = torch.empty(sum(sizes) + begin, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % begin :]
         _huge_pages(memory)

@@ -21,7 +21,7 @@ from less.policies import Rule
 #: The actions on an evicted token, as in ``Victim`` of csrc/params.h. ``"none"``: no token joins
 #: and none is evicted, so that a step computes attention only.
 VICTIMS = {"none": 0, "forget": 1, "fold": 2, "merge": 3}
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)

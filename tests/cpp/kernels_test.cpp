@@ -419,7 +419,7 @@ struct Part {
 // Pages of a part of a layer, with a gap behind each. Whatever is no field is full of 0xff, NaN.
 class Pages {
  public:
-  static constexpr int64_t kGap = 2 * kFieldAlign;
+  static constexpr int64_t kGap = 2 * kPageAlign;
 
   // slots: of each head, at most Layer::S: its first ones. numbers: the page of each row.
   Pages(const Layer& layer, const Part& part, const std::vector<int64_t>& slots,
@@ -427,9 +427,9 @@ class Pages {
       : layout(make_layout(layer.slot_k.dtype, part.K, Layer::D, Layer::R, slots.data())),
         part_(part),
         numbers_(numbers),
-        memory_((layout.nbytes + kGap) * kPages + kFieldAlign, 0xff) {
+        memory_((layout.nbytes + kGap) * kPages + kPageAlign, 0xff) {
     auto* const data = memory_.data();
-    pool = {.data = data + (-reinterpret_cast<uintptr_t>(data)) % kFieldAlign,
+    pool = {.data = data + (-reinterpret_cast<uintptr_t>(data)) % kPageAlign,
             .stride = layout.nbytes + kGap,
             .N = kPages,
             .pages = numbers_.data(),
@@ -920,9 +920,9 @@ void test_packed(DType k_dtype, DType v_dtype, int64_t D) {
   layout.v_dtype = v_dtype;
   layout.call_dtype = DType::f32;
   place_heads(layout, &S);
-  std::vector<float> memory(layout.nbytes / 4 + kFieldAlign);
+  std::vector<float> memory(layout.nbytes / 4 + kPageAlign);
   auto* const data = reinterpret_cast<unsigned char*>(memory.data());
-  const Pool pool{data + (-reinterpret_cast<uintptr_t>(data)) % kFieldAlign,
+  const Pool pool{data + (-reinterpret_cast<uintptr_t>(data)) % kPageAlign,
                   layout.nbytes,
                   1,
                   nullptr,
@@ -1150,9 +1150,9 @@ void test_merge(DType k_dtype, DType v_dtype, int64_t D, int64_t T, int64_t rece
   layout.call_dtype = call_dtype;
   layout.weights = true;
   place_heads(layout, &S);
-  std::vector<float> memory(layout.nbytes / 4 + kFieldAlign);
+  std::vector<float> memory(layout.nbytes / 4 + kPageAlign);
   auto* const data = reinterpret_cast<unsigned char*>(memory.data());
-  const Pool pool{data + (-reinterpret_cast<uintptr_t>(data)) % kFieldAlign,
+  const Pool pool{data + (-reinterpret_cast<uintptr_t>(data)) % kPageAlign,
                   layout.nbytes,
                   1,
                   nullptr,

@@ -12,7 +12,8 @@ from tests.helpers import misplaced, random_maps
 pytest.importorskip("less._C")
 from less.layer import PackedMaps, encode
 from less.layer.kinds import ORDER
-from less.layer.layout import field_bytes
+from less.layer.layout import aligned
+from less.layer.pieces import PIECE_ALIGN
 from tests.ops import pages
 from tests.ops.common import MISALIGNED
 from tests.ops.pages import OPS, B, D, K, N, Q
@@ -172,7 +173,7 @@ def number(x):
 
 # Field -> numbers that it may not be, and what is said.
 LAYERS = {
-    "version": ([0, 2, 4], "layer must be of version 3, got"),
+    "version": ([0, 3, 5], "layer must be of version 4, got"),
     "Q": ([0, -2, 2**21, 2**60], "layer's Q must be in 1 .. "),
     "K": ([0, -1, 129, 2**40], "layer's K must be in 1 .. 128, got"),
     "D": ([0, -64, 2**17, 2**62], "layer's D must be in 1 .. 65536, got"),
@@ -338,7 +339,7 @@ def packed(kind, **tensors):
     """A layer whose maps have other tensors than their kind: None takes one away."""
     made = random_maps(Q, K, D, 16, 4, kind) | tensors
     made = {n: made[n] for n in ORDER if made.get(n) is not None}
-    memory = torch.zeros(sum(field_bytes(x.nbytes) for x in made.values()), dtype=torch.uint8)
+    memory = torch.zeros(sum(aligned(x.nbytes, PIECE_ALIGN) for x in made.values()), dtype=torch.uint8)
     plan = pages.plan_of()
     return encode(plan.spec, plan.layout, PackedMaps(kind, made, memory)), memory
 
