@@ -232,7 +232,7 @@ def test_a_prompt_as_long_as_the_hot_rows_equals_single_tokens(backend, policy):
     out = feed(whole, [8, *[1] * 52], q, k, v)
     assert_close(out, feed(single, [1] * 60, q, k, v), torch.float32)
     assert content(whole) == content(single)
-    assert_close(whole.scores(0), single.scores(0), torch.float32)
+    assert_close(whole.scores(0), single.scores(0), torch.float16)  # rounded once a call
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -319,7 +319,7 @@ def test_a_policy_without_a_rule_is_shown_the_numbers_outside_of_the_space(backe
 # -- bytes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dim", "most"), [(64, 76), (128, 140)])
+@pytest.mark.parametrize(("dim", "most"), [(64, 74), (128, 138)])
 def test_a_slot_of_four_bits_takes_the_bytes_that_are_promised(dim, most):
     one, other = (PageLayout(1, dim, 20 + 256 * n, "k4v4").nbytes for n in (1, 3))
     assert (other - one) / 512 == most
@@ -429,7 +429,7 @@ def test_a_snapshot_of_another_calibration_or_an_older_format_is_refused():
         cache.load_state_dict(build(calibration=calibration_of(seed=4)).state_dict())
     d = cache.state_dict()
     d["cache"]["format"] = 3
-    with pytest.raises(ValueError, match="load_state_dict: format must be 5, got 3"):
+    with pytest.raises(ValueError, match="load_state_dict: format must be 6, got 3"):
         cache.load_state_dict(d)
 
 

@@ -8,6 +8,7 @@ import torch
 import less
 from less import H2O, LessKVCache, SinkRecent
 from less.layer import PageLayout
+from less.layer.rows import noted_score
 from less.reference.merge import merged, nearest
 
 LEAST = 1e-6
@@ -138,9 +139,18 @@ def test_a_merging_cache_is_the_same_on_every_backend(dtype):
 def test_a_token_of_a_packed_layout_has_a_weight_only_where_it_merges():
     plain = PageLayout(2, 64, 200, "k4v4")
     merging = PageLayout(2, 64, 200, "k4v4", weights=True)
-    assert merging.nbytes - plain.nbytes == 2 * 896  # 800 bytes a head, at a multiple of 128
+    assert merging.nbytes - plain.nbytes == 2 * 384  # 400 bytes a head, in padding too
     with pytest.raises(ValueError, match="weights must be True or None"):
         PageLayout(2, 64, 200, weights=False)
+
+
+def test_scores_of_packed_rows_are_noted_as_the_nearest_half():
+    score = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 3e-8, 1e6, torch.inf, torch.nan])
+    noted = noted_score(score, torch.float16)
+    assert noted.dtype == torch.float32
+    wanted = torch.tensor([1, 1 + 2**-9, 2**-24, 65504, 65504, torch.nan])  # of two the even one
+    torch.testing.assert_close(noted, wanted, rtol=0, atol=0, equal_nan=True)
+    assert noted_score(score, torch.float32) is score
 
 
 def test_what_cannot_merge_is_refused_by_name():

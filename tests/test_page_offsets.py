@@ -38,8 +38,13 @@ def test_python_and_cpp_find_a_field_at_the_same_place(
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("head_dim", [24, 128])
 @pytest.mark.parametrize("hot_dtype", [torch.int8, torch.float16, torch.float32], ids=str)
-def test_a_packed_page_too(dtype: str, rank: int, head_dim: int, hot_dtype: torch.dtype) -> None:
-    layout = PageLayout(3, head_dim, (64, 9, 205), dtype, rank, sinks=3, hot=5, hot_dtype=hot_dtype)
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_packed_page_too(
+    dtype: str, rank: int, head_dim: int, hot_dtype: torch.dtype, weights: bool
+) -> None:
+    layout = PageLayout(
+        3, head_dim, (64, 9, 205), dtype, rank, sinks=3, hot=5, hot_dtype=hot_dtype, weights=weights
+    )
     space = Space.of(3, head_dim)
     told = torch.ops.less.page_offsets(encode(LayerSpec(6, 1.0), layout, None, space))
     begins = [head["position"].offset for head in layout.heads] + [layout.nbytes]

@@ -494,7 +494,7 @@ def test_a_snapshot_of_another_format_is_refused_by_name():
     snapshot = cache.state_dict()
     snapshot["cache"]["format"] = 2
     before = cache.pools[0].clone()
-    with pytest.raises(ValueError, match="load_state_dict: format must be 5, got 2"):
+    with pytest.raises(ValueError, match="load_state_dict: format must be 6, got 2"):
         cache.load_state_dict(snapshot)
     assert torch.equal(cache.pools[0], before)
 

@@ -96,7 +96,8 @@ def test_packed_rows_of_heads_of_their_own_are_the_cache_s(rows: str, victim: st
     packed = quantizers.named("max", int(rows[1]), D)
     cache = Cache(
         packed, packed, [S - 8 for S in capacities], **hot,
-        recent=[12 * S // 21 for S in capacities], decay=0.9, int8_queries=True, victim=victim,
+        recent=[12 * S // 21 for S in capacities], decay=0.9, half_scores=True, int8_queries=True,
+        victim=victim,
     )  # fmt: skip
     space = Space(K, D)
     ours = space.leave(simulate(*space.enter(q[0], k[0], v[0]), cache, D**-0.5))

@@ -221,7 +221,15 @@ Layer::Layer(const Shape& shape, uint64_t seed, std::byte* pool)
       fill_scales(slots.hot_k_scale, DType::i8, W);
       fill_scales(slots.hot_v_scale, DType::i8, W);
     }
-    fill(slots.score, s.S, 0.0f, 1.0f);
+    for (int64_t n = 0; n < s.S; ++n) {
+      const float score = 0.5f + 0.5f * uniform();
+      if (slots.half == nullptr) {
+        slots.score[n] = score;
+      } else {
+        slots.half[n] = from_float<fp16>(score).bits;
+      }
+      if (slots.count != nullptr) slots.count[n] = 1;
+    }
     if (s.R == 0) continue;
     fill(state.H, s.R * s.D, -1.0f, 1.0f);
     fill(state.z, s.R, 1.0f, 2.0f);

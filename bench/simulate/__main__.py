@@ -27,7 +27,7 @@ CALIBRATION = 8  # chunks of training text
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
     """The product of what was asked for."""
-    fixed = {"sinks": args.sinks, "half_scores": args.half_scores, "metadata": args.metadata}
+    fixed = {"sinks": args.sinks, "metadata": args.metadata}
     several = ("rows", "quantizer", "bytes_of", "space", "victim", "budgets", "hot", "decay")
     several += ("recent",)
     for values in itertools.product(*(getattr(args, name) for name in several)):
@@ -63,7 +63,6 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--decay", type=float, default=[0.98], **several)
     add("--recent", type=float, default=[0.25], **several, help="part of the slots, last tokens")
     add("--metadata", type=int, help="bytes of a slot's metadata; default: what the cache has")
-    add("--half-scores", action="store_true", help="scores in fp16")
     add("--exact", action="store_true", help="the model multiplies in float32, not bfloat16")
     add("--json", type=Path, help="a file that gets a line for each row")
     return parser.parse_args(words)

@@ -22,7 +22,7 @@ from less.evaluate.perplexity import Nats, recovered
 from less.layer.layout import PageLayout, placed
 
 LEAST_COLD = 12  # cold slots that every head is dealt
-METADATA = {"forget": 8, "merge": 12}  # bytes of a slot: position, score, log-weight
+METADATA = {"forget": 6, "merge": 8}  # bytes of a packed slot: position, score, count
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Setting:
         sinks: First tokens in int8.
         decay: What a score keeps per token.
         recent: Part of the slots that hold the last tokens.
-        half_scores: Scores are held in fp16.
         metadata: Bytes of a slot beside its rows and their scales; None: as the cache has them.
     """
 
@@ -54,7 +53,6 @@ class Setting:
     sinks: int = 4
     decay: float = 0.98
     recent: float = 0.25
-    half_scores: bool = False
     metadata: int | None = None
 
     def cache(self, D: int, slots: Sequence[int]) -> Cache:
@@ -73,7 +71,7 @@ class Setting:
         return Cache(
             k, v, [S - hot for S in slots], sinks=self.sinks, hot=self.hot,
             recent=[int(self.recent * S) for S in slots], decay=self.decay,
-            half_scores=self.half_scores,
+            half_scores=any(bits < 8 for bits in bits_of(self.rows)),
             int8_queries=k.kind == "table", victim=self.victim,
         )  # fmt: skip
 
@@ -110,7 +108,6 @@ class Setting:
         words = [f"{self.rows} {self.quantizer}", self.space, self.victim]
         words += ["budgets"] if self.budgets else []
         words += [f"hot {self.hot}", f"decay {self.decay}", f"recent {self.recent}"]
-        words += ["fp16 scores"] if self.half_scores else []
         words += [] if self.metadata is None else [f"metadata {self.metadata}"]
         words += [f"bytes of {self.bytes_of}" if self.bytes_of else "nothing evicted"]
         return ", ".join(words)

@@ -17,6 +17,10 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+// A whole number >= 0.
+struct whole16 {
+  uint16_t bits;
+};
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -33,6 +37,8 @@ inline uint32_t float_to_bits(float x) {
 inline float to_float(float x) { return x; }
 
 inline float to_float(int8_t x) { return float(x); }
+
+inline float to_float(whole16 x) { return float(x.bits); }
 
 inline float to_float(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
 
@@ -83,6 +89,11 @@ inline fp16 from_float<fp16>(float x) {
     half = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   }
   return {uint16_t(sign | half)};
+}
+
+template <>
+inline whole16 from_float<whole16>(float x) {
+  return {uint16_t(x)};
 }
 
 }  // namespace less

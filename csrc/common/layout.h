@@ -3,17 +3,19 @@
 //
 //   header   int64 seen, 8 bytes of nothing, double share[K]
 //   head 0   position [S]
-//            hot_k [W, D]  hot_k_scale [W]  k [S - W, D]  k_scale [S - W]  weight [S]
+//            hot_k [W, D]  hot_k_scale [W]  k [S - W, D]  k_scale [S - W]  weight or count [S]
 //            hot_v [W, D]  hot_v_scale [W]  v [S - W, D]  v_scale [S - W]
 //            z [R]  H [R, D]  score [S]
 //   head 1   ...           each head with a number of slots S of its own
 //
 // The fields of a head lie in the order in which a step reads them. A field begins at a multiple of
 // the largest power of two that divides its rows' bytes, of kLeastAlign at least and kPageAlign at
-// most; heads begin at multiples of kPageAlign. Rows are contiguous. The first W slots are hot: those of
-// the first `sinks` tokens, then a ring of the last `hot`. Formats that are not packed have none.
-// Scales exist for rows of 8 bits and fewer, weights where no row is packed or the layout asks for
-// them, z and H where R > 0.
+// most; heads begin at multiples of kPageAlign. Rows are contiguous. The first W slots are hot:
+// those of the first `sinks` tokens, then a ring of the last `hot`. Formats that are not packed
+// have none. Scales exist for rows of 8 bits and fewer, z and H where R > 0. Where no row is
+// packed, a slot has a float score and a float log-weight; where rows are, an fp16 score, and,
+// where the layout asks for it, a count of the tokens that it stands for, whose logarithm is its
+// log-weight.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +41,7 @@ struct Layout {
   DType k_dtype;               // of keys that are not hot
   DType v_dtype;               // of their values
   DType call_dtype;            // of hot rows and of a call's own; without hot slots that of k
-  bool weights;                // whether slots have log-weights, which all but packed ones have
+  bool weights;                // whether slots have log-weights or counts; all but packed ones do
   int32_t slots[kMaxKvHeads];  // of each head
   int32_t first[kMaxKvHeads];  // where each head begins, in units of kPageAlign
 };
@@ -65,13 +67,15 @@ struct Slots {
   void* k;             // [S - W, D]  keys after the rotary embedding, of k_dtype
   float* k_scale;      // [S - W]     of each row of k of 8 bits; else null
   uint16_t* k_half;    // [S - W]     of each packed row of k, fp16; else null
-  float* weight;       // [S]         log-weights, added to the logits; null: all are 0
+  float* weight;       // [S]         log-weights, added to the logits; null: see count
+  uint16_t* count;     // [S]         of packed rows: tokens, 0 in an empty slot; null: all are 1
   void* hot_v;         // [W, D]
   float* hot_v_scale;  // [W]
   void* v;             // [S - W, D]  values
   float* v_scale;      // [S - W]     of each row of v
   uint16_t* v_half;    // [S - W]
-  float* score;        // [S]
+  float* score;        // [S]         of rows that are not packed; else null
+  uint16_t* half;      // [S]         scores of packed rows, fp16
   int64_t S;
   int64_t W;
 };
@@ -89,9 +93,7 @@ struct Head {
 };
 
 // The next multiple of a power of two.
-LESS_HD constexpr int64_t aligned(int64_t bytes, int64_t to) {
-  return (bytes + to - 1) / to * to;
-}
+LESS_HD constexpr int64_t aligned(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
 
 // What a field begins at a multiple of whose rows have so many bytes.
 LESS_HD constexpr int64_t alignment(int64_t row) {
@@ -109,6 +111,9 @@ struct Formats {
 LESS_HD constexpr Formats formats(const Layout& layout) {
   return {layout.k_dtype, layout.v_dtype, layout.call_dtype, hot_slots(layout), layout.weights};
 }
+
+// Bytes of a slot's score, and of its log-weight or count.
+LESS_HD constexpr int64_t note_bytes(DType v_dtype) { return packed(v_dtype) ? 2 : 4; }
 
 // Where the fields of a head with S slots begin, in bytes from the head's own beginning.
 struct HeadOffsets {
@@ -129,14 +134,14 @@ LESS_HD constexpr HeadOffsets head_offsets(const Formats& of, int64_t D, int64_t
   at.hot_k_scale = place(of.W, scale_bytes(of.call));
   at.k = place(cold, row_bytes(of.k, D));
   at.k_scale = place(cold, scale_bytes(of.k));
-  at.weight = place(of.weights ? S : 0, 4);
+  at.weight = place(of.weights ? S : 0, note_bytes(of.v));
   at.hot_v = place(of.W, row_bytes(of.call, D));
   at.hot_v_scale = place(of.W, scale_bytes(of.call));
   at.v = place(cold, row_bytes(of.v, D));
   at.v_scale = place(cold, scale_bytes(of.v));
   at.z = place(R, 4);
   at.H = place(R, 4 * D);
-  at.score = place(S, 4);
+  at.score = place(S, note_bytes(of.v));
   at.nbytes = aligned(at.nbytes, kPageAlign);
   return at;
 }
@@ -190,7 +195,7 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Fo
   const int64_t S = layout.slots[h];
   const HeadOffsets at = head_offsets(of, D, layout.R, S);
   unsigned char* const base = head_span(layout, page, h).data;
-  const bool state = layout.R > 0, hot = of.W > 0;
+  const bool state = layout.R > 0, hot = of.W > 0, few = packed(of.v);
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   const auto halves = [base](int64_t offset) { return reinterpret_cast<uint16_t*>(base + offset); };
   return {
@@ -200,13 +205,15 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Fo
                 .k = base + at.k,
                 .k_scale = scale_bytes(of.k) == 4 ? floats(at.k_scale) : nullptr,
                 .k_half = packed(of.k) ? halves(at.k_scale) : nullptr,
-                .weight = of.weights ? floats(at.weight) : nullptr,
+                .weight = of.weights && !few ? floats(at.weight) : nullptr,
+                .count = of.weights && few ? halves(at.weight) : nullptr,
                 .hot_v = hot ? base + at.hot_v : nullptr,
                 .hot_v_scale = hot && has_scale(of.call) ? floats(at.hot_v_scale) : nullptr,
                 .v = base + at.v,
                 .v_scale = scale_bytes(of.v) == 4 ? floats(at.v_scale) : nullptr,
                 .v_half = packed(of.v) ? halves(at.v_scale) : nullptr,
-                .score = floats(at.score),
+                .score = few ? nullptr : floats(at.score),
+                .half = few ? halves(at.score) : nullptr,
                 .S = S,
                 .W = of.W},
       .state = {.H = state ? floats(at.H) : nullptr,

@@ -43,4 +43,16 @@ LESS_HD float merged_weight(float a, float b) {
   return most + log1pf(expf(least - most));
 }
 
+// What slots of packed rows note of tokens, in 16 bits: the nearest fp16 of a score, and a number
+// of tokens; neither is more than this. NaN stays NaN.
+constexpr float kMostScore = 65504.0f;
+constexpr float kMostTokens = 32767.0f;
+
+template <typename Score>
+LESS_HD Score within_half(Score score) {
+  return select(Score(kMostScore) < score, Score(kMostScore), score);
+}
+
+LESS_HD float merged_count(float a, float b) { return a + b < kMostTokens ? a + b : kMostTokens; }
+
 }  // namespace less

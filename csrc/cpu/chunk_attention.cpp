@@ -22,6 +22,7 @@
 #include "cpu/arena.h"
 #include "cpu/codec.h"
 #include "cpu/features.h"
+#include "cpu/notes.h"
 #include "cpu/panel.h"
 #include "cpu/softmax.h"
 #include "cpu/state.h"
@@ -307,8 +308,8 @@ class Attention {
       const int32_t* index = keys_.slot.data() + first;
       tile.k = tile_rows(key_rows(p_.layout, kept), index, tile.count, D_, k_);
       tile.v = tile_rows(value_rows(p_.layout, kept), index, tile.count, D_, v_);
-      if (kept.weight != nullptr) {
-        for (int64_t n = 0; n < tile.count; ++n) weight_[n] = kept.weight[index[n]];
+      if (has_weights(kept)) {
+        for (int64_t n = 0; n < tile.count; ++n) weight_[n] = log_weight_at(kept, index[n]);
         tile.weight = weight_;
       }
     } else {
@@ -459,9 +460,9 @@ void chunk_scores(const ChunkAttentionParams& p, int64_t begin, int64_t end) {
     float* call_score = slot_score + S;
     keys.gather(p, row);
     std::fill(slot_score, call_score + p.T, 0.0f);
-    const float* score = keys.head.slots.score;
+    const Slots& slots = keys.head.slots;
     const float kept = p.spec.scores ? power(p.spec.decay, keys.tokens()) : 1.0f;
-    for (int32_t s : keys.slot) slot_score[s] = score[s] * kept;
+    for (int32_t s : keys.slot) slot_score[s] = score_at(slots, s) * kept;
     if (!p.spec.scores) continue;
     const Cut cut(p, keys);
     for (int64_t strip = 0; strip < cut.strips(); ++strip) {

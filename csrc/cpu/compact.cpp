@@ -22,6 +22,7 @@
 #include "cpu/feature_panel.h"
 #include "cpu/fold.h"
 #include "cpu/merge.h"
+#include "cpu/notes.h"
 #include "cpu/space.h"
 
 namespace less::cpu::LESS_ISA {
@@ -40,7 +41,7 @@ struct Target {
   int32_t source;
   int32_t position;
   float score;
-  float weight;  // log-weight
+  float weight;  // log-weight, or count
   float mass;    // of its score and of those whom it has taken in
   bool changed;
 };
@@ -92,9 +93,8 @@ class Compaction {
     k_ = {key_rows(p_.layout, slots), call_rows(p_.call.k, p_.call.k_scale, b, h, K, T_)};
     v_ = {value_rows(p_.layout, slots), call_rows(p_.call.v, p_.call.v_scale, b, h, K, T_)};
     int32_t* position = slots.position;
-    float* score = slots.score;
-    const float* slot_score = p_.score + row * (S_ + T_);
-    const float* call_score = slot_score + S_;
+    const float* const slot_score = noted_scores(p_.score + row * (S_ + T_));
+    const float* const call_score = slot_score + S_;
     const float* rank = p_.rank == nullptr ? nullptr : p_.rank + row * (S_ + T_);
 
     const Rule rule = for_slots(p_.spec.rule, S);
@@ -119,12 +119,17 @@ class Compaction {
       if (!stays_hot(chunk_position_[t])) add(S_ + t, chunk_position_[t], call_score[t]);
     }
 
-    std::copy(slot_score, slot_score + S, score);
-    const auto leave = [&](int64_t slot) {
-      position[slot] = -1;
-      score[slot] = 0.0f;
-      if (slots.weight != nullptr) slots.weight[slot] = 0.0f;
+    if (slots.half == nullptr) {
+      std::copy(slot_score, slot_score + S, slots.score);
+    } else {
+      for (int64_t s = 0; s < S; ++s) put_score(slots, s, slot_score[s]);
+    }
+    const auto hold = [&](int64_t slot, int32_t at, float score) {
+      position[slot] = at;
+      put_score(slots, slot, score);
+      put_weight(slots, slot, at < 0 ? 0.0f : weight_of_one(slots));
     };
+    const auto leave = [&](int64_t slot) { hold(slot, -1, 0.0f); };
     const int64_t leaving = std::max<int64_t>(0, int64_t(tokens_.size()) - (S - W));
     if (leaving > 0) {
       choose(leaving, position);
@@ -158,8 +163,9 @@ class Compaction {
       } else {
         take(k_, slot, source);
         take(v_, slot, source);
-        position[slot] = source < S_ ? position[source] : chunk_position_[source - S_];
-        score[slot] = slot_score[source];  // the call's follow those of S_ slots
+        // The call's scores follow those of S_ slots.
+        hold(slot, source < S_ ? position[source] : chunk_position_[source - S_],
+             slot_score[source]);
       }
       if (source < W) leave(source);
     }
@@ -169,8 +175,7 @@ class Compaction {
       const int64_t place = hot_slot(p_.layout, at);
       copy_row(k_.call, t, k_.slots.hot, place);
       copy_row(v_.call, t, v_.slots.hot, place);
-      position[place] = at;
-      score[place] = call_score[t];
+      hold(place, at, call_score[t]);
     }
   }
 
@@ -182,6 +187,14 @@ class Compaction {
     if (merges_) return tile + 3 * size(S_ * D_) + size(S_);
     return tile + FeaturePanel::size(p_.maps.psi) + size(R_ * kTokens) +
            size(features_scratch(p_.maps.psi));
+  }
+
+  // Scores of slots and call, as slots note them.
+  const float* noted_scores(const float* score) {
+    if (!packed(p_.layout.v_dtype)) return score;
+    score_.resize(S_ + p_.T);
+    for (int64_t i = 0; i < S_ + p_.T; ++i) score_[i] = noted_score(p_.layout, score[i]);
+    return score_.data();
   }
 
   // The rows of a candidate, and which of them is its own.
@@ -295,7 +308,7 @@ class Compaction {
       const Candidate& t = tokens_[i];
       if (!(t.rank < kInfinity)) continue;
       const float mass = mass_of(score[t.source]);
-      targets_.push_back({t.source, t.position, score[t.source], log_weight(slots, t.source), mass,
+      targets_.push_back({t.source, t.position, score[t.source], weight_of(slots, t.source), mass,
                           /*changed=*/false});
     }
     std::sort(targets_.begin(), targets_.end(),
@@ -311,8 +324,8 @@ class Compaction {
     std::copy(target_keys_, target_keys_ + N * D_, mean_keys_);
   }
 
-  float log_weight(const Slots& slots, int64_t source) const {
-    return source < S_ ? slots.weight[source] : 0.0f;
+  float weight_of(const Slots& slots, int64_t source) const {
+    return source < S_ ? weight_at(slots, source) : weight_of_one(slots);
   }
   int32_t position(const Slots& slots, int64_t source) const {
     return source < S_ ? slots.position[source] : chunk_position_[source - S_];
@@ -346,7 +359,7 @@ class Compaction {
         target.mass += weight[n];
         target.position = std::max(target.position, position(slots, source[n]));
         target.score += score[source[n]];
-        target.weight = merged_weight(target.weight, log_weight(slots, source[n]));
+        target.weight = both_weights(slots, target.weight, weight_of(slots, source[n]));
         target.changed = true;
       }
     }
@@ -372,8 +385,8 @@ class Compaction {
     encode_row(k_.slots.cold, slot - slots.W, mean_keys_ + j * D_, D_);
     encode_row(v_.slots.cold, slot - slots.W, mean_values_ + j * D_, D_);
     slots.position[slot] = target.position;
-    slots.score[slot] = target.score;
-    slots.weight[slot] = target.weight;
+    put_score(slots, slot, target.score);
+    put_weight(slots, slot, target.weight);
   }
 
   const CompactParams& p_;
@@ -393,6 +406,7 @@ class Compaction {
   float* mean_values_ = nullptr;      // [targets, D]
   std::vector<unsigned char> coded_;  // a row of at most 8 bits a number
   std::vector<float> row_;            // [D]
+  std::vector<float> score_;          // [S + T]
   std::vector<int32_t> chunk_position_;
   std::vector<Candidate> tokens_;
   std::vector<int32_t> leaving_;      // sources, by ascending position

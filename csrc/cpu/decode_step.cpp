@@ -2,6 +2,7 @@
 //
 //   out = (phi H + sum e^l v) / (phi z + sum e^l),  l = scale q.k + weight, over slots and token
 //   (with a soft-cap, softcap tanh(scale q.k / softcap) + weight)
+//   (of packed rows a slot has a count in place of the weight, which multiplies e^l)
 //   score <- decay score + sum over the group of softmax; the victim has the lowest rank, of equals
 //   the lowest position; H += psi(k)^T v, z += psi(k) of the victim, or the nearest token takes it
 //   in; the token takes its slot.
@@ -25,6 +26,7 @@
 #include "cpu/integer_rows.h"
 #include "cpu/lowest.h"
 #include "cpu/merge.h"
+#include "cpu/notes.h"
 #include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -62,6 +64,7 @@ class Step {
     out_ = scratch.floats(G_ * width_);
     logit_ = scratch.floats(G_ * most);
     weight_ = scaled_ ? scratch.floats(G_ * most) : nullptr;
+    score_ = rounds_ ? scratch.floats(most) : nullptr;
     q_eight_ = reinterpret_cast<int8_t*>(rounds_ ? scratch.floats(G_ * width_ / 4) : nullptr);
     q_scale_ = scratch.floats(G_);
     q_sum_ = reinterpret_cast<int32_t*>(scratch.floats(G_));
@@ -95,10 +98,10 @@ class Step {
       narrow(out, D_, p_.out.dtype, offset(p_.out, b_, query(g), 0), p_.out.data);
     }
     if (p_.spec.victim == Victim::none) return;
-    const Token token{int32_t(seen_), p_.spec.scores ? add_scores() : 0.0f, 0.0f};
+    const Token token{int32_t(seen_), add_scores(), weight_of_one(slots_)};
     if (W_ == 0) return join(token, new_k(), new_v());
     const int64_t slot = hot_slot(p_.layout, seen_);
-    const Token left{slots_.position[slot], slots_.score[slot], 0.0f};
+    const Token left{slots_.position[slot], scores_[slot], weight_of_one(slots_)};
     if (left.position >= 0) encode(slot);
     copy_row(new_k(), 0, group_[0].k, slot);
     copy_row(new_v(), 0, group_[0].v, slot);
@@ -110,7 +113,7 @@ class Step {
   struct Token {
     int32_t position;
     float score;
-    float weight;
+    float weight;  // or count
   };
 
   // What a work item reads; empty where its row has no page.
@@ -155,7 +158,7 @@ class Step {
     constexpr auto line = Scratch::padded_floats;
     const int64_t most = padded(p_.layout.S + 1);
     return (rotates_ && R_ > 0 ? 3 : 2) * line(G_ * width_) + (scaled_ ? 2 : 1) * line(G_ * most) +
-           (rounds_ ? line(G_ * width_ / 4) : 0) + 4 * line(G_) + 6 * line(width_) +
+           (rounds_ ? line(G_ * width_ / 4) + line(most) : 0) + 4 * line(G_) + 6 * line(width_) +
            line(padded(R_)) + line(hidden_floats()) + (merges_ ? line(key_scratch(D_)) : 0);
   }
 
@@ -268,14 +271,17 @@ class Step {
     });
   }
 
-  // logit_ becomes e^(logit - top_), total_ its sum.
+  const whole16* counts() const { return reinterpret_cast<const whole16*>(slots_.count); }
+
+  // logit_ becomes e^(logit - top_), as often as a slot counts, and total_ its sum.
   void softmax() {
     for (int64_t g = 0; g < G_; ++g) {
       float* l = logit_ + g * stride_;
       // The values' sums ask for them faster than memory gives, exponentials for nothing.
       if (rounds_ && G_ > 1) stream_.read(group_[1].v.rows + (g + 1) * Stream::kAhead / G_);
       top_[g] = largest_of(l, stride_);
-      total_[g] = exp_and_sum(l, stride_, top_[g]);
+      total_[g] = slots_.count == nullptr ? exp_and_sum(l, stride_, top_[g])
+                                          : exp_and_sum(l, stride_, top_[g], counts(), S_);
     }
   }
 
@@ -346,20 +352,41 @@ class Step {
     return sum(total);
   }
 
-  // Adds what each slot received to its score; returns what the token itself received.
+  // Adds what each slot received to its score, and finds scores_; returns what the token itself
+  // received.
   float add_scores() {
+    scores_ = rounds_ ? score_ : slots_.score;
+    if (!p_.spec.scores) {
+      for (int64_t s = 0; rounds_ && s < S_; ++s) score_[s] = score_at(slots_, s);
+      return 0.0f;
+    }
     for (int64_t g = 0; g < G_; ++g) total_[g] = 1.0f / total_[g];
     const Vec decay(p_.spec.decay);
-    for_each(slots_.score, S_, [&](Vec score, int64_t s, int) {
+    const auto added = [&](Vec score, int64_t s, int) LESS_LAMBDA_INLINE {
       Vec received(0.0f);
       for (int64_t g = 0; g < G_; ++g) {
         received = fma(Vec(total_[g]), Vec::load(logit_ + g * stride_ + s), received);
       }
       return score * decay + received;
-    });
+    };
+    if (rounds_) {
+      auto* const half = reinterpret_cast<fp16*>(slots_.half);
+      for (int64_t s = 0; s < S_; s += Vec::kSize) {
+        const int n = int(std::min<int64_t>(Vec::kSize, S_ - s));
+        const Vec score = within_half(added(load_some(half + s, n), s, n));
+        if (n == Vec::kSize) {
+          score.store(half + s);
+        } else {
+          score.store(half + s, n);
+        }
+        load_some(half + s, n).store(score_ + s);
+      }
+    } else {
+      for_each(slots_.score, S_, added);
+    }
     float received = 0.0f;
     for (int64_t g = 0; g < G_; ++g) received += total_[g] * logit_[g * stride_ + S_];
-    return received;
+    return noted_score(p_.layout, received);
   }
 
   // A token takes a slot that is not hot: a free one, or the victim's; or is the victim itself.
@@ -396,9 +423,8 @@ class Step {
   int64_t choose(const Token& token) const {
     const Rule rule = for_slots(p_.spec.rule, S_);
     const int64_t n = seen_ + 1;
-    const auto rank = [&](auto position, auto from) LESS_LAMBDA_INLINE {
-      return rank_of(rule, n, position, from(slots_.score));
-    };
+    const auto rank = [&](auto position, auto from)
+                          LESS_LAMBDA_INLINE { return rank_of(rule, n, position, from(scores_)); };
     Lowest lowest = lowest_of(slots_.position, W_, S_, Lowest{}, rank);
     lowest.offer(rank_of(rule, n, token.position, token.score), token.position, S_);
     return lowest.source;
@@ -406,9 +432,7 @@ class Step {
 
   // A candidate: a slot's, or the token that joins.
   struct Candidate {
-    int32_t& position;
-    float& score;
-    float& weight;
+    Token token;
     const Stored& k;
     const Stored& v;
     int64_t row;
@@ -419,13 +443,9 @@ class Step {
   void take_in(int64_t victim, Token& token, const Stored& k, const Stored& v) {
     const Group& cold = group_[1];
     const auto candidate = [&](int64_t source) -> Candidate {
-      if (source == S_) return {token.position, token.score, token.weight, k, v, 0};
-      return {slots_.position[source],
-              slots_.score[source],
-              slots_.weight[source],
-              cold.k,
-              cold.v,
-              source - W_};
+      if (source == S_) return {token, k, v, 0};
+      const Token held{slots_.position[source], scores_[source], weight_at(slots_, source)};
+      return {held, cold.k, cold.v, source - W_};
     };
     const Candidate i = candidate(victim);
     const Rule rule = for_slots(p_.spec.rule, S_);
@@ -437,21 +457,25 @@ class Step {
       if (!is_protected(rule, n, token.position)) key.distances(k, 1, distance + S_);
     });
     distance[victim] = kInfinity;
-    const float w_i = mass_of(i.score);
+    const float w_i = mass_of(i.token.score);
     const auto cost = [&](auto position, auto from) LESS_LAMBDA_INLINE {
-      const auto score = from(slots_.score);
+      const auto score = from(scores_);
       return merge_cost(rule, n, position, decltype(score)(w_i), mass_of(score), from(distance));
     };
     Lowest nearest = lowest_of(slots_.position, W_, S_, Lowest::finite(), cost);
     nearest.offer(merge_cost(w_i, mass_of(token.score), distance[S_]), token.position, S_);
     if (nearest.source < 0) return;
     const Candidate j = candidate(nearest.source);
-    const float part = w_i / (w_i + mass_of(j.score));
+    const float part = w_i / (w_i + mass_of(j.token.score));
     merge_row(i.k, i.row, part, D_, key_, value_, j.k, j.row);
     merge_row(i.v, i.row, part, D_, key_, value_, j.v, j.row);
-    j.position = std::max(j.position, i.position);
-    j.score += i.score;
-    j.weight = merged_weight(j.weight, i.weight);
+    const Token both{std::max(j.token.position, i.token.position), j.token.score + i.token.score,
+                     both_weights(slots_, j.token.weight, i.token.weight)};
+    if (nearest.source == S_) {
+      token = both;
+    } else {
+      hold(nearest.source, both);
+    }
   }
 
   void fold(const Stored& k, const Stored& v, int64_t row) {
@@ -464,8 +488,8 @@ class Step {
 
   void hold(int64_t slot, const Token& token) {
     slots_.position[slot] = token.position;
-    slots_.score[slot] = token.score;
-    if (slots_.weight != nullptr) slots_.weight[slot] = token.weight;
+    put_score(slots_, slot, token.score);
+    put_weight(slots_, slot, token.weight);
   }
 
   const DecodeStepParams& p_;
@@ -486,8 +510,10 @@ class Step {
   float* out_;           // [G, width]
   float* logit_;         // [G, stride], then probabilities before they are divided by total_
   float* weight_;        // [G, stride], those times the values' scales
-  float *top_, *total_;  // [G]
-  float *key_, *value_;  // [width]
+  float* score_;         // [S], those of packed rows, as their slots note them
+  const float* scores_ = nullptr;  // [S], those of any rows, as their slots note them
+  float *top_, *total_;            // [G]
+  float *key_, *value_;            // [width]
   float *new_row_[2], *left_row_[2];
   float new_scale_[2], left_scale_[2];
   uint16_t left_half_[2];

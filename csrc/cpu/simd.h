@@ -313,6 +313,7 @@ struct Vec {
   static LESS_INLINE Vec load(const float* p);
   static LESS_INLINE Vec load(const bf16* p);
   static LESS_INLINE Vec load(const fp16* p);
+  static LESS_INLINE Vec load(const whole16* p);
   static LESS_INLINE Vec load(const int8_t* p);
   template <typename T>
   static LESS_INLINE Vec load(const T* p, int n, float fill = 0.0f);
@@ -401,6 +402,11 @@ LESS_INLINE Vec Vec::load(const fp16* p) {
   Vec x;
   LESS_EACH_PART(x.part[i] = from_fp16(load_halves(p + i * kNative)));
   return x;
+}
+LESS_INLINE Vec Vec::load(const whole16* p) {
+  Int x;
+  LESS_EACH_PART(x.part[i] = unsigned_ints(load_halves(p + i * kNative)));
+  return Vec(x);
 }
 LESS_INLINE Vec Vec::load(const int8_t* p) {
   Int x;

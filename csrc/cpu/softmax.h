@@ -32,6 +32,25 @@ LESS_INLINE float exp_and_sum(float* x, int64_t n, float largest) {
   return sum(total);
 }
 
+// The same where every x counts as many times as counts [S] says, and those after the Sth once. n:
+// a multiple of Vec::kSize.
+LESS_INLINE float exp_and_sum(float* x, int64_t n, float largest, const whole16* counts,
+                              int64_t S) {
+  const Vec top(largest);
+  Vec total(0.0f);
+  for (int64_t i = 0; i < n; i += Vec::kSize) {
+    Vec e = exp(Vec::load(x + i) - top);
+    if (i + Vec::kSize <= S) {
+      e = e * Vec::load(counts + i);
+    } else if (i < S) {
+      e = e * Vec::load(counts + i, int(S - i), 1.0f);
+    }
+    e.store(x + i);
+    total = total + e;
+  }
+  return sum(total);
+}
+
 // What a score keeps after so many tokens.
 inline float power(float decay, int64_t tokens) {
   return decay == 1.0f ? 1.0f : float(std::pow(double(decay), double(tokens)));

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kInsertThreads)
   if (head.page == nullptr) return;
   const Slots slots = less::head(p.layout, head.page, head.h).slots;
   const Inserted in(p, head, slots);
+  const bool few = packed(p.layout.v_dtype);
   const int64_t S = in.S, row0 = head.row * p.layout.S;  // of the workspace's rows of slots
   const int64_t first = int64_t{blockIdx.y} * kInsertSlots;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -61,12 +62,12 @@ __global__ void __launch_bounds__(kInsertThreads)
   if (threadIdx.x < kInsertSlots && slot < S) {
     const int32_t token = w.take[row0 + slot];
     if (token == kStays) {
-      store(slots.score + slot, in.score[slot]);
+      put_score(few, slots, slot, in.score[slot]);
     } else {
       const bool empty = token == kEmpty;
       store(slots.position + slot, empty ? -1 : w.position[row0 + slot]);
-      store(slots.score + slot, empty ? 0.0f : in.score[p.layout.S + token]);
-      if (slots.weight != nullptr) store(slots.weight + slot, 0.0f);
+      put_score(few, slots, slot, empty ? 0.0f : in.score[p.layout.S + token]);
+      if (p.layout.weights) put_weight(few, slots, slot, empty ? 0.0f : weight_of_one(few));
       if (!empty && p.call.k_scale != nullptr) {
         store(in.k_scale + slot, p.call.k_scale[head.row * p.T + token]);
         store(in.v_scale + slot, p.call.v_scale[head.row * p.T + token]);
@@ -125,11 +126,11 @@ __global__ void __launch_bounds__(kInsertThreads)
     if (lane == 0) {
       const int64_t from = stays ? slot : hot >= 0 ? hot : layout.S + token;
       // narrow: one number of each slot
-      store(slots.score + slot, empty ? 0.0f : score[from]);
+      put_score(true, slots, slot, empty ? 0.0f : score[from]);
       if (!stays) {
         // narrow: one number of each slot
         store(slots.position + slot, empty ? -1 : w.position[head.row * layout.S + slot]);
-        if (slots.weight != nullptr) store(slots.weight + slot, 0.0f);
+        if (layout.weights) put_weight(true, slots, slot, empty ? 0.0f : 1.0f);
       }
     }
     if (stays || empty) continue;

@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "cuda/kernels.h"
+#include "cuda/notes.h"
 #include "cuda/row_tiles.h"
 
 namespace less::cuda {
@@ -147,8 +148,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
         scale[i] *= kIsWide<Scheme> ? scale_at(from.k_scale, from.k_dtype, at - from.base)
                                     : scale_at(from.k_scale, DType::i8, at);
       }
-      // narrow: a number of a key, the same for four lanes
-      weight[i] = at >= 0 && from.weight != nullptr ? from.weight[at] * kLog2E : 0.0f;
+      weight[i] = at >= 0 ? log_weight_of(from, at) * kLog2E : 0.0f;
       sees[i] = slots ? 0 : (first + n) * head.G;
     }
     const int sees_last = slots ? 0 : (first + row + 15) * head.G;  // of the warp's keys
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
     const int at = from.index == nullptr ? n : from.index[n];  // narrow: a lane a key, side by side
     if (n >= from.count) score = 0.0f;
     if (slots && n < from.count) {
-      // narrow: a lane a key, side by side
-      score = fmaf(less::head(p.layout, head.page, head.h).slots.score[at], kept, score);
+      const Slots of = less::head(p.layout, head.page, head.h).slots;
+      score = fmaf(score_at(of.half != nullptr, of, at), kept, score);
     }
     store(to + at, score);
   }

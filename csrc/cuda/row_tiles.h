@@ -121,12 +121,13 @@ enum class Keys { hot, slots, call };
 
 // Rows of k and v, all slots, or the hot ones, or all tokens of the call, and what goes with each.
 struct Source {
-  const void* k;         // [n, D]
-  const void* v;         // [n, D]
-  const void* k_scale;   // [n] floats, of packed rows halves; null: 1
-  const void* v_scale;   // [n]
-  const float* weight;   // [n], null: 0
-  const int32_t* index;  // [count] of the rows, null: in order
+  const void* k;           // [n, D]
+  const void* v;           // [n, D]
+  const void* k_scale;     // [n] floats, of packed rows halves; null: 1
+  const void* v_scale;     // [n]
+  const float* weight;     // [n], null: 0, or counts have it
+  const uint16_t* counts;  // [n], null: each is 1
+  const int32_t* index;    // [count] of the rows, null: in order
   int count;
   int base;  // what an index is more than its row
   DType k_dtype;
@@ -134,6 +135,13 @@ struct Source {
   int64_t k_step;  // elements from a row to the next
   int64_t v_step;
 };
+
+// The log-weight of a row that there is.
+LESS_DEVICE float log_weight_of(const Source& of, int64_t n) {
+  // narrow: a lane a row, side by side
+  if (of.counts != nullptr) return logf(float(of.counts[n]));
+  return of.weight == nullptr ? 0.0f : of.weight[n];  // narrow: a lane a row, side by side
+}
 
 // A row's scale.
 LESS_DEVICE float scale_at(const void* scales, DType dtype, int64_t n) {
@@ -171,6 +179,7 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
     return halves != nullptr ? static_cast<const void*>(halves) : floats;
   };
   const auto* const no_weight = static_cast<const float*>(nullptr);
+  const auto* const no_count = static_cast<const uint16_t*>(nullptr);
   const DType call_dtype = p.layout.call_dtype;
   const int32_t* const kept = lists.slot + head.row * int64_t{p.layout.S};
   return {
@@ -179,6 +188,7 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
       choose(scale(of.k_scale, of.k_half), scale(of.hot_k_scale, nullptr), scale(k_scale, nullptr)),
       choose(scale(of.v_scale, of.v_half), scale(of.hot_v_scale, nullptr), scale(v_scale, nullptr)),
       slots ? of.weight : no_weight,
+      slots ? of.count : no_count,
       choose(kept + head.hot, kept, token),
       hot     ? head.hot
       : slots ? head.slots - head.hot

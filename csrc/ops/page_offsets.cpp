@@ -20,8 +20,8 @@ Tensor page_offsets(Tensor layer) {
     if (field == nullptr) return -1;
     return int64_t(reinterpret_cast<uintptr_t>(field) - reinterpret_cast<uintptr_t>(page));
   };
-  const auto scales = [&](const float* of_8_bits, const uint16_t* of_packed) {
-    return offset(of_8_bits == nullptr ? static_cast<const void*>(of_packed) : of_8_bits);
+  const auto scales = [&](const float* floats, const uint16_t* of_packed) {
+    return offset(floats == nullptr ? static_cast<const void*>(of_packed) : floats);
   };
   for (int64_t h = 0; h < layout.K; ++h) {
     const Span span = head_span(layout, page, h);
@@ -29,10 +29,10 @@ Tensor page_offsets(Tensor layer) {
     const int64_t begin = offset(span.data);
     for (const int64_t at :
          {begin, offset(slots.position), offset(slots.hot_k), offset(slots.hot_k_scale),
-          offset(slots.k), scales(slots.k_scale, slots.k_half), offset(slots.weight),
+          offset(slots.k), scales(slots.k_scale, slots.k_half), scales(slots.weight, slots.count),
           offset(slots.hot_v), offset(slots.hot_v_scale), offset(slots.v),
           scales(slots.v_scale, slots.v_half), offset(state.z), offset(state.H),
-          offset(slots.score), begin + span.nbytes}) {
+          scales(slots.score, slots.half), begin + span.nbytes}) {
       *out++ = at;
     }
   }

@@ -67,7 +67,8 @@ class LessKVCache(Described, CacheProtocol):
             scale each, int8 or, on a GPU and with the reference backend, float8_e4m3fn (float64
             with the reference backend); or a packed format by name, such as ``"k4v4"``: bits of
             keys and of values (``less.dtypes.FORMATS``). k and v are rounded to it on entry; those
-            of a packed format to ``hot_dtype`` first. State, scores and log-weights are float32.
+            of a packed format to ``hot_dtype`` first. The state is float32; so are scores, but
+            float16 in a packed format.
         device: Where the cache lives.
         scale: Factor of q.k; 1/sqrt(D) by default.
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any
@@ -312,7 +313,7 @@ class LessKVCache(Described, CacheProtocol):
     def scores(self, layer: int) -> Tensor:
         """Scores of the kept tokens, float32 [B, K, S]; 0 where the policy uses none."""
         self._check_layer("scores", layer)
-        return self._holdings.gathered(layer, "score", 0)
+        return self._holdings.gathered(layer, "scores", 0)
 
     def weights(self, layer: int) -> Tensor:
         """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""

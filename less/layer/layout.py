@@ -8,12 +8,13 @@ and goes on with the kv heads one after the other, each with a number of slots S
 fields in the order in which a step reads them:
 
     position int32 [S]    hot_k [W, D]    hot_k_scale float32 [W]    k [S - W, D]    k_scale [S - W]
-    weight float32 [S]    hot_v [W, D]    hot_v_scale float32 [W]    v [S - W, D]    v_scale [S - W]
-    z float32 [R]    H float32 [R, D]    score float32 [S]
+    weight [S]    hot_v [W, D]    hot_v_scale float32 [W]    v [S - W, D]    v_scale [S - W]
+    z float32 [R]    H float32 [R, D]    score [S]
 
 The first W slots are hot: those of the first ``sinks`` tokens, then a ring of the last ``hot``.
-Only packed formats have them (W = 0 otherwise). Slots of packed formats have a weight only where
-the layout asks for it: a slot may then stand for several tokens.
+Only packed formats have them (W = 0 otherwise). Scores and log-weights are float32, but for packed
+formats: those have float16 scores and, only where the layout asks for it, an int16 count of the
+tokens that a slot stands for in place of its logarithm, the log-weight.
 Scales are float32 for rows of 8 bits, float16 for packed rows, and exist for no others; z and H
 exist only where R > 0. A field begins at a multiple of the largest power of two that divides its
 rows' bytes, of 16 at least and 128 at most; heads and pages begin at multiples of 128.
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from less._check import require_int
 from less.dtypes import HOT_DTYPES, ROW_TYPES, RowFormat, RowType, name, row_format, state_dtype
-from less.layer.rows import Slots, State
+from less.layer.rows import COUNT, Slots, State
 
 LEAST_ALIGN = 16  # of a field
 PAGE_ALIGN = 128  # of a page, and of its heads
@@ -233,20 +234,22 @@ class PageLayout:
         """The fields of a head of S slots, from its own beginning, and its bytes."""
         numbers, W, D = state_dtype(self.dtype), self.hot_slots, self.head_dim
         hot, cold = self.hot_type, self.format
+        score = torch.float16 if cold.packed else numbers
+        weight = COUNT if cold.packed else numbers
         every: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
             "position": ((S,), torch.int32),
             "hot_k": ((W, D), hot.stored if W else None),
             "hot_k_scale": ((W,), hot.scale if W else None),
             "k": ((S - W, cold.k.width(D)), cold.k.stored),
             "k_scale": ((S - W,), cold.k.scale),
-            "weight": ((S,), numbers if self.weights else None),
+            "weight": ((S,), weight if self.weights else None),
             "hot_v": ((W, D), hot.stored if W else None),
             "hot_v_scale": ((W,), hot.scale if W else None),
             "v": ((S - W, cold.v.width(D)), cold.v.stored),
             "v_scale": ((S - W,), cold.v.scale),
             "z": ((self.rank,), numbers if self.rank else None),
             "H": ((self.rank, D), numbers if self.rank else None),
-            "score": ((S,), numbers),
+            "score": ((S,), score),
         }
         fields = {label: (shape, dtype) for label, (shape, dtype) in every.items() if dtype}
         offsets, nbytes = placed(

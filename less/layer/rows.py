@@ -11,6 +11,19 @@ from torch import Tensor
 
 from less.dtypes import ROW_TYPES, RowFormat
 
+#: How packed slots count the tokens that they stand for, up to its largest number.
+COUNT = torch.int16
+
+
+def noted_score(score: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores as slots note them that have scores of ``dtype``.
+
+    In float16 that is the nearest number, of two the even one, and no more than the largest, 65504.
+    """
+    if dtype != torch.float16:
+        return score
+    return score.clamp(max=torch.finfo(dtype).max).to(dtype).to(score.dtype)
+
 
 def of_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Copies of some rows of the first dimension, int64 [M], of any dtype."""
@@ -51,8 +64,9 @@ class Slots:
         position: int32 [B, K, S], -1 where the slot is empty.
         k: Keys after the rotary embedding [B, K, S - W, D], or their codes.
         v: Values [B, K, S - W, D], or their codes.
-        weight: Log-weights, added to the logits, float32 [B, K, S]; None: 0.
-        score: float32 [B, K, S].
+        weight: Log-weights, added to the logits, float32 [B, K, S]; of packed rows counts of the
+            tokens that a slot stands for, int16, 0 in an empty slot. None: each stands for one.
+        score: float32 [B, K, S]; float16 of packed rows.
         k_scale: [B, K, S - W], of each row of k: float32 of 8 bits, float16 of packed rows; None
             for others.
         v_scale: [B, K, S - W], likewise.
@@ -87,9 +101,21 @@ class Slots:
         return 0 if self.hot_k is None else self.hot_k.shape[2]
 
     @property
+    def scores(self) -> Tensor:
+        """Scores [B, K, S], of float32 at least."""
+        return self.score.to(torch.promote_types(self.score.dtype, torch.float32))
+
+    @property
+    def counts(self) -> bool:
+        """Whether ``weight`` counts tokens, and is no log-weight."""
+        return self.weight is not None and self.weight.dtype == COUNT
+
+    @property
     def log_weight(self) -> Tensor:
-        """Log-weights [B, K, S], 0 where none are kept."""
-        return torch.zeros_like(self.score) if self.weight is None else self.weight
+        """Log-weights [B, K, S], 0 where none are kept or nobody is."""
+        if self.weight is None:
+            return torch.zeros_like(self.scores)
+        return self.weight.clamp(min=1).to(self.scores.dtype).log() if self.counts else self.weight
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by name."""

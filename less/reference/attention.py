@@ -69,7 +69,7 @@ def chunk_attention(
     K, S = slots.position.shape[1], slots.position.shape[2]
     G = Q // K
     (k, v), (slot_k, slot_v) = floats(new), slot_floats(slots)
-    position, weight, score = slots.position, slots.log_weight, slots.score
+    position, weight, score = slots.position, slots.log_weight, slots.scores
     dtype = torch.promote_types(accumulator(q), accumulator(k))
     if valid is None:
         valid = torch.ones(B, T, dtype=torch.bool, device=q.device)

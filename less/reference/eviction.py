@@ -9,6 +9,7 @@ from torch import Tensor
 
 from less.dtypes import ROW_TYPES
 from less.layer import LayerSpec, Maps, Rows, Slots, Space, State
+from less.layer.rows import noted_score
 from less.policies.base import Candidates, rank_by_rule
 from less.reference.codec import (
     decode,
@@ -77,7 +78,7 @@ def candidates(
     return Candidates(
         position=torch.cat([slots.position, position[:, None].expand(B, K, T)], 2),
         score=score,
-        weight=torch.cat([slots.log_weight, slots.score.new_zeros(B, K, T)], 2),
+        weight=torch.cat([slots.log_weight, slots.scores.new_zeros(B, K, T)], 2),
         seen=after,
         k=keys,
         v=values,
@@ -126,6 +127,8 @@ def compact(
     rank is below infinity), by weights and keys as they were before any mean: ``nearest`` and
     ``merged`` say how. Means are of decoded rows, in float32, and are encoded once.
 
+    Scores count as slots note them (``noted_score``): rules rank by those, and those weigh.
+
     Args:
         new: The call's tokens, T of them, in the dtype of the slots; of the hot ones, where there
             are such.
@@ -147,6 +150,7 @@ def compact(
     T = new.k.shape[2]
     at, after_seen = chunk_position(seen, valid, B, T)
     position = torch.cat([slots.position, at[:, None].expand(B, K, T)], 2)
+    score = noted_score(score, slots.score.dtype)
     if rank is None:
         if spec.rule is None:
             raise ValueError("compact: rank must be given where the spec has no rule")
@@ -165,9 +169,7 @@ def compact(
         if space is not None:
             k = keys_out_of_space(k, space, mean=not maps.centred)
         state = fold(state, psi(k, maps), v, leaves)
-    tokens = _Tokens(
-        position, score, torch.cat([slots.log_weight, torch.zeros_like(score[..., S:])], 2)
-    )
+    tokens = _Tokens(position, score, _weights(slots, T))
     if spec.victim == "merge":
         if slots.weight is None:
             raise ValueError("compact: victim 'merge' needs slots with log-weights")
@@ -226,11 +228,20 @@ def _candidate_rows(slots: Slots, new: Rows) -> dict[str, tuple[Tensor, Tensor |
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What slots note of tokens beside their rows, [B, K, S + T] each."""
+    """What slots note of tokens beside their rows, [B, K, S + T] each.
+
+    weight: log-weights, or int32 counts where slots count.
+    """
 
     position: Tensor
     score: Tensor
     weight: Tensor
+
+
+def _weights(slots: Slots, T: int) -> Tensor:
+    """The weights of slots and call, each of whose T tokens stands for itself."""
+    held = slots.weight.int() if slots.weight is not None and slots.counts else slots.log_weight
+    return torch.nn.functional.pad(held, (0, T), value=1 if slots.counts else 0)
 
 
 def _merge(
@@ -284,8 +295,10 @@ class _Writer:
         """Put tokens into slots, all but their rows."""
         for name, x in vars(tokens).items():
             if name in self.tensors:
-                mine = self.tensors[name]
-                mine[b, h, place] = x[b, h, which].to(mine.dtype)
+                mine, taken = self.tensors[name], x[b, h, which]
+                if name == "score":
+                    taken = noted_score(taken, mine.dtype)
+                mine[b, h, place] = taken.to(mine.dtype)
 
     def slots(self) -> Slots:
         """What became of them."""

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from less.layer.rows import COUNT
+
 #: Added to a score, so that tokens without attention have a weight.
 LEAST = 1e-6
+
+
+def merged_weight(a: Tensor, b: Tensor) -> Tensor:
+    """The weight of two tokens that become one: of log-weights, or of counts up to the most."""
+    if a.is_floating_point():
+        return torch.logaddexp(a, b)
+    return (a + b).clamp(max=torch.iinfo(COUNT).max)
 
 
 def nearest(k: Tensor, score: Tensor, position: Tensor, leaves: Tensor, target: Tensor) -> Tensor:
@@ -61,7 +70,7 @@ def merged(
         k: [N, D].
         v: [N, D].
         score: [N].
-        weight: Log-weights [N].
+        weight: Log-weights [N], or counts of the tokens that each stands for, int32.
         position: int32 [N].
         into: int64 [N], of ``nearest``.
 
@@ -79,6 +88,6 @@ def merged(
         v[j] += part * (v[i] - v[j])
         mass[j] = mass[j] + mass[i]
         score[j] = score[j] + score[i]
-        weight[j] = torch.logaddexp(weight[j], weight[i])
+        weight[j] = merged_weight(weight[j], weight[i])
         position[j] = torch.maximum(position[j], position[i])
     return k, v, score, weight, position

@@ -1164,7 +1164,10 @@ void test_merge(DType k_dtype, DType v_dtype, int64_t D, int64_t T, int64_t rece
   Random random(8);
   std::vector<Merging> tokens;
   std::vector<float> score = random.positive(S + T), weight = random.positive(cold);
-  score[hot + 9] = 0.001f;
+  for (int64_t n = 0; few && n < cold; ++n) weight[n] = std::log(float(1 + n % 4));
+  const auto noted = [few](float x) { return few ? to_float(from_float<fp16>(x)) : x; };
+  for (float& s : score) s = noted(s);
+  score[hot + 9] = noted(0.001f);
   if (T == 1) score[S] = 0.0f;  // as a step without scores has it
   for (int64_t n = 0; n < cold; ++n) {
     const std::vector<float> k = random.normal(D), v = random.normal(D);
@@ -1175,8 +1178,13 @@ void test_merge(DType k_dtype, DType v_dtype, int64_t D, int64_t T, int64_t rece
     tokens[n].k.put(slots.k, slots.k_scale, slots.k_half, n);
     tokens[n].v.put(slots.v, slots.v_scale, slots.v_half, n);
     slots.position[hot + n] = position;
-    slots.score[hot + n] = score[hot + n];
-    slots.weight[hot + n] = weight[n];
+    if (few) {
+      slots.half[hot + n] = from_float<fp16>(score[hot + n]).bits;
+      slots.count[hot + n] = uint16_t(1 + n % 4);
+    } else {
+      slots.score[hot + n] = score[hot + n];
+      slots.weight[hot + n] = weight[n];
+    }
   }
   const auto join = [&](const float* k, const float* v, int64_t position, float s) {
     tokens.push_back({StoredRow(k_dtype, {k, k + D}), StoredRow(v_dtype, {v, v + D}),
@@ -1187,7 +1195,8 @@ void test_merge(DType k_dtype, DType v_dtype, int64_t D, int64_t T, int64_t rece
     std::memcpy(slots.hot_k, k.data(), D * sizeof(float));
     std::memcpy(slots.hot_v, v.data(), D * sizeof(float));
     slots.position[0] = int32_t(seen_before - 1);
-    slots.score[0] = score[0];
+    slots.half[0] = from_float<fp16>(score[0]).bits;
+    slots.count[0] = 1;
     join(k.data(), v.data(), seen_before - 1, score[0]);
   }
   std::vector<float> new_k = random.normal(T * D), new_v = random.normal(T * D), q(D), out(D);
@@ -1242,8 +1251,10 @@ void test_merge(DType k_dtype, DType v_dtype, int64_t D, int64_t T, int64_t rece
     const int64_t s = t.slot >= 0 ? t.slot : free[next++];
     const std::string which = "slot " + std::to_string(s);
     expect(slots.position[s] == t.position, which + "'s position");
-    expect(slots.score[s] == t.score, which + "'s score");
-    expect_close(slots.weight[s], t.weight, 1e-6, "weight", s);
+    expect((few ? to_float(fp16{slots.half[s]}) : slots.score[s]) == noted(t.score),
+           which + "'s score");
+    expect_close(few ? std::log(double(slots.count[s])) : slots.weight[s], t.weight, 1e-6, "weight",
+                 s);
     expect(t.k.lies_in(slots.k, slots.k_scale, slots.k_half, s - hot), which + "'s key");
     expect(t.v.lies_in(slots.v, slots.v_scale, slots.v_half, s - hot), which + "'s value");
   }

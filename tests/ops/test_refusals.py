@@ -339,7 +339,9 @@ def packed(kind, **tensors):
     """A layer whose maps have other tensors than their kind: None takes one away."""
     made = random_maps(Q, K, D, 16, 4, kind) | tensors
     made = {n: made[n] for n in ORDER if made.get(n) is not None}
-    memory = torch.zeros(sum(aligned(x.nbytes, PIECE_ALIGN) for x in made.values()), dtype=torch.uint8)
+    memory = torch.zeros(
+        sum(aligned(x.nbytes, PIECE_ALIGN) for x in made.values()), dtype=torch.uint8
+    )
     plan = pages.plan_of()
     return encode(plan.spec, plan.layout, PackedMaps(kind, made, memory)), memory
 

@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   const Slots slots = less::head(layout, head.page, head.h).slots;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.spec.D);
   const int64_t element = bytes_of(layout.call_dtype), first = head.row * p.T;
+  const bool few = packed(layout.v_dtype);
   const float* const score = p.score + head.row * (layout.S + p.T);
   const int32_t *const list = w.list + first, *const when = w.when + first;
   const int mine = begin + warp * kMergeEach;
@@ -77,8 +78,10 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     const int place = of_slot ? older_than(list, when, n, i, slots.S) : i;
     if (lane == 0) {
       store(w.left_position + first + place, when[i]);
-      store(w.left_score + first + place, score[of_slot ? from : layout.S + token]);
-      store(w.left_weight + first + place, of_slot ? slots.weight[from] : 0.0f);
+      const float own_score = score[of_slot ? from : layout.S + token];
+      store(w.left_score + first + place, noted_score(few, own_score));
+      store(w.left_weight + first + place,
+            of_slot ? weight_at(few, slots, from) : weight_of_one(few));
     }
 #pragma unroll 1
     for (int v = 0; v < 2; ++v) {
@@ -166,6 +169,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   const HeadRow head(p, blockIdx.x);
   const Slots slots = less::head(p.layout, head.page, head.h).slots;
   const StoredRows keys = cold_rows(p.layout, slots, false), leaves = w.left(p, head.row, false);
+  const bool few = packed(p.layout.v_dtype);
   const int D = int(p.spec.D), thread = threadIdx.x;
   const int own = thread / 16 * kNearestEach, other = thread % 16 * kNearestEach;
   const int64_t cold = slots.S - slots.W, first_left = head.row * p.T + begin;
@@ -181,8 +185,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     if (thread < kNearestTile) {
       const int64_t slot = slots.W + first + thread;
       const bool target = first + thread < cold && takes_others(p, w, head.row, slots.S, slot);
-      kept_mass[thread] =
-          target ? mass_of(slots.score[slot]) : 0.0f;              // narrow: slots lie side by side
+      kept_mass[thread] = target ? mass_of(score_at(few, slots, slot)) : 0.0f;
       kept_position[thread] = target ? slots.position[slot] : -1;  // narrow: slots lie side by side
     }
     float far[kNearestEach][kNearestEach] = {};
@@ -292,21 +295,22 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
   const HeadRow head(p, blockIdx.x);
   const Slots slots = less::head(p.layout, head.page, head.h).slots;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = int(p.spec.D);
+  const bool few = packed(p.layout.v_dtype);
   const int64_t left = head.row * p.T;
   const int32_t* const into = w.into + left;
   const int64_t first = slots.W + int64_t{blockIdx.y} * kMergeRows + warp * kMergeEach;
 #pragma unroll 1
   for (int64_t slot = first; slot < min(first + kMergeEach, slots.S); ++slot) {
-    // narrow: numbers of a row, whose lanes read them
-    float score = slots.score[slot], weight = slots.weight[slot];
+    float score = score_at(few, slots, slot), weight = weight_at(few, slots, slot);
     const float own = mass_of(score);
     int32_t position = slots.position[slot];  // narrow: a number of a row, whose lanes read it
     bool any = false;
     for_each_in(into, n, slot, [&](int i) {
       any = true;
-      score += w.left_score[left + i];                          // narrow: one number of each row
-      weight = merged_weight(weight, w.left_weight[left + i]);  // narrow: one number of each row
-      position = max(position, w.left_position[left + i]);      // narrow: one number of each row
+      score += w.left_score[left + i];  // narrow: one number of each row
+      // narrow: one number of each row
+      weight = both_weights(few, weight, w.left_weight[left + i]);
+      position = max(position, w.left_position[left + i]);  // narrow: one number of each row
     });
     if (!any) continue;
 #pragma unroll 1
@@ -324,8 +328,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
     }
     if (lane != 0) continue;
     store(slots.position + slot, position);
-    store(slots.score + slot, score);
-    store(slots.weight + slot, weight);
+    put_score(few, slots, slot, score);
+    put_weight(few, slots, slot, weight);
   }
 }
 

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/compact/workspace.h"
+#include "cuda/notes.h"
 
 namespace less::cuda {
 
@@ -115,6 +116,8 @@ struct Candidates {
 
   LESS_DEVICE int64_t count() const { return (S + T + 3) / 4 * 4; }
 
+  LESS_DEVICE float noted(float score) const { return noted_score(packed(layout.v_dtype), score); }
+
   // Whether a token is in a hot slot once `after` tokens are seen.
   LESS_DEVICE bool is_hot(int64_t position, int64_t after) const {
     return layout.hot > 0 && less::is_hot(layout, position, after);
@@ -150,9 +153,10 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     uint32_t key = 0;
     if (position >= 0 && !c.is_hot(position, after)) {
       // narrow: a lane a slot, side by side
-      key = key_of(c.slot_rank != nullptr ? c.slot_rank[s]
-                                          // narrow: a lane a slot, side by side
-                                          : rank_of(rule, after, position, c.slot_score[s]));
+      key =
+          key_of(c.slot_rank != nullptr ? c.slot_rank[s]
+                                        // narrow: a lane a slot, side by side
+                                        : rank_of(rule, after, position, c.noted(c.slot_score[s])));
       ++held;
     }
     store(c.key + s, key);  // narrow: a lane a slot, side by side
@@ -165,10 +169,11 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     uint32_t key = 0;
     if (there && !c.is_hot(position + before, after)) {
       ++held;
-      key = key_of(c.token_rank != nullptr
-                       ? c.token_rank[t]  // narrow: a lane a token, side by side
-                       // narrow: a lane a token, side by side
-                       : rank_of(rule, after, int32_t(position + before), c.token_score[t]));
+      key =
+          key_of(c.token_rank != nullptr
+                     ? c.token_rank[t]  // narrow: a lane a token, side by side
+                     // narrow: a lane a token, side by side
+                     : rank_of(rule, after, int32_t(position + before), c.noted(c.token_score[t])));
     }
     if (t < c.count() - c.S) store(c.key + c.S + t, key);  // narrow: a lane a token, side by side
     position += total;

@@ -7,6 +7,7 @@
 #include "cuda/decode_step/maps.h"
 #include "cuda/decode_step/plan.h"
 #include "cuda/features.h"
+#include "cuda/notes.h"
 
 namespace less::cuda {
 

@@ -70,9 +70,9 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
     // narrow: a lane a slot, side by side
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
-    s.score()[i] = in ? of.score[slot] : 0.0f;  // narrow: a lane a slot, side by side
+    s.score()[i] = in ? score_at(kPacked, of, slot) : 0.0f;
     if constexpr (kWeights) {
-      s.weight()[i] = in ? of.weight[slot] : 0.0f;  // narrow: a lane a slot, side by side
+      s.weight()[i] = position >= 0 ? log_weight_at(kPacked, of, slot) : 0.0f;
     }
     if constexpr (kPacked) {
       if (in) load_scales(of, i, slot, position >= 0);

@@ -26,9 +26,9 @@ LESS_DEVICE int32_t DecodeBlock<Case>::joiner() const {
 template <typename Case>
 LESS_DEVICE float DecodeBlock<Case>::score_of(int slot) const {
   if constexpr (kPacked) {
-    return slots().score[slot < S ? slot : hot_slot(p.layout, seen)];
+    return score_at(true, slots(), slot < S ? slot : hot_slot(p.layout, seen));
   } else {
-    return slot < S ? slots().score[slot] : s.token()[2];
+    return slot < S ? score_at(false, slots(), slot) : s.token()[2];
   }
 }
 
@@ -127,7 +127,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::nearest(float mass) const {
     const int slot = slot0 + t / kRowLanes;
     const bool in = slot < end;
     const int32_t position = in ? of.position[slot] : -1;  // narrow: one number of each slot
-    const float score = in ? of.score[slot] : 0.0f;        // narrow: one number of each slot
+    const float score = in ? score_at(kPacked, of, slot) : 0.0f;
     const bool target = takes_others(slot, position, score);
     float far = 0.0f;
     if (target) {  // narrow: one number of each slot
@@ -169,7 +169,8 @@ LESS_DEVICE void DecodeBlock<Case>::merge() {
   keep_victim();
   // Before a block lets the token in.
   const float score = score_of(victim.slot), mass = mass_of(score);
-  const float weight = victim.slot < S ? slots().weight[victim.slot] : 0.0f;
+  const float one = weight_of_one(kPacked);
+  const float weight = victim.slot < S ? weight_at(kPacked, slots(), victim.slot) : one;
   const DecodeCandidate target = choose(nearest(mass), 1);
   if (target.slot < 0) return;
   const int slot = target.slot < S ? target.slot : victim.slot;  // where the mean goes
@@ -185,10 +186,10 @@ LESS_DEVICE void DecodeBlock<Case>::merge() {
     }
     if (t == 0) {
       const Slots to = slots();
-      const float before = target.slot < S ? to.weight[target.slot] : 0.0f;
+      const float before = target.slot < S ? weight_at(kPacked, to, target.slot) : one;
       store(to.position + slot, max(target.position, victim.position));
-      store(to.score + slot, own + score);
-      store(to.weight + slot, merged_weight(before, weight));
+      put_score(kPacked, to, slot, own + score);
+      put_weight(kPacked, to, slot, both_weights(kPacked, before, weight));
     }
   }
   // Where the mean is in the victim's slot, nobody else takes it.

@@ -165,14 +165,14 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
   if (t != 0) return;
   if (moves) {
     store(to.position + slot, left);
-    store(to.score + slot, to.score[own]);  // narrow: one number a head, by one lane
-    if constexpr (kWeights) store(to.weight + slot, 0.0f);
+    put_score(true, to, slot, score_at(true, to, own));
+    if constexpr (kWeights) put_weight(true, to, slot, 1.0f);
   }
-  if constexpr (kWeights) store(to.weight + own, 0.0f);
+  if constexpr (kWeights) put_weight(true, to, own, 1.0f);
   store(to.hot_k_scale + own, s.token()[0]);
   store(to.hot_v_scale + own, s.token()[1]);
   store(to.position + own, int32_t(seen));
-  store(to.score + own, s.token()[2]);
+  put_score(true, to, own, s.token()[2]);
 }
 
 }  // namespace less::cuda

@@ -34,7 +34,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
 #pragma unroll 1
     for (int g = lane; g < G; g += 32) received += s.token_mass()[g];
     received = warp_sum(received);
-    if (lane == 0) s.token()[2] = p.spec.scores ? received : 0.0f;
+    if (lane == 0) s.token()[2] = p.spec.scores ? noted_score(kPacked, received) : 0.0f;
   }
   __syncthreads();
   const bool own = plan.cluster || alone();
@@ -46,8 +46,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
     const int of = own ? split : slot / plan.per, i = slot - of * plan.per;
     // narrow: a lane a slot, side by side
     const int32_t position = own ? s.position()[i] : of_head.position[slot];
-    // narrow: a lane a slot, side by side
-    float score = own ? s.score()[i] : of_head.score[slot];
+    float score = own ? s.score()[i] : score_at(kPacked, of_head, slot);
     if (p.spec.scores) {
       const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
       float received = 0.0f;
@@ -58,7 +57,8 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
         received = fmaf(mass, s.sum()[of * G + g], received);
       }
       score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
-      store(of_head.score + slot, score);  // narrow: a lane a slot, side by side
+      score = noted_score(kPacked, score);
+      put_score(kPacked, of_head, slot, score);
     }
     DecodeCandidate here;
     if (competes(slot, position, score, here) && here.below(best)) best = here;

@@ -1,0 +1,60 @@
+// What slots note of their tokens beside rows: scores, and log-weights or counts. Where a kernel
+// knows whether rows are packed, it says so; else the slots do.
+#pragma once
+
+#include "common/layout.h"
+#include "common/merge.h"
+#include "cuda/convert.h"
+
+namespace less::cuda {
+
+LESS_DEVICE uint16_t half_of(float score) {
+  return bits_of<uint16_t>(__float2half_rn(within_half(score)));
+}
+
+// A score as slots note it.
+LESS_DEVICE float noted_score(bool few, float score) {
+  return few ? __half2float(bits_of<__half>(half_of(score))) : score;
+}
+
+LESS_DEVICE float score_at(bool few, const Slots& slots, int64_t s) {
+  if (few) return __half2float(bits_of<__half>(slots.half[s]));  // narrow: one number of a slot
+  return slots.score[s];                                         // narrow: one number of a slot
+}
+
+LESS_DEVICE void put_score(bool few, const Slots& slots, int64_t s, float score) {
+  if (few) {
+    store(slots.half + s, half_of(score));  // narrow: one number of a slot
+  } else {
+    store(slots.score + s, score);  // narrow: one number of a slot
+  }
+}
+
+// What a token that stands for itself alone has as weight: a log-weight, or a count.
+LESS_DEVICE float weight_of_one(bool few) { return few ? 1.0f : 0.0f; }
+
+// A slot's log-weight, or its count.
+LESS_DEVICE float weight_at(bool few, const Slots& slots, int64_t s) {
+  if (few) return float(slots.count[s]);  // narrow: one number of a slot
+  return slots.weight[s];                 // narrow: one number of a slot
+}
+
+LESS_DEVICE void put_weight(bool few, const Slots& slots, int64_t s, float weight) {
+  if (few) {
+    store(slots.count + s, uint16_t(weight));  // narrow: one number of a slot
+  } else {
+    store(slots.weight + s, weight);  // narrow: one number of a slot
+  }
+}
+
+// The weight of two tokens that become one.
+LESS_DEVICE float both_weights(bool few, float a, float b) {
+  return few ? merged_count(a, b) : merged_weight(a, b);
+}
+
+// The log-weight of a slot that holds a token.
+LESS_DEVICE float log_weight_at(bool few, const Slots& slots, int64_t s) {
+  return few ? logf(weight_at(true, slots, s)) : weight_at(false, slots, s);
+}
+
+}  // namespace less::cuda
