@@ -20,6 +20,7 @@ from less.fit import (
     text,
     train,
 )
+from less.fit.eviction import Eviction
 from less.fit.start import START, Trainable
 from tests.helpers import HeavyValues, random_qkv
 from tests.ops import flat_reference as reference
@@ -396,7 +397,9 @@ def test_training_ends_well_below_eviction_alone(kind, loss):
     policies = [H2O(4, 4), H2O(8, 8)]
     recipe = Recipe(kind=kind, loss=loss, steps=120, rows=32, rank=4, hidden=16)
     fractions = []
-    maps, record = fit_layer(captured, policies, recipe, 0, 2, fractions.append)
+    maps, record = fit_layer(
+        captured, [Eviction(p) for p in policies], recipe, 0, 2, fractions.append
+    )
     assert fractions[-1] == 1.0
     assert record.ratio < 0.8
     for end, start, eviction in zip(record.sidekick, record.start, record.eviction, strict=True):
@@ -479,7 +482,7 @@ def test_an_unfinished_run_of_other_settings_is_refused(model, tmp_path):
         train(model, token_ids(), POLICY, recipe=QUICK, work=tmp_path, show=kill)
     with pytest.raises(ValueError, match="other settings .they differ in recipe"):
         train(model, token_ids(), POLICY, recipe=Recipe(steps=5), work=tmp_path)
-    with pytest.raises(ValueError, match="they differ in policies, text"):
+    with pytest.raises(ValueError, match="they differ in policies, budgets, text"):
         train(model, token_ids(7), H2O(3, 3), recipe=QUICK, work=tmp_path)
 
 
@@ -487,7 +490,7 @@ def test_a_layer_is_the_same_whatever_was_trained_before_it(model, tmp_path):
     whole = train(model, token_ids(), POLICY, recipe=QUICK)
     walk = LayerWalk(model, token_ids(), tmp_path)
     walk.seek(1)
-    maps, _ = fit_layer(walk.capture(1), [POLICY], QUICK, 1, held=1)
+    maps, _ = fit_layer(walk.capture(1), [Eviction(POLICY)], QUICK, 1, held=1)
     assert all(torch.equal(maps[n], whole[1][n]) for n in maps)
 
 

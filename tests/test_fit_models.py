@@ -15,7 +15,7 @@ from less.cli import main
 from less.evaluate import families, matrix
 from less.evaluate.families import REFUSED, build_refused
 from less.evaluate.matrix import SMALL, Case, follow_reference, prompt
-from less.fit import LayerWalk, Recipe, fit_layer, objective, schedule, train
+from less.fit import Eviction, LayerWalk, Recipe, fit_layer, objective, schedule, train
 from less.hf import models
 from tests.helpers import assert_close, random_maps, random_qkv
 from tests.ops import flat_reference as reference
@@ -243,8 +243,8 @@ def test_the_soft_cap_is_trained_under(tmp_path):
     walk.seek(1)
     captured = walk.capture(1)
     recipe = Recipe(rank=4, hidden=8, steps=1, rows=8, held_rows=16)
-    _, capped = fit_layer(captured, [SMALL], recipe, 1, held=4)
-    _, uncapped = fit_layer(replace(captured, softcap=0.0), [SMALL], recipe, 1, held=4)
+    _, capped = fit_layer(captured, [Eviction(SMALL)], recipe, 1, held=4)
+    _, uncapped = fit_layer(replace(captured, softcap=0.0), [Eviction(SMALL)], recipe, 1, held=4)
     assert capped.eviction[0] < 0.9 * uncapped.eviction[0]
 
 
@@ -253,7 +253,7 @@ def test_the_soft_cap_is_trained_under(tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_no_cache_serves_has_no_sidekick_trained(name, tmp_path):
-    with pytest.raises(less.hf.UnsupportedModelError, match="LayerWalk: ") as error:
+    with pytest.raises(less.hf.UnsupportedModelError, match="train: ") as error:
         train(build_refused(name), prompt(40, rows=4), SMALL, held=1, work=tmp_path / "w")
     assert REFUSED[name].message in str(error.value)
     assert not (tmp_path / "w").exists()

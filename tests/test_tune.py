@@ -8,7 +8,7 @@ import torch
 
 from less import H2O, Sidekick, reference
 from less.cli import main
-from less.fit import Recipe, Tuning, train, tune
+from less.fit import Eviction, Recipe, Tuning, train, tune
 from less.fit.capture import LayerWalk
 from less.fit.one_layer import fit_layer
 from less.fit.recipe import LayerRecord
@@ -20,6 +20,7 @@ from tests.helpers import random_maps, random_qkv
 from tests.tiny_model import TEXT, save_tiny, tiny_model
 
 POLICIES = [H2O(4, 4, decay=0.98), H2O(8, 8, decay=0.98)]
+EVICTIONS = [Eviction(p) for p in POLICIES]
 
 
 def token_ids(chunks=6, tokens=48):
@@ -71,12 +72,12 @@ def test_maps_are_trained_on_keys_without_the_mean_that_comes_with_them(tmp_path
     walk.start()
     captured = walk.capture(0)
     recipe = Recipe(kind="centroid", rank=4, steps=20, rows=8, held_rows=32)
-    maps, record = fit_layer(captured, POLICIES, recipe, 0, 2)
+    maps, record = fit_layer(captured, EVICTIONS, recipe, 0, 2)
     mean = captured.k[:, :, 4:].double().mean((0, 2))
     torch.testing.assert_close(maps["key_mean"].double(), mean, rtol=1e-3, atol=1e-3)
     assert torch.equal(maps["key_mean"], maps["key_mean"].half().float())
     assert record.ratio < 1
-    again, other = fit_layer(captured, POLICIES, recipe, 0, 2, start=maps)
+    again, other = fit_layer(captured, EVICTIONS, recipe, 0, 2, start=maps)
     assert torch.equal(again["key_mean"], maps["key_mean"])
     for begun, ended in zip(other.start, record.sidekick, strict=True):
         assert begun == pytest.approx(ended, rel=1e-3)

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less.cli import checks, corpus, measuring, threads
+from less.cli import checks, corpus, measuring, rows, threads
 
 if TYPE_CHECKING:
+    from less import Calibration, LessConfig
     from less.fit import LayerRecord, Progress
+    from less.hf.models import ModelFacts
     from less.policies import Policy
 
 # What each named policy takes of the options that are policies' settings.
 _SETTINGS = {"h2o": ("--decay", "--per-age", "--sinks"), "sinks": ("--sinks",)}
+_BUDGETS = [32, 64, 128]
 _LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 
@@ -39,8 +42,22 @@ def add_parser(subparsers: Any) -> None:
         "budget; less-kv --import makes one of your own known (default: %(default)s)",
     )  # fmt: skip
     add(
-        "--budget", type=_budgets, default=[32, 64, 128], metavar="C,C,...",
+        "--budget", type=_budgets, metavar="C,C,...",
         help="tokens kept per head; several are trained for at once (default: 32,64,128)",
+    )  # fmt: skip
+    add(
+        "--bytes-of", type=_budgets, metavar="C,C,...",
+        help="in place of --budget: train for caches of the bytes of so many 16-bit tokens per "
+        "head, in rows of --format",
+    )  # fmt: skip
+    add(
+        "--format", choices=rows.FORMATS,
+        help="with --bytes-of: packed format of the slots' rows (default: k4v4)",
+    )  # fmt: skip
+    add(
+        "--calibration", type=Path, metavar="FOLDER",
+        help="with --bytes-of: folder of less-kv calibrate, for means, scales and slots per head; "
+        "the maps serve beside it alone",
     )  # fmt: skip
     add(
         "--decay", type=float,
@@ -104,7 +121,9 @@ def _budgets(text: str) -> list[int]:
 
 
 def policies(args: argparse.Namespace) -> list[Policy]:
-    """The policies that the arguments name, one per budget; H2O's budget is half recent.
+    """The policies that the arguments name, one per budget.
+
+    Half of H2O's budget is recent, a quarter with --bytes-of, as where it is a cache's default.
 
     Raises:
         ValueError: no policy is named so, a budget is too small for it, or an option is not its
@@ -124,24 +143,64 @@ def policies(args: argparse.Namespace) -> list[Policy]:
         if option not in _SETTINGS.get(args.policy, ()):
             owners = " and ".join(name for name, own in _SETTINGS.items() if option in own)
             raise ValueError(f"{option} is a setting of --policy {owners}, not of {args.policy}")
+    budgets = args.bytes_of or args.budget or _BUDGETS
     if args.policy not in _SETTINGS:
         policy = policy_from_text("--policy", args.policy)
-        return [checked_at_capacity(policy, budget) for budget in args.budget]
+        return [checked_at_capacity(policy, budget) for budget in budgets]
     if args.policy == "sinks":
         sinks = 4 if args.sinks is None else args.sinks
-        small = [budget for budget in args.budget if budget <= sinks]
+        small = [budget for budget in budgets if budget <= sinks]
         if small:
             raise ValueError(f"--budget {small[0]} leaves no recent token beside {sinks} sinks")
-        return [SinkRecent(sinks=sinks, recent=budget - sinks) for budget in args.budget]
+        return [SinkRecent(sinks=sinks, recent=budget - sinks) for budget in budgets]
+    part = 4 if args.bytes_of else 2
     return [
         H2O(
-            heavy=budget - budget // 2,
-            recent=budget // 2,
+            heavy=budget - budget // part,
+            recent=budget // part,
             sinks=args.sinks or 0,
             decay=DECAY if args.decay is None else args.decay,
             per_age=args.per_age,
         )
-        for budget in args.budget
+        for budget in budgets
+    ]
+
+
+def check_caches(args: argparse.Namespace) -> None:
+    """Refuse settings of caches that do not go together; imports no torch.
+
+    Raises:
+        ValueError: The message names the option.
+    """
+    if args.bytes_of:
+        if args.budget:
+            raise ValueError("--bytes-of is in place of --budget, got both")
+        return
+    for option in ("format", "calibration"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} goes with --bytes-of, got it without")
+
+
+def caches(args: argparse.Namespace, facts: ModelFacts) -> list[Policy | LessConfig]:
+    """What is trained for: the policies; or with --bytes-of the caches of so many bytes."""
+    chosen = policies(args)
+    if not args.bytes_of:
+        return list(chosen)
+    import torch
+
+    from less import LessConfig
+    from less.budget import page_bytes
+
+    layers = facts.layers - len(facts.windows)
+    return [
+        LessConfig(
+            bytes=layers * page_bytes(facts.kv_heads, facts.head_dim, torch.float16, tokens)
+            + facts.kv_heads * facts.window_bytes,
+            rows=args.format or "k4v4",
+            policy=policy,
+            shape=None if args.calibration is None else "calibrated",
+        )
+        for tokens, policy in zip(args.bytes_of, chosen, strict=True)
     ]
 
 
@@ -153,11 +212,12 @@ def run(args: argparse.Namespace) -> int:
     checks.check_folder("--out", args.out)
     checks.check_folder("--work", work)
     sources.check_model_name(args.model)
+    check_caches(args)
     corpus.check_texts(args.text)
     import torch
     from rich.console import Console
 
-    from less import Sidekick
+    from less import Calibration, Sidekick
     from less.evaluate import assets
     from less.fit import Recipe, Tuning, sample_chunks, train
     from less.fit.train import held_chunks
@@ -179,16 +239,21 @@ def run(args: argparse.Namespace) -> int:
     if steps is None:
         steps = 60 if args.kind == "centroid" else 0
     tuning = Tuning(steps=steps, window=args.window, seed=args.seed) if steps else None
-    if tuning is not None:
-        check_tuning(args.kind, args.length, chosen, tuning)
+    if tuning is not None and not args.bytes_of:
+        check_tuning(args.kind, args.length, [p.capacity for p in chosen], tuning)
     start = None if args.start is None else Sidekick.from_pretrained(args.start)
     device = corpus.named_device(args.device)
-    held_chunks(chosen, args.chunks, args.length, args.held)
+    calibration: Calibration | None = None
+    if args.calibration is not None:
+        calibration = Calibration.from_pretrained(args.calibration)
+    fewest = [1] if args.bytes_of else [p.capacity for p in chosen]
+    held_chunks(fewest, args.chunks, args.length, args.held)
     texts, source = corpus.read_named_texts(args.text)
     console = Console(highlight=False)
     threads.set_threads(args, console)
     found = assets.find_model(args.model)
-    describe(found.skeleton(), f"--model {args.model}")
+    facts = describe(found.skeleton(), f"--model {args.model}")
+    served = caches(args, facts)
     measuring.check_length("--length", args.length, found.config)
     pool = sample_chunks(found.tokenizer, texts, args.length, args.chunks, recipe.seed)
     model = found.load(getattr(torch, args.model_dtype)).to(device)
@@ -196,13 +261,14 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"training {args.kind} maps, rank {args.rank}, "
         + ("" if args.kind == "centroid" else f"hidden {args.hidden}, ")
-        + f"for {', '.join(map(str, chosen))}"
+        + f"for {', '.join(map(str, served))}"
     )
     with _Shown(console) as show:
         sidekick = train(
             model,
             pool,
-            chosen,
+            served,
+            calibration=calibration,
             recipe=recipe,
             held=args.held,
             work=work,

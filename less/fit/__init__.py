@@ -2,6 +2,7 @@
 
 from less.fit.calibrate import calibrate
 from less.fit.capture import Captured, LayerWalk
+from less.fit.eviction import Eviction
 from less.fit.one_layer import fit_layer
 from less.fit.recipe import LayerRecord, Progress, Recipe
 from less.fit.schedule import schedule
@@ -11,6 +12,7 @@ from less.fit.tune import Tuning, tune
 
 __all__ = [
     "Captured",
+    "Eviction",
     "LayerRecord",
     "LayerWalk",
     "Progress",

@@ -28,8 +28,8 @@ class Rows:
 
     Attributes:
         q: [B, Q, n, D].
-        k: [B, K, T, D].
-        v: [B, K, T, D].
+        k: Keys as the state takes them [B, K, T, D].
+        v: Values likewise.
         gone: 1.0 where a token had left before the row's step, else 0.0; [B, K, 1, n, T].
         log_mass: log of the kept tokens' sum of e^l [B, K, M, 1].
         value: Attention's output over the kept tokens alone [B, K, M, D].
@@ -59,6 +59,7 @@ def prepare(
     scale: float,
     softcap: float = 0.0,
     *,
+    taken: tuple[Tensor, Tensor] | None = None,
     gone_mass: bool = False,
 ) -> Rows:
     """Attend over the kept tokens at the sampled rows.
@@ -72,6 +73,7 @@ def prepare(
         rows: Query positions, int64 [B, n].
         scale: Factor of q.k.
         softcap: What scale q.k is held within; 0: nothing.
+        taken: Keys and values as the state takes them, where it does not take k and v.
         gone_mass: Whether to compute `gone_log_mass`.
     """
     B, K, T, D = k.shape
@@ -91,10 +93,11 @@ def prepare(
     kept = logits.masked_fill_(hidden[:, :, None], -torch.inf).view(B, K, -1, T)
     # torch's softmax is many times faster than its exp; the largest weight is e^(max - log mass).
     weight = kept.softmax(-1)
+    own_k, own_v = (k, v) if taken is None else taken
     return Rows(
         q=query,
-        k=k,
-        v=v,
+        k=own_k,
+        v=own_v,
         gone=gone[:, :, None].float(),
         log_mass=kept.amax(-1, keepdim=True) - weight.amax(-1, keepdim=True).log(),
         value=weight @ v,

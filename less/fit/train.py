@@ -24,12 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from less.calibration import Calibration
+from less.config import LessConfig
 from less.fit.capture import LayerWalk
+from less.fit.eviction import Eviction, Served, all_served
 from less.fit.one_layer import fit_layer
 from less.fit.recipe import LayerRecord, Progress, Recipe
 from less.fit.text import Pool, identity, sample_chunks
 from less.fit.tune import Tuning, check_tuning, tune
+from less.hf.models import describe
 from less.hf.weights import FIELD, note_weights
+from less.layer.kinds import KINDS
 from less.policies import Policy, policy_to_dict
 from less.sidekick import Sidekick
 from less.sidekick.identity import model_identity
@@ -41,9 +46,10 @@ _RECIPE_VERSION = 2  # raise it when the same settings would train something els
 def train(
     model: Any,
     text: Tensor | Pool | str | Iterable[str],
-    policies: Policy | Sequence[Policy],
+    policies: Policy | LessConfig | Sequence[Policy | LessConfig],
     *,
     tokenizer: Any = None,
+    calibration: Calibration | None = None,
     recipe: Recipe | None = None,
     chunks: int = 48,
     chunk_tokens: int = 1024,
@@ -74,8 +80,12 @@ def train(
             ``sample_chunks`` made; or a text, or texts in any iterable (consumed once, never held
             together), of which `chunks` chunks are sampled.
         policies: What the cache will evict by. Several of the same rule at different budgets make
-            one sidekick that serves all of them, and budgets between.
+            one sidekick that serves all of them, and budgets between. In place of a policy, a
+            ``LessConfig`` without a sidekick: maps are trained for the slots, rows and heads of its
+            cache. All have the same rows.
         tokenizer: The model's, where `text` is text.
+        calibration: Of the configs' rows and heads. Centred maps are trained on keys without its
+            means, and serve beside it alone.
         recipe: How each layer is trained; `Recipe()` by default.
         chunks: Chunks sampled, held-back ones included. Of every chunk one layer's q, k, v and
             output are held in memory, and one layer boundary on disk; nothing grows with the text.
@@ -101,16 +111,20 @@ def train(
             model, or `work` holds another run (the message says what differs).
     """
     recipe = recipe or Recipe()
-    policies = [policies] if isinstance(policies, Policy) else list(policies)
-    if not policies or not all(isinstance(p, Policy) for p in policies):
-        raise ValueError(f"train: policies must be one Policy or several, got {policies!r}")
-    written = [policy_to_dict(p) for p in policies]
+    given = [policies] if isinstance(policies, (Policy, LessConfig)) else list(policies)
+    if not given or not all(isinstance(p, (Policy, LessConfig)) for p in given):
+        raise ValueError(f"train: policies must be one Policy or several, got {given!r}")
     ids, record = _pool(text, tokenizer, chunks, chunk_tokens, recipe.seed)
-    held = held_chunks(policies, ids.shape[0], ids.shape[1], held)
+    facts = describe(model, "train")
+    served = all_served(model, facts, given, calibration, recipe.kind, recipe.rank)
+    written = [policy_to_dict(x.policy) for x in served]
+    budgets = sorted({n for x in served for n in x.budgets})
+    fewest = [x.budgets[0] for x in served]
+    held = held_chunks(fewest, ids.shape[0], ids.shape[1], held)
     if tuning is not None:
-        check_tuning(recipe.kind, ids.shape[1], policies, tuning)
+        check_tuning(recipe.kind, ids.shape[1], fewest, tuning)
     if start is not None:
-        _check_start(start, model, recipe)
+        _check_start(start, model, recipe, served)
         start = start.to(torch.float32)
     folder = Path(tempfile.mkdtemp(prefix="less-train-")) if work is None else Path(work)
     begun = time.perf_counter()
@@ -123,20 +137,23 @@ def train(
             "recipe_version": _RECIPE_VERSION,
             "recipe": dataclasses.asdict(recipe),
             "policies": written,
+            "budgets": budgets,
             "text": {k: record[k] for k in ("chunks", "chunk_tokens", "sha256")},
             "held": held,
             "model": {k: v for k, v in model_record.items() if k != "name"},
         }
         if start is not None:
             run["start"] = start.digest
+        if calibration is not None:
+            run["calibration"] = calibration.digest
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, run)
-        layers, records = _train_layers(walk, policies, recipe, held, folder, show, start)
+        layers, records = _train_layers(walk, served, recipe, held, folder, show, start)
         config = {
             "model": model_record,
             FIELD: note_weights(walk.facts),
             "policies": run["policies"],
-            "budgets": [p.capacity for p in policies],
+            "budgets": budgets,
             "training": {
                 "text": {"source": source, **record},
                 "tokens": ids.numel(),
@@ -153,7 +170,9 @@ def train(
             def tuned(done: int, steps: int, _divergence: float) -> None:
                 show(Progress(total, total, "tune", done / steps))
 
-            sidekick = tune(model, ids, sidekick, policies, tuning, held=held, show=tuned)
+            sidekick = tune(
+                model, ids, sidekick, given, tuning, held=held, show=tuned, calibration=calibration
+            )
             sidekick.config = _rounded(sidekick.config)
     except BaseException:
         if work is None:
@@ -167,22 +186,24 @@ def train(
     return sidekick
 
 
-def held_chunks(policies: Sequence[Policy], chunks: int, tokens: int, held: int | None) -> int:
+def held_chunks(budgets: Sequence[int], chunks: int, tokens: int, held: int | None) -> int:
     """How many chunks are held back: `held`, an eighth for None.
+
+    Args:
+        budgets: Of each cache that is trained for, the fewest slots of a head.
+        chunks: All of them.
+        tokens: Of a chunk.
+        held: As asked for.
 
     Raises:
         ValueError: that leaves none to train on, or nothing is evicted in chunks of `tokens`.
     """
-    keeps_all = [type(p).__name__ for p in policies if not p.evicts]
-    if keeps_all:
-        raise ValueError(f"train: policies must evict tokens, got {keeps_all[0]}")
     held = max(1, chunks // 8) if held is None else held
     if not 1 <= held < chunks:
         raise ValueError(f"train: held must be in 1..{chunks - 1} (chunks - 1), got {held}")
-    most = max(p.capacity for p in policies)
-    if tokens <= most:
+    if tokens <= max(budgets):
         raise ValueError(
-            f"train: chunks must be longer than the largest budget {most}, else nothing is "
+            f"train: chunks must be longer than the largest budget {max(budgets)}, else nothing is "
             f"evicted; got {tokens} tokens"
         )
     return held
@@ -190,7 +211,7 @@ def held_chunks(policies: Sequence[Policy], chunks: int, tokens: int, held: int 
 
 def _train_layers(
     walk: LayerWalk,
-    policies: Sequence[Policy],
+    served: Sequence[Served],
     recipe: Recipe,
     held: int,
     folder: Path,
@@ -209,7 +230,8 @@ def _train_layers(
             maps, record = _read_layer(path)
         else:
             begin = None if start is None or layer in start.absent else start[layer]
-            maps, record = _train_layer(walk, policies, recipe, held, layer, show, begin)
+            own = [x.layers[layer] for x in served]
+            maps, record = _train_layer(walk, own, recipe, held, layer, show, begin)
             _write_layer(path, maps, record)
         for passed in walk.boundaries:
             if passed <= layer and (layer + 1 in walk.boundaries):
@@ -230,7 +252,7 @@ def _train_layers(
 
 def _train_layer(
     walk: LayerWalk,
-    policies: Sequence[Policy],
+    evictions: Sequence[Eviction | None],
     recipe: Recipe,
     held: int,
     layer: int,
@@ -249,7 +271,7 @@ def _train_layer(
     captured = walk.capture(layer, captured_one)
     maps, record = fit_layer(
         captured,
-        policies,
+        [e for e in evictions if e is not None],
         recipe,
         layer,
         held,
@@ -277,7 +299,7 @@ def _pool(
     return sample_chunks(tokenizer, texts, length, chunks, seed)
 
 
-def _check_start(start: Sidekick, model: Any, recipe: Recipe) -> None:
+def _check_start(start: Sidekick, model: Any, recipe: Recipe, served: Sequence[Served]) -> None:
     """Refuse a sidekick that training cannot begin at."""
     start.check_model(model)
     for name in ("kind", "rank"):
@@ -290,6 +312,16 @@ def _check_start(start: Sidekick, model: Any, recipe: Recipe) -> None:
         raise ValueError(
             f"train: start must have the recipe's hidden, {recipe.hidden}, got {start.hidden}"
         )
+    if not KINDS[start.kind].centred:
+        return
+    for layer, eviction in enumerate(served[0].layers):
+        space = None if eviction is None else eviction.space
+        mean = None if layer in start.absent else start.key_mean(layer)
+        if mean is not None and space is not None and not torch.equal(mean.half(), space.key_mean):
+            raise ValueError(
+                f"train: start must have the calibration's key_mean, and has another in layer "
+                f"{layer}"
+            )
 
 
 def _claim(folder: Path, run: dict[str, Any]) -> None:

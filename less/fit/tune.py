@@ -22,7 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from less import reference
 from less._check import require_int
+from less.calibration import Calibration
+from less.config import LessConfig
 from less.fit.capture import attend_fully, calling
+from less.fit.eviction import Served, all_served
 from less.fit.recipe import check_lr, half_cosine
 from less.fit.schedule import schedule
 from less.hf.models import ModelFacts, describe
@@ -74,10 +77,11 @@ def tune(
     model: Any,
     ids: Tensor,
     sidekick: Sidekick,
-    policies: Sequence[Policy],
+    policies: Sequence[Policy | LessConfig],
     settings: Tuning | None = None,
     *,
     held: int,
+    calibration: Calibration | None = None,
     show: Callable[[int, int, float], None] = lambda step, steps, divergence: None,
 ) -> Sidekick:
     """Tune a sidekick of centroid maps.
@@ -86,9 +90,10 @@ def tune(
         model: The model that it was trained for, whole, on any device.
         ids: Token ids, int64 [chunks, tokens].
         sidekick: Layers without maps stay so.
-        policies: Take turns, step by step.
+        policies: What the cache will evict by, as in ``train``; they take turns, step by step.
         settings: How; `Tuning()` by default.
         held: Chunks at the end of `ids` that are not tuned on: the maps are compared on them.
+        calibration: As in ``train``.
         show: Called with the steps done, all steps, and the step's divergence in nats a token.
 
     Returns:
@@ -99,16 +104,17 @@ def tune(
         ValueError: The maps are of another kind, or the chunks are too short.
     """
     settings = settings or Tuning()
-    check_tuning(sidekick.kind, ids.shape[1], policies, settings)
+    facts = describe(model, "tune")
+    served = all_served(model, facts, policies, calibration, sidekick.kind, sidekick.rank)
+    check_tuning(sidekick.kind, ids.shape[1], [x.budgets[0] for x in served], settings)
     window = min(settings.window, ids.shape[1])
     begun = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
-    facts = describe(model, "tune")
     run = _Run(model, facts, sidekick, settings.rows)
     train, test = ids[: len(ids) - held], ids[len(ids) - held :]
     windows = [test[i % held, :window] for i in range(settings.held)]
     with run.attending():
-        before = run.divergences(windows, policies)
+        before = run.divergences(windows, served)
         optimizer = torch.optim.AdamW(
             run.leaves(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -118,17 +124,17 @@ def tune(
                 group["lr"] = settings.rate(step)
             queue = queue or torch.randperm(len(train), generator=generator).tolist()
             first = int(torch.randint(ids.shape[1] - window + 1, (1,), generator=generator))
-            turn = step % len(policies)
+            turn = step % len(served)
             text = train[queue.pop(), first : first + window]
             rows = run.sample(window, generator)
-            divergence = run.divergence(text, policies[turn], rows)
+            divergence = run.divergence(text, served[turn], rows)
             optimizer.zero_grad()
             # Relative to what it was, else the smallest budget alone would be tuned for.
             (divergence / max(before[turn], 1e-6)).backward()
             nn.utils.clip_grad_norm_(run.leaves(), 1.0)
             optimizer.step()
             show(step + 1, settings.steps, float(divergence.detach()))
-        after = run.divergences(windows, policies)
+        after = run.divergences(windows, served)
     kept = sum(after) < sum(before)
     record = {
         **dataclasses.asdict(settings),
@@ -144,13 +150,13 @@ def tune(
     return Sidekick(layers, kind=sidekick.kind, config=config)
 
 
-def check_tuning(kind: str, length: int, policies: Sequence[Policy], settings: Tuning) -> None:
+def check_tuning(kind: str, length: int, budgets: Sequence[int], settings: Tuning) -> None:
     """Refuse maps and texts that cannot be tuned.
 
     Args:
         kind: Of the maps.
         length: Tokens of a chunk.
-        policies: Who stays.
+        budgets: Of each cache, the fewest slots of a head.
         settings: How.
 
     Raises:
@@ -158,7 +164,7 @@ def check_tuning(kind: str, length: int, policies: Sequence[Policy], settings: T
     """
     if kind != "centroid":
         raise ValueError(f"tune: maps must be of kind 'centroid', got {kind!r}")
-    window, most = min(settings.window, length), max(p.capacity for p in policies)
+    window, most = min(settings.window, length), max(budgets)
     if window <= most:
         raise ValueError(
             f"tune: windows must be longer than the largest budget, {most}, else nothing is "
@@ -175,7 +181,7 @@ class _Run:
         self._means: list[Tensor | None] = []
         self._units: list[dict[str, Tensor]] = []
         self._leaves: list[dict[str, Tensor]] = []
-        self._policy: Policy | None = None
+        self._served: Served | None = None
         for maps in sidekick.to(facts.device, torch.float32):
             self._means.append(maps.pop(KEY_MEAN, None))
             units = {
@@ -211,30 +217,30 @@ class _Run:
         order = torch.randperm(window - first, generator=generator)[: self.rows]
         return order.sort().values + first
 
-    def divergences(self, windows: Sequence[Tensor], policies: Sequence[Policy]) -> list[float]:
-        """Mean divergence over windows, per policy."""
+    def divergences(self, windows: Sequence[Tensor], served: Sequence[Served]) -> list[float]:
+        """Mean divergence over windows, per cache."""
         rows = self.sample(len(windows[0]), torch.Generator().manual_seed(0))
         with torch.no_grad():
             return [
-                sum(float(self.divergence(text, policy, rows)) for text in windows) / len(windows)
-                for policy in policies
+                sum(float(self.divergence(text, one, rows)) for text in windows) / len(windows)
+                for one in served
             ]
 
-    def divergence(self, text: Tensor, policy: Policy, rows: Tensor) -> Tensor:
+    def divergence(self, text: Tensor, served: Served, rows: Tensor) -> Tensor:
         """Nats a token, at the sampled tokens, between the outputs of full and bounded attention.
 
         Args:
             text: Token ids, int64 [T].
-            policy: Who stays.
+            served: The cache.
             rows: int64 [n].
         """
         with torch.no_grad():
             wanted = self._log_odds(text, None, rows)
-        got = self._log_odds(text, policy, rows)
+        got = self._log_odds(text, served, rows)
         return nn.functional.kl_div(got, wanted, reduction="none", log_target=True).sum(-1).mean()
 
-    def _log_odds(self, text: Tensor, policy: Policy | None, rows: Tensor) -> Tensor:
-        self._policy = policy
+    def _log_odds(self, text: Tensor, served: Served | None, rows: Tensor) -> Tensor:
+        self._served = served
         device = self.facts.device
         logits = self.model(
             input_ids=text[None].to(device), use_cache=False, logits_to_keep=rows.to(device)
@@ -269,10 +275,13 @@ class _Run:
         softcap: float,
     ) -> Tensor:
         layer = self._layer[id(module)]
-        if self._policy is None or layer in self.facts.windows:
+        eviction = None if self._served is None else self._served.layers[layer]
+        if eviction is None:
             return attend_fully(q, k, v, mask, scale, softcap)
-        left = schedule(q.detach(), k.detach(), v.detach(), self._policy, scale, softcap)
-        given = (q, k, v, left, self.maps(layer), self._means[layer], scale, softcap)
+        left = schedule(q.detach(), k.detach(), v.detach(), eviction, scale, softcap)
+        taken = eviction.cold(k.detach(), v.detach())
+        error = (taken[0] - k.detach(), taken[1] - v.detach())
+        given = (q, k, v, left, self.maps(layer), self._means[layer], scale, softcap, error)
         if not torch.is_grad_enabled():
             return bounded(*given).to(q.dtype)
         # Computed again in the backward pass: a window's [T, T] of every layer are gigabytes.
@@ -289,6 +298,7 @@ def bounded(
     mean: Tensor | None,
     scale: float,
     softcap: float,
+    error: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention over what is kept, and over the state of what has left, at every token of a text.
 
@@ -303,6 +313,8 @@ def bounded(
         mean: Of keys, which psi takes without it [K, D]; None: 0.
         scale: Factor of q.k.
         softcap: What scale q.k is held within; 0: nothing.
+        error: What rows make of keys and values until they leave, [B, K, T, D] each: the state
+            takes these with it, what is kept is taken as it is. None: nothing.
 
     Returns:
         float32 [B, Q, T, D].
@@ -320,12 +332,16 @@ def bounded(
     logits = logits.view(grouped)
     if maps:
         # What has left weighs by its features: of one softmax with what is kept.
+        taken = k if error is None else k + error[0]
         phi, psi = (
             reference.phi(q, Maps("centroid", maps)),
-            reference.psi(k, Maps("centroid", maps)),
+            reference.psi(taken, Maps("centroid", maps)),
         )
         low = phi.reshape(B, K, Q // K * T, -1) @ psi.transpose(2, 3)
         low = low.clamp(min=torch.finfo(torch.float32).tiny).log()
         logits = torch.where(gone, low.view(grouped), logits)
     weight = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weight.view(B, K, -1, T) @ v).view(B, Q, T, D)
+    out = weight.view(B, K, -1, T) @ v
+    if error is not None and maps:
+        out = out + (weight * gone).view(B, K, -1, T) @ error[1]
+    return out.view(B, Q, T, D)

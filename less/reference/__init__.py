@@ -18,6 +18,7 @@ from less.reference.codec import (
     query_shift,
     rotate,
     slot_floats,
+    values_out_of_space,
 )
 from less.reference.eviction import Compacted, candidates, chunk_position, compact, survivors
 from less.reference.maps import EXP_CLAMP, centroid_map, feature_map, fold, phi, psi
@@ -63,4 +64,5 @@ __all__ = [
     "slot_floats",
     "spec_of",
     "survivors",
+    "values_out_of_space",
 ]
