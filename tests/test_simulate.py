@@ -300,6 +300,18 @@ def test_both_commands_print_a_table_of_a_model_and_a_text(
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [record["rows"] for record in records] == ["k4v4", "k4v4", "k2v2", "k2v2"]
     assert all(len(record["loss"]) == 2 for record in records)
+    sidekick = tmp_path / "sidekick"
+    maps = Sidekick.random(2, 4, 2, 16, 4, 1, "centroid", 0)
+    maps.save_pretrained(sidekick, dtype=torch.int8)
+    folds = ["--bytes-of", "60", "--victim", "fold", "forget", "--sidekick", str(sidekick)]
+    simulate_command.main([*where, *small, *folds, "--json", str(lines)])
+    capsys.readouterr()
+    fold, forget = [json.loads(line) for line in lines.read_text().splitlines()[-2:]]
+    spare = forget["slots"] - fold["slots"]  # of 16 dims: 36 bytes each, and padding
+    assert fold["state"] - 128 <= 36 * spare <= fold["state"] + 128 * 10
+    assert fold["loss"] != forget["loss"]
+    with pytest.raises(ValueError, match="--victim fold needs --sidekick"):
+        simulate_command.main([*where, *small, *folds[:-2]])
     rounding.main([*where, *small, "--quantizer", "lloyd", "max"])
     _, _, *table = capsys.readouterr().out.splitlines()
     errors = [[float(cell) for cell in line.split("|")[3:8]] for line in table]

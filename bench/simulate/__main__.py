@@ -17,6 +17,8 @@ from bench.simulate.measure import Measurement, Setting
 from bench.simulate.model import narrow
 from bench.simulate.native import VICTIMS
 from bench.simulate.space import SPACES
+from bench.simulate.state import features_of, state_bytes
+from less import Sidekick
 from less.evaluate import assets
 from less.evaluate.perplexity import FROM, copy_probes
 from less.files import read_texts
@@ -25,14 +27,15 @@ from less.fit.text import opening
 CALIBRATION = 8  # chunks of training text
 
 
-def settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """The product of what was asked for."""
+def settings(args: argparse.Namespace, state: int) -> Iterator[Setting]:
+    """The product of what was asked for; `state`: bytes that folding takes of a head."""
     fixed = {"sinks": args.sinks, "metadata": args.metadata}
     several = ("rows", "quantizer", "bytes_of", "space", "victim", "budgets", "hot", "decay")
     several += ("recent",)
     for values in itertools.product(*(getattr(args, name) for name in several)):
         varied = dict(zip(several, values, strict=True))
-        yield Setting(**varied | {"budgets": varied["budgets"] == "curves"}, **fixed)
+        varied["budgets"] = varied["budgets"] == "curves"
+        yield Setting(**varied, **fixed, state=state if varied["victim"] == "fold" else 0)
 
 
 def options(words: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +53,9 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--quantizer", default=["max"], **several, help="see quantizers.named")
     add("--bytes-of", type=int, default=[64], **several, help="fp16 tokens; 0: all is kept")
     add("--space", default=["calibrated"], **several, choices=SPACES)
-    add("--victim", default=["forget"], **several, choices=VICTIMS)
+    add("--victim", default=["forget"], **several, choices=(*VICTIMS, "fold"))
+    add("--sidekick", type=Path, help="folder of centroid maps, for victim fold; calibrated space")
+    add("--half-state", action="store_true", help="its H in fp16")
     add(
         "--budgets",
         default=["uniform"],
@@ -94,13 +99,20 @@ def subject(args: argparse.Namespace) -> Measurement:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     args = options(words)
+    if "fold" in args.victim and (args.sidekick is None or args.space != ["calibrated"]):
+        raise ValueError("--victim fold needs --sidekick and --space calibrated")
+    sidekick = None if args.sidekick is None else Sidekick.from_pretrained(args.sidekick)
     on = subject(args)
+    state, features = 0, None
+    if sidekick is not None:
+        state = state_bytes(sidekick, args.half_state)
+        features = features_of(sidekick, on.calibrated())
     print("| cache | slots | perplexity | nats lost | recovered, % |\n|---|---:|---:|---:|---:|")
     print(on.row("full attention", args.length, on.full), flush=True)
     for tokens in sorted(set(args.bytes_of) - {0}):
         print(on.row("H2O, fp16", tokens, on.h2o(tokens)), flush=True)
-    for setting in settings(args):
-        row, record = on.measure(setting)
+    for setting in settings(args, state):
+        row, record = on.measure(setting, sidekick=features)
         print(row, flush=True)
         if args.json:
             asked = {"model": args.model, "text": str(args.text), "length": args.length}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.simulate import quantizers
 from bench.simulate.budgets import Curves, curves
-from bench.simulate.model import Sidekick, bounded, calibrate, nats
+from bench.simulate.model import SidekickFeatures, bounded, calibrate, nats
 from bench.simulate.native import Cache, Noise
 from bench.simulate.space import Moments, space_by_name
 from less.budget import deal_curves, most_within
@@ -22,7 +22,7 @@ from less.evaluate.perplexity import Nats, recovered
 from less.layer.layout import PageLayout, placed
 
 LEAST_COLD = 12  # cold slots that every head is dealt
-METADATA = {"forget": 6, "merge": 8}  # bytes of a packed slot: position, score, count
+METADATA = {"forget": 6, "merge": 8, "fold": 6}  # bytes of a packed slot: position, score, count
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Setting:
         bytes_of: 16-bit tokens whose bytes are spent, those of a page; 0: nothing is evicted.
         quantizer: A name that ``quantizers.named`` knows.
         space: One of ``SPACES``.
-        victim: One of ``VICTIMS``.
+        victim: One of ``VICTIMS``, or ``"fold"``: into a state.
         budgets: Slots are dealt to the heads by the curves of the training text.
         hot: Last tokens in int8.
         sinks: First tokens in int8.
         decay: What a score keeps per token.
         recent: Part of the slots that hold the last tokens.
         metadata: Bytes of a slot beside its rows and their scales; None: as the cache has them.
+        state: Bytes of a head beside its slots.
     """
 
     rows: str
@@ -54,6 +55,7 @@ class Setting:
     decay: float = 0.98
     recent: float = 0.25
     metadata: int | None = None
+    state: int = 0
 
     def cache(self, D: int, slots: Sequence[int]) -> Cache:
         """The cache to simulate of rows of D numbers, given the slots of each head.
@@ -72,7 +74,8 @@ class Setting:
             k, v, [S - hot for S in slots], sinks=self.sinks, hot=self.hot,
             recent=[int(self.recent * S) for S in slots], decay=self.decay,
             half_scores=any(bits < 8 for bits in bits_of(self.rows)),
-            int8_queries=k.kind == "table", victim=self.victim,
+            int8_queries=k.kind == "table",
+            victim="forget" if self.victim == "fold" else self.victim,
         )  # fmt: skip
 
     def slots(self, D: int, length: int) -> int:
@@ -102,7 +105,7 @@ class Setting:
                 f"{label}_scale": (cold, scales),
             }
         fields["others"] = (slots, max(metadata - 4, 0))
-        return placed(fields)[1]
+        return placed(fields)[1] + self.state
 
     def __str__(self) -> str:
         words = [f"{self.rows} {self.quantizer}", self.space, self.victim]
@@ -195,14 +198,14 @@ class Measurement:
         self,
         setting: Setting,
         capacities: dict[int, list[int]] | None = None,
-        sidekick: Sidekick | None = None,
+        sidekick: SidekickFeatures | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """A row of the table, and all of it unrounded.
 
         Args:
             setting: The row.
             capacities: Slots of each head, by layer; None: as the setting has them.
-            sidekick: What makes a low-rank state, on top of the setting's bytes; None: nothing.
+            sidekick: What makes the low-rank state, of victim ``"fold"``; None: there is none.
         """
         began = time.perf_counter()
         noise = Noise(*torch.zeros(2, 2, dtype=torch.float64))
@@ -214,7 +217,8 @@ class Measurement:
         caches = defaultdict(lambda: setting.cache(self.head_dim, [slots] * K))
         for layer, heads in (capacities or {}).items():
             caches[layer] = setting.cache(self.head_dim, heads)
-        attend = bounded(caches.__getitem__, space_by_name(setting.space, known), noise, sidekick)
+        features = sidekick if setting.victim == "fold" else None
+        attend = bounded(caches.__getitem__, space_by_name(setting.space, known), noise, features)
         measured = nats(self.model, self.chunks, attend, self.start)
         h2o = self.h2o(setting.bytes_of) if setting.bytes_of else None
         record = {

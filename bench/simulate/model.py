@@ -128,16 +128,17 @@ def full(module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: 
     )[0]
 
 
-#: (layer, q [Q, T, D], k [K, T, D]) -> features. q is the layer's own; k the rows as they are held
-#: once they are cold, outside of their space, its mean left off.
-Sidekick = Callable[[int, Tensor, Tensor], Features]
+#: (layer, q [Q, T, D], k [K, T, D], scale) -> features, None where a layer has none. q is the
+#: layer's own; k the rows as they are held once they are cold, outside of their space, without its
+#: mean.
+SidekickFeatures = Callable[[int, Tensor, Tensor, float], "Features | None"]
 
 
 def bounded(
     cache: Callable[[int], Cache],
     space: Callable[[int, Tensor, Tensor, Tensor, Tensor], Space] | None,
     noise: Noise | None = None,
-    sidekick: Sidekick | None = None,
+    sidekick: SidekickFeatures | None = None,
 ) -> Attend:
     """Attention through a simulated cache for each layer.
 
@@ -157,7 +158,8 @@ def bounded(
         features = None
         if sidekick is not None:
             keys = cold_keys(rows[1], held)
-            features = sidekick(layer, q, keys if inside is None else inside.key_without_mean(keys))
+            keys = keys if inside is None else inside.key_without_mean(keys)
+            features = sidekick(layer, q, keys, scale)
         out = simulate(*rows, held, scale, noise, features)
         return out if inside is None else inside.leave(out)
 
