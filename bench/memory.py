@@ -54,7 +54,9 @@ def methods(args: argparse.Namespace) -> dict[str, LessConfig]:
         found[f"fold, {rows}" + ", calibrated heads" * bool(calibration)] = LessConfig(
             bytes=1, rows=rows, sidekick=args.sidekick, **calibrated
         )
-    return found
+    plain, *others = found
+    kept = [n for n in others if args.only is None or any(text in n for text in args.only)]
+    return {name: found[name] for name in (plain, *kept)}
 
 
 def within(config: LessConfig, model: Any, batch: int, room: int) -> LessKVCache:
@@ -87,6 +89,7 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--text", type=Path, help="a file or folder; default: Wikipedia's eval half")
     add("--chunks", type=int, default=8)
     add("--length", type=int, default=1024)
+    add("--only", nargs="+", metavar="TEXT", help="caches beside H2O whose names have one of these")
     add("--copy", type=int, default=0, help="how many copy probes")
     add("--model-dtype", default="bfloat16")
     return parser.parse_args(words)

@@ -47,3 +47,7 @@ def test_no_method_takes_more_bytes_than_plain_h2o(
     for row in others:
         assert 0.8 * room < int(row[3].replace(",", "")) <= room
         assert float(row[2]) > 60
+    memory.main([*words, "--model-dtype", "float32", "--only", "fold"])
+    again = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
+    folds = next(row for row in others if row[1].strip().startswith("fold"))
+    assert [row[:4] for row in again] == [plain[:4], folds[:4]]
