@@ -194,28 +194,38 @@ class LessConfig(ConfigFile):
         from less.hf import cache_for
         from less.hf.models import describe
 
+        facts = describe(model, "LessConfig")
+        settings = self.arguments(facts, batch, prompt_tokens, sidekick, max_tokens, calibration)
+        return cache_for(model, batch=batch, backend=backend, **settings)
+
+    def arguments(
+        self,
+        facts: ModelFacts,
+        batch: int = 1,
+        prompt_tokens: int | None = None,
+        sidekick: Sidekick | None = None,
+        max_tokens: int | None = None,
+        calibration: Calibration | None = None,
+    ) -> dict[str, Any]:
+        """What ``less.hf.cache_for`` takes beside the model, rows and backend; as in ``cache``."""
         if sidekick is None:
             sidekick = self.load_sidekick()
         if calibration is None:
             calibration = self.load_calibration()
         settled = self.settled(sidekick, calibration)
-        facts = describe(model, "LessConfig")
         dealt = [
             settled._dealt(facts, rank, batch, prompt_tokens, sidekick, max_tokens, calibration)
             for rank in range(facts.part[1])
         ]
-        return cache_for(
-            model,
-            settled._policies(facts, dealt[facts.part[0]], sidekick),
-            sidekick,
-            batch=batch,
-            dtype=settled._format,
-            backend=backend,
-            calibration=calibration,
-            victim=settled.victim,
-            capacities=[joined(layer) for layer in zip(*dealt, strict=True)],
+        return {
+            "policy": settled._policies(facts, dealt[facts.part[0]], sidekick),
+            "sidekick": sidekick,
+            "dtype": settled._format,
+            "calibration": calibration,
+            "victim": settled.victim,
+            "capacities": [joined(layer) for layer in zip(*dealt, strict=True)],
             **settled._hot,
-        )
+        }
 
     def settled(
         self, sidekick: Sidekick | None = None, calibration: Calibration | None = None

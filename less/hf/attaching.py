@@ -70,6 +70,54 @@ def cache_for(
         )
     facts = describe(model, "cache_for")
     check_ready("cache_for", facts)
+    cache = cache_of(
+        facts,
+        policy,
+        sidekick,
+        batch=batch,
+        dtype=dtype,
+        backend=backend,
+        calibration=calibration,
+        sinks=sinks,
+        hot=hot,
+        hot_dtype=hot_dtype,
+        victim=victim,
+        capacities=capacities,
+    )
+    warn_of_other_weights(cache, facts)
+    make_sliding(cache, facts)
+    return cache
+
+
+def cache_of(
+    facts: ModelFacts,
+    policy: Policy | Sequence[Policy | None],
+    sidekick: Sidekick | None = None,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype | str | None = None,
+    backend: str | None = None,
+    calibration: Calibration | None = None,
+    **settings: Any,
+) -> LessKVCache:
+    """Build a cache from what is known of a model, whose weights may be elsewhere.
+
+    Layers that slide get nothing here.
+
+    Args:
+        facts: The model.
+        policy: As in ``cache_for``, as are all others.
+        sidekick: Likewise.
+        batch: Likewise.
+        dtype: Likewise.
+        backend: Likewise.
+        calibration: Likewise.
+        **settings: ``sinks``, ``hot``, ``hot_dtype``, ``victim`` and ``capacities``.
+
+    Raises:
+        ValueError: The sidekick or the calibration belongs to another model, or an argument is
+            wrong.
+    """
     if isinstance(sidekick, Sidekick) and sidekick.part == (0, 1) != facts.part:
         sidekick.check_model(facts.config)  # its message speaks of the whole model
         sidekick = sidekick.shard(*facts.part)
@@ -77,6 +125,7 @@ def cache_for(
         calibration.check_model(facts.config)
         if facts.part != (0, 1):
             calibration = calibration.shard(*facts.part)
+    capacities = settings.pop("capacities", None)
     if capacities is not None and facts.part != (0, 1):
         capacities = [
             _own_heads(f"capacities[{i}]", slots, facts) for i, slots in enumerate(capacities)
@@ -96,16 +145,11 @@ def cache_for(
         native=sorted(facts.windows),
         softcap=facts.softcap,
         calibration=calibration,
-        sinks=sinks,
-        hot=hot,
-        hot_dtype=hot_dtype,
-        victim=victim,
         capacities=capacities,
+        **settings,
     )
     cache.part = facts.part
     check_fits("cache_for", cache, facts)
-    warn_of_other_weights(cache, facts)
-    make_sliding(cache, facts)
     return cache
 
 
