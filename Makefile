@@ -34,7 +34,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard tools/*.py) $(shell find csrc -type
 CPP := $(shell find csrc emulator tests $(wildcard bench) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt emulator/*.cmake) \
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
-PY := setup.py tools emulator less tests $(wildcard bench examples)
+PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
 .PHONY: ready bare converted demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -47,6 +48,16 @@ class ConfigFile:
             raise ValueError(
                 f"LessConfig: format must be {FORMAT!r} version {_VERSION}, got {kind!r} {version}"
             )
+        return cls.from_settings(settings)
+
+    @classmethod
+    def from_settings(cls: type[T], d: Mapping[str, Any]) -> T:
+        """Build the config from its settings as JSON has them, a policy as ``policy_to_dict``.
+
+        Raises:
+            ValueError: A setting is unknown or wrong.
+        """
+        settings = dict(d)
         unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"LessConfig: unknown settings {unknown}")

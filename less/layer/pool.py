@@ -117,11 +117,20 @@ class PageRows:
         """Whether each row's page is cleared before use, bool [B]; None: no page is."""
         return self.packed[1].bool() if self.packed.shape[0] == 2 else None
 
+    @classmethod
+    def of(cls, packed: Tensor) -> PageRows:
+        """Rows that lie in memory already, which is read at each call; nothing is checked.
+
+        Args:
+            packed: int32 [1 or 2, B], contiguous: pages, then fresh as 0 and 1.
+        """
+        rows = cls.__new__(cls)
+        rows.packed = packed
+        return rows
+
     def used(self) -> PageRows:
         """The same pages, without ``fresh``: for the second half of a call."""
-        same = PageRows.__new__(PageRows)
-        same.packed = self.packed[:1]
-        return same
+        return PageRows.of(self.packed[:1])
 
 
 @dataclass(frozen=True)
