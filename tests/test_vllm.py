@@ -1,7 +1,10 @@
 """The vLLM backend without vLLM: settings, refusals, the shape of a model, steps of a batch."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +153,14 @@ def test_chunks_that_depend_on_traffic_are_refused(scheduler, chunk):
     with pytest.raises(ValueError, match="its chunks depend on traffic"):
         Settings.of(config)
     assert Settings.of(vllm_config({"tokens": 32, "any_chunks": True}, scheduler=scheduler))
+
+
+def test_the_settings_that_the_page_shows_are_accepted():
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    shown = re.findall(r'^ +(\{"less": .*\})$', page, re.MULTILINE)
+    assert len(shown) == 4
+    for text in shown:
+        Settings.of(vllm_config(json.loads(text)["less"]))
 
 
 def test_another_vllm_is_refused_by_name():

@@ -367,3 +367,70 @@ def test_the_interfaces_of_vllm_are_those_that_the_backend_was_written_for():
         "dcp_sharded",
     }
     assert callable(Attention.get_attn_backend)
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def asked(url, texts, every=0.0, new=NEW):
+    """What a server answers to texts that arrive ``every`` so many seconds."""
+    import json
+    import time
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    from bench.serving.server import NAME
+
+    def ask(i):
+        time.sleep(every * i)
+        given = {"model": NAME, "prompt": texts[i], "max_tokens": new, "temperature": 0}
+        given |= {"ignore_eos": True, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            json.dumps(given).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            return json.loads(reply.read())["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        return list(pool.map(ask, range(len(texts))))
+
+
+SERVER = (
+    *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4"),
+    *("--kv-cache-memory-bytes", str(1 << 26), "--max-num-batched-tokens", "192"),
+    *("--long-prefill-token-threshold", "48"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["less", "k4v4, merged"])
+def test_a_server_of_two_processes_answers_as_one_process_does(model, own, alone, case):
+    """Tensor parallel: each process holds the pages of its heads, and its part of the maps."""
+    from bench.serving.server import flags, serving
+    from tests.tiny_model import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(model)
+    settings, texts = own[case], prompts()
+    wanted = alone(texts, settings, chunk=48)
+    if "bytes" in settings:  # of a process
+        settings = settings | {"bytes": settings["bytes"] // 2}
+    given = [*SERVER, "--tensor-parallel-size", "2", *flags(settings)]
+    with serving(model, given, threads=1) as url:
+        assert asked(url, texts, every=0.2) == wanted
+        assert asked(url, texts) == wanted
+
+
+@pytest.mark.slow
+def test_a_few_pages_outlast_clients_that_cancel_and_leave(model):
+    from tests.tiny_model import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(model)
+    command = [sys.executable, "-m", "bench.serving", "storm", "--model", model]
+    command += ["--less", '{"tokens": 64}', "--dtype", "float32", "--requests", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["whole"] + line["cancelled"] + line["gone"] == 60
+    assert min(line["whole"], line["cancelled"], line["gone"]) > 3
