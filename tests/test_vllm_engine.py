@@ -178,7 +178,8 @@ def alone(model):
 
 
 def free_blocks(llm):
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    core = llm.llm_engine.engine_core.engine_core
+    return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 CASES = ("nothing leaves", "h2o", "less", "sinks", "k4v4, merged", "layers differ", "a full layer")
@@ -250,10 +251,6 @@ def test_half_precision_is_served(model, own):
         ({"additional_config": {"less": {"token": 1}}}, r"unknown settings \['token'\]"),
         ({"enable_chunked_prefill": True}, "chunks depend on traffic"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative_config",
-        ),
     ],
 )
 def test_what_is_not_served_is_refused_when_the_engine_starts(model, own, settings, message):
@@ -324,6 +321,7 @@ def test_the_interfaces_of_vllm_are_those_that_the_backend_was_written_for():
     """A failure names what another vLLM changed."""
     from inspect import signature
 
+    from vllm.config import CacheConfig, ParallelConfig, SchedulerConfig, VllmConfig
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backend import (
         AttentionBackend,
@@ -347,6 +345,18 @@ def test_the_interfaces_of_vllm_are_those_that_the_backend_was_written_for():
     }
     for function, names in wanted.items():
         assert " ".join(signature(function).parameters) == names, function.__qualname__
+    read = {
+        VllmConfig: "additional_config model_config speculative_config kv_transfer_config "
+        "cache_config parallel_config scheduler_config device_config compilation_config",
+        CacheConfig: "cache_dtype kv_offloading_size kv_sharing_fast_prefill",
+        ParallelConfig: "pipeline_parallel_size prefill_context_parallel_size "
+        "decode_context_parallel_size",
+        SchedulerConfig: "enable_chunked_prefill long_prefill_token_threshold max_num_seqs "
+        "long_prefill_token_threshold_adaptive max_num_batched_tokens max_num_scheduled_tokens",
+    }
+    for config, names in read.items():
+        assert set(names.split()) <= set(config.__dataclass_fields__), config.__name__
+    assert isinstance(ParallelConfig.use_ubatching, property)
     fields = set(CommonAttentionMetadata.__dataclass_fields__)
     assert fields >= {
         "query_start_loc",

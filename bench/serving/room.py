@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def sequences(args: argparse.Namespace, less: Any) -> dict[str, Any]:
-    """Sequences at once, by the number of blocks and what one sequence takes of them."""
+    """Sequences at once: the blocks of the engine, by those that one sequence takes."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -47,15 +47,13 @@ def sequences(args: argparse.Namespace, less: Any) -> dict[str, Any]:
         **given,
     )
     core = llm.llm_engine.engine_core.engine_core
-    cache = core.scheduler.kv_cache_config
-    per_sequence = sum(
-        group.kv_cache_spec.max_memory_usage_bytes(llm.llm_engine.vllm_config)
-        for group in cache.kv_cache_groups
-        for _ in (group.layer_names if not hasattr(group.kv_cache_spec, "kv_cache_specs") else [0])
+    cache, config = core.scheduler.kv_cache_config, llm.llm_engine.vllm_config
+    each = sum(
+        g.kv_cache_spec.max_num_blocks_per_req(config, TOKENS) for g in cache.kv_cache_groups
     )
     blocks = cache.num_blocks - 1  # one is for padding
-    per_block = sum(t.size for t in cache.kv_cache_tensors) // cache.num_blocks
-    found = {"sequences": blocks * per_block / per_sequence, "bytes_each": per_sequence}
+    bytes_each = each * (args.memory << 20) // cache.num_blocks
+    found = {"sequences": blocks / each, "bytes_each": bytes_each}
     llm.llm_engine.engine_core.shutdown()
     del llm, core, cache
     gc.collect()
