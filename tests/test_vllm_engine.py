@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +154,10 @@ def staggered(llm, texts, every, new=NEW):
 
 @pytest.fixture(scope="module")
 def alone(model):
+    return generator(model)
+
+
+def generator(model):
     """What transformers generates for each prompt, on a bounded cache or without one."""
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     known = {}
@@ -166,6 +171,7 @@ def alone(model):
     def one(text, own, chunk, new):
         ids = torch.tensor([text])
         given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
+        given |= {"eos_token_id": None, "pad_token_id": 0}
         if chunk:
             given["prefill_chunk_size"] = chunk
         if own is None:
@@ -199,6 +205,41 @@ def test_texts_are_those_of_each_prompt_alone(model, own, alone, case):
             assert together(llm, texts) == wanted
     else:
         assert wanted != alone(texts)  # something that counts has left
+
+
+OF_SMOLLM2 = {
+    "nothing leaves": {"tokens": 512},
+    "h2o": {"tokens": 64, "policy": {"name": "H2O", "heavy": 1, "recent": 1}},
+    "less": {"tokens": 64, "sidekick": "smollm2-135m-instruct"},
+    "k4v4, merged": {"bytes": 1 << 21},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_SMOLLM2)
+def test_texts_of_smollm2_are_those_of_each_prompt_alone(case):
+    from less.evaluate import assets
+
+    try:
+        folder = os.fspath(assets.smollm2())
+    except assets.AssetError as error:
+        pytest.skip(str(error))
+    text = (Path(__file__).parent.parent / "docs" / "algorithm.md").read_text()
+    ids = assets.load_model(folder)[1](text)["input_ids"]
+    texts = [ids[:230], ids[300:337], ids[400:540], ids[600:675]]
+    own, chunk = OF_SMOLLM2[case], 64
+    wanted = generator(folder)(texts, own, chunk)
+    settings = {
+        "enable_chunked_prefill": True,
+        "long_prefill_token_threshold": chunk,
+        "max_num_batched_tokens": 4 * chunk,
+    }
+    with engine(folder, own, **settings) as llm:
+        assert together(llm, texts) == wanted
+        assert staggered(llm, texts, every=2) == wanted
+    if case == "nothing leaves":
+        with engine(folder, **settings) as llm:
+            assert together(llm, texts) == wanted
 
 
 def test_chunks_of_a_prompt_do_not_depend_on_traffic(model, own, alone):
