@@ -14,11 +14,11 @@ from torch import Tensor
 from less.cache import LessKVCache
 from less.dtypes import format_name
 from less.dtypes import name as name_of
+from less.evaluate.feeding import Progress
 from less.evaluate.methods import BASELINE, Method, rule_name
 from less.evaluate.perplexity import (
     FROM,
     Nats,
-    Progress,
     copy_perplexity,
     copy_probes,
     full_attention,

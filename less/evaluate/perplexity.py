@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from less.cache import LessKVCache
-from less.evaluate.side_by_side import SideBySide
+from less.evaluate.feeding import Progress, check_texts, cost, feed_caches
 
-_TOKENS_AT_ONCE = 1024  # rows x tokens of a step before anything is evicted: bounds the logits
 FROM = 256  # positions before this one are left out of the main figure: little is evicted there
-Progress = Callable[[int, int], None]  # (done, of)
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,13 @@ def full_attention(
         batch: Chunks per pass; logits take 4 x batch x length x vocabulary bytes.
         progress: Called with (chunks done, chunks).
     """
-    _check_chunks("full_attention", chunks)
+    check_texts("full_attention", chunks)
     nats = _empty(chunks)
     with torch.inference_mode():
         for first in range(0, len(chunks), batch):
             rows = chunks[first : first + batch].to(model.device)
             logits = model(rows, use_cache=False).logits
-            nats[first : first + batch, 1:] = _cost(logits[:, :-1], rows[:, 1:])
+            nats[first : first + batch, 1:] = cost(logits[:, :-1], rows[:, 1:])
             if progress:
                 progress(min(first + batch, len(chunks)), len(chunks))
     return Nats(nats)
@@ -102,34 +99,17 @@ def through_caches(
     Raises:
         ValueError: no cache, wrong batch, a cache in use, chunks of fewer than two tokens.
     """
-    from less.hf import attach
-
-    _check_chunks("through_caches", chunks)
-    if not caches:
-        raise ValueError("through_caches: caches must hold at least one cache, got none")
-    for i, cache in enumerate(caches):
-        if cache.batch != len(chunks):
-            raise ValueError(
-                f"through_caches: caches[{i}] must have batch {len(chunks)}, one row per chunk, "
-                f"got {cache.batch}"
-            )
-        if bool((cache.seen != 0).any()):
-            raise ValueError(f"through_caches: caches[{i}] has seen tokens, reset() it first")
-    if len(caches) > 1 and caches[0].native:
-        return [through_caches(model, chunks, [cache], progress)[0] for cache in caches]
-    count, length = chunks.shape
-    together = caches[0] if len(caches) == 1 else SideBySide(caches)
-    rows = chunks.to(model.device).repeat(len(caches), 1)
+    count = len(chunks)
+    rows = chunks.repeat(len(caches), 1)
     nats = _empty(rows)
-    unevicted = min(length - 1, together.at_once)
-    step = max(1, _TOKENS_AT_ONCE // len(rows))
-    cuts = [*range(0, unevicted, step), *range(unevicted, length)]
-    with torch.inference_mode(), attach(model, together):
-        for start, stop in itertools.pairwise(cuts):
-            logits = model(rows[:, start:stop], past_key_values=together).logits
-            nats[:, start + 1 : stop + 1] = _cost(logits, rows[:, start + 1 : stop + 1])
-            if progress:
-                progress(stop + 1, length)
+
+    def visit(first: int, start: int, logits: Tensor) -> None:
+        here = slice(first, first + len(logits))
+        stop = start + 1 + logits.shape[1]
+        targets = rows[here, start + 1 : stop].to(logits.device)
+        nats[here, start + 1 : stop] = cost(logits, targets)
+
+    feed_caches("through_caches", model, chunks, caches, visit, progress=progress)
     return [Nats(nats[i * count : (i + 1) * count]) for i in range(len(caches))]
 
 
@@ -155,7 +135,7 @@ def copy_probes(chunks: Tensor, opened: int = 0) -> Tensor:
     Returns:
         int64 [chunks, length]; only the first three quarters of the chunks are used.
     """
-    _check_chunks("copy_probes", chunks)
+    check_texts("copy_probes", chunks)
     length = chunks.shape[1]
     quarter = length // 4
     if quarter == 0 or opened > length - 2 * quarter:
@@ -197,19 +177,5 @@ def recovered(full: Nats, baseline: Nats, method: Nats, start: int = FROM) -> Re
     return Recovered(share, math.sqrt(float(spread) * (n - 1) / n))
 
 
-def _cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of targets [rows, T] under logits [rows, T, vocabulary]."""
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    cost = torch.nn.functional.cross_entropy(flat, targets.reshape(-1), reduction="none")
-    return cost.view(targets.shape).double().cpu()
-
-
 def _empty(chunks: Tensor) -> Tensor:
     return torch.full(chunks.shape, math.nan, dtype=torch.float64)
-
-
-def _check_chunks(name: str, chunks: Tensor) -> None:
-    if chunks.dim() != 2 or chunks.shape[0] < 1 or chunks.shape[1] < 2:
-        raise ValueError(
-            f"{name}: chunks must be token ids [chunks, length >= 2], got {list(chunks.shape)}"
-        )
