@@ -6,8 +6,9 @@ own cache (``less.evaluate.side_by_side``).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -69,12 +70,11 @@ def feed_caches(
             raise ValueError(f"{op}: caches[{i}] has seen tokens, reset() it first")
     if len(caches) > 1 and caches[0].native:
         for i, cache in enumerate(caches):
-            row = i * len(texts)
-            feed_caches(
-                op, model, texts, [cache],
-                lambda first, start, logits, row=row: visit(row + first, start, logits),
-                context, piece, progress,
-            )  # fmt: skip
+
+            def shifted(first: int, start: int, logits: Tensor, row: int = i * len(texts)) -> None:
+                visit(row + first, start, logits)
+
+            feed_caches(op, model, texts, [cache], shifted, context, piece, progress)
         return
     length = texts.shape[1]
     together = caches[0] if len(caches) == 1 else SideBySide(caches)
@@ -137,3 +137,50 @@ def check_texts(op: str, texts: Tensor) -> None:
         raise ValueError(
             f"{op}: chunks must be token ids [chunks, length >= 2], got {list(texts.shape)}"
         )
+
+
+def greedy(
+    op: str,
+    model: Any,
+    prompt: Tensor,
+    cache: LessKVCache | None,
+    tokens: int,
+    end: Collection[int] = (),
+    visit: Visit | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """What greedy decoding writes after a prompt that is taken in at once, by each row.
+
+    Args:
+        op: For messages.
+        model: A causal language model of transformers.
+        prompt: int64 [rows, length], without padding.
+        cache: Fresh, of those rows; ``SideBySide`` too. None is transformers' own full cache.
+        tokens: To write, at most.
+        end: Tokens that end a row's text; they are not part of it.
+        visit: Is handed the logits of every step but the prompt's first tokens.
+        progress: Called with (tokens done, tokens).
+    """
+    from transformers import DynamicCache
+
+    from less.hf import attach
+
+    check_texts(op, prompt)
+    held: Any = DynamicCache(config=model.config) if cache is None else cache
+    context: Any = contextlib.nullcontext() if cache is None else attach(model, cache)
+    step, written = prompt.to(model.device), []
+    done = torch.zeros(len(prompt), dtype=torch.bool)
+    with torch.inference_mode(), context:
+        for i in range(tokens):
+            logits = model(step, past_key_values=held, logits_to_keep=1).logits
+            if visit is not None:
+                visit(0, prompt.shape[1] - 1 + i, logits)
+            step = logits[:, -1:].argmax(-1)
+            written.append(step[:, 0].tolist())
+            done |= torch.tensor([token in end for token in written[-1]])
+            if progress:
+                progress(i + 1, tokens)
+            if bool(done.all()):
+                break
+    rows = [list(row) for row in zip(*written, strict=True)]
+    return [list(itertools.takewhile(lambda token: token not in end, row)) for row in rows]
