@@ -1,5 +1,6 @@
 """``less-kv report``: tasks, cells that are measured once, tables and the page."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -46,7 +47,7 @@ def given(files):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     data = {"mine": files / "text.txt", "xsum-bigbench": files / "xsum.json"}
-    return Given(tokenizer, (LENGTH,), 2, data, steps=12, batches=(1,))
+    return Given(tokenizer, (LENGTH,), 2, data, steps=12, batches=(1,), together=1)
 
 
 def task(given, name):
@@ -61,8 +62,8 @@ def ask(files, out, *more):
     return [
         "report", "--model", str(files / "model"), "--data", f"mine={files / 'text.txt'}",
         "--lengths", str(LENGTH), "--examples", "2", "--steps", "8", "--batches", "1",
-        "--methods", "full,sinks,h2o,merge", "--budgets", "64,25%", "--threads", "1",
-        "--tasks", "perplexity:mine,needle", "--out", str(out), *map(str, more),
+        "--together", "1", "--methods", "full,sinks,h2o,merge", "--budgets", "64,25%",
+        "--threads", "1", "--tasks", "perplexity:mine,needle", "--out", str(out), *map(str, more),
     ]  # fmt: skip
 
 
@@ -104,6 +105,24 @@ def test_a_cache_that_keeps_all_scores_as_the_full_cache_does(given):
         asked = block.content["asked"] > 0
         assert torch.equal(~full.nats.isnan(), asked)
         assert not torch.allclose(full.nats[asked], lost.nats[asked], atol=2e-3)
+
+
+def test_examples_score_together_as_they_do_apart(given):
+    model, both = tiny_model(), dataclasses.replace(given, together=2)
+    for name in ("needle", "perplexity:mine", "copy", "divergence"):
+        apart = []
+        for block in task(given, name).blocks(given, ASKING):
+            apart.append(
+                task(given, name).score(model, block, [None, cache_for(model, H2O(20, 20))])
+            )
+        (block,) = task(both, name).blocks(both, ASKING)
+        caches = [None, cache_for(model, H2O(20, 20), batch=2)]
+        for i, scores in enumerate(task(both, name).score(model, block, caches)):
+            for metric, values in scores.items():
+                want = [one[i][metric][0] for one in apart]
+                if (name, i) == ("needle", 1):
+                    continue  # rows of a block share the end of what comes in pieces
+                assert values == pytest.approx(want, rel=2e-3, abs=2e-3), (name, metric)
 
 
 def test_greedy_decoding_side_by_side_is_that_of_each_cache_alone():

@@ -92,6 +92,13 @@ def add_parser(subparsers: Any) -> None:
         help="batch sizes of the speed (default: 1,4)",
     )
     add(
+        "--together",
+        type=measuring.positive,
+        default=4,
+        metavar="N",
+        help="examples that are measured at once, whose scores a kill loses (default: %(default)s)",
+    )
+    add(
         "--data",
         action="append",
         default=[],
@@ -151,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     from less.evaluate.tasks import all_tasks, chosen
     from less.evaluate.tasks.base import Given
 
-    given = Given(None, args.lengths, args.examples, data, args.steps, args.batches)
+    given = Given(None, args.lengths, args.examples, data, args.steps, args.batches, args.together)
     known = all_tasks(given)
     if args.list:
         _list(known, built_in())

@@ -82,6 +82,13 @@ def assemble(given: Given, length: int, question: Question, filler: Sequence[int
     return Block(length, length, content)
 
 
+def _joined(blocks: Sequence[Block]) -> Block:
+    ids, asked = (torch.cat([block.content[x] for block in blocks]) for x in ("ids", "asked"))
+    context = min(block.content["context"] for block in blocks)
+    content = {"ids": ids, "asked": asked, "context": context}
+    return Block(blocks[0].length, blocks[0].tokens, content, len(blocks))
+
+
 def answered(block: Block, scored: Forced) -> list[float]:
     """The part of each row's answers that greedy decoding writes, given those before."""
     out = []
@@ -115,8 +122,11 @@ class Asking(Task):
         )
 
     def blocks(self, given: Given, length: int) -> list[Block]:
-        """An example each."""
-        return [self._make(given, length, i) for i in range(given.count)]
+        """Some examples each; what all of them have as context may come in pieces."""
+        each = [self._make(given, length, i) for i in range(given.count)]
+        return [
+            _joined(each[i : i + given.together]) for i in range(0, given.count, given.together)
+        ]
 
     def score(
         self,

@@ -56,6 +56,7 @@ class Given:
         data: Name of a text or data set -> file or folder.
         steps: Tokens of long generations.
         batches: Batch sizes of the speed.
+        together: Examples of one length that are measured at once.
     """
 
     tokenizer: Any
@@ -64,6 +65,7 @@ class Given:
     data: Mapping[str, Path] = field(default_factory=dict)
     steps: int = 256
     batches: Sequence[int] = (1, 4)
+    together: int = 4
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,13 @@ class Divergence(Task):
         )
 
     def blocks(self, given: Given, length: int) -> list[Block]:
-        """A prompt each; the text behind it is the model's."""
+        """Some prompts each; the text behind them is the model's."""
         ids = prose_chunks(given, None, length)
         steps = self.steps
-        return [Block(length, length + steps, {"ids": row, "steps": steps}) for row in ids.split(1)]
+        return [
+            Block(length, length + steps, {"ids": rows, "steps": steps}, len(rows))
+            for rows in ids.split(given.together)
+        ]
 
     def score(
         self,
@@ -52,35 +55,40 @@ class Divergence(Task):
     ) -> list[Scores]:
         """Mean KL per step, and tokens until the first difference."""
         prompt, steps = block.content["ids"], block.content["steps"]
-        said: list[Tensor] = []
-        (text,) = greedy(
-            self.name, model, prompt, None, steps,
-            visit=lambda first, start, logits: said.append(logits[0, 0].float().cpu()),
+        said: list[Tensor] = []  # of each step, [rows, vocabulary]
+        text = torch.tensor(
+            greedy(
+                self.name, model, prompt, None, steps,
+                visit=lambda first, start, logits: said.append(logits[:, 0].float().cpu()),
+            )
         )  # fmt: skip
         bounded = [cache for cache in caches if cache is not None]
-        kl = torch.zeros(len(bounded), steps, dtype=torch.float64)
-        same = torch.zeros(len(bounded), steps, dtype=torch.bool)
-        length = prompt.shape[1]
+        rows, length = prompt.shape
+        kl = torch.zeros(len(bounded) * rows, steps, dtype=torch.float64)
+        same = torch.zeros(len(bounded) * rows, steps, dtype=torch.bool)
 
         def visit(first: int, start: int, logits: Tensor) -> None:
+            of = torch.arange(first, first + len(logits)) % rows
             for t in range(logits.shape[1]):
                 at = start + t - length + 1  # of the generated token that these logits predict
                 if not 0 <= at < steps:
                     continue
                 ours = logits[:, t].float().cpu().log_softmax(-1)
-                theirs = said[at].log_softmax(-1)
+                theirs = said[at].log_softmax(-1)[of]
                 here = slice(first, first + len(logits))
                 kl[here, at] = (theirs.exp() * (theirs - ours)).sum(-1).double()
-                same[here, at] = ours.argmax(-1) == text[at]
+                same[here, at] = ours.argmax(-1) == text[of, at]
 
         if bounded:
-            whole = torch.cat([prompt, torch.tensor([text])], 1)
+            whole = torch.cat([prompt, text], 1)
             feed_caches(self.name, model, whole, bounded, visit, length, progress=progress)
-        alike = [row.long().cumprod(0).sum() for row in same]
+        alike = same.long().cumprod(1).sum(1)
         found = iter(
-            {"kl": [float(a.mean())], "same": [float(b)]} for a, b in zip(kl, alike, strict=True)
+            {"kl": a.tolist(), "same": [float(x) for x in b]}
+            for a, b in zip(kl.mean(1).split(rows), alike.split(rows), strict=True)
         )
-        return [{"kl": [0.0], "same": [float(steps)]} if c is None else next(found) for c in caches]
+        full = {"kl": [0.0] * rows, "same": [float(steps)] * rows}
+        return [full if cache is None else next(found) for cache in caches]
 
 
 def tasks(given: Given) -> list[Task]:

@@ -43,8 +43,8 @@ class Perplexity(Task):
         )
 
     def blocks(self, given: Given, length: int) -> list[Block]:
-        """A chunk each."""
-        return _blocks(prose_chunks(given, self.text, length), max(1, length // 4))
+        """Some chunks each."""
+        return _blocks(given, prose_chunks(given, self.text, length), max(1, length // 4))
 
     def score(
         self,
@@ -69,13 +69,13 @@ class Copy(Task):
     metrics = (_NATS, Metric("recall", "recalled, %", False, 0, "percent"))
 
     def blocks(self, given: Given, length: int) -> list[Block]:
-        """A probe each."""
+        """Some probes each."""
         ids = prose_chunks(given, None, length)
         try:
             probes = copy_probes(ids, len(opening(given.tokenizer)))
         except ValueError as error:
             raise UnavailableError(str(error)) from error
-        return _blocks(probes, length - length // 4)
+        return _blocks(given, probes, length - length // 4)
 
     def score(
         self,
@@ -91,13 +91,15 @@ class Copy(Task):
         ]
 
 
-def _blocks(ids: Tensor, start: int) -> list[Block]:
-    asked = torch.zeros_like(ids[:1])
-    asked[:, start:] = 1
+def _blocks(given: Given, ids: Tensor, start: int) -> list[Block]:
     length = ids.shape[1]
-    return [
-        Block(length, length, {"ids": row, "asked": asked, "context": 0}) for row in ids.split(1)
-    ]
+    blocks = []
+    for rows in ids.split(given.together):
+        asked = torch.zeros_like(rows)
+        asked[:, start:] = 1
+        content = {"ids": rows, "asked": asked, "context": 0}
+        blocks.append(Block(length, length, content, len(rows)))
+    return blocks
 
 
 def tasks(given: Given) -> list[Task]:
