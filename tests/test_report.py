@@ -1,9 +1,14 @@
 """``less-kv report``: tasks, cells that are measured once, tables and the page."""
 
+import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from less.cli import main
 from less.evaluate import harness
 from less.evaluate.cells import Cells
 from less.evaluate.feeding import greedy
-from less.evaluate.named import Budget, methods_for, own_method
+from less.evaluate.named import Budget, built_in, methods_for, own_method
 from less.evaluate.outcome import mean, share_recovered, shown, tables
 from less.evaluate.side_by_side import SideBySide
 from less.evaluate.tasks import all_tasks, chosen
@@ -432,3 +437,59 @@ def test_the_page_opens_sorts_and_draws(files, tmp_path):
         head.click()
         assert column() == sorted(column(), reverse=True)
         assert head.get_attribute("aria-sort") == "descending"
+
+
+def test_bench_measures_speed_and_peak_against_length_and_batch(files, tmp_path):
+    out = tmp_path / "out"
+    assert main([
+        "bench", "--model", str(files / "model"), "--lengths", "128,256,4096", "--batches", "1,3",
+        "--methods", "full,merge", "--budgets", "25%", "--threads", "1", "--out", str(out),
+    ]) == 0  # fmt: skip
+    cells = cells_of(out)
+    assert {(c["task"], c["length"]) for c in cells} == {
+        (f"speed:batch-{b}", n) for b in (1, 3) for n in (128, 256)
+    }
+    for cell in cells:
+        assert cell["scores"]["tokens_per_second"][0] > 0
+        assert cell["scores"]["prompt_seconds"][0] > 0
+        assert cell["scores"]["peak_mib"][0] >= 0
+    written = (out / "report.md").read_text()
+    assert written.startswith("# less-kv bench\n")
+    assert "beyond the model's context of 512" in written
+    full = [c["bytes"]["row"] for c in cells if c["method"] == "full"]
+    assert sorted(set(full)) == [128 * 256, 256 * 256]
+
+
+def test_a_full_cache_that_would_not_fit_is_refused_before_it_is_tried(given, monkeypatch):
+    from less.evaluate.tasks import speed
+
+    monkeypatch.setattr(speed, "available_bytes", lambda: 10_000)
+    one = task(given, "speed:batch-1")
+    with pytest.raises(UnavailableError, match="as it grows, the machine has 9.77 KiB left"):
+        one.score(tiny_model(), one.blocks(given, LENGTH)[0], [None])
+
+
+def test_the_peak_sees_what_was_taken_and_freed():
+    from less.evaluate.machine import Peak
+
+    peak = Peak(torch.device("cpu"))
+    before = peak.bytes()
+    if before is None:
+        pytest.skip("NO PEAK: this system does not say")
+    torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert peak.bytes() - before > 48 * 2**20
+
+
+def test_the_page_of_docs_names_every_task_and_method_and_its_commands_parse(given):
+    text = (Path(__file__).resolve().parent.parent / "docs" / "report.md").read_text()
+    named = set(re.findall(r"`([\w-]+)(?::\w+)?`", text))
+    assert {one.name.partition(":")[0] for one in all_tasks(given)} <= named
+    assert set(built_in()) <= named
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    for name in ("report", "bench", "view"):
+        importlib.import_module(f"less.cli.{name}").add_parser(subparsers)
+    commands = re.findall(r"^    less-kv (.+?)(?: +# .*)?$", text, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        parser.parse_args(shlex.split(command))

@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": ("less.cli.calibrate", "measure a model's channels, for rows of few bits"),
     "evaluate": ("less.cli.evaluate", "the full measurement: several budgets, more text"),
     "report": ("less.cli.report", "tasks x methods x budgets x models: tables, plots, one page"),
+    "bench": ("less.cli.bench", "speed and memory of your model on this machine, plotted"),
     "view": ("less.cli.view", "a text, each token coloured by where the cache has it, over time"),
     "lm-eval": ("less.cli.lm_eval", "tasks of lm-evaluation-harness, full cache against bounded"),
     "matrix": ("less.cli.matrix", "what works with which model, tried out"),
@@ -27,7 +28,7 @@ COMMANDS = {
 
 
 # Commands whose work is worth a start of the program anew, to set how threads wait.
-_COMPUTE = ("demo", "train", "calibrate", "evaluate", "report", "view", "lm-eval", "chat")
+_COMPUTE = ("demo", "train", "calibrate", "evaluate", "report", "bench", "view", "lm-eval", "chat")
 _IMPORT = "--import"
 
 

@@ -32,101 +32,79 @@ def add_parser(subparsers: Any) -> None:
         "results.jsonl, report.md and report.html. What is there already is never computed again, "
         "so a run that was killed goes on where it was. Needs pip install 'less-kv[report]'.",
     )
+    add_common(parser, _METHODS, [1024], [1, 4], "less-report")
+    parser.set_defaults(title="less-kv report")
     add = parser.add_argument
-    add(
-        "--model",
-        action="append",
-        metavar="NAME",
-        help="'smollm2' (default), a local folder, or a name on the hub; may be repeated",
-    )
     add("--tasks", type=_names, metavar="NAME,…", help="of --list (default: all)")
     add(
-        "--methods",
-        type=_names,
-        default=_METHODS.split(","),
-        metavar="NAME,…",
-        help=f"of --list (default: {_METHODS})",
-    )
+        "--examples", type=measuring.positive, default=8, metavar="N",
+        help="of each task at each length (default: %(default)s)",
+    )  # fmt: skip
     add(
-        "--method",
-        action="append",
-        default=[],
-        metavar="NAME=CONFIG",
+        "--together", type=measuring.positive, default=4, metavar="N",
+        help="examples that are measured at once, whose scores a kill loses (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--steps", type=measuring.positive, default=256, metavar="N",
+        help="tokens of the long generation (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--data", action="append", default=[], metavar="NAME=PATH",
+        help="a text or data set of yours, or a local copy of a known one; may be repeated",
+    )  # fmt: skip
+    add("--list", action="store_true", help="list tasks and methods, and leave")
+
+
+def add_common(
+    parser: argparse.ArgumentParser,
+    methods: str,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    out: str,
+) -> None:
+    """Add the arguments that ``report`` and ``bench`` have, with a command's own defaults."""
+    add = parser.add_argument
+    add(
+        "--model", action="append", metavar="NAME",
+        help="'smollm2' (default), a local folder, or a name on the hub; may be repeated",
+    )  # fmt: skip
+    add(
+        "--methods", type=_names, default=methods.split(","), metavar="NAME,…",
+        help=f"of less-kv report --list (default: {methods})",
+    )  # fmt: skip
+    add(
+        "--method", action="append", default=[], metavar="NAME=CONFIG",
         help="a method of your own: a folder with a less_config.json, or settings of LessConfig "
         "as JSON, without a budget; may be repeated",
-    )
+    )  # fmt: skip
     add(
-        "--budgets",
-        type=_names,
-        default=["5%", "12.5%"],
-        metavar="C,…",
+        "--budgets", type=_names, default=["5%", "12.5%"], metavar="C,…",
         help="bytes of so many 16-bit tokens per head, or a share of the text's: 64 or 5%% "
         "(default: 5%%,12.5%%)",
-    )
+    )  # fmt: skip
     add(
-        "--lengths",
-        type=_numbers,
-        default=[1024],
-        metavar="N,…",
-        help="tokens of an example (default: 1024)",
-    )
+        "--lengths", type=_numbers, default=list(lengths), metavar="N,…",
+        help=f"tokens of an example (default: {','.join(map(str, lengths))})",
+    )  # fmt: skip
     add(
-        "--examples",
-        type=measuring.positive,
-        default=8,
-        metavar="N",
-        help="of each task at each length (default: %(default)s)",
-    )
+        "--batches", type=_numbers, default=list(batches), metavar="B,…",
+        help=f"batch sizes of the speed (default: {','.join(map(str, batches))})",
+    )  # fmt: skip
     add(
-        "--steps",
-        type=measuring.positive,
-        default=256,
-        metavar="N",
-        help="tokens of the long generation (default: %(default)s)",
-    )
-    add(
-        "--batches",
-        type=_numbers,
-        default=[1, 4],
-        metavar="B,…",
-        help="batch sizes of the speed (default: 1,4)",
-    )
-    add(
-        "--together",
-        type=measuring.positive,
-        default=4,
-        metavar="N",
-        help="examples that are measured at once, whose scores a kill loses (default: %(default)s)",
-    )
-    add(
-        "--data",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="a text or data set of yours, or a local copy of a known one; may be repeated",
-    )
-    add(
-        "--minutes",
-        type=_minutes,
-        metavar="N",
+        "--minutes", type=_minutes, metavar="N",
         help="stop in time, and say what is left out; 0 writes the report of what is there",
-    )
+    )  # fmt: skip
     add(
-        "--sidekick",
-        metavar="PATH",
+        "--sidekick", metavar="PATH",
         help="of the method less (default: the shipped one that fits the model)",
-    )
+    )  # fmt: skip
     add(
-        "--calibration",
-        action="append",
-        default=[],
-        metavar="FOLDER",
+        "--calibration", action="append", default=[], metavar="FOLDER",
         help="of less-kv calibrate, for the method best; may be repeated, one for each model",
-    )
-    add("--out", type=Path, default=Path("less-report"), help="default: ./%(default)s")
-    add("--list", action="store_true", help="list tasks and methods, and leave")
+    )  # fmt: skip
+    add("--out", type=Path, default=Path(out), help="default: ./%(default)s")
     measuring.add_model_dtype(parser)
-    add("--threads", type=measuring.positive, help=threads.DEFAULT)  # fmt: skip
+    add("--threads", type=measuring.positive, help=threads.DEFAULT)
 
 
 def _names(text: str) -> list[str]:
@@ -146,7 +124,7 @@ def _minutes(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write; 1 where a task failed."""
-    checks.check_packages("less-kv report", _NEEDED, "report")
+    checks.check_packages(args.title, _NEEDED, "report")
     checks.check_folder("--out", args.out)
     data = _data(args.data)
     for folder in args.calibration:
@@ -213,7 +191,7 @@ def _command(args: argparse.Namespace) -> str:
     shown.append(f"--examples {args.examples} --model-dtype {args.model_dtype}")
     if args.minutes is not None:
         shown.append(f"--minutes {args.minutes:g}")
-    return " ".join(["less-kv report", *shown])
+    return " ".join([args.title, *shown])
 
 
 class _Report:
@@ -334,7 +312,7 @@ class _Report:
             "are paired. recovered: the share of H2O's loss at the same budget that is won back, "
             "of the first figure, in nats where it is a perplexity.",
         ]
-        title = "less-kv report"
+        title = self.args.title
         markdown = sections.markdown(title, [*lines], parts)
         (self.args.out / "report.md").write_text(markdown, encoding="utf-8")
         page = html_report.page(title, lines, parts, html_report.figures(found))
@@ -342,7 +320,7 @@ class _Report:
         self.console.print(f"written: {self.args.out}/report.md, report.html, results.jsonl")
         for _, left, _ in self.left:
             for task, why in left.failed.items():
-                print(f"less-kv report: {task} failed: {why}", file=sys.stderr)
+                print(f"{self.args.title}: {task} failed: {why}", file=sys.stderr)
 
 
 def _titled(section: Any, title: str) -> Any:

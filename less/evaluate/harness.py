@@ -217,6 +217,9 @@ def measure(
         start = time.monotonic()
         try:
             done = _cells(model, facts, unit, built, progress)
+        except UnavailableError as error:
+            left.tasks[f"{unit.task.name}, {unit.block.length:,} tokens"] = str(error)
+            continue
         except Exception as error:  # one task's fault must not end the others
             left.failed[unit.task.name] = f"{type(error).__name__}: {error}"
             continue

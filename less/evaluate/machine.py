@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -48,6 +49,46 @@ def resident_bytes() -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int | None:
+    """Bytes that this machine can still give, None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+class Peak:
+    """The most memory that a device, or this process on a CPU, takes beyond what it has now.
+
+    Args:
+        device: Where tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # from now on the peak counts anew
+        self._before = resident_bytes() or 0
+
+    def bytes(self) -> int | None:
+        """So far, at least 0; None where the system does not say."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device)) - self._before
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        highest = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:")), None)
+        return None if highest is None else max(0, highest - self._before)
 
 
 def _version(package: str) -> str | None:

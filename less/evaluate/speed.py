@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from less.cache import LessKVCache
+from less.evaluate.machine import Peak
 
 Progress = Callable[[int, int], None]
 
@@ -24,10 +25,13 @@ class Speed:
     Attributes:
         prompt_seconds: To take in the prompt.
         tokens_per_second: Decoding, all rows of the batch together.
+        prompt_bytes: The most memory that the prompt took beyond what was held before it; None
+            where the system does not say.
     """
 
     prompt_seconds: float
     tokens_per_second: float
+    prompt_bytes: int | None = None
 
 
 def speed(
@@ -60,15 +64,17 @@ def speed(
     held: list[Any] = [cache if cache is not None else DynamicCache() for cache in caches]
     prompt = prompt.to(model.device)
     prompt_seconds: list[float] = []
+    peaks: list[int | None] = []
     turns: list[list[float]] = [[] for _ in held]
     done, total = 0, len(held) * (rounds + 1)
     with torch.inference_mode():
         for cache in held:
             with _attached(model, cache):
-                start = _now(model)
+                peak, start = Peak(model.device), _now(model)
                 for part in prompt.split(chunk or prompt.shape[1], 1):
                     model(part, past_key_values=cache, logits_to_keep=1)
                 prompt_seconds.append(_now(model) - start)
+                peaks.append(peak.bytes())
                 model(prompt[:, :1], past_key_values=cache)  # the first step allocates
             done += 1
             if progress:
@@ -85,8 +91,8 @@ def speed(
                     progress(done, total)
     rows = len(prompt)
     return [
-        Speed(first, rows * steps / statistics.median(seconds))
-        for first, seconds in zip(prompt_seconds, turns, strict=True)
+        Speed(first, rows * steps / statistics.median(seconds), peak)
+        for first, seconds, peak in zip(prompt_seconds, turns, peaks, strict=True)
     ]
 
 
