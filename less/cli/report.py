@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,7 +261,12 @@ class _Report:
                 if harness.pending(unit, self.cells):
                     left.units[unit.task.name] = left.units.get(unit.task.name, 0) + 1
             return
-        harness.measure(model, units, self.cells, left, clock, say)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                harness.measure(model, units, self.cells, left, clock, say)
+            finally:
+                left.warned += dict.fromkeys(str(one.message) for one in said)
 
     def _found(
         self, name: str, own: dict[str, Any]
@@ -303,7 +309,7 @@ class _Report:
         for name, left, missing in self.left:
             gone = sections.left_out(left, missing)
             if gone is not None:
-                parts.append(_titled(gone, f"Left out, {Path(name).name}"))
+                parts.append(_titled(gone, f"{gone.title}, {Path(name).name}"))
         lines = [
             f"Model in {self.args.model_dtype}; {in_words(self.facts)}. `{_command(self.args)}`.",
             "Every bounded method gets the bytes of the same number of 16-bit tokens per head "

@@ -110,9 +110,11 @@ def figures(tables: Sequence[Table]) -> list[Any]:
     made = [_against_bytes(table) for table in tables if table.task.metrics[0].scale == "exp"]
     made += [_recovered(model, tables) for model in dict.fromkeys(t.model for t in tables)]
     made += [_memory(model, tables) for model in dict.fromkeys(t.model for t in tables)]
-    timed = [table for table in tables if table.task.timed]
-    for model in dict.fromkeys(table.model for table in timed):
-        made.append(_time(model, [table for table in timed if table.model == model]))
+    timed = dict.fromkeys((t.model, t.task.name) for t in tables if t.task.timed)
+    made += [
+        _time([t for t in tables if (t.model, t.task.name) == (model, name)])
+        for model, name in timed
+    ]
     return [figure for figure in made if figure.data]
 
 
@@ -192,48 +194,43 @@ def _recovered(model: str, tables: Sequence[Table]) -> Any:
 
 
 def _memory(model: str, tables: Sequence[Table]) -> Any:
+    """The full cache grows; the bounded ones of a budget, all of about the same bytes, do not."""
     figure = _figure(f"Memory against tokens, {model}", "tokens", "bytes of a sequence")
-    mine = [table for table in tables if table.model == model]
-    methods = _methods(mine)
-    full = [(t.length, r) for t in mine for r in t.rows if r.method == FULL]
-    if not full:
+    rows = [row for table in tables if table.model == model for row in table.rows]
+    full = next((row for row in rows if row.method == FULL), None)
+    if full is None:
         return figure
-    longest = max(row.tokens for _, row in full)
-    per_token = full[0][1].row_bytes / full[0][1].tokens
-    x = [0, 8 * longest]
+    x = [0, 8 * max(row.tokens for row in rows if row.method == FULL)]
     figure.add_scatter(
-        x=x, y=[per_token * t for t in x], name="full", mode="lines",
+        x=x, y=[full.row_bytes / full.tokens * t for t in x], name="full cache", mode="lines",
         line={"dash": "dash", "color": "black"},
     )  # fmt: skip
-    for method in methods:
-        points = sorted(
-            {(t.length, r.row_bytes, r.budget) for t in mine for r in t.rows if r.method == method}
-        )
-        for budget in dict.fromkeys(budget for *_, budget in points if budget):
-            at = [(length, held) for length, held, of in points if of == budget]
-            figure.add_scatter(
-                x=[length for length, _ in at], y=[held for _, held in at],
-                name=f"{method} at {budget}", mode="lines+markers",
-                line_color=_colour(method, methods), visible=True,
-            )  # fmt: skip
+    for budget in dict.fromkeys(row.budget for row in rows if row.budget):
+        mine = [row for row in rows if row.budget == budget]
+        one = max(mine, key=lambda row: row.row_bytes / row.tokens)
+        share = budget.endswith("%")
+        slope = one.row_bytes / one.tokens * float(budget[:-1]) / 100 if share else 0.0
+        y = [slope * t if share else one.row_bytes for t in x]
+        figure.add_scatter(x=x, y=y, name=f"bounded, {budget}", mode="lines")
     return figure
 
 
-def _time(model: str, tables: Sequence[Table]) -> Any:
-    figure = _figure(f"Decoding speed against tokens, {model}", "tokens seen", "tokens per second")
+def _time(tables: Sequence[Table]) -> Any:
+    first = tables[0]
+    title = f"{first.task.name}: tokens per second against tokens, {first.model}"
+    figure = _figure(title, "tokens seen", "tokens per second")
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(rangemode="tozero")
     methods = _methods(tables)
-    for method in methods:
-        points: dict[str, list[tuple[int, float]]] = {}
-        for table in tables:
-            for row in table.rows:
-                if row.method == method:
-                    name = f"{method} {row.budget}, {table.task.name.partition(':')[2]}"
-                    speed = row.means["tokens_per_second"].value
-                    points.setdefault(name, []).append((table.length, speed))
-        for name, at in points.items():
-            at.sort()
-            figure.add_scatter(
-                x=[tokens for tokens, _ in at], y=[speed for _, speed in at], name=name,
-                mode="lines+markers", line_color=_colour(method, methods),
-            )  # fmt: skip
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for table in tables:
+        for row in table.rows:
+            speed = row.means["tokens_per_second"].value
+            points.setdefault((row.method, row.budget), []).append((table.length, speed))
+    for (method, budget), at in points.items():
+        figure.add_scatter(
+            x=[tokens for tokens, _ in at], y=[speed for _, speed in at],
+            name=f"{method} at {budget}" if budget else method, mode="lines+markers",
+            line_color=_colour(method, methods),
+        )  # fmt: skip
     return figure

@@ -120,13 +120,13 @@ def claims(tables: Sequence[Table]) -> Section | None:
         return None
     about = [
         f"The paper's figures ({PAPER}) are its own, of its models at its budgets, on GPUs; ours "
-        "are of the tables below. H2O has the same bytes as the method beside it.",
+        "are those of this report's tables. H2O has the same bytes as the method beside it.",
     ]
     return Section("The paper's claims", about, ["claim", "paper", "here", "measured"], rows)
 
 
 def left_out(left: Left, methods: Mapping[str, str]) -> Section | None:
-    """What was not measured, a sentence each."""
+    """What was not measured, and what caches warned of, a sentence each."""
     rows = [[Shown(name), Shown(why)] for name, why in methods.items()]
     rows += [[Shown(name), Shown(why)] for name, why in left.tasks.items()]
     rows += [[Shown(name), Shown(why)] for name, why in left.methods.items()]
@@ -135,9 +135,10 @@ def left_out(left: Left, methods: Mapping[str, str]) -> Section | None:
         for name, n in left.units.items()
     ]
     rows += [[Shown(name), Shown(f"failed: {why}")] for name, why in left.failed.items()]
+    rows += [[Shown("warning"), Shown(text)] for text in left.warned]
     if not rows:
         return None
-    return Section("Left out", [], ["what", "why"], rows)
+    return Section("Left out, and warnings", [], ["what", "why"], rows)
 
 
 def markdown(title: str, lines: Sequence[str], sections: Sequence[Section]) -> str:

@@ -86,7 +86,9 @@ def _joined(blocks: Sequence[Block]) -> Block:
     ids, asked = (torch.cat([block.content[x] for block in blocks]) for x in ("ids", "asked"))
     context = min(block.content["context"] for block in blocks)
     content = {"ids": ids, "asked": asked, "context": context}
-    return Block(blocks[0].length, blocks[0].tokens, content, len(blocks))
+    return Block(
+        blocks[0].length, blocks[0].tokens, content, len(blocks), blocks[0].tokens - context
+    )
 
 
 def answered(block: Block, scored: Forced) -> list[float]:

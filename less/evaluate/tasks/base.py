@@ -77,12 +77,14 @@ class Block:
         tokens: Of one row, with all that is generated: budgets are shares of them.
         content: What the task's ``score`` reads.
         rows: Batch rows of a cache.
+        steps: Tokens that come one by one; others come in pieces, which take less time.
     """
 
     length: int
     tokens: int
     content: Mapping[str, Any]
     rows: int = 1
+    steps: int = 0
 
     @property
     def digest(self) -> str:

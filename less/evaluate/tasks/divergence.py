@@ -42,7 +42,7 @@ class Divergence(Task):
         ids = prose_chunks(given, None, length)
         steps = self.steps
         return [
-            Block(length, length + steps, {"ids": rows, "steps": steps}, len(rows))
+            Block(length, length + steps, {"ids": rows, "steps": steps}, len(rows), 2 * steps)
             for rows in ids.split(given.together)
         ]
 

@@ -98,7 +98,7 @@ def _blocks(given: Given, ids: Tensor, start: int) -> list[Block]:
         asked = torch.zeros_like(rows)
         asked[:, start:] = 1
         content = {"ids": rows, "asked": asked, "context": 0}
-        blocks.append(Block(length, length, content, len(rows)))
+        blocks.append(Block(length, length, content, len(rows), steps=length))
     return blocks
 
 

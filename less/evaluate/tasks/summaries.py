@@ -56,7 +56,7 @@ class Summary(Task):
                 "reference": reference,
                 "tokens": self.kind.tokens,
             }
-            found.append(Block(length, tokens, content))
+            found.append(Block(length, tokens, content, steps=self.kind.tokens))
             if len(found) == given.count:
                 break
         if not found:
