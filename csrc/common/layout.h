@@ -188,12 +188,11 @@ LESS_HD Span head_span(const Layout& layout, unsigned char* page, int64_t h) {
   return {page + begin, end - begin};
 }
 
-// The head of a layer whose formats and head dim the caller knows: those of the layout, or
-// constants that are equal to them.
+// The head of a layer whose formats and offsets the caller knows: those of the layout, or constants
+// that are equal to them.
 LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Formats& of,
-                  int64_t D) {
+                  const HeadOffsets& at) {
   const int64_t S = layout.slots[h];
-  const HeadOffsets at = head_offsets(of, D, layout.R, S);
   unsigned char* const base = head_span(layout, page, h).data;
   const bool state = layout.R > 0, hot = of.W > 0, few = packed(of.v);
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
@@ -220,6 +219,12 @@ LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Fo
                 .z = state ? floats(at.z) : nullptr,
                 .share = reinterpret_cast<double*>(page + 16) + h},
   };
+}
+
+// The same, who knows the head dim.
+LESS_HD Head head(const Layout& layout, unsigned char* page, int64_t h, const Formats& of,
+                  int64_t D) {
+  return head(layout, page, h, of, head_offsets(of, D, layout.R, layout.slots[h]));
 }
 
 // The head of a layer that has one dtype, which is not packed.

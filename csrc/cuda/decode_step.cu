@@ -98,6 +98,7 @@ cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   plan.first_head = first;
   plan.heads = run_of(p.layout, first);
   plan.S = p.layout.slots[first];
+  plan.at = head_offsets(formats(p.layout), p.layout.D, p.layout.R, plan.S);
   plan.dependent = p.spec.dependent && limits.clusters;
   constexpr bool eight = sizeof(T) == 1;
   plan.mma = !kFewBits<T> && p.spec.Q / p.spec.K > 2 && half_type(p.q.dtype) &&

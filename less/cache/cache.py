@@ -67,8 +67,7 @@ class LessKVCache(Described, CacheProtocol):
             scale each, int8 or, on a GPU and with the reference backend, float8_e4m3fn (float64
             with the reference backend); or a packed format by name, such as ``"k4v4"``: bits of
             keys and of values (``less.dtypes.FORMATS``). k and v are rounded to it on entry; those
-            of a packed format to ``hot_dtype`` first. The state is float32; so are scores, but
-            float16 in a packed format.
+            of a packed format to ``hot_dtype`` first. State is float32.
         device: Where the cache lives.
         scale: Factor of q.k; 1/sqrt(D) by default.
         backend: ``"native"`` (the compiled kernels), ``"reference"`` (plain torch, slow, any

@@ -192,7 +192,7 @@ struct DecodeBlock {
   }
   LESS_DEVICE Head kept() const {
     if constexpr (kPacked) {
-      return less::head(p.layout, memory, head, formats(p.layout), kD);
+      return less::head(p.layout, memory, head, formats(p.layout), plan.at);
     } else {
       return less::head(p.layout, memory, head, dtype_of<T>(), kD);
     }

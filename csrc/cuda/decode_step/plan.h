@@ -89,6 +89,7 @@ struct DecodePlan {
   int first_head;  // of the launch, whose heads all have S slots
   int heads;
   int S;
+  HeadOffsets at;  // of those heads' fields, of packed rows
   int splits;      // ranges of a head's slots
   int per;         // slots of a range, a multiple of 16; the last one may have fewer
   int tile;        // rows of a tile
