@@ -109,11 +109,11 @@ class Steps:
                 ``query_start_loc``, ``seq_lens`` int32 [n] (this step's tokens included),
                 ``block_table_tensor`` int32 [n, 1], ``num_reqs`` n and ``max_query_len``.
         """
+        # Both of vLLM's runners cut seq_lens anew for each step: another step is another tensor.
         table = batch.block_table_tensor.data_ptr()
         last = self._last
-        if last is None or last[0] is not batch.query_start_loc or last[1] != table:
-            step = Step(self._groups(batch))
-            last = self._last = (batch.query_start_loc, table, step)
+        if last is None or last[0] is not batch.seq_lens or last[1] != table:
+            last = self._last = (batch.seq_lens, table, Step(self._groups(batch)))
         return last[2]
 
     def _groups(self, batch: Any) -> tuple[Group, ...]:
