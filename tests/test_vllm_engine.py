@@ -208,7 +208,7 @@ def test_texts_are_those_of_each_prompt_alone(model, own, alone, case):
 
 
 # Settings, and which of four prompts. Rows of four bits round: where another order of sums moves a
-# number over a code's edge, logits move by hundredths. Of the first prompt one choice is that close.
+# number over the edge of a code, logits move by hundredths: the first prompt has so close a choice.
 OF_SMOLLM2 = {
     "nothing leaves": ({"tokens": 512}, slice(4)),
     "h2o": ({"tokens": 64, "policy": {"name": "H2O", "heavy": 1, "recent": 1}}, slice(4)),
