@@ -12,6 +12,7 @@
 #   make planted  bugs planted in the CUDA kernels: each must be found (ARGS="-k map_wait" for some)
 #   make test-vllm     vLLM's engine and server on bounded caches, in an environment of its own
 #   make lint     formatting, style, types, imports, spelling; make format repairs what can be repaired
+#   make docs     the site of docs/, with the API from docstrings: build/site/index.html
 #   make bench    the decode step against what it replaces, timed (ARGS=--quick for a first look)
 #   make bench-cpp     every kernel alone, under Google Benchmark
 #   make instructions  every kernel's instructions, gated (ARGS=--record writes new counts)
@@ -37,7 +38,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format bench bench-cpp instructions proof dev sdist clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format docs bench bench-cpp instructions proof dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -96,6 +97,10 @@ planted: $(VENV)/package.stamp $(VENV)/dev.stamp
 
 # `make -k lint` goes on after the first tool that complains.
 lint: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
+
+# Into build/site; a link that leads nowhere is an error.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 lint-cpp: $(VENV)/dev.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)

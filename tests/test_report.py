@@ -25,6 +25,7 @@ from less.evaluate.named import Budget, built_in, methods_for, own_method
 from less.evaluate.outcome import mean, share_recovered, shown, tables
 from less.evaluate.side_by_side import SideBySide
 from less.evaluate.tasks import all_tasks, chosen
+from less.evaluate.tasks.asking import METRICS
 from less.evaluate.tasks.base import Given, Metric, UnavailableError, forced
 from less.hf import cache_for
 from less.hf.models import describe
@@ -60,7 +61,7 @@ def task(given, name):
 
 
 def asking(given):
-    return [t for t in all_tasks(given) if t.metrics[0].name == "recall"]
+    return [t for t in all_tasks(given) if t.metrics == METRICS]
 
 
 def ask(files, out, *more):

@@ -153,7 +153,11 @@ def _against_bytes(table: Table) -> Any:
         )
         values = [math.exp(min(row.means[metric].value, 700)) for row in rows]
         if method == FULL:
-            figure.add_hline(y=values[0], line_dash="dash", annotation_text="full cache")
+            least = min(row.row_bytes for row in table.rows)
+            figure.add_scatter(
+                x=[least, rows[0].row_bytes], y=values * 2, name="full cache",
+                mode="lines+markers", line={"dash": "dash", "color": "black"},
+            )  # fmt: skip
             continue
         # The error that matters is of the difference to the full cache, on the same texts.
         errors = [row.losses[metric].error if metric in row.losses else math.nan for row in rows]

@@ -10,6 +10,7 @@ from less.evaluate.harness import Left
 from less.evaluate.named import BASELINE, FULL
 from less.evaluate.outcome import Estimate, Row, Table, share_shown, shown
 from less.evaluate.report import size, with_error
+from less.evaluate.tasks.base import Metric
 
 PAPER = "arXiv:2402.09398"
 
@@ -60,7 +61,7 @@ def section(table: Table) -> Section:
             one = row.means[metric.name]
             cells.append(Shown(shown(metric, one), one.value))
         if loses:
-            cells.append(_loss(row, first.name, first.scale == "percent", first.digits))
+            cells.append(_loss(row, first))
         if won:
             cells.append(_won(row.recovered.get(first.name)))
         rows.append(cells)
@@ -72,12 +73,13 @@ def section(table: Table) -> Section:
     )
 
 
-def _loss(row: Row, metric: str, percent: bool, digits: int) -> Shown:
-    loss = row.losses.get(metric)
+def _loss(row: Row, metric: Metric) -> Shown:
+    loss = row.losses.get(metric.name)
     if loss is None:
         return Shown("", 0.0)
-    factor = 100 if percent else 1
-    return Shown(with_error(factor * loss.value, factor * loss.error, max(digits, 3)), loss.value)
+    factor = 100 if metric.scale == "percent" else 1
+    digits = 3 if metric.scale == "exp" else metric.digits  # of nats
+    return Shown(with_error(factor * loss.value, factor * loss.error, digits), loss.value)
 
 
 def _won(share: Estimate | None) -> Shown:

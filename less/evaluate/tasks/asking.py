@@ -24,8 +24,8 @@ from less.evaluate.tasks.base import (
 from less.fit.text import opening, tokens_of
 
 METRICS = (
+    Metric("nats", "nats of an answer token", digits=3),  # of small models the finer figure
     Metric("recall", "answers, %", lower=False, digits=0, scale="percent"),
-    Metric("nats", "nats of an answer token", digits=3),
 )
 
 
