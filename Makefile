@@ -98,9 +98,9 @@ planted: $(VENV)/package.stamp $(VENV)/dev.stamp
 # `make -k lint` goes on after the first tool that complains.
 lint: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 
-# Into build/site; a link that leads nowhere is an error.
+# Into build/site; a link that leads nowhere is an error, of which -q would take the exit status.
 docs: $(VENV)/dev.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint-cpp: $(VENV)/dev.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)

@@ -49,6 +49,8 @@ def linked(text: str, source: str) -> str:
         if "://" in target or not target:
             return found[0]
         file = ((ROOT / source).parent / target).resolve().relative_to(ROOT).as_posix()
+        if source.startswith("docs/") and file.startswith("docs/"):
+            return found[0]
         page = where.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
         if page is None:
             return found["text"][1:-1]
