@@ -176,8 +176,8 @@ def _refused(load: Callable[[], Iterator[Any]], hub: str, name: str) -> Iterator
         HfApi().dataset_info(hub, timeout=_HUB_SECONDS)  # its client would ask for a minute
         return load()
     except Exception as error:  # of datasets, the hub or its client, by version
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = line.partition(". ")[0].rstrip(".")
         raise UnavailableError(
-            f"the hub does not give {hub} ({said.rstrip('.')[:120]}); give a local copy as "
-            f"--data {name}=FILE"
+            f"the hub does not give {hub} ({said}); give a local copy as --data {name}=FILE"
         ) from error
