@@ -39,6 +39,13 @@ struct ColumnShared {
         shift(c.take<float>(2 * Shape::kQueries)) {}
 };
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it
+// is wanted, and takes no registers before.
+LESS_DEVICE int forgotten(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // x log2(decay), in float, for decay^x = 2^fade; decay^0 is 1 for any decay.
 LESS_DEVICE float fade_of(float log_decay, int x) { return x == 0 ? 0.0f : float(x) * log_decay; }
 
@@ -148,7 +155,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
         scale[i] *= kIsWide<Scheme> ? scale_at(from.k_scale, from.k_dtype, at - from.base)
                                     : scale_at(from.k_scale, DType::i8, at);
       }
-      weight[i] = at >= 0 ? log_weight_of(from, at) * kLog2E : 0.0f;
+      weight[i] = at >= 0 ? log_weight_of(from, at) : 0.0f;
       sees[i] = slots ? 0 : (first + n) * head.G;
     }
     const int sees_last = slots ? 0 : (first + row + 15) * head.G;  // of the warp's keys
@@ -203,8 +210,9 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
     const int at = from.index == nullptr ? n : from.index[n];  // narrow: a lane a key, side by side
     if (n >= from.count) score = 0.0f;
     if (slots && n < from.count) {
-      const Slots of = less::head(p.layout, head.page, head.h).slots;
-      score = fmaf(score_at(of.half != nullptr, of, at), kept, score);
+      unsigned char* const memory = page(p.pool, forgotten(int(head.b)));
+      const Slots of = less::head(p.layout, memory, forgotten(int(head.h))).slots;
+      score = fmaf(score_at(packed(p.layout.v_dtype), of, at), kept, score);
     }
     store(to + at, score);
   }

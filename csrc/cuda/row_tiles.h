@@ -121,13 +121,12 @@ enum class Keys { hot, slots, call };
 
 // Rows of k and v, all slots, or the hot ones, or all tokens of the call, and what goes with each.
 struct Source {
-  const void* k;           // [n, D]
-  const void* v;           // [n, D]
-  const void* k_scale;     // [n] floats, of packed rows halves; null: 1
-  const void* v_scale;     // [n]
-  const float* weight;     // [n], null: 0, or counts have it
-  const uint16_t* counts;  // [n], null: each is 1
-  const int32_t* index;    // [count] of the rows, null: in order
+  const void* k;         // [n, D]
+  const void* v;         // [n, D]
+  const void* k_scale;   // [n] floats, of packed rows halves; null: 1
+  const void* v_scale;   // [n]
+  const void* weight;    // [n] floats, of packed rows counts; null: 0
+  const int32_t* index;  // [count] of the rows, null: in order
   int count;
   int base;  // what an index is more than its row
   DType k_dtype;
@@ -136,11 +135,12 @@ struct Source {
   int64_t v_step;
 };
 
-// The log-weight of a row that there is.
+// The log-weight of a row that there is, in units of log 2.
 LESS_DEVICE float log_weight_of(const Source& of, int64_t n) {
+  if (of.weight == nullptr) return 0.0f;
   // narrow: a lane a row, side by side
-  if (of.counts != nullptr) return logf(float(of.counts[n]));
-  return of.weight == nullptr ? 0.0f : of.weight[n];  // narrow: a lane a row, side by side
+  if (packed(of.v_dtype)) return __log2f(float(static_cast<const uint16_t*>(of.weight)[n]));
+  return static_cast<const float*>(of.weight)[n] * kLog2E;  // narrow: a lane a row, side by side
 }
 
 // A row's scale.
@@ -178,8 +178,8 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
   const auto scale = [=](const float* floats, const uint16_t* halves) -> const void* {
     return halves != nullptr ? static_cast<const void*>(halves) : floats;
   };
-  const auto* const no_weight = static_cast<const float*>(nullptr);
-  const auto* const no_count = static_cast<const uint16_t*>(nullptr);
+  const auto* const no_weight = static_cast<const void*>(nullptr);
+  const auto* const weight = of.count != nullptr ? static_cast<const void*>(of.count) : of.weight;
   const DType call_dtype = p.layout.call_dtype;
   const int32_t* const kept = lists.slot + head.row * int64_t{p.layout.S};
   return {
@@ -187,8 +187,7 @@ LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& list
       choose(static_cast<const void*>(of.v), static_cast<const void*>(of.hot_v), v),
       choose(scale(of.k_scale, of.k_half), scale(of.hot_k_scale, nullptr), scale(k_scale, nullptr)),
       choose(scale(of.v_scale, of.v_half), scale(of.hot_v_scale, nullptr), scale(v_scale, nullptr)),
-      slots ? of.weight : no_weight,
-      slots ? of.count : no_count,
+      slots ? weight : no_weight,
       choose(kept + head.hot, kept, token),
       hot     ? head.hot
       : slots ? head.slots - head.hot

@@ -116,7 +116,10 @@ struct Candidates {
 
   LESS_DEVICE int64_t count() const { return (S + T + 3) / 4 * 4; }
 
-  LESS_DEVICE float noted(float score) const { return noted_score(packed(layout.v_dtype), score); }
+  LESS_DEVICE float noted(const float* score, int64_t i) const {
+    // narrow: a lane a candidate, side by side
+    return noted_score(packed(layout.v_dtype), score[i]);
+  }
 
   // Whether a token is in a hot slot once `after` tokens are seen.
   LESS_DEVICE bool is_hot(int64_t position, int64_t after) const {
@@ -153,10 +156,8 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     uint32_t key = 0;
     if (position >= 0 && !c.is_hot(position, after)) {
       // narrow: a lane a slot, side by side
-      key =
-          key_of(c.slot_rank != nullptr ? c.slot_rank[s]
-                                        // narrow: a lane a slot, side by side
-                                        : rank_of(rule, after, position, c.noted(c.slot_score[s])));
+      const float own = c.slot_rank != nullptr ? c.slot_rank[s] : c.noted(c.slot_score, s);
+      key = key_of(c.slot_rank != nullptr ? own : rank_of(rule, after, position, own));
       ++held;
     }
     store(c.key + s, key);  // narrow: a lane a slot, side by side
@@ -169,11 +170,10 @@ LESS_DEVICE int write_keys(const Candidates& c, const Rule& rule, int tokens, in
     uint32_t key = 0;
     if (there && !c.is_hot(position + before, after)) {
       ++held;
-      key =
-          key_of(c.token_rank != nullptr
-                     ? c.token_rank[t]  // narrow: a lane a token, side by side
-                     // narrow: a lane a token, side by side
-                     : rank_of(rule, after, int32_t(position + before), c.noted(c.token_score[t])));
+      // narrow: a lane a token, side by side
+      const float own = c.token_rank != nullptr ? c.token_rank[t] : c.noted(c.token_score, t);
+      const int32_t at = int32_t(position + before);
+      key = key_of(c.token_rank != nullptr ? own : rank_of(rule, after, at, own));
     }
     if (t < c.count() - c.S) store(c.key + c.S + t, key);  // narrow: a lane a token, side by side
     position += total;
