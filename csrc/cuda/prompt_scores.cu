@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
         scale[i] *= kIsWide<Scheme> ? scale_at(from.k_scale, from.k_dtype, at - from.base)
                                     : scale_at(from.k_scale, DType::i8, at);
       }
-      weight[i] = at >= 0 ? log_weight_of(from, at) : 0.0f;
+      weight[i] = at >= 0 ? log_weight_of<kIsWide<Scheme>>(from, at) : 0.0f;
       sees[i] = slots ? 0 : (first + n) * head.G;
     }
     const int sees_last = slots ? 0 : (first + row + 15) * head.G;  // of the warp's keys

@@ -135,11 +135,14 @@ struct Source {
   int64_t v_step;
 };
 
-// The log-weight of a row that there is, in units of log 2.
+// The log-weight of a row that there is, in units of log 2. kFew: rows may be packed.
+template <bool kFew>
 LESS_DEVICE float log_weight_of(const Source& of, int64_t n) {
   if (of.weight == nullptr) return 0.0f;
-  // narrow: a lane a row, side by side
-  if (packed(of.v_dtype)) return __log2f(float(static_cast<const uint16_t*>(of.weight)[n]));
+  if (kFew && packed(of.v_dtype)) {
+    // narrow: a lane a row, side by side
+    return __log2f(float(static_cast<const uint16_t*>(of.weight)[n]));
+  }
   return static_cast<const float*>(of.weight)[n] * kLog2E;  // narrow: a lane a row, side by side
 }
 

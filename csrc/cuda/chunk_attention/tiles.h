@@ -83,7 +83,7 @@ class Stream {
     factors_ = {-kInfinity, 1.0f, 1.0f};
     const int64_t at = row(int(threadIdx.x));
     if (at < 0) return;
-    factors_.weight = log_weight_of(from_, at);
+    factors_.weight = log_weight_of<kIsWide<Scheme>>(from_, at);
     if constexpr (kIsWide<Scheme>) {
       const int64_t n = at - from_.base;
       if (from_.k_scale != nullptr) factors_.k = scale_at(from_.k_scale, from_.k_dtype, n);
