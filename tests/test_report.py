@@ -457,6 +457,9 @@ def test_bench_measures_speed_and_peak_against_length_and_batch(files, tmp_path)
     written = (out / "report.md").read_text()
     assert written.startswith("# less-kv bench\n")
     assert "beyond the model's context of 512" in written
+    page = (out / "report.html").read_text()
+    for name in ("first token, s", "peak, MiB"):
+        assert page.count(f"{name} against tokens") == 2  # of two batch sizes
     full = [c["bytes"]["row"] for c in cells if c["method"] == "full"]
     assert sorted(set(full)) == [128 * 256, 256 * 256]
 

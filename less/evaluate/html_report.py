@@ -10,6 +10,7 @@ from typing import Any
 from less.evaluate.named import FULL
 from less.evaluate.outcome import Table
 from less.evaluate.sections import Section, Shown
+from less.evaluate.tasks.base import Metric
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -111,10 +112,9 @@ def figures(tables: Sequence[Table]) -> list[Any]:
     made += [_recovered(model, tables) for model in dict.fromkeys(t.model for t in tables)]
     made += [_memory(model, tables) for model in dict.fromkeys(t.model for t in tables)]
     timed = dict.fromkeys((t.model, t.task.name) for t in tables if t.task.timed)
-    made += [
-        _time([t for t in tables if (t.model, t.task.name) == (model, name)])
-        for model, name in timed
-    ]
+    for who in timed:
+        mine = [table for table in tables if (table.model, table.task.name) == who]
+        made += [_against_tokens(mine, metric) for metric in mine[0].task.metrics]
     return [figure for figure in made if figure.data]
 
 
@@ -219,21 +219,21 @@ def _memory(model: str, tables: Sequence[Table]) -> Any:
     return figure
 
 
-def _time(tables: Sequence[Table]) -> Any:
+def _against_tokens(tables: Sequence[Table], metric: Metric) -> Any:
     first = tables[0]
-    title = f"{first.task.name}: tokens per second against tokens, {first.model}"
-    figure = _figure(title, "tokens seen", "tokens per second")
+    title = f"{first.task.name}: {metric.title} against tokens, {first.model}"
+    figure = _figure(title, "tokens seen", metric.title)
     figure.update_xaxes(type="log")
     figure.update_yaxes(rangemode="tozero")
     methods = _methods(tables)
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for table in tables:
         for row in table.rows:
-            speed = row.means["tokens_per_second"].value
-            points.setdefault((row.method, row.budget), []).append((table.length, speed))
+            value = row.means[metric.name].value
+            points.setdefault((row.method, row.budget), []).append((table.length, value))
     for (method, budget), at in points.items():
         figure.add_scatter(
-            x=[tokens for tokens, _ in at], y=[speed for _, speed in at],
+            x=[tokens for tokens, _ in at], y=[value for _, value in at],
             name=f"{method} at {budget}" if budget else method, mode="lines+markers",
             line_color=_colour(method, methods),
         )  # fmt: skip
