@@ -94,7 +94,7 @@ class RowFormat:
 #: Formats beside the torch dtypes: bits of keys and of values.
 FORMATS = {
     f"k{k}v{v}": RowFormat(PACKED.get(k, ROW_TYPES[torch.int8]), PACKED[v])
-    for k, v in ((8, 4), (4, 4), (4, 2), (3, 3), (3, 2), (2, 2))
+    for k, v in ((8, 4), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 }
 
 

@@ -26,7 +26,7 @@ POLICIES = [
 ]
 CALLS = [11, 1, 1, 30, 1, 5, 1, 40, 1, 1]
 #: Mean error of an output, relative to its mean, of standard normal values where all are cold.
-ERROR = {"k8v4": 0.1, "k4v4": 0.2, "k4v2": 0.42, "k3v3": 0.35, "k3v2": 0.5, "k2v2": 0.65}
+ERROR = {"k8v4": 0.1, "k4v4": 0.2, "k4v3": 0.3, "k4v2": 0.42, "k3v3": 0.35, "k3v2": 0.5, "k2v2": 0.65}
 
 
 def calibration_of(layers=1, heads=K, dim=D, seed=3):
@@ -116,7 +116,8 @@ def test_more_bits_lose_less(backend):
         for dtype in FORMATS
     }
     assert lost["k8v4"] < lost["k4v4"] < lost["k3v3"] < lost["k3v2"] < lost["k2v2"]
-    assert lost["k4v4"] < lost["k4v2"] < lost["k3v2"]
+    assert lost["k4v4"] < lost["k4v3"] < lost["k4v2"] < lost["k3v2"]
+    assert lost["k4v3"] < lost["k3v3"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 #: The names of ``less.dtypes.FORMATS``, known before torch is imported.
-FORMATS = ("k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2")
+FORMATS = ("k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2")
 _HOT_DTYPES = ("int8", "float16", "float32")
 _KNOWN = ", ".join((*FORMATS, *DTYPES))
 
