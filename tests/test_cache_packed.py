@@ -26,7 +26,15 @@ POLICIES = [
 ]
 CALLS = [11, 1, 1, 30, 1, 5, 1, 40, 1, 1]
 #: Mean error of an output, relative to its mean, of standard normal values where all are cold.
-ERROR = {"k8v4": 0.1, "k4v4": 0.2, "k4v3": 0.3, "k4v2": 0.42, "k3v3": 0.35, "k3v2": 0.5, "k2v2": 0.65}
+ERROR = {
+    "k8v4": 0.1,
+    "k4v4": 0.2,
+    "k4v3": 0.3,
+    "k4v2": 0.42,
+    "k3v3": 0.35,
+    "k3v2": 0.5,
+    "k2v2": 0.65,
+}
 
 
 def calibration_of(layers=1, heads=K, dim=D, seed=3):
