@@ -125,21 +125,26 @@ __global__ void __launch_bounds__(AttendShape<Scheme, kD>::kThreads,
   }
 
   Stream<Scheme, kD> stream;
+  // The head is read again: kept through the tiles, it takes registers that there are not.
+  const auto enter = [&](Keys keys, int count, int tile) {
+    const KvHead own(p, lists, head.row);
+    stream.enter(source_of<kIsWide<Scheme>>(p, lists, own, keys, count), tile);
+  };
   const auto fetch = [&](int tile) {
     const int stage = tile % Shape::kStages;
     if (tile == slot_tiles) {
-      stream.enter(source_of(p, lists, head, Keys::call, tokens), 0);
+      enter(Keys::call, tokens, 0);
     } else if (kIsWide<Scheme> && tile == hot_tiles) {
-      stream.enter(source_of(p, lists, head, Keys::slots, 0), 0);
+      enter(Keys::slots, 0, 0);
     }
     stream.fetch(p.spec.D, shared.k + stage * Shape::kKeyTile,
                  shared.v + stage * Shape::kValueTile);
   };
   if (begin_tile < end_tile) {
     if (kIsWide<Scheme> && begin_tile < hot_tiles) {
-      stream.enter(source_of(p, lists, head, Keys::hot, 0), begin_tile);
+      enter(Keys::hot, 0, begin_tile);
     } else if (begin_tile < slot_tiles) {
-      stream.enter(source_of(p, lists, head, Keys::slots, 0), begin_tile - hot_tiles);
+      enter(Keys::slots, 0, begin_tile - hot_tiles);
     }
     fetch(begin_tile);
     stream.place_factors(shared, begin_tile);

@@ -98,11 +98,11 @@ __global__ void __launch_bounds__(ColumnShape<Scheme, kD>::kThreads, kD > 128 ? 
   const int hot_blocks = (hot_slots(p.layout) + Shape::kColumns - 1) / Shape::kColumns;
   const bool slots = block < slot_blocks, hot = block < hot_blocks;
   const int first = (block - (hot ? 0 : slots ? hot_blocks : slot_blocks)) * Shape::kColumns;
-  const Source from = source_of(p, lists, head,
-                                hot     ? Keys::hot
-                                : slots ? Keys::slots
-                                        : Keys::call,
-                                head.tokens);
+  const Source from = source_of<kIsWide<Scheme>>(p, lists, head,
+                                                 hot     ? Keys::hot
+                                                 : slots ? Keys::slots
+                                                         : Keys::call,
+                                                 head.tokens);
   const int thread = int(threadIdx.x), lane = thread % 32, row = thread / 32 * 16;
 
   // Tiles of queries: those of the call that see none of the block's keys are left out.

@@ -159,13 +159,16 @@ LESS_DEVICE const void* advance(const void* p, int64_t bytes) {
 
 // The kept slots, the hot ones of them or the others, or the first `count` tokens of the call. All
 // are computed and one is chosen: where pointers meet after branches, the compiler no longer knows
-// that they are global.
+// that they are global. kFew: rows may be packed.
+template <bool kFew>
 LESS_DEVICE Source source_of(const ChunkAttentionParams& p, const KeyLists& lists,
                              const KvHead& head, Keys keys, int count) {
   const bool hot = keys == Keys::hot, slots = keys == Keys::slots;
   // Without a page no slot is read: any address will do, and any head where a call knows no slots.
   auto* const memory = head.page == nullptr ? static_cast<unsigned char*>(p.q.data) : head.page;
-  const Slots of = less::head(p.layout, memory, p.layout.S == 0 ? 0 : head.h).slots;
+  const DType plain = p.layout.k_dtype;
+  const Formats form = kFew ? formats(p.layout) : Formats{plain, plain, plain, 0, true};
+  const Slots of = less::head(p.layout, memory, p.layout.S == 0 ? 0 : head.h, form, p.spec.D).slots;
   const CallRows& call = p.call;
   const int64_t first = head.row * p.T, bytes = bytes_of(p.layout.call_dtype), D = p.spec.D;
   const void* const k = advance(call.k.data, offset(call.k, head.b, head.h, 0) * bytes);
