@@ -21,6 +21,8 @@ from tests.tiny_model import (
     tiny_sidekick,
 )
 
+MERGING = "decayed H2O, k4v4, merging"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -129,7 +131,7 @@ def test_demo_without_a_sidekick_says_how_to_train_one(folder, text, tmp_path, c
     assert "less-kv train --model" in shown
     assert "eviction alone" in shown
     _, rows = report.read_json_lines((tmp_path / "out" / "results.jsonl").read_text())
-    assert [r.method for r in rows] == ["full cache", "sinks + recent", "H2O", "decayed H2O"]
+    assert [r.method for r in rows] == ["full cache", "sinks + recent", "H2O", "decayed H2O", MERGING]
 
 
 def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
@@ -155,6 +157,7 @@ def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
         "decayed H2O, equal bytes",
         "decayed H2O, equal bytes + maps",
         "LESS",
+        MERGING,
     ]
     assert "| **LESS** |" in readme.read_text()
     assert "](out/plot.png)" in readme.read_text()
@@ -181,7 +184,7 @@ def test_evaluate_measures_every_budget(folder, text, tmp_path, capsys):
     assert main(["evaluate", *arguments]) == 0
     _, rows = report.read_json_lines((tmp_path / "out" / "results.jsonl").read_text())
     assert {r.budget for r in rows} == {8, 16}
-    assert len(rows) == 14
+    assert len(rows) == 15  # the bytes of 16 tokens hold merging's least, those of 8 do not
     written = (tmp_path / "out" / "report.md").read_text()
     assert "### 8 tokens kept per head" in written
 

@@ -19,7 +19,7 @@ from tests.tiny_model import TEXT, save_tiny, tiny_calibration, tiny_model
 POLICY = H2O(heavy=9, recent=3, decay=0.9)
 CAPACITIES = (14, 22)
 HOT = {"sinks": 2, "hot": 4}
-CONFIG = LessConfig(bytes=9000, rows="k4v4", shape="calibrated", policy=POLICY, sinks=1, hot=3)
+CONFIG = LessConfig(bytes=7500, rows="k4v4", shape="calibrated", policy=POLICY, sinks=1, hot=3)
 RECIPE = Recipe(kind="centroid", rank=4, steps=20, rows=8, held_rows=32)
 
 

@@ -13,7 +13,7 @@ from bench.simulate.space import Moments
 from less import Sidekick, reference
 from less.layer import Maps, PackedMaps
 from less.layer.kinds import KEY_MEAN
-from less.layer.layout import field_bytes
+from less.layer.layout import placed
 
 
 def features_of(sidekick: Sidekick, known: Mapping[int, Moments]) -> SidekickFeatures:
@@ -55,4 +55,4 @@ def state_bytes(sidekick: Sidekick, half: bool = False) -> int:
     held = [{n: x for n, x in maps.items() if n != KEY_MEAN} for maps in sidekick]
     maps = sum(PackedMaps.pack(m, sidekick.kind).memory.numel() for m in held if m)
     heads = sidekick.layers * sidekick.kv_heads
-    return field_bytes(4 * R) + field_bytes(R * D * (2 if half else 4)) + -(-maps // heads)
+    return placed({"z": (R, 4), "H": (R, D * (2 if half else 4))})[1] + -(-maps // heads)

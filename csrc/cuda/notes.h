@@ -18,15 +18,16 @@ LESS_DEVICE float noted_score(bool few, float score) {
 }
 
 LESS_DEVICE float score_at(bool few, const Slots& slots, int64_t s) {
-  if (few) return __half2float(bits_of<__half>(slots.half[s]));  // narrow: one number of a slot
-  return slots.score[s];                                         // narrow: one number of a slot
+  if (few)
+    return __half2float(bits_of<__half>(slots.half[s]));  // narrow: lanes take slots side by side
+  return slots.score[s];                                  // narrow: lanes take slots side by side
 }
 
 LESS_DEVICE void put_score(bool few, const Slots& slots, int64_t s, float score) {
   if (few) {
-    store(slots.half + s, half_of(score));  // narrow: one number of a slot
+    store(slots.half + s, half_of(score));  // narrow: lanes take slots side by side
   } else {
-    store(slots.score + s, score);  // narrow: one number of a slot
+    store(slots.score + s, score);  // narrow: lanes take slots side by side
   }
 }
 
@@ -35,15 +36,15 @@ LESS_DEVICE float weight_of_one(bool few) { return few ? 1.0f : 0.0f; }
 
 // A slot's log-weight, or its count.
 LESS_DEVICE float weight_at(bool few, const Slots& slots, int64_t s) {
-  if (few) return float(slots.count[s]);  // narrow: one number of a slot
-  return slots.weight[s];                 // narrow: one number of a slot
+  if (few) return float(slots.count[s]);  // narrow: lanes take slots side by side
+  return slots.weight[s];                 // narrow: lanes take slots side by side
 }
 
 LESS_DEVICE void put_weight(bool few, const Slots& slots, int64_t s, float weight) {
   if (few) {
-    store(slots.count + s, uint16_t(weight));  // narrow: one number of a slot
+    store(slots.count + s, uint16_t(weight));  // narrow: lanes take slots side by side
   } else {
-    store(slots.weight + s, weight);  // narrow: one number of a slot
+    store(slots.weight + s, weight);  // narrow: lanes take slots side by side
   }
 }
 

@@ -130,6 +130,7 @@ def policies(args: argparse.Namespace) -> list[Policy]:
             own.
     """
     from less import H2O, SinkRecent
+    from less.fit.eviction import check_evicts
     from less.policies import policy_from_text
     from less.policies.base import checked_at_capacity
     from less.policies.default import DECAY
@@ -146,7 +147,9 @@ def policies(args: argparse.Namespace) -> list[Policy]:
     budgets = args.bytes_of or args.budget or _BUDGETS
     if args.policy not in _SETTINGS:
         policy = policy_from_text("--policy", args.policy)
-        return [checked_at_capacity(policy, budget) for budget in budgets]
+        found = [checked_at_capacity(policy, budget) for budget in budgets]
+        check_evicts(found)
+        return found
     if args.policy == "sinks":
         sinks = 4 if args.sinks is None else args.sinks
         small = [budget for budget in budgets if budget <= sinks]

@@ -86,6 +86,17 @@ class Served:
     budgets: tuple[int, ...]
 
 
+def check_evicts(policies: Sequence[Policy]) -> None:
+    """Refuse a policy under which nothing is evicted.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for policy in policies:
+        if not policy.evicts:
+            raise ValueError(f"train: policies must evict tokens, got {type(policy).__name__}")
+
+
 def served(
     model: Any,
     facts: ModelFacts,
@@ -108,8 +119,7 @@ def served(
         ValueError: The config has no cache for this model, or one without a state.
     """
     if isinstance(given, Policy):
-        if not given.evicts:
-            raise ValueError(f"train: policies must evict tokens, got {type(given).__name__}")
+        check_evicts([given])
         own = Eviction(given)
         layers = tuple(None if i in facts.windows else own for i in range(facts.layers))
         return Served(layers, given, (given.capacity,))

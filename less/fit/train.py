@@ -114,6 +114,9 @@ def train(
     given = [policies] if isinstance(policies, (Policy, LessConfig)) else list(policies)
     if not given or not all(isinstance(p, (Policy, LessConfig)) for p in given):
         raise ValueError(f"train: policies must be one Policy or several, got {given!r}")
+    for policy in given:
+        if isinstance(policy, Policy):
+            policy_to_dict(policy)  # what cannot be written is refused before anything else
     ids, record = _pool(text, tokenizer, chunks, chunk_tokens, recipe.seed)
     facts = describe(model, "train")
     served = all_served(model, facts, given, calibration, recipe.kind, recipe.rank)
