@@ -131,7 +131,13 @@ def test_demo_without_a_sidekick_says_how_to_train_one(folder, text, tmp_path, c
     assert "less-kv train --model" in shown
     assert "eviction alone" in shown
     _, rows = report.read_json_lines((tmp_path / "out" / "results.jsonl").read_text())
-    assert [r.method for r in rows] == ["full cache", "sinks + recent", "H2O", "decayed H2O", MERGING]
+    assert [r.method for r in rows] == [
+        "full cache",
+        "sinks + recent",
+        "H2O",
+        "decayed H2O",
+        MERGING,
+    ]
 
 
 def test_demo_writes_table_plot_and_figures(folder, text, tmp_path, capsys):
