@@ -208,6 +208,19 @@ def forced(
     return [full[0] if cache is None else next(rest) for cache in caches]
 
 
+def said(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat as its template has it, up to the answer and without the BOS, which chunks open with.
+
+    Raises:
+        UnavailableError: There is no template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnavailableError("the model has no chat template; an instruct model has one")
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    bos = getattr(tokenizer, "bos_token", None)
+    return text.removeprefix(bos) if bos else text
+
+
 def mean_nats(scored: Forced) -> list[float]:
     """Mean nats of the asked tokens of each row."""
     return [float(row[~row.isnan()].mean()) for row in scored.nats]

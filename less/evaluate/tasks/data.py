@@ -106,7 +106,7 @@ def _texts(name: str, local: Path | None) -> tuple[str, ...]:
         return ("".join(row["text"] for row in rows),)
     if name == "pg19":
         return tuple(
-            row["text"] for row in islice(hub_rows("deepmind/pg19", None, "test", name), 16)
+            row["text"] for row in islice(hub_rows("deepmind/pg19", None, "test", name), _BOOKS)
         )
     raise UnavailableError(f"the text {name} is in no package; give it as --data {name}=FILE")
 

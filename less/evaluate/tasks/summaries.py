@@ -11,7 +11,7 @@ import torch
 from less.cache import LessKVCache
 from less.evaluate.feeding import Progress, greedy
 from less.evaluate.side_by_side import SideBySide
-from less.evaluate.tasks.base import Block, Given, Metric, Scores, Task, UnavailableError
+from less.evaluate.tasks.base import Block, Given, Metric, Scores, Task, UnavailableError, said
 from less.evaluate.tasks.data import SUMMARIES, summaries
 from less.fit.text import opening, tokens_of
 
@@ -71,12 +71,7 @@ class Summary(Task):
         """What stands before and behind a document: a chat where there is a template."""
         prompt = self.kind.prompt.format(document=_MARK)
         if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            bos = getattr(tokenizer, "bos_token", None)
-            prompt = prompt.removeprefix(bos) if bos else prompt
+            prompt = said(tokenizer, [{"role": "user", "content": prompt}])
         else:
             prompt += "\n\nSummary:"
         before, _, behind = prompt.partition(_MARK)

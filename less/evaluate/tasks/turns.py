@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
 
 from less.evaluate.tasks.asking import Asking, Question, assemble
-from less.evaluate.tasks.base import Block, Given, UnavailableError
+from less.evaluate.tasks.base import Block, Given, UnavailableError, said
 from less.evaluate.tasks.data import prose_chunks
 from less.evaluate.tasks.ruler import NOUNS
 
@@ -33,7 +31,7 @@ def _turns(given: Given, length: int, i: int) -> Block:
         {"role": "assistant", "content": "I have read it."},
         {"role": "user", "content": f"What is the word for my {things[asked]}?"},
     ]
-    before, found, behind = _said(given.tokenizer, [*told, *last]).partition(mark)
+    before, found, behind = said(given.tokenizer, [*told, *last]).partition(mark)
     if not found:
         raise UnavailableError("the model's chat template does not hold the user's words")
     question = Question(
@@ -44,14 +42,6 @@ def _turns(given: Given, length: int, i: int) -> Block:
     )
     rows = prose_chunks(given, None, length)
     return assemble(given, length, question, rows[i % len(rows)].tolist())
-
-
-def _said(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UnavailableError("the model has no chat template; an instruct model has one")
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    bos = getattr(tokenizer, "bos_token", None)
-    return text.removeprefix(bos) if bos else text  # the opening has it
 
 
 TASKS = [
