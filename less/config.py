@@ -23,7 +23,7 @@ from less.dealing import (
     layer_weights,
     most,
 )
-from less.dtypes import FORMATS
+from less.dtypes import FORMATS, MERGING_ROWS
 from less.dtypes import name as dtype_name
 from less.policies import H2O, Full, Policy
 from less.policies.base import checked_at_capacity
@@ -256,7 +256,7 @@ class LessConfig(ConfigFile):
         shape = self.shape
         if shape is None and calibration is not None and calibration.capacities:
             shape = "calibrated"
-        return dataclasses.replace(self, rows="k4v4", victim="merge", shape=shape)
+        return dataclasses.replace(self, rows=MERGING_ROWS, victim="merge", shape=shape)
 
     def policies(
         self,

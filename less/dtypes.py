@@ -96,6 +96,8 @@ FORMATS = {
     f"k{k}v{v}": RowFormat(PACKED.get(k, ROW_TYPES[torch.int8]), PACKED[v])
     for k, v in ((8, 4), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
 }
+#: The format that loses least at given bytes where victims merge (docs/memory.md).
+MERGING_ROWS = "k4v4"
 
 
 def row_format(op: str, dtype: object) -> RowFormat:

@@ -19,7 +19,7 @@ from less.budget import least_tokens, most_within, page_bytes
 from less.cache import LessKVCache
 from less.calibration import Calibration
 from less.config import default_policy
-from less.dtypes import format_name, row_format
+from less.dtypes import MERGING_ROWS, format_name, row_format
 from less.policies import H2O, Policy, SinkRecent
 from less.policies.base import checked_at_capacity
 from less.policies.default import merging_policy
@@ -117,7 +117,7 @@ class Method:
 
 
 #: What loses least at given bytes without training: the default of a budget in bytes.
-MERGING = Storage("k4v4", victim="merge")
+MERGING = Storage(MERGING_ROWS, victim="merge")
 FULL = Method("full cache", None)
 BASELINE = "H2O"  # the row whose loss to full attention the others recover
 

@@ -12,6 +12,7 @@ from less.budget import page_bytes
 from less.cache import LessKVCache
 from less.calibration import Calibration
 from less.config import LessConfig
+from less.dtypes import MERGING_ROWS
 from less.evaluate.methods import SINKS
 from less.hf.models import ModelFacts
 from less.policies import H2O, SinkRecent
@@ -128,7 +129,7 @@ def built_in() -> dict[str, str]:
         "decayed-h2o": "H2O whose scores decay by 0.98 per token, float16",
         "i8": "decayed H2O, rows of 8 bits",
         "k4v4": "decayed H2O, rows of 4 bits, hot rows of 8",
-        "merge": "rows of 4 bits, victims merged into the nearest slot",
+        "merge": f"rows in {MERGING_ROWS}, victims merged into the nearest slot",
         "best": "what LessConfig(bytes=...) means: merge, with calibrated heads where calibrated",
     }
 
@@ -165,7 +166,7 @@ def methods_for(
         "decayed-h2o": (_sixteen(), None),
         "i8": (LessConfig(bytes=_UNSET, rows="int8", victim="forget"), None),
         "k4v4": (LessConfig(bytes=_UNSET, rows="k4v4", victim="forget"), None),
-        "merge": (LessConfig(bytes=_UNSET, rows="k4v4", victim="merge"), None),
+        "merge": (LessConfig(bytes=_UNSET, rows=MERGING_ROWS, victim="merge"), None),
         "best": (LessConfig(bytes=_UNSET), None),
     }
     found: list[NamedMethod] = []
