@@ -41,19 +41,18 @@ RULE = merging_policy(4)
 
 def methods(args: argparse.Namespace) -> dict[str, LessConfig]:
     """The rows of the table, whose budgets are set later; plain H2O is the first."""
-    rows, calibration = args.rows, args.calibration
-    found = {
-        "H2O, float16": LessConfig(bytes=1, rows="float16", policy=H2O(heavy=1, recent=1)),
-        f"forget, {rows}": LessConfig(bytes=1, rows=rows, policy=RULE, victim="forget"),
-        f"merge, {rows}": LessConfig(bytes=1, rows=rows, victim="merge"),
-    }
+    found = {"H2O, float16": LessConfig(bytes=1, rows="float16", policy=H2O(heavy=1, recent=1))}
+    calibration = args.calibration
     calibrated = {"calibration": calibration, "shape": "calibrated"} if calibration else {}
-    if calibration:
-        found[f"merge, {rows}, calibrated heads"] = replace(found[f"merge, {rows}"], **calibrated)
-    if args.sidekick:
-        found[f"fold, {rows}" + ", calibrated heads" * bool(calibration)] = LessConfig(
-            bytes=1, rows=rows, sidekick=args.sidekick, **calibrated
-        )
+    for rows in args.rows:
+        found[f"forget, {rows}"] = LessConfig(bytes=1, rows=rows, policy=RULE, victim="forget")
+        merge = found[f"merge, {rows}"] = LessConfig(bytes=1, rows=rows, victim="merge")
+        if calibration:
+            found[f"merge, {rows}, calibrated heads"] = replace(merge, **calibrated)
+        if args.sidekick:
+            found[f"fold, {rows}" + ", calibrated heads" * bool(calibration)] = LessConfig(
+                bytes=1, rows=rows, sidekick=args.sidekick, **calibrated
+            )
     plain, *others = found
     kept = [n for n in others if args.only is None or any(text in n for text in args.only)]
     return {name: found[name] for name in (plain, *kept)}
@@ -84,7 +83,7 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", help="folder of less-kv calibrate, with curves")
     add("--sidekick", help="folder of maps whose state is measured too")
     add("--tokens", type=int, nargs="+", default=[32, 64, 128], help="float16 tokens")
-    add("--rows", default="k4v4", help="the packed format")
+    add("--rows", nargs="+", default=["k4v3"], help="packed formats")
     add("--model", default="smollm2", help="smollm2, a folder, or a hub name")
     add("--text", type=Path, help="a file or folder; default: Wikipedia's eval half")
     add("--chunks", type=int, default=8)
