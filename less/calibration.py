@@ -22,6 +22,7 @@ from less._check import require_int, require_shape
 from less.files import write_whole
 from less.layer import Space
 from less.layer.space import SPACE
+from less.sidekick.files import shipped, shipped_names
 from less.sidekick.identity import model_identity
 from less.sidekick.parts import check_part, part_slice
 
@@ -185,7 +186,7 @@ class Calibration:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"layers.{i}.{name}": x
+            f"layers.{i}.{name}": x if name == CURVE or not _is_half(x) else x.half()
             for i, layer in enumerate(self._layers)
             if layer is not None
             for name, x in layer.items()
@@ -209,6 +210,9 @@ class Calibration:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Calibration:
         """Read a folder that ``less-kv calibrate`` wrote.
 
+        Args:
+            folder: The folder, or one of ``shipped_calibrations``.
+
         Raises:
             FileNotFoundError: The folder has no calibration.
             ValueError: A file is damaged, or of another format or version; the message names it.
@@ -216,7 +220,7 @@ class Calibration:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        root = Path(folder).expanduser()
+        root = shipped(str(folder)) if str(folder) in shipped_names() else Path(folder).expanduser()
         at = f"Calibration.from_pretrained: {root / CONFIG_FILE}"
         for name in (CONFIG_FILE, TENSORS_FILE):
             if not (root / name).is_file():
@@ -266,6 +270,16 @@ class Calibration:
             )
         except ValueError as error:
             raise ValueError(f"{at}: {error}") from None
+
+
+def _is_half(x: Tensor) -> bool:
+    """Whether float16 holds every number exactly."""
+    return torch.equal(x.half().float(), x)
+
+
+def shipped_calibrations() -> list[str]:
+    """Names of the calibrations that come with this package, ascending."""
+    return [name for name in shipped_names() if (shipped(name) / CONFIG_FILE).is_file()]
 
 
 def _checked_grid(op: str, capacities: object, length: object) -> tuple[tuple[int, ...], int]:

@@ -78,8 +78,8 @@ class LessConfig(ConfigFile):
         sinks: First tokens in finer rows, of packed formats; None: 4.
         hot: Last tokens in finer rows, of packed formats; None: 16.
         hot_dtype: Of the finer rows: "int8", "float16" or "float32".
-        calibration: Folder that ``less-kv calibrate`` wrote: means and scales of rows, and curves
-            for ``shape``; None: rows are rotated alone.
+        calibration: Folder that ``less-kv calibrate`` wrote, or a shipped name: means and scales of
+            rows, and curves for ``shape``; None: rows are rotated alone.
         victim: What becomes of evicted tokens, as in ``LessKVCache``.
         preset: ``"paper"``: the method of arXiv:2402.09398: half heavy hitters without decay, half
             recent tokens, rows in the model's dtype, victims folded through a sidekick, which must
@@ -141,7 +141,7 @@ class LessConfig(ConfigFile):
             self.sidekick,
         )
         check_folder("sidekick", self.sidekick, "a folder or a shipped name")
-        check_folder("calibration", self.calibration, "a folder")
+        check_folder("calibration", self.calibration, "a folder or a shipped name")
 
     @property
     def _format(self) -> torch.dtype | str | None:

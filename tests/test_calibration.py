@@ -7,14 +7,23 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from less import H2O
-from less.calibration import CONFIG_FILE, CURVE, NAMES, TENSORS_FILE, Calibration
+from less import H2O, LessConfig
+from less.calibration import (
+    CONFIG_FILE,
+    CURVE,
+    NAMES,
+    TENSORS_FILE,
+    Calibration,
+    shipped_calibrations,
+)
 from less.cli import main
 from less.fit import calibrate
 from less.fit.calibrate import measure
 from less.fit.capture import Captured
 from less.hf import attach, cache_for
+from less.sidekick import Sidekick, shipped
 from tests.tiny_model import TEXT, save_tiny, tiny_model
 
 
@@ -253,3 +262,40 @@ def test_the_command_measures_a_folder_and_refuses_what_cannot_be(tmp_path, caps
     assert "--length 4096 is beyond" in capsys.readouterr().err
     assert main([*arguments, str(text)]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+# -- shipped ------------------------------------------------------------------------------------
+
+
+def test_a_shipped_calibration_loads_by_name_and_is_small():
+    assert shipped_calibrations()
+    for name in shipped_calibrations():
+        calibration = Calibration.from_pretrained(name)
+        assert calibration.digest == Calibration.from_pretrained(shipped(name)).digest
+        assert calibration.capacities
+        assert calibration.config["model"] == {
+            **calibration.config["model"],
+            **Sidekick.from_pretrained(name).config["model"],
+        }
+        assert LessConfig(bytes=1, calibration=name).load_calibration().digest == calibration.digest
+        files = [shipped(name) / file for file in (CONFIG_FILE, TENSORS_FILE)]
+        assert sum(file.stat().st_size for file in files) < 100_000
+
+
+def test_a_shipped_calibration_is_refused_for_another_model():
+    config = LessConfig(bytes="1MiB", calibration=shipped_calibrations()[0])
+    with pytest.raises(ValueError, match="measured on SmolLM2-135M-Instruct, not on"):
+        config.cache(tiny_model())
+
+
+def test_what_float16_holds_is_stored_in_it_and_comes_back_exact(tmp_path):
+    fine = {n: torch.full((2, 8), 1.5) for n in NAMES}
+    coarse = {**fine, "key_mean": torch.full((2, 8), 1 + 2**-20)}
+    for layer, size in ((fine, 2), (coarse, 4)):
+        Calibration([layer]).save_pretrained(tmp_path)
+        stored = load_file(tmp_path / TENSORS_FILE)
+        assert stored["layers.0.key_mean"].element_size() == size
+        assert stored["layers.0.key_scale"].element_size() == 2
+        read = Calibration.from_pretrained(tmp_path)
+        assert torch.equal(read[0]["key_mean"], layer["key_mean"])
+        assert read.digest == Calibration([layer]).digest

@@ -123,7 +123,7 @@ WRONG = [
     (WITH_ROWS, "--rows k4v4 --hot 0", "--hot must be 1 or more, got 0"),
     (WITH_ROWS, "--rows k4v4 --sinks -1", "--sinks must be 0 or more, got -1"),
     (WITH_ROWS, "--rows k4v4 --hot-dtype int4", "invalid choice: 'int4'"),
-    (WITH_ROWS, "--rows int8 --calibration nowhere", "--calibration nowhere is not a folder"),
+    (WITH_ROWS, "--rows int8 --calibration nowhere", "nowhere is neither a folder nor"),
     (WITH_ROWS, "--rows int8 --calibration empty", "rows.json: no such file"),
     (WITH_ROWS, "--rows int8 --calibration damaged-rows", "damaged, or of another rows.json"),
     (WITH_ROWS, "--rows int8 --calibration rows-of-three", "must have layers=2, got layers=3"),

@@ -405,7 +405,7 @@ def test_a_damaged_file_of_results_is_refused(tmp_path):
         (["--budgets", "0"], "--budgets must be"),
         (["--data", "mine"], "--data must be NAME=PATH"),
         (["--data", "mine=/nowhere"], "does not exist"),
-        (["--calibration", "/nowhere"], "--calibration /nowhere is not a folder"),
+        (["--calibration", "/nowhere"], "--calibration /nowhere is neither a folder nor shipped"),
         (["--method", "x"], "--method must be"),
     ],
 )

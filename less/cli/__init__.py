@@ -24,7 +24,7 @@ COMMANDS = {
     "matrix": ("less.cli.matrix", "what works with which model, tried out"),
     "chat": ("less.cli.chat", "talk with a model on one bounded cache"),
     "doctor": ("less.cli.doctor", "what this installation can do here, and what to change"),
-    "info": ("less.cli.info", "what was built, versions, shipped sidekicks"),
+    "info": ("less.cli.info", "what was built, versions, what is shipped"),
 }
 
 

@@ -48,16 +48,6 @@ def check_folder(option: str, folder: Path) -> None:
         raise ValueError(f"{option} {folder}: {there} is not writable: {error.strerror}") from None
 
 
-def check_is_folder(option: str, folder: str) -> None:
-    """Refuse what is no folder; its content is looked at when it is read.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if not Path(folder).expanduser().is_dir():
-        raise ValueError(f"{option} {folder} is not a folder")
-
-
 def check_file(option: str, file: Path) -> None:
     """Refuse a file that cannot be written; writes nothing.
 
@@ -71,6 +61,23 @@ def check_file(option: str, file: Path) -> None:
     check_folder(option, file.parent)
     if file.exists() and not os.access(file, os.W_OK):
         raise ValueError(f"{option} {file} is not writable")
+
+
+def check_calibration(wanted: str) -> None:
+    """Refuse a calibration of which nothing is there; its content is looked at when it is read.
+
+    Raises:
+        ValueError: naming the shipped ones.
+    """
+    if Path(wanted).expanduser().is_dir():
+        return
+    from less.calibration import shipped_calibrations  # imports torch
+
+    if wanted not in shipped_calibrations():
+        shipped = ", ".join(shipped_calibrations()) or "none"
+        raise ValueError(
+            f"--calibration {wanted} is neither a folder nor shipped (shipped: {shipped})"
+        )
 
 
 def check_sidekick(wanted: str | None) -> None:

@@ -83,12 +83,12 @@ def _continue(
 ) -> list[tuple[Method, Continuation]]:
     """The full cache, plain H2O and LESS write on, one after the other."""
     from less.evaluate.generate import continue_text
-    from less.evaluate.methods import BASELINE, FULL, MERGING
+    from less.evaluate.methods import BASELINE, FULL
     from less.evaluate.report import size
 
     shown = [m for m in methods if m.name in (FULL.name, BASELINE)]
     shown += [m for m in methods if m.sidekick is not None][-1:]
-    shown += [m for m in methods if m.storage == MERGING]
+    shown += [m for m in methods if m.stored(subject.dtype).victim == "merge"][-1:]
     end = subject.tokenizer.decode(prompt[0, -60:].tolist())
     console.print(f"  … {' '.join(end.split())}\n", style="dim", markup=False)
     written = []

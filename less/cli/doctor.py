@@ -115,6 +115,7 @@ def gather() -> dict[str, Facts]:
 
     from less.backend import ops
     from less.evaluate.machine import machine
+    from less.calibration import Calibration, shipped_calibrations
     from less.sidekick import Sidekick, shipped, shipped_names
 
     missing = ops.missing(torch.device("cpu"))
@@ -131,7 +132,19 @@ def gather() -> dict[str, Facts]:
             f"{sidekick.layers} layers, {str(sidekick.dtype).removeprefix('torch.')}, "
             f"{sidekick.nbytes / 2**20:.1f} MiB"
         )
-    return {"machine": machine(), "native code": native, "sidekicks": sidekicks or {"shipped": ""}}
+    calibrations = {}
+    for name in shipped_calibrations():
+        calibration = Calibration.from_pretrained(name)
+        curves = f", curves at {len(calibration.capacities)} capacities" * bool(calibration.length)
+        calibrations[name] = (
+            f"{len(calibration)} layers, {calibration.config['tokens']:,} tokens{curves}"
+        )
+    return {
+        "machine": machine(),
+        "native code": native,
+        "sidekicks": sidekicks or {"shipped": ""},
+        "calibrations": calibrations or {"shipped": ""},
+    }
 
 
 # -- what to change --------------------------------------------------------------------------------

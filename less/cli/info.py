@@ -10,7 +10,7 @@ from less.cli.doctor import gather, show
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("info", help="what was built, versions, shipped sidekicks")
+    parser = subparsers.add_parser("info", help="what was built, versions, what is shipped")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 

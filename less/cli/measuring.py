@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from less import Sidekick
+    from less import Calibration, Sidekick
     from less.evaluate.assets import FoundModel
     from less.evaluate.methods import Method, Storage
     from less.hf.models import ModelFacts
@@ -43,6 +43,7 @@ class Subject:
         dtype: Of the slots of methods that name no format.
         model_dtype: Of the model's weights.
         formats: What ``--rows`` names.
+        calibration: The shipped one of the model.
         model: The model, once it is loaded.
     """
 
@@ -57,6 +58,7 @@ class Subject:
     dtype: torch.dtype
     model_dtype: torch.dtype
     formats: Sequence[Storage] = ()
+    calibration: Calibration | None = None
     model: Any = None
 
     @property
@@ -218,6 +220,7 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
         dtype=rows.table_dtype(args, getattr(torch, args.model_dtype)),
         model_dtype=getattr(torch, args.model_dtype),
         formats=rows.storages(args, found.config) if named else (),
+        calibration=shipped_calibration(found.config),
     )
     cut(subject, args.length, args.chunks)
     for context in contexts:
@@ -314,14 +317,34 @@ def sidekicks_for(wanted: str | None, model: Any) -> tuple[Sidekick | None, Side
     return sidekick, paper
 
 
+def shipped_calibration(model: Any) -> Calibration | None:
+    """The calibration that comes with this package for a model or its config; None: there is none.
+
+    Raises:
+        ValueError: A shipped one is damaged.
+    """
+    from less.calibration import Calibration, shipped_calibrations
+
+    for name in shipped_calibrations():
+        found = Calibration.from_pretrained(name)
+        try:
+            found.check_model(model)
+        except ValueError:
+            continue
+        return found
+    return None
+
+
 def methods_for(subject: Subject, budget: int) -> list[Method]:
     """Rows of the table at one budget, with eviction at the bytes of state and maps.
 
-    Rows of four bits that merge follow, where the bytes hold them. With ``--rows`` the last ones
+    Packed rows that merge follow, where the bytes hold them, and with a calibration that is shipped
+    for the model the same with slots dealt out to its heads. With ``--rows`` the last ones
     are LESS's rule in each of its formats, with the sidekick and without.
     """
     from less.config import trained_policy
     from less.evaluate.methods import (
+        calibrated,
         equal_bytes_with_maps,
         in_formats,
         merging,
@@ -338,7 +361,10 @@ def methods_for(subject: Subject, budget: int) -> list[Method]:
         first_less = next(i for i, method in enumerate(methods) if method.sidekick is not None)
         methods.insert(first_less, with_maps)
     rule, heads = methods[-1].policy, (subject.facts.kv_heads, subject.facts.head_dim)
-    methods += merging(budget, heads, dtype)
+    merged = merging(budget, heads, dtype)
+    methods += merged
+    if subject.calibration is not None:
+        methods += calibrated(merged, subject.facts, subject.calibration, budget, dtype)
     if subject.formats:
         assert rule is not None
         for memory in dict.fromkeys((None, sidekick)):

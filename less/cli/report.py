@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     checks.check_folder("--out", args.out)
     data = _data(args.data)
     for folder in args.calibration:
-        checks.check_is_folder("--calibration", folder)
+        checks.check_calibration(folder)
     from less.evaluate.cells import Cells
     from less.evaluate.harness import Left
     from less.evaluate.machine import machine

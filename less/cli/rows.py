@@ -93,7 +93,7 @@ def check(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ValueError(f"--{name} must be {least} or more, got {value}")
     if args.calibration is not None:
-        checks.check_is_folder("--calibration", args.calibration)
+        checks.check_calibration(args.calibration)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         checks.check_file("--out", args.out)
     if args.calibration is not None:
-        checks.check_is_folder("--calibration", args.calibration)
+        checks.check_calibration(args.calibration)
     from less import files
     from less.evaluate import sources
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ import torch
 from less.budget import least_tokens, most_within, page_bytes
 from less.cache import LessKVCache
 from less.calibration import Calibration
-from less.config import default_policy
+from less.config import LessConfig, default_policy
 from less.dtypes import MERGING_ROWS, format_name, row_format
+from less.hf.models import ModelFacts
 from less.policies import H2O, Policy, SinkRecent
 from less.policies.base import checked_at_capacity
 from less.policies.default import merging_policy
@@ -88,6 +89,7 @@ class Method:
         sidekick: Feature maps, None for eviction alone.
         extra: Tokens beyond the budget, bought with the bytes named in ``name``.
         storage: How its slots are stored; None: in the dtype of the table.
+        config: What builds its cache, with the bytes of one row; None: the fields above do.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Method:
     sidekick: Sidekick | None = None
     extra: int = 0
     storage: Storage | None = None
+    config: LessConfig | None = None
 
     def stored(self, dtype: torch.dtype) -> Storage:
         """How its slots are stored in a table of a dtype."""
@@ -112,6 +115,10 @@ class Method:
 
         if self.policy is None:
             return None
+        if self.config is not None:
+            assert isinstance(self.config.bytes, int)
+            whole = replace(self.config, bytes=batch * self.config.bytes)
+            return whole.cache(model, batch, calibration=self.stored(dtype).calibration)
         settings = self.stored(dtype).settings()
         return cache_for(model, self.policy, self.sidekick, batch=batch, **settings)
 
@@ -260,6 +267,37 @@ def merging(budget: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Met
     if page_bytes(*heads, dtype, budget) < least:
         return []
     return in_formats(budget, [MERGING], merging_policy(budget), heads, dtype)
+
+
+def calibrated(
+    merged: Sequence[Method],
+    facts: ModelFacts,
+    calibration: Calibration,
+    budget: int,
+    dtype: torch.dtype,
+) -> list[Method]:
+    """``merging``'s methods once more in a calibration's space, their slots dealt to the heads.
+
+    Args:
+        merged: What ``merging`` gave at the budget.
+        facts: Of the model.
+        calibration: Of the model, with curves.
+        budget: Tokens per head of the table, C.
+        dtype: Of the table's slots.
+    """
+    page = page_bytes(facts.kv_heads, facts.head_dim, dtype, budget)
+    windows = facts.kv_heads * facts.window_bytes
+    room = (facts.layers - len(facts.windows)) * page + windows
+    config = LessConfig(bytes=room, rows=MERGING_ROWS, victim="merge", shape="calibrated")
+    return [
+        replace(
+            method,
+            name=f"{method.name}, calibrated",
+            storage=replace(MERGING, calibration=calibration),
+            config=config,
+        )
+        for method in merged
+    ]
 
 
 def rule_name(policy: Policy) -> str:

@@ -8,7 +8,8 @@ finer rows, and are unlike the rest):
 
 so that an error of a channel counts, where rows are rounded, as it counts in logits and outputs;
 q^2 and |W_o|^2 are summed over the query heads of the group. Scales are those of a head up to a
-common factor, which a row's own scale makes up for.
+common factor, which a row's own scale makes up for. Both are rounded to float16, in which caches
+hold them.
 
 The curves of ``less.fit.curves`` are divided by the mean squared norm of the residual stream that
 enters their layer, over the tokens that curves count: an error matters as it changes the stream.
@@ -88,7 +89,7 @@ def calibrate(
                 layers.append(None)
             else:
                 captured = walk.capture(layer)
-                measured = measure(captured)
+                measured = {n: x.half().float() for n, x in measure(captured).items()}
                 if capacities:
                     curves = measure_curves(captured, capacities, show_from(layer))
                     measured[CURVE] = curves / walk.mean_square(layer, first_counted(T))
