@@ -86,16 +86,16 @@ def test_rows_merge_as_the_cache_merges_them(policy: Policy, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("rows", ["k4v4", "k3v3", "k2v2"])
+@pytest.mark.parametrize("rows", ["k4v4", "k4v3", "k3v3", "k2v2"])
 def test_packed_rows_of_heads_of_their_own_are_the_cache_s(rows: str, victim: str) -> None:
     D, hot, capacities = 64, {"sinks": 2, "hot": 6}, (16, 26)
     q, k, v = random_qkv(1, Q, K, T, D)
     policy = H2O(heavy=9, recent=12, decay=0.9)
     more = {**hot, "victim": victim, "capacities": [capacities]}
     wanted = real(policy, rows, q, k, v, **more)[0]
-    packed = quantizers.named("max", int(rows[1]), D)
+    packed = (quantizers.named("max", int(rows[i]), D) for i in (1, 3))
     cache = Cache(
-        packed, packed, [S - 8 for S in capacities], **hot,
+        *packed, [S - 8 for S in capacities], **hot,
         recent=[12 * S // 21 for S in capacities], decay=0.9, half_scores=True, int8_queries=True,
         victim=victim,
     )  # fmt: skip
