@@ -23,6 +23,7 @@ import torch
 from bench.rows import mean_of
 from less import H2O, LessConfig, LessKVCache
 from less.budget import page_bytes
+from less.dtypes import MERGING_ROWS
 from less.evaluate.assets import chunks, load_model, wikipedia_articles
 from less.evaluate.perplexity import (
     copy_perplexity,
@@ -83,7 +84,7 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", help="folder of less-kv calibrate, with curves")
     add("--sidekick", help="folder of maps whose state is measured too")
     add("--tokens", type=int, nargs="+", default=[32, 64, 128], help="float16 tokens")
-    add("--rows", nargs="+", default=["k4v3"], help="packed formats")
+    add("--rows", nargs="+", default=[MERGING_ROWS], help="packed formats")
     add("--model", default="smollm2", help="smollm2, a folder, or a hub name")
     add("--text", type=Path, help="a file or folder; default: Wikipedia's eval half")
     add("--chunks", type=int, default=8)
