@@ -19,17 +19,16 @@ import torch
 from torch import Tensor
 
 from less._check import require_int, require_shape
-from less.files import write_whole
+from less.files import CALIBRATION_FILE, SHIPPED, shipped_calibrations, write_whole
 from less.layer import Space
 from less.layer.space import SPACE
-from less.sidekick.files import shipped, shipped_names
 from less.sidekick.identity import model_identity
 from less.sidekick.parts import check_part, part_slice
 
 FORMAT = "less-rows"
 VERSION = 2  # version 1 had no curves
 TENSORS_FILE = "rows.safetensors"
-CONFIG_FILE = "rows.json"
+CONFIG_FILE = CALIBRATION_FILE
 #: Of each layer, float32 [K, D]: what its space is made of.
 NAMES = SPACE
 #: Of each layer, float32 [K, n], where curves were measured: the error that a head causes in the
@@ -220,7 +219,9 @@ class Calibration:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        root = shipped(str(folder)) if str(folder) in shipped_names() else Path(folder).expanduser()
+        root = Path(folder).expanduser()
+        if os.fspath(folder) in shipped_calibrations():
+            root = SHIPPED / folder
         at = f"Calibration.from_pretrained: {root / CONFIG_FILE}"
         for name in (CONFIG_FILE, TENSORS_FILE):
             if not (root / name).is_file():
@@ -275,11 +276,6 @@ class Calibration:
 def _is_half(x: Tensor) -> bool:
     """Whether float16 holds every number exactly."""
     return torch.equal(x.half().float(), x)
-
-
-def shipped_calibrations() -> list[str]:
-    """Names of the calibrations that come with this package, ascending."""
-    return [name for name in shipped_names() if (shipped(name) / CONFIG_FILE).is_file()]
 
 
 def _checked_grid(op: str, capacities: object, length: object) -> tuple[tuple[int, ...], int]:

@@ -1,4 +1,4 @@
-"""Files: texts, read or refused by what is wrong with them; and writing whole or not at all.
+"""Files: texts, read or refused by what is wrong with them; writing them whole; what is shipped.
 
 torch is not imported.
 """
@@ -7,6 +7,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "sidekicks"  # a folder for each sidekick, by its name
+CALIBRATION_FILE = "rows.json"  # that a folder with a calibration has
+
+
+def shipped_calibrations() -> list[str]:
+    """Names of the calibrations that come with this package, ascending."""
+    return sorted(p.parent.name for p in SHIPPED.glob(f"*/{CALIBRATION_FILE}"))
 
 
 def text_files(source: str | os.PathLike[str]) -> list[Path]:

@@ -16,9 +16,9 @@ from less.calibration import (
     NAMES,
     TENSORS_FILE,
     Calibration,
-    shipped_calibrations,
 )
 from less.cli import main
+from less.files import shipped_calibrations
 from less.fit import calibrate
 from less.fit.calibrate import measure
 from less.fit.capture import Captured

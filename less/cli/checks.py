@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from less.files import shipped_calibrations
+
 _DEMO = {"transformers": "transformers", "rich": "rich", "matplotlib": "matplotlib"}
 
 
@@ -71,8 +73,6 @@ def check_calibration(wanted: str) -> None:
     """
     if Path(wanted).expanduser().is_dir():
         return
-    from less.calibration import shipped_calibrations  # imports torch
-
     if wanted not in shipped_calibrations():
         shipped = ", ".join(shipped_calibrations()) or "none"
         raise ValueError(

@@ -114,8 +114,9 @@ def gather() -> dict[str, Facts]:
     import torch
 
     from less.backend import ops
+    from less.calibration import Calibration
     from less.evaluate.machine import machine
-    from less.calibration import Calibration, shipped_calibrations
+    from less.files import shipped_calibrations
     from less.sidekick import Sidekick, shipped, shipped_names
 
     missing = ops.missing(torch.device("cpu"))

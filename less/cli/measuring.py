@@ -323,7 +323,8 @@ def shipped_calibration(model: Any) -> Calibration | None:
     Raises:
         ValueError: A shipped one is damaged.
     """
-    from less.calibration import Calibration, shipped_calibrations
+    from less.calibration import Calibration
+    from less.files import shipped_calibrations
 
     for name in shipped_calibrations():
         found = Calibration.from_pretrained(name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from less.files import write_whole
+from less.files import SHIPPED, write_whole
 from less.sidekick.kinds import kind_of
 from less.sidekick.parts import part_slice
 
@@ -25,7 +25,6 @@ DIGEST = "tensors_sha256"  # field of config.json; files without it are older, a
 #: What config.json says of the tensors, and Sidekick's attribute of the same name must confirm.
 SHAPE_FIELDS = ("kind", "layers", "q_heads", "kv_heads", "head_dim", "rank", "hidden")
 ABSENT = "layers_without_maps"  # field of config.json, where there are such
-_SHIPPED = Path(__file__).parent.parent / "sidekicks"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -157,9 +156,9 @@ def write(
 
 def shipped_names() -> list[str]:
     """Names of the sidekicks that come with the package."""
-    if not _SHIPPED.is_dir():
+    if not SHIPPED.is_dir():
         return []
-    return sorted(p.name for p in _SHIPPED.iterdir() if (p / CONFIG_FILE).is_file())
+    return sorted(p.name for p in SHIPPED.iterdir() if (p / CONFIG_FILE).is_file())
 
 
 def shipped(name: str) -> Path:
@@ -173,4 +172,4 @@ def shipped(name: str) -> Path:
             f"shipped: no sidekick named {name!r}; there are: "
             + (", ".join(shipped_names()) or "none")
         )
-    return _SHIPPED / name
+    return SHIPPED / name
