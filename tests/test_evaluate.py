@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from less import H2O, LessConfig, SinkRecent
+from less import H2O, Calibration, LessConfig, SinkRecent
 from less.budget import page_bytes
+from less.calibration import CURVE
 from less.config import default_policy, trained_policy
 from less.dtypes import FORMATS
 from less.evaluate import assets, methods, report, sources
@@ -33,6 +34,7 @@ from less.evaluate.wikitext import clean
 from less.files import read_texts
 from less.fit.text import opening
 from less.hf import attach, cache_for
+from less.hf.models import describe
 from tests.tiny_model import (
     BOS,
     TEXT,
@@ -302,6 +304,27 @@ def test_bytes_that_do_not_hold_the_hot_rows_are_refused_by_the_formats_name():
     formats = [methods.Storage("k4v4", sinks=4, hot=60)]
     with pytest.raises(ValueError, match="too small for k4v4: 65 tokens, the fewest that it keeps"):
         methods.in_formats(16, formats, H2O(8, 8), (2, 16), torch.float16)
+
+
+def test_a_shipped_calibration_gives_the_same_bytes_to_heads_of_their_own(model):
+    plain = tiny_calibration()
+    curve = torch.tensor([[9.0, 3.0, 1.0], [0.9, 0.3, 0.1]])
+    layers = [{**plain[i], CURVE: curve} for i in range(2)]
+    calibration = Calibration(layers, plain.config, capacities=(32, 64, 128), length=256)
+    facts, budget = describe(model, "test"), 60
+    merged = methods.merging(budget, (2, 16), torch.float16)
+    (method,) = methods.calibrated(merged, facts, calibration, budget, torch.float16)
+    assert method.name == f"{merged[0].name}, calibrated"
+    assert method.stored(torch.float16).described()["calibration"] == calibration.digest
+    for batch in (1, 2):
+        cache = method.cache(model, torch.float16, batch)
+        assert (cache.batch, cache.victim, cache.dtype) == (batch, "merge", "k4v4")
+        many, few = cache.layouts[0].capacities
+        assert many > merged[0].policy.capacity > few
+        room = 2 * batch * page_bytes(2, 16, torch.float16, budget)
+        assert 0.95 * room < cache.memory()["slots"] <= room
+    assert methods.merging(8, (2, 16), torch.float16) == []
+    assert methods.calibrated([], facts, calibration, 8, torch.float16) == []
 
 
 # -- comparison ----------------------------------------------------------------------------------
