@@ -73,6 +73,8 @@ void begin(Block& block, Copy& copy) {
   ++statistics.async_copies;
   statistics.async_bytes += copy.source_bytes;
   if (copy.source_bytes > 0) access_at(copy.global, copy.source_bytes, Access::read, copy.at);
+  if (copy.source_bytes == 0) self()->from = Cause::shared;
+  copy.ready = trip(*self());
   // The order counts as a write: what others still read there is a race already.
   access_at(copy.shared, copy.bytes, Access::write, copy.at);
   const bool early =
@@ -111,7 +113,10 @@ void copy_async_wait(int groups, Where) {
   const size_t under_way = me.copy_groups.size();
   const size_t over = under_way - std::min(under_way, size_t(groups));
   for (size_t i = 0; i < over; ++i) {
-    for (Copy& copy : me.copy_groups[i]) finish(*me.home, copy, me.slot, me.clock);
+    for (Copy& copy : me.copy_groups[i]) {
+      finish(*me.home, copy, me.slot, me.clock);
+      if (timed) wait_for(me.line, copy.ready);
+    }
   }
   me.copy_groups.erase(me.copy_groups.begin(), me.copy_groups.begin() + ptrdiff_t(over));
 }

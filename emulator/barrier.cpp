@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "emulator/errors.h"
+#include "emulator/sites.h"
 #include "emulator/state.h"
 
 namespace less::emulator {
@@ -80,6 +81,7 @@ void try_release(Block& block, NamedBarrier& barrier) {
   note_progress();
   if (!whole) check_whole_warps(block, barrier);
   if (tracking) meet(block, barrier, int(barrier.waiting.size()) == block.alive);
+  if (timed) meet_clocks(barrier.waiting, Cause::barrier, site_of(barrier.at));
   barrier.result[barrier.phase & 1] = barrier.vote;
   ++barrier.phase;
   barrier.arrived = 0;
@@ -141,6 +143,14 @@ void try_release(Cluster& cluster) {
   cluster.arrived = 0;
   cluster.seen = tracking ? cluster.gathered.view() : View();
   cluster.gathered.clear();
+  if (timed && !cluster.clocks.empty()) {
+    Timeline& met = cluster.met;
+    met = Timeline();
+    for (const Thread* thread : cluster.clocks) {
+      if (thread->arrived.now >= met.now) met = thread->arrived;
+    }
+    cluster.clocks.clear();
+  }
   for (Thread* thread : cluster.waiting) make_ready(thread);
   cluster.waiting.clear();
 }
@@ -155,6 +165,8 @@ void cluster_arrive(bool relaxed, Where at) {
   me.cluster_arrivals = 1;
   me.cluster_phase = cluster.phase;
   ++cluster.arrived;
+  me.arrived = me.line;
+  if (timed) cluster.clocks.push_back(&me);
   if (tracking && !relaxed) {
     cluster.gathered.add(me);
     ++me.clock;
@@ -176,11 +188,17 @@ void cluster_wait(Where at) {
   me.cluster_arrivals = 0;
   me.cluster_started = true;
   if (tracking) acquire(me, cluster.seen);
+  if (!timed) return;
+  Timeline met = cluster.met;
+  met.wait(met.now + latency[int(Cause::cluster_barrier)], Cause::cluster_barrier);
+  if (met.now > me.line.now) me.line = met;
+  end_phase(me.line, site_of(at));
 }
 
 // -- fences ---------------------------------------------------------------------------------------
 
 void fence(bool gpu) {
+  if (timed && gpu) self()->line.wait(self()->line.now + latency[int(Cause::l2)], Cause::l2);
   if (!tracking || current == nullptr) return;
   Thread& me = *self();
   for (int scope = kBlockScope; scope <= (gpu ? kGpuScope : kBlockScope); ++scope) {

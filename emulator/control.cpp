@@ -36,8 +36,9 @@ constexpr const char* kSchedules[] = {"in_order",   "reverse",     "random",
                                       "warp_ahead", "warp_behind", "lockstep"};
 constexpr const char* kAsyncs[] = {"late", "early", "random"};
 constexpr const char* kTensors[] = {"exact", "device"};
-constexpr const char* kOptions[] = {"schedule", "seed", "async",   "tensor", "blocks",
-                                    "preempt",  "race", "profile", "ptx",    "max_errors"};
+constexpr const char* kOptions[] = {"schedule", "seed",       "async", "tensor",
+                                    "blocks",   "preempt",    "race",  "profile",
+                                    "ptx",      "max_errors", "rows",  "stride"};
 
 bool set_number(const std::string& option, long long n) {
   if (option == "seed") {
@@ -52,10 +53,14 @@ bool set_number(const std::string& option, long long n) {
     options.profile = n != 0;
   } else if (option == "ptx") {
     options.ptx = n != 0;
+  } else if (option == "rows") {
+    options.rows = int(n);
+  } else if (option == "stride" && n > 0) {
+    options.stride = int(n);
   } else if (option == "max_errors") {
     options.max_errors = int(n);
   } else {
-    return false;
+    return set_latency(option, double(n));
   }
   return true;
 }
@@ -91,6 +96,7 @@ Translated translated(const void* kernel) {
   if (!options.ptx || translated_kernels().empty()) return nullptr;
   static std::map<const void*, Translated> known;
   const auto [entry, fresh] = known.try_emplace(kernel, nullptr);
+  launch_state.kernel = kernel;
   if (!fresh) return entry->second;
   const std::string name = symbol_at(kernel);
   const auto found = translated_kernels().find(name);

@@ -26,6 +26,9 @@ LESS_EMULATOR_API const char* less_emulator_tier(void);
 //   profile      track: 0 1, statistics per instruction
 //   ptx          0 1: launch translated kernels, where they are linked in
 //   max_errors   errors kept
+//   rows         of each launch's blocks run so many rows along x, no others; 0: all
+//   stride       and of those every so many: 1
+//   latency_*    cycles, for each cause in timeline.h, where kernels keep clocks
 LESS_EMULATOR_API int less_emulator_set(const char* option, const char* value);
 
 // Forgets errors and statistics; options and memory stay.

@@ -366,6 +366,10 @@ inline int atomic_add(int* global, int value, LESS_EMULATOR_AT) {
   return atomicAdd(global, value, at);
 }
 
+inline void add_global(double* global, double value, LESS_EMULATOR_AT) {
+  atomicAdd(global, value, at);
+}
+
 LESS_EMULATOR_UNTRACKED inline uint32_t cluster_rank() { return emulator::current->cluster_rank; }
 LESS_EMULATOR_UNTRACKED inline uint32_t cluster_size() { return emulator::cluster_size; }
 inline void cluster_arrive(LESS_EMULATOR_AT) { emulator::cluster_arrive(false, at); }

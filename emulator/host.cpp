@@ -16,6 +16,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = less::emulator::shared_of_a_block();
       return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = less::emulator::multiprocessors();
+      return cudaSuccess;
     case cudaDevAttrL2CacheSize:  // small: a bench soon has more
       *value = 1 << 16;
       return cudaSuccess;

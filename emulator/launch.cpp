@@ -81,6 +81,7 @@ void end_thread() {
   }
   check_no_copies(me);
   if (tracking) block.last_seen.add(me);
+  if (timed) note_end(me);
   me.status = Status::done;
   me.warp->exited |= 1u << me.lane;
   --block.alive;
@@ -266,9 +267,12 @@ int clusters_alive() {
 }
 
 void order_clusters() {
-  const uint64_t total = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z / cluster_size;
+  const uint64_t along_x = grid_dim.x / cluster_size, every = uint64_t(options.stride);
+  uint64_t rows = (uint64_t{grid_dim.y} * grid_dim.z + every - 1) / every;
+  if (options.rows > 0) rows = std::min(rows, uint64_t(options.rows));
+  const uint64_t total = rows * along_x;
   order.resize(total);
-  for (uint64_t i = 0; i < total; ++i) order[i] = i;
+  for (uint64_t i = 0; i < total; ++i) order[i] = i / along_x * every * along_x + i % along_x;
   switch (options.schedule) {
     case Schedule::in_order:
     case Schedule::lockstep:
@@ -296,6 +300,7 @@ void begin_launch(const LaunchConfig& config, int threads) {
   cluster_size = uint32_t(config.cluster);
   begin_schedule();
   order_clusters();
+  reset_timeline();
   begin_launch_memory();
 }
 

@@ -187,6 +187,7 @@ std::string profile_json() {
   json.close();
   std::multimap<std::string, uint32_t> by_name;
   resolve_sites();
+  write_timeline(json);
   for (uint32_t place = 0; place < instructions.size(); ++place) {
     if (instructions[place].requests > 0) by_name.emplace(where(place / 2), place);
   }

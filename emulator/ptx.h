@@ -16,10 +16,12 @@
 
 #include "common/half.h"
 #include "emulator/runtime.h"
+#include "emulator/timeline.h"
 
 namespace less::emulator::ptx {
 
 using emulator::Access;
+using emulator::arrive;
 using emulator::block_barrier;
 using emulator::block_index;
 using emulator::block_size;
@@ -33,6 +35,7 @@ using emulator::fence;
 using emulator::grid_dependency_wait;
 using emulator::grid_launch_dependents;
 using emulator::grid_size;
+using emulator::issue;
 using emulator::lane;
 using emulator::ldmatrix;
 using emulator::map_shared;
@@ -42,8 +45,10 @@ using emulator::mbarrier_fence_init;
 using emulator::mbarrier_init;
 using emulator::mbarrier_wait;
 using emulator::mma_m16n8k16;
+using emulator::Ready;
 using emulator::Registered;
 using emulator::thread_index;
+using emulator::timed;
 using emulator::Vote;
 using emulator::Where;
 

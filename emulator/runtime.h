@@ -68,6 +68,12 @@ inline int code_architecture() {
   return name == nullptr ? architecture() : std::atoi(name);
 }
 
+// Multiprocessors: LESS_EMULATOR_SMS, as many as an H100 has by default.
+inline int multiprocessors() {
+  const char* const count = std::getenv("LESS_EMULATOR_SMS");
+  return count == nullptr ? 132 : std::atoi(count);
+}
+
 // Bytes of shared memory, at most.
 inline int shared_of_a_block() {
   const int of = architecture();

@@ -260,10 +260,15 @@ void track(uintptr_t address, unsigned n, Access kind, uint32_t site) {
     });
     if (atomic) publish(thread, address, kind, region->window_of != nullptr);
   }
+  if (region->window_of != nullptr) {
+    thread.from = region->window_of == thread.home ? Cause::shared : Cause::remote;
+  }
   if (!options.profile) return;
   if (region->window_of == nullptr) {
     std::vector<uint8_t>& sectors = writes ? region->stored : region->loaded;
     const uintptr_t first = region->low / 32;
+    const bool known = region->loaded[address / 32 - first] || region->stored[address / 32 - first];
+    thread.from = known ? Cause::l2 : Cause::dram;
     for (uintptr_t s = address / 32; s <= (address + n - 1) / 32; ++s) sectors[s - first] = 1;
   }
   record(thread, site, region->window_of != nullptr, address, n, writes);

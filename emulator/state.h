@@ -11,6 +11,7 @@
 #include "emulator/fiber.h"
 #include "emulator/profiler.h"
 #include "emulator/runtime.h"
+#include "emulator/timeline.h"
 
 namespace less::emulator {
 
@@ -27,6 +28,7 @@ struct Copy {
   unsigned source_bytes;  // the others are 0
   bool landed;            // the bytes are there, though nobody has waited for them
   Where at;
+  Ready ready;  // on the clock of the thread that asked for them
 };
 
 // What a waiting thread waits for, for the report of a deadlock.
@@ -67,6 +69,14 @@ struct Thread : Context {
   Published pending[kScopes];  // from locations it has read, acquired by its next fence
   bool has_fenced[kScopes] = {};
   std::vector<uint32_t> occurrences;  // per instruction, since the warp last met
+
+  // Only where kernels keep clocks.
+  Timeline line;
+  Timeline arrived;            // at the barrier of its cluster
+  Cause from = Cause::shared;  // where its last access went
+  uint64_t issued = 0;
+  Ready start;    // when its last instruction began
+  Ready delayed;  // the latest of these
 };
 
 // A warp-wide operation that lanes are joining.
@@ -152,7 +162,9 @@ struct Cluster {
   uint32_t phase = 0;
   std::vector<Thread*> waiting;
   Gathered gathered;
-  View seen;  // by those who arrived at the phase before
+  View seen;                    // by those who arrived at the phase before
+  std::vector<Thread*> clocks;  // of those who have arrived
+  Timeline met;                 // when the phase before was over
 };
 
 enum class Schedule { in_order, reverse, random, warp_ahead, warp_behind, lockstep };
@@ -167,6 +179,8 @@ struct Options {
   Async async = Async::late;
   Tensor tensor = Tensor::exact;
   int blocks = 0;
+  int rows = 0;
+  int stride = 1;
   int preempt = 0;
   bool race = true;
   bool profile = true;
@@ -183,7 +197,8 @@ struct Launch {
   uint32_t first_serial = 1;     // of this launch's clusters
   uint32_t previous_serial = 1;  // of the launch before it
   bool dependent = false;
-  bool failed = false;  // ended by a fatal error or a deadlock
+  bool failed = false;           // ended by a fatal error or a deadlock
+  const void* kernel = nullptr;  // the launched one, where a translated one runs
 };
 extern Launch launch_state;
 

@@ -75,6 +75,7 @@ void try_complete(Warp& warp, Exchange* exchange) {
   ++statistics.warp_operations;
   note_progress();
   if (tracking && exchange->orders) order_lanes(warp, exchange->arrived);
+  if (timed) align_clocks(warp.lanes, exchange->arrived);
   if (tracking && (exchange->arrived | warp.exited) == ~0u) flush(warp);
   for (int i = 0; i < 32; ++i) {
     if ((exchange->arrived >> i & 1) && warp.lanes[i]->status == Status::waiting) {

@@ -19,17 +19,18 @@ HELPERS = frozenset({
 })  # fmt: skip
 
 
-def translate(ptx: str, source: str = "PTX") -> str:
+def translate(ptx: str, source: str = "PTX", timed: bool = False) -> str:
     """C++ of a PTX module.
 
     Args:
         ptx: Its text.
         source: Its name, for messages.
+        timed: Whether its threads keep clocks (emulator/timeline.h).
 
     Raises:
         PtxError: Something is not translated.
     """
-    return emit(parse(ptx, HELPERS), source)
+    return emit(parse(ptx, HELPERS), source, timed)
 
 
 __all__ = ["HELPERS", "PtxError", "translate"]

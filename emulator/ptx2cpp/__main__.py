@@ -14,9 +14,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ptx2cpp")
     parser.add_argument("ptx", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--timed", action="store_true", help="threads keep clocks")
     args = parser.parse_args()
     try:
-        text = translate(args.ptx.read_text(), args.ptx.name)
+        text = translate(args.ptx.read_text(), args.ptx.name, args.timed)
     except PtxError as error:
         print(f"ptx2cpp: {args.ptx}: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from . import clocks
 from .families import FAMILIES
 from .names import c_name
 from .operation import Operation
@@ -25,12 +26,13 @@ namespace {{
 """
 
 
-def emit(module: Module, source: str) -> str:
+def emit(module: Module, source: str, timed: bool = False) -> str:
     """The C++ of a module.
 
     Args:
         module: As parsed.
         source: Its name, for the first line.
+        timed: Whether its threads keep clocks (emulator/timeline.h).
 
     Raises:
         PtxError: An instruction, a modifier or an operand that is not translated.
@@ -41,9 +43,11 @@ def emit(module: Module, source: str) -> str:
     parts += [f"void {c_name(f.name)}(void** P);\n" for f in module.functions if not f.kernel]
     for i, function in enumerate(module.functions):
         name = f"kernel_{i}" if function.kernel else c_name(function.name)
-        parts.append(_Emitter(function, name, module.variables, functions).text())
+        parts.append(_Emitter(function, name, module.variables, functions, timed).text())
         if function.kernel:
             parts.append(f'const Registered registered_{i}("{function.name}", {name});\n')
+    if timed:
+        parts.append("\nconst bool clocks = (timed = true);\n")
     return "".join([*parts, "\n}  // namespace\n"])
 
 
@@ -72,8 +76,11 @@ class _Emitter:
         name: str,
         module_variables: list[Variable],
         functions: dict[str, Function],
+        timed: bool,
     ) -> None:
         self.function = function
+        self.numbers = {register: i for i, register in enumerate(function.registers)}
+        self.clocks: list[int] | None = [] if timed else None
         self.name = name
         self.functions = functions
         self.variables = [*module_variables, *function.variables]
@@ -83,7 +90,20 @@ class _Emitter:
     def text(self) -> str:
         body = "".join(self._item(item) for item in self.function.body)
         head = f'\n[[gnu::optimize("O0")]] void {self.name}(void** P) {{\n'
-        return f"{head}{self._declarations(body)}{body}}}\n"
+        return f"{self._clocks()}{head}{self._declarations(body)}{body}}}\n"
+
+    def _clocks(self) -> str:
+        """What the instructions cost, for the whole function."""
+        if self.clocks is None:
+            return ""
+        return f"const uint16_t {self.name}_clocks[] = {{{', '.join(map(str, self.clocks))}}};\n"
+
+    def _registers(self) -> str:
+        """When the registers are there."""
+        if self.clocks is None:
+            return ""
+        count = len(self.numbers) or 1
+        return f"  Ready registers_[{count}];\n"
 
     def _declarations(self, body: str) -> str:
         """Of what the body names."""
@@ -106,7 +126,7 @@ class _Emitter:
             elif variable.space in ("local", "param"):
                 lines.append(f"  alignas({align}) uint8_t {name}[{bytes_}];\n")
                 lines.append(f"  poison({name}, {bytes_});\n")
-        return "".join(lines)
+        return "".join([*lines, self._registers()])
 
     def _item(self, item: Instruction | Label) -> str:
         if isinstance(item, Label):
@@ -118,4 +138,10 @@ class _Emitter:
         code = family(operation)
         operation.finish()
         guard = f"if ({operation.predicate(item.predicate)}) " if item.predicate else ""
+        if self.clocks is not None:
+            at = f"registers_, {self.name}_clocks + {len(self.clocks)}"
+            self.clocks += clocks.encode(item, self.function, self.numbers)
+            if clocks.loads(item):
+                code += f" arrive({at});"
+            guard = f"issue({at}); {guard}"
         return f"  {guard}{{ {code} }}\n"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +32,14 @@ class Program:
         folder: Where to build.
         ptx: The module.
         more: Further C++ files.
+        timed: Whether threads keep clocks.
     """
 
-    def __init__(self, folder: Path, ptx: str, more: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, folder: Path, ptx: str, more: Sequence[Path] = (), timed: bool = False
+    ) -> None:
         translated = folder / "kernels.cpp"
-        translated.write_text(ptx2cpp.translate(ptx))
+        translated.write_text(ptx2cpp.translate(ptx, timed=timed))
         names = folder / "names.cpp"
         kernels = re.findall(r"\.entry\s+(\w+)", ptx)
         names.write_text("".join(f'extern "C" void {kernel}() {{}}\n' for kernel in kernels))
@@ -59,9 +63,9 @@ class Program:
         """Set an option of the emulator."""
         assert self.library.less_emulator_set(option.encode(), value.encode()) == 0, option
 
-    def profile(self) -> dict[str, object]:
+    def profile(self) -> dict[str, Any]:
         """What the last launch cost."""
-        profile: dict[str, object] = json.loads(self.library.less_emulator_profile_json())
+        profile: dict[str, Any] = json.loads(self.library.less_emulator_profile_json())
         return profile
 
     def run(

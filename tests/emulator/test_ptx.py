@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +124,23 @@ KERNELS = {
         add.u32 %a1, %a1, %a2; cvt.u64.u32 %w1, %a1; add.s64 %out, %out, %w1;
         st.global.v2.b32 [%out], {%d0, %d1}; st.global.v2.b32 [%out+256], {%d2, %d3};"""
         ).replace(".extern_shared_placeholder", ""),
+    # clocks
+    "chase": entry("chase", ARRAYS, """
+        ld.global.u64 %w1, [%in]; add.s64 %w2, %in, %w1;
+        ld.global.u64 %w3, [%w2]; add.s64 %w4, %in, %w3;
+        ld.global.u64 %w5, [%w4]; st.global.u64 [%out], %w5;"""),
+    "side_by_side": entry("side_by_side", ARRAYS, """
+        ld.global.u64 %w1, [%in]; ld.global.u64 %w2, [%in+64]; ld.global.u64 %w3, [%in+128];
+        add.s64 %w4, %w1, %w2; add.s64 %w5, %w4, %w3; st.global.u64 [%out], %w5;"""),
+    "met": entry("met", ARRAYS, """
+        .shared .align 16 .b8 copied[16];
+        setp.ge.u32 %p1, %tid, 32; @%p1 bra $meet;
+        mov.u32 %a1, copied; setp.ne.u32 %p2, %tid, 0; @%p2 bra $copied;
+        cp.async.cg.shared.global [%a1], [%in], 16;
+        cp.async.commit_group; cp.async.wait_group 0;
+        $copied:
+        ld.global.u32 %a2, [%in]; setp.eq.u32 %p3, %a2, 77; @%p3 bra $meet;
+        $meet: bar.sync 0;"""),
     # barriers and copies
     "reduce": entry("reduce", ARRAYS, LOAD + """
         setp.gt.u32 %p1, %a1, 20; barrier.cta.red.popc.aligned.u32 %a2, 0, %p1;""" + STORE),
@@ -201,7 +219,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     product = kernels.pop("product")
     kernels["f16"] = product.replace("TYPE", "f16").replace("product", "product_f16")
     kernels["bf16"] = product.replace("TYPE", "bf16").replace("product", "product_bf16")
-    return Program(tmp_path_factory.mktemp("ptx"), module(COMBINE, *kernels.values()))
+    ptx = module(COMBINE, *kernels.values())
+    return Program(tmp_path_factory.mktemp("ptx"), ptx, timed=True)
 
 
 def u32(*values: int) -> np.ndarray:
@@ -340,6 +359,42 @@ def test_a_barrier_counts_predicates(program: Program) -> None:
     out = np.zeros(64, dtype=np.uint32)
     assert program.run("reduce", np.arange(64, dtype=np.uint32), out, threads=64) == []
     np.testing.assert_array_equal(out, 43)
+
+
+LATENCIES = {"issue": 1, "arithmetic": 4, "dram": 1000, "l2": 300, "barrier": 20}
+
+
+def clocked(program: Program, kernel: str, threads: int) -> dict[str, Any]:
+    """The timeline of a kernel's launch, of words that are the offset of the next."""
+    for cause, cycles in LATENCIES.items():
+        program.set(f"latency_{cause}", str(cycles))
+    chain = np.zeros(32, dtype=np.uint64)
+    chain[[0, 8]] = (64, 128)
+    out = np.zeros(1, dtype=np.uint64)
+    assert program.run(kernel, chain, out, threads=threads) == []
+    return program.profile()["timeline"]  # type: ignore[no-any-return]
+
+
+def test_loads_that_need_each_other_are_trips_and_others_are_one(program: Program) -> None:
+    chase, side = (clocked(program, name, threads=1) for name in ("chase", "side_by_side"))
+    assert (chase["trips"], side["trips"]) == (3, 1)
+    assert chase["cycles_by_cause"]["dram"] == pytest.approx(3000, abs=9)
+    assert side["cycles_by_cause"]["dram"] == pytest.approx(1000, abs=9)
+    assert 3 * 1000 <= chase["cycles"] <= 3 * 1000 + 3 * 4 + 12
+    assert 1000 <= side["cycles"] <= 1000 + 3 * 4 + 16
+    for one in (chase, side):  # two parameters, the thread's index, six of its own, the return
+        assert one["warp_instructions"] == 3 + 6 + 1
+
+
+def test_all_leave_a_barrier_at_the_clock_of_the_last(program: Program) -> None:
+    met = clocked(program, "met", threads=64)
+    # A copy that is waited for; then the same sector, which is in L2 by now.
+    assert met["trips"] == 2
+    assert met["cycles_by_cause"]["dram"] > 900
+    assert met["cycles_by_cause"]["l2"] > 250
+    (phase,) = met["phases"]
+    assert phase["at"] == met["cycles"] - 1  # the return
+    assert met["cycles_by_cause"]["barrier"] == 20
 
 
 @pytest.mark.parametrize("schedule", ["in_order", "reverse", "random"])
