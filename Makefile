@@ -18,6 +18,7 @@
 #   make instructions  every kernel's instructions, gated (ARGS=--record writes new counts)
 #   make proof         the CUDA kernels' machine code, gated; writes docs/kernels.md
 #                      (ARGS="--arch 80 90a" judges for some architectures and writes nothing)
+#   make timing        models the time of a decode step on GPUs (ARGS="--gpu H200 --phases")
 #   make dev      rebuild the native code into less/, compiling only what changed (seconds);
 #                 in another environment the same is: python setup.py build_ext --inplace
 #   make sdist    the source distribution, in dist/
@@ -38,7 +39,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format docs bench bench-cpp instructions proof dev sdist clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -140,6 +141,9 @@ instructions: $(VENV)/requirements.stamp
 
 proof: $(VENV)/requirements.stamp $(VENV)/cuda.stamp
 	$(BIN)/python -m bench.proof $(ARGS)
+
+timing: $(VENV)/requirements.stamp $(VENV)/cuda.stamp
+	$(BIN)/python -m bench.proof.timing $(ARGS)
 
 dev: $(VENV)/requirements.stamp
 	$(BIN)/python setup.py -q build_ext --inplace

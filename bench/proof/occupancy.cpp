@@ -13,6 +13,7 @@ bool device_of(int arch, cudaOccDeviceProp& device) {
     int arch, threads, shared, of_a_block, sms;
   };
   constexpr Row rows[] = {{80, 2048, 164, 163, 108},   // A100
+                          {89, 1536, 100, 99, 142},    // L40S, RTX 4090
                           {90, 2048, 228, 227, 132},   // H100, H200
                           {100, 2048, 228, 227, 148},  // B200
                           {120, 1536, 100, 99, 188}};  // RTX PRO 6000

@@ -47,6 +47,15 @@ bandwidth, assumed to be {bandwidths}: a floor, without the time of a launch.
 
 {roofline}
 
+## Time, modelled
+
+`make timing` runs a step's blocks of one head on the emulator with clocks, from the PTX that nvcc
+emits, and makes microseconds a layer of what it counts: dependent trips to memory, barriers,
+instructions, bytes. The table of latencies for each GPU, with its sources, is in
+`bench/proof/roofline.py`, the model's assumptions are in `bench/proof/timing.py`. `--gpu H200`
+chooses, `--phases` shows the longest chain from barrier to barrier. Where `bench/gpu.sh` has timed
+a GPU of the table, its report puts the model beside the measurement.
+
 ## Bytes in flight
 
 A memory that takes {latency} ns to answer is kept busy (Little's law) by so much under way on each
@@ -110,7 +119,7 @@ def _launches(rows: Sequence[tuple[Launch, int, int, Occupancy]]) -> str:
 def _roofline(steps: Sequence[Launch]) -> str:
     rows = []
     for at in steps:
-        moved = decode_bytes(at)
+        moved = decode_bytes(at, paper=at.map == "paper")
         parts = [f"{one / 1e6:.3f}" for one in
                  (moved.slots, moved.scores, moved.state, moved.maps, moved.total)]  # fmt: skip
         times = [f"{moved.total / machine.bandwidth * 1e6:.2f}" for machine in MACHINES]

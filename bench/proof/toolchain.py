@@ -110,6 +110,28 @@ def compile_unit(source: Path, arch: str, head_dim: int | None) -> Unit:
     Raises:
         ProofError: nvcc refuses it, or the disassembly lacks a kernel that ptxas compiled.
     """
+    cubin, resources = compile_cubin(source, arch, head_dim)
+    disassembly = run([cuda_toolkit.require_tool("nvdisasm"), "-c", "-gi", cubin]).stdout
+    unit = Unit(source, arch, sass.parse(disassembly), resources)
+    missing = set(unit.resources) - {kernel.name for kernel in unit.kernels}
+    if missing:
+        raise ProofError(f"proof: {source.name} for sm_{arch}: no machine code of {missing}")
+    return unit
+
+
+def compile_cubin(
+    source: Path, arch: str, head_dim: int | None
+) -> tuple[Path, dict[str, ptxas.Resources]]:
+    """Machine code of a file for one architecture, and what its kernels take.
+
+    Args:
+        source: The .cu file.
+        arch: "80", "90a".
+        head_dim: The one that its kernels are compiled for; None: it asks for none.
+
+    Raises:
+        ProofError: nvcc refuses it.
+    """
     folder = BUILD / arch
     folder.mkdir(parents=True, exist_ok=True)
     name = source.stem if head_dim is None else f"{source.stem}_{head_dim}"
@@ -119,12 +141,7 @@ def compile_unit(source: Path, arch: str, head_dim: int | None) -> Unit:
         flags.append(f"-DLESS_HEAD_DIM_MASK={1 << head_dim // 16}")
     flags += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", "-cubin"]
     compile_to(cubin, [cuda_toolkit.require().nvcc, *flags, source], log)
-    disassembly = run([cuda_toolkit.require_tool("nvdisasm"), "-c", "-gi", cubin]).stdout
-    unit = Unit(source, arch, sass.parse(disassembly), ptxas.parse(log.read_text()))
-    missing = set(unit.resources) - {kernel.name for kernel in unit.kernels}
-    if missing:
-        raise ProofError(f"proof: {source.name} for sm_{arch}: no machine code of {missing}")
-    return unit
+    return cubin, ptxas.parse(log.read_text())
 
 
 def compile_to(target: Path, command: Sequence[str | Path], log: Path | None = None) -> None:
