@@ -8,9 +8,10 @@
 // Of packed slots, the token takes a hot slot, and who was there competes for a cold one
 // (decode_step/packed.h).
 //
-// Grid:   (splits, K, B); a block of 128 threads owns a range of a head's slots. The splits of a
-//         head are a cluster of up to 8 blocks, or meet in the workspace (decode_step/plan.h).
-//         Neighbouring heads of equal capacity are one launch: as a rule, all.
+// Grid:   (blocks, K, B); a block of 128 threads owns ranges of a head's slots: one where there are
+//         few heads, all where heads alone fill the device. The blocks of a head are a cluster of
+//         up to 8, or meet in the workspace (decode_step/plan.h). Neighbouring heads of equal
+//         capacity are one launch: as a rule, all.
 // Memory: k and v of the slots, position, weight, score, H, z and the maps' weights are read once,
 //         score, H, z and the victim's slot written: bandwidth bound. k and v come through a ring
 //         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
@@ -29,6 +30,7 @@ constexpr int kRangeMin = 32;         // slots of a block, at least
 constexpr int kPackedRangeMin = 128;  // of packed rows: as many bytes
 constexpr int kClusterRange = 1024;   // at most, in a cluster
 constexpr int kScratchRange = 512;    // at most, where blocks meet in the workspace
+constexpr int kResident = 3;          // blocks that are to fit into an SM side by side
 
 bool half_type(DType dtype) { return dtype == DType::bf16 || dtype == DType::fp16; }
 
@@ -58,7 +60,7 @@ Result with_slots(const DecodeStepParams& p, Result otherwise, const F& run) {
 }
 
 template <typename T>
-void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
+void cut(const DecodeStepParams& p, int per, int ranges, DecodePlan& plan) {
   decode_dispatch<T>(p.spec.D, plan.mma, [&](auto head_dim, auto mma) {
     constexpr int kD = decltype(head_dim)::value;
     constexpr bool kMma = decltype(mma)::value;
@@ -66,14 +68,20 @@ void cut(const DecodeStepParams& p, int per, DecodePlan& plan) {
     const int S = plan.S, G = int(p.spec.Q / p.spec.K), R = int(p.maps.phi.R);
     plan.per = per;
     plan.splits = (S + per - 1) / per;
+    plan.ranges = ranges < plan.splits ? ranges : plan.splits;
+    plan.blocks = (plan.splits + plan.ranges - 1) / plan.ranges;
+    plan.block_of = (64 + plan.ranges - 1) / plan.ranges;
+    plan.cluster = plan.clusters && plan.blocks > 1;
+    plan.shares = plan.clusters ? plan.splits : 1;
     plan.tile = per < Tile::kRows ? per : Tile::kRows;
+    plan.tiles = (per + plan.tile - 1) / plan.tile;
     const int passes = decode_passes<T, kD, kMma>(G);
-    const int items = (per + plan.tile - 1) / plan.tile * (1 + passes);
+    const int items = plan.ranges * plan.tiles * (1 + passes);
     plan.ring = items < Tile::kStages ? items : Tile::kStages;
     plan.part = DecodePart(G, R, kD).floats;
-    const int shares = plan.cluster ? plan.splits : 1;
-    plan.columns = (kD / 16 + shares - 1) / shares * 16;
-    plan.inverse = (65536 + shares - 1) / shares;
+    const int finishers = plan.cluster ? plan.blocks : 1;
+    plan.columns = (kD / 16 + finishers - 1) / finishers * 16;
+    plan.inverse = (65536 + finishers - 1) / finishers;
     SharedCarver measure{nullptr};
     plan.layout = decode_layout<T, kD, kMma>(measure, p, plan);
     plan.shared = int64_t(measure.used);
@@ -87,8 +95,27 @@ int run_of(const Layout& layout, int first) {
   return next - first;
 }
 
+// Ranges that a block is to have: one, unless the layer's heads have more ranges than blocks fit
+// onto the device at once. Where blocks do not meet in a cluster, one or all.
+int wanted_ranges(const DecodeStepParams& p, const DecodePlan& plan, int sms) {
+  const int64_t room = int64_t(sms) * kResident / (p.B * plan.heads);
+  const int blocks = room < 1 ? 1 : room < plan.splits ? int(room) : plan.splits;
+  if (plan.clusters) return (plan.splits + blocks - 1) / blocks;
+  return blocks == 1 ? plan.splits : 1;
+}
+
+// Gives blocks as many ranges as is wanted, if so many of them still fit into an SM.
+template <typename T>
+void join_ranges(const DecodeStepParams& p, const DeviceLimits& limits, DecodePlan& plan) {
+  const int ranges = wanted_ranges(p, plan, limits.sms);
+  if (ranges == 1) return;
+  DecodePlan joined = plan;
+  cut<T>(p, plan.per, ranges, joined);
+  if (joined.shared <= limits.shared / kResident) plan = joined;
+}
+
 // Of the heads from `first` on. Tries a cluster, then shorter and shorter ranges that meet in the
-// workspace.
+// workspace; last, several ranges a block.
 template <typename T>
 cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   DeviceLimits limits{};
@@ -107,14 +134,14 @@ cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   constexpr int kLeast = kFewBits<T> ? kPackedRangeMin : kRangeMin;
   const int range = eighth < kLeast ? kLeast : (eighth + 15) / 16 * 16;
   if (limits.clusters && range <= kClusterRange) {
-    plan.cluster = range < plan.S;
-    cut<T>(p, range, plan);
-    if (plan.shared <= limits.shared) return cudaSuccess;
-    plan.cluster = false;
+    plan.clusters = true;
+    cut<T>(p, range, 1, plan);
+    if (plan.shared <= limits.shared) return join_ranges<T>(p, limits, plan), cudaSuccess;
+    plan.clusters = false;
   }
   for (int per = range < kScratchRange ? range : kScratchRange; per >= 16; per = per / 32 * 16) {
-    cut<T>(p, per, plan);
-    if (plan.shared <= limits.shared) return cudaSuccess;
+    cut<T>(p, per, 1, plan);
+    if (plan.shared <= limits.shared) return join_ranges<T>(p, limits, plan), cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
@@ -129,7 +156,7 @@ int64_t lay_out(const DecodeStepParams& p, DecodePlan& plan) {
   };
   const int64_t heads = p.B * p.spec.K;
   plan.row_count = static_cast<int32_t*>(take(p.B));
-  if (plan.cluster || plan.splits == 1) return used;
+  if (plan.clusters || plan.splits == 1) return used;
   plan.head_count = static_cast<int32_t*>(take(heads));
   plan.parts = static_cast<float*>(take(heads * plan.splits * plan.part));
   plan.masses = static_cast<float*>(take(heads * plan.splits * (p.spec.Q / p.spec.K) * plan.per));

@@ -466,6 +466,7 @@ struct Launch {
 struct DeviceLimits {
   bool clusters;  // of more than one block
   int shared;     // bytes of shared memory that a block can have
+  int sms;        // multiprocessors
 };
 
 // Does nothing. All kernels were compiled for the same architectures: what the driver runs of this
@@ -496,6 +497,9 @@ inline cudaError_t device_limits(DeviceLimits& limits) {
   if (error == cudaSuccess) error = code_architecture(device, architecture);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limits.sms, cudaDevAttrMultiProcessorCount, device);
   }
   limits.clusters = architecture >= 90;
   return error;

@@ -110,7 +110,12 @@ def prompt_scores() -> None:
 
 
 def decode(
-    G: int = 1, empty: float = 0.0, clusters: bool = True, state: bool = True, **options: object
+    G: int = 1,
+    empty: float = 0.0,
+    clusters: bool = True,
+    state: bool = True,
+    sms: int = 132,
+    **options: object,
 ) -> Written:
     """Two steps with one workspace, of heads whose last block has few slots.
 
@@ -119,11 +124,14 @@ def decode(
         empty: Share of the slots that are empty, and hold NaN.
         clusters: Whether the device has them; else blocks meet in the workspace.
         state: Whether there is a low-rank state.
+        sms: Multiprocessors of the device: of one, a block has all of a head's ranges.
         options: Of the op.
     """
+    os.environ["LESS_EMULATOR_SMS"] = str(sms)
     os.environ["LESS_EMULATOR_ARCHITECTURE"] = "90" if clusters else "80"
     a = make(B=1, Q=2 * G, K=2, D=64, S=69, empty=empty)
     a["slot_v"][a["position"] < 0] = torch.nan
+    a["score"][a["position"] < 0] = 7.0
     size = ops.decode_step_workspace(a["slot_k"], 2 * G, a["maps"] if state else None)
     workspace = torch.zeros(size, dtype=torch.uint8)
     out = []
@@ -143,6 +151,7 @@ SCENARIOS: dict[str, Callable[[], Written | None]] = {
     "decode_mma": partial(decode, G=4),
     "decode_empty": partial(decode, empty=0.3),
     "decode_stateless": partial(decode, state=False),
+    "decode_ranges": partial(decode, sms=1),
     "decode_merge": partial(decode, state=False, victim="merge"),
     "decode_workspace": partial(decode, clusters=False),
     "decode_attention": partial(decode, victim="none"),

@@ -293,6 +293,57 @@ def test_a_row_has_the_same_bits_alone_and_in_a_ragged_batch_of_sixteen(launched
         assert all(torch.equal(one[n][0], a[n][b]) for n in WRITTEN if n in a)
 
 
+@pytest.mark.parametrize("victim", ["fold", "merge"])
+@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8], ids=str)
+def test_how_many_ranges_of_a_head_a_block_has_changes_no_bit(
+    launched, meeting, monkeypatch, dtype, G, victim
+):
+    """Of seven ranges a block has one, three, four or all, by the multiprocessors."""
+    first = make(dtype, B=2, Q=2 * G, K=2, D=64, S=205, empty=0.01, device=launched)
+    results = []
+    for multiprocessors in (132, 5, 3, 1):
+        monkeypatch.setenv("LESS_EMULATOR_SMS", str(multiprocessors))
+        a = on(launched, first)
+        outs = []
+        for step in range(3):
+            next_token(a, step)
+            outs.append(run(a, RULES[1], victim == "fold", victim=victim)["out"])
+        results.append([*outs, *(a[n] for n in WRITTEN if n in a)])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one.cpu().view(torch.uint8), same.cpu().view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale", [0.2, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("S", [17, 33, 65, 193])
+def test_a_last_range_of_one_slot_counts_once(launched, S, dtype, scale):
+    """Its tile has one row, and its score decays once; the token is in its softmax."""
+    a = make(dtype, B=1, Q=8, K=2, D=64, S=S, device=launched)
+    a["k"] *= 2
+    check_steps(a, RULES[1], steps=2, scale=scale, decay=0.5)
+
+
+def test_what_an_empty_slots_score_was_is_forgotten(launched, meeting):
+    a = make(B=2, Q=4, K=2, D=64, S=70, empty=0.5, device=launched)
+    empty = a["position"] < 0
+    a["score"][empty] = 7.0
+    run(a, RULES[0])
+    assert empty.sum() > 4
+    assert (a["score"][a["position"] < 0] == 0).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+@pytest.mark.parametrize(("dtype", "G"), [(torch.float16, 1), (torch.float16, 4), (torch.int8, 2)])
+def test_a_block_of_several_ranges_equals_the_reference(
+    launched, meeting, monkeypatch, dtype, G, multiprocessors
+):
+    monkeypatch.setenv("LESS_EMULATOR_SMS", str(multiprocessors))
+    a = make(dtype, B=2, Q=2 * G, K=2, D=64, S=177, empty=0.1, device=launched)
+    check_steps(a, RULES[1], steps=2)
+
+
 @pytest.mark.parametrize("state", [True, False])
 def test_a_dependent_launch_changes_no_bit(launched, state):
     a = make(Q=4, K=2, D=64, S=45, device=launched)

@@ -75,13 +75,15 @@ def test_prompts_and_chunks_on_packed_rows_equal_the_reference(launched, form, D
     check_calls(native, reference, [70, 1, 3, 9, 1, 60])
 
 
-@pytest.mark.parametrize("where", ["cluster", "workspace"])
+@pytest.mark.parametrize("where", ["cluster", "workspace", "one block"])
 @pytest.mark.parametrize("G", [1, 3, 8])
 def test_blocks_of_packed_slots_meet(launched, monkeypatch, where, G, request):
     if where == "cluster" and request.config.getoption("--emulator-tier") == "ptx_80":
         pytest.skip("sm_80 has no clusters")
     if where == "workspace":
         monkeypatch.setenv("LESS_EMULATOR_ARCHITECTURE", "80")
+    if where == "one block":  # has all ranges of a head
+        monkeypatch.setenv("LESS_EMULATOR_SMS", "1")
     native, reference = layers(Q=2 * G, K=2, capacity=300, device=launched)
     check_calls(native, reference, [310, *[1] * 6])
 

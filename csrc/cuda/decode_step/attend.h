@@ -6,50 +6,53 @@
 
 namespace less::cuda {
 
+// Over the range at hand.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::attend(int tiles) {
+LESS_DEVICE void DecodeBlock<Case>::attend() {
   if constexpr (kMma) {
 #pragma unroll 1
-    for (int item = 0; item < tiles; ++item) {
-      multiply_keys_mma(receive(item, tiles), item * plan.tile);
+    for (int tile = 0; tile < plan.tiles; ++tile) {
+      multiply_keys_mma(receive(tile, false), tile * plan.tile);
     }
   } else {
     float q[kQueries][kKept];
 #pragma unroll 1
-    for (int item = 0; item < tiles; ++item) {
-      const unsigned char* const tile = receive(item, tiles);
+    for (int tile = 0; tile < plan.tiles; ++tile) {
+      const unsigned char* const rows = receive(tile, false);
 #pragma unroll 1
       for (int g0 = 0; g0 < G; g0 += kQueries) {
-        if (kKept == kFloats && (item == 0 || G > kQueries)) keep_queries(g0, q);
-        multiply_keys(tile, item * plan.tile, g0, q);
+        if (kKept == kFloats && (tile == 0 || G > kQueries)) keep_queries(g0, q);
+        multiply_keys(rows, tile * plan.tile, g0, q);
       }
     }
   }
   __syncthreads();
   softmax();
   if constexpr (kMma) {
-    add_values<kPairs, 4>(tiles);
+    add_values<kPairs, 4>();
   } else if (G <= 2) {
-    add_values<2, Tile::kElements>(tiles);
+    add_values<2, Tile::kElements>();
   } else {
-    add_values<kHeads, Tile::kElements>(tiles);
+    add_values<kHeads, Tile::kElements>();
   }
+  if (split != first_range + ranges - 1) return;
   copy_async_wait<0>();
   __syncthreads();
   add_token();
 }
 
-// Where the item is, once it is here; asks for the one that takes the place of the item before.
+// Where a tile of the range at hand is, once it is here; asks for the one that takes the place of
+// the one before.
 template <typename Case>
-LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int item, int tiles) {
+LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int tile, bool values) {
   copy_async_wait<Tile::kStages - 2>();
   __syncthreads();
-  ask(item + Tile::kStages - 1, tiles);
+  ask();
   copy_async_commit();
   const unsigned char* const here = stage(received);
   received = after(received);
   if constexpr (kPacked) {
-    widen_rows(here, item % tiles, item >= tiles);
+    widen_rows(here, tile, values);
     __syncthreads();
     return s.widened();
   } else {
@@ -189,8 +192,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
 
 template <typename Case>
 template <int kN, int kM>
-LESS_DEVICE void DecodeBlock<Case>::add_values(int tiles) {
-  int item = tiles;
+LESS_DEVICE void DecodeBlock<Case>::add_values() {
 #pragma unroll 1
   for (int pass = 0; pass < decode_passes<T, kD, kMma>(G); ++pass) {
     float acc[kN][kM];
@@ -200,8 +202,8 @@ LESS_DEVICE void DecodeBlock<Case>::add_values(int tiles) {
       for (int j = 0; j < kM; ++j) acc[i][j] = 0.0f;
     }
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile, ++item) {
-      multiply_values(receive(item, tiles), tile * plan.tile, pass, acc);
+    for (int tile = 0; tile < plan.tiles; ++tile) {
+      multiply_values(receive(tile, true), tile * plan.tile, pass, acc);
     }
     keep_values(pass, acc);
   }

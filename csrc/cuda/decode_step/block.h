@@ -30,6 +30,8 @@ struct DecodeCandidate {
 struct DecodeShared {
   unsigned char* raw;
   const DecodeLayout& at;
+  // Of what each range has its own, how much lies before that of the range at hand.
+  int slots_before, masses_before, parts_before;
 
   template <typename T>
   LESS_DEVICE T* take(int offset) const {
@@ -40,12 +42,12 @@ struct DecodeShared {
   LESS_DEVICE unsigned char* widened() const { return raw + at.widened; }
   LESS_DEVICE float* sums() const { return take<float>(at.sums); }
   LESS_DEVICE float* q() const { return take<float>(at.q); }
-  LESS_DEVICE float* mass() const { return take<float>(at.mass); }
-  LESS_DEVICE float* part() const { return take<float>(at.part); }
-  LESS_DEVICE float* score() const { return take<float>(at.score); }
-  LESS_DEVICE float* weight() const { return take<float>(at.weight); }
-  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale); }
-  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale); }
+  LESS_DEVICE float* mass() const { return take<float>(at.mass) + masses_before; }
+  LESS_DEVICE float* part() const { return take<float>(at.part) + parts_before; }
+  LESS_DEVICE float* score() const { return take<float>(at.score) + slots_before; }
+  LESS_DEVICE float* weight() const { return take<float>(at.weight) + slots_before; }
+  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale) + slots_before; }
+  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale) + slots_before; }
   LESS_DEVICE float* key() const { return take<float>(at.key); }
   LESS_DEVICE float* value() const { return take<float>(at.value); }
   LESS_DEVICE float* token() const { return take<float>(at.token); }
@@ -62,7 +64,7 @@ struct DecodeShared {
   LESS_DEVICE float* victim_value() const { return take<float>(at.victim_value); }
   LESS_DEVICE float* psi_share() const { return take<float>(at.psi_share); }
   LESS_DEVICE float* psi_shares() const { return take<float>(at.psi_shares); }
-  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position); }
+  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position) + slots_before; }
   LESS_DEVICE DecodeCandidate* candidate() const { return take<DecodeCandidate>(at.candidate); }
   LESS_DEVICE DecodeMapScratch maps() const {
     return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_turn),
@@ -143,38 +145,53 @@ struct DecodeBlock {
   DecodePart at;
   int t, lane, warp;
   int G, R, S;
-  int split, first, n;  // the range of slots [first, first + n)
-  int stride;           // of mass
+  int first_range, ranges;    // of this block
+  int first_slot, last_slot;  // of those: [first_slot, last_slot)
+  int split, first, n;        // the range at hand: slots [first, first + n)
+  int stride;                 // of mass
   int64_t b, head, row;
   unsigned char* memory;  // the row's page
   int64_t seen;           // tokens of the row before this one
   DecodeCandidate victim;
-  int32_t joining;   // position of who competes as slot S, where it may merge; -1: nobody does
-  int asked = 0;     // the stage that is asked for next
-  int received = 0;  // the stage that is looked at next
-  int rank, ranks;   // of those who finish
+  int32_t joining;  // position of who competes as slot S, where it may merge; -1: nobody does
+  int asked = 0;    // the stage that is asked for next
+  int next_range = 0, next_item = 0;  // and what it is asked for: a tile of a range of this block
+  int received = 0;                   // the stage that is looked at next
+  int rank, ranks;                    // of those who finish
 
   LESS_DEVICE DecodeBlock(const DecodeStepParams& params, const DecodePlan& decode_plan,
                           unsigned char* raw)
       : p(params),
         plan(decode_plan),
-        s{raw, decode_plan.layout},
+        s{raw, decode_plan.layout, 0, 0, 0},
         at(int(params.spec.Q / params.spec.K), kState ? int(params.layout.R) : 0, kD) {
     t = threadIdx.x;
     lane = t % 32;
     warp = t / 32;
-    split = blockIdx.x;
     head = plan.first_head + blockIdx.y;
     b = blockIdx.z;
     row = b * p.spec.K + head;
     G = int(p.spec.Q / p.spec.K);
     R = kState ? int(p.layout.R) : 0;
     S = plan.S;
+    stride = plan.per + 8;
+    first_range = int(blockIdx.x) * plan.ranges;
+    ranges = min(plan.ranges, plan.splits - first_range);
+    first_slot = first_range * plan.per;
+    last_slot = min(first_slot + ranges * plan.per, S);
+    look_at(0);
+    rank = plan.cluster ? int(blockIdx.x) : 0;
+    ranks = plan.cluster ? plan.blocks : 1;
+  }
+
+  // A range of this block is the one at hand.
+  LESS_DEVICE void look_at(int range) {
+    split = first_range + range;
     first = split * plan.per;
     n = min(plan.per, S - first);
-    stride = plan.per + 8;
-    rank = plan.cluster ? split : 0;
-    ranks = plan.cluster ? plan.splits : 1;
+    s.slots_before = range * plan.per;
+    s.masses_before = range * G * stride;
+    s.parts_before = range * plan.part;
   }
 
   // The columns of H and out that a block finishes, units of 16: from here to those of the next.
@@ -199,7 +216,8 @@ struct DecodeBlock {
   }
   LESS_DEVICE Slots slots() const { return kept().slots; }
   LESS_DEVICE State state() const { return kept().state; }
-  LESS_DEVICE bool alone() const { return plan.splits == 1; }
+  LESS_DEVICE bool alone() const { return plan.blocks == 1; }
+  LESS_DEVICE bool last_block() const { return int(blockIdx.x) == plan.blocks - 1; }
   LESS_DEVICE bool last_split() const { return split == plan.splits - 1; }
 
   LESS_DEVICE void run();
@@ -210,6 +228,11 @@ struct DecodeBlock {
   // of the 16 floats in several such rows.
   static LESS_DEVICE int spread(int d, int chunk) { return kPacked ? d ^ (chunk / 2 % 4 * 4) : d; }
   static LESS_DEVICE int spread(int d) { return spread(d, d / 16); }
+
+  // Rows of a tile of a range that begins with this slot; none where the range has fewer tiles.
+  LESS_DEVICE int rows_from(int slot, int tile) const {
+    return max(0, min(min(plan.tile, plan.per - tile * plan.tile), S - slot));
+  }
 
   // -- load.h: what is read once
   LESS_DEVICE unsigned char* stage(int index) const {
@@ -222,9 +245,9 @@ struct DecodeBlock {
     constexpr int kBlock = 16 * Tile::kChunks;
     return kMma ? (chunks + kBlock - 1) / kBlock * kBlock : chunks;
   }
-  LESS_DEVICE void ask(int item, int tiles);
-  LESS_DEVICE void ask_for_keys(unsigned char* to, int tile);
-  LESS_DEVICE void ask_for_values(unsigned char* to, int tile);
+  LESS_DEVICE void ask();
+  LESS_DEVICE void ask_for_keys(unsigned char* to, int range, int tile);
+  LESS_DEVICE void ask_for_values(unsigned char* to, int range, int tile);
   LESS_DEVICE void ask_for_state();
   LESS_DEVICE void load();
   LESS_DEVICE void load_queries();
@@ -234,16 +257,16 @@ struct DecodeBlock {
   LESS_DEVICE void load_row(const HeadRows& x, float* to, float* scale);
 
   // -- packed.h: packed rows, which become rows of int8
-  LESS_DEVICE DecodeRows rows_of_tile(int tile, bool values) const;
-  LESS_DEVICE void ask_for_rows(unsigned char* to, int tile, bool values);
+  LESS_DEVICE DecodeRows rows_of_tile(int range, int tile, bool values) const;
+  LESS_DEVICE void ask_for_rows(unsigned char* to, int range, int tile, bool values);
   static LESS_DEVICE uint4 widened_chunk(DType dtype, const unsigned char* row, int c);
   LESS_DEVICE void widen_rows(const unsigned char* from, int tile, bool values);
   LESS_DEVICE void load_scales(const Slots& of, int i, int slot, bool held);
   LESS_DEVICE void move_in(int slot);
 
   // -- attend.h: attention over the range
-  LESS_DEVICE void attend(int tiles);
-  LESS_DEVICE const unsigned char* receive(int item, int tiles);
+  LESS_DEVICE void attend();
+  LESS_DEVICE const unsigned char* receive(int tile, bool values);
   LESS_DEVICE void keep_queries(int g0, float (&q)[kQueries][kKept]) const;
   LESS_DEVICE void multiply_keys(const unsigned char* tile, int slot0, int g0,
                                  const float (&q)[kQueries][kKept]);
@@ -252,7 +275,7 @@ struct DecodeBlock {
   }
   LESS_DEVICE void softmax();
   template <int kN, int kM>
-  LESS_DEVICE void add_values(int tiles);
+  LESS_DEVICE void add_values();
   template <int kN, int kM>
   LESS_DEVICE void multiply_values(const unsigned char* tile, int slot0, int pass,
                                    float (&acc)[kN][kM]);
@@ -272,6 +295,7 @@ struct DecodeBlock {
 
   // -- meet.h: where the blocks of a head meet, and the softmax over all parts
   LESS_DEVICE bool meet();
+  LESS_DEVICE float* own_part(int of) const;
   LESS_DEVICE float part_float(int of, int i) const;
   LESS_DEVICE float4 part_four(int of, int i) const;
   LESS_DEVICE void weigh_parts();

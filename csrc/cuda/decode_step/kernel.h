@@ -19,10 +19,9 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   if (memory == nullptr || (p.valid != nullptr && !p.valid[b])) return clear();
   seen = *less::seen(memory);
   if constexpr (kMerges) joining = joiner();
-  const int tiles = (n + plan.tile - 1) / plan.tile;
   victim = {0, 0, S, 0.0f};
   // Keys are asked for first; which values there are is only known from what load() brings.
-  const int first_asked = min(tiles, Tile::kStages - 1);
+  const int first_asked = min(plan.tiles, Tile::kStages - 1);
 #pragma unroll 1
   for (int i = 0; i < Tile::kStages; ++i) {
     if (i == first_asked) {
@@ -31,15 +30,22 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       if (R > 0 && (plan.cluster || alone())) ask_for_state();
       continue;
     }
-    ask(i < first_asked ? i : i - 1, tiles);
+    ask();
     copy_async_commit();
   }
-  // Features of the queries while slots are on their way, and then, should one leave, of its key:
-  // one loop, because a map's code is long.
+  // Shares of the queries' features while slots are on their way, one for each range, and then,
+  // should a token leave, of its key's: one loop, because a map's code is long.
+  const int shares = plan.shares > 1 ? ranges : 1;  // of the key's, from `own` on
+  const int own = plan.shares > 1 ? first_range : 0;
 #pragma unroll 1
-  for (int turn = 0; turn < 2; ++turn) {
-    if (turn == 1) {
-      attend(tiles);
+  for (int turn = 0; turn < ranges + shares; ++turn) {
+    if (turn == ranges) {
+#pragma unroll 1
+      for (int range = 0; range < ranges; ++range) {
+        look_at(range);
+        attend();
+      }
+      look_at(0);
       if (!meet()) return;
       weigh_parts();
       write_out();
@@ -52,13 +58,14 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       if (!Leaver::begin(*this)) break;
     }
     if constexpr (kState) {
-      const FeatureMaps maps = turn == 0 ? p.maps.phi : p.maps.psi;
-      share_of_maps(maps, turn == 0 ? head * G : head, turn == 0 ? G : 1,
-                    turn == 0 ? s.q() : s.victim_key(), turn == 0 ? split : rank,
-                    turn == 0 ? plan.splits : ranks, s.maps(),
-                    turn == 0 ? s.part() + at.feature : s.psi_share());
+      const bool phi = turn < ranges;
+      const FeatureMaps maps = phi ? p.maps.phi : p.maps.psi;
+      const int share = phi ? first_range + turn : own + turn - ranges;
+      share_of_maps(maps, phi ? head * G : head, phi ? G : 1, phi ? s.q() : s.victim_key(), share,
+                    phi ? plan.splits : plan.shares, s.maps(),
+                    phi ? s.part() + turn * plan.part + at.feature : s.psi_shares() + share * R);
     }
-    if (turn == 1) Leaver::end(*this);
+    if (turn == ranges + shares - 1) Leaver::end(*this);
   }
   if constexpr (kPacked) {
     move_in(victim.slot);
@@ -72,7 +79,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::clear() {
   const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (split != 0) return;
+  if (blockIdx.x != 0) return;
 #pragma unroll 1
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
     // narrow: four 16-bit elements a lane, of the one token

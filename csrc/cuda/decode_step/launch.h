@@ -10,11 +10,11 @@ template <typename T, int kD, bool kMma, typename Then>
 cudaError_t launch_decode_kernel(const DecodeStepParams& p, const DecodePlan& plan,
                                  cudaStream_t stream) {
   Launch how{};
-  how.grid = dim3(unsigned(plan.splits), unsigned(plan.heads), unsigned(p.B));
+  how.grid = dim3(unsigned(plan.blocks), unsigned(plan.heads), unsigned(p.B));
   how.block = dim3(kDecodeThreads);
   how.shared = size_t(plan.shared);
   how.stream = stream;
-  how.cluster = plan.cluster ? plan.splits : 1;
+  how.cluster = plan.cluster ? plan.blocks : 1;
   how.dependent = plan.dependent;
   return launch(decode_step_kernel<T, kD, kMma, Then>, how, p, plan);
 }

@@ -5,26 +5,32 @@
 
 namespace less::cuda {
 
-// Tiles of keys, then of values, as often as those are read; then nothing.
+// Of each range tiles of keys, then of values, as often as those are read; then nothing.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::ask(int item, int tiles) {
+LESS_DEVICE void DecodeBlock<Case>::ask() {
   unsigned char* const to = stage(asked);
   asked = after(asked);
-  if (item >= tiles * (1 + decode_passes<T, kD, kMma>(G))) return;
+  if (next_range == ranges) return;
+  const int range = first_range + next_range, item = next_item, tiles = plan.tiles;
+  if (++next_item == tiles * (1 + decode_passes<T, kD, kMma>(G))) {
+    next_item = 0;
+    ++next_range;
+  }
   if constexpr (kPacked) {
-    ask_for_rows(to, item % tiles, item >= tiles);
+    ask_for_rows(to, range, item % tiles, item >= tiles);
   } else if (item < tiles) {
-    ask_for_keys(to, item);
+    ask_for_keys(to, range, item);
   } else {
-    ask_for_values(to, (item - tiles) % tiles);
+    ask_for_values(to, range, (item - tiles) % tiles);
   }
 }
 
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::ask_for_keys(unsigned char* to, int tile) {
-  const auto* const rows = static_cast<const unsigned char*>(slots().k) +
-                           int64_t{first + tile * plan.tile} * Tile::kBytes;
-  const int chunks = min(plan.tile, n - tile * plan.tile) * Tile::kChunks;
+LESS_DEVICE void DecodeBlock<Case>::ask_for_keys(unsigned char* to, int range, int tile) {
+  const int slot0 = range * plan.per + tile * plan.tile;
+  const auto* const rows =
+      static_cast<const unsigned char*>(slots().k) + int64_t{slot0} * Tile::kBytes;
+  const int chunks = rows_from(slot0, tile) * Tile::kChunks;
 #pragma unroll 1
   for (int i = t; i < completed(chunks); i += kDecodeThreads) {
     const bool in = i < chunks;
@@ -34,14 +40,16 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_keys(unsigned char* to, int tile) {
 
 // Rows of empty slots, and those that complete a multiple of 16, become zeros.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int tile) {
-  const int slot0 = tile * plan.tile, rows = min(plan.tile, n - slot0);
+LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int range, int tile) {
+  const int slot0 = range * plan.per + tile * plan.tile;
+  const int rows = rows_from(slot0, tile);
   const auto* const from =
-      static_cast<const unsigned char*>(slots().v) + int64_t{first + slot0} * Tile::kBytes;
+      static_cast<const unsigned char*>(slots().v) + int64_t{slot0} * Tile::kBytes;
+  const int32_t* const position = s.take<int32_t>(plan.layout.position) + (slot0 - first_slot);
 #pragma unroll 1
   for (int i = t; i < completed(rows * Tile::kChunks); i += kDecodeThreads) {
     const int r = i / Tile::kChunks;
-    const bool held = s.position()[slot0 + r] >= 0;
+    const bool held = position[r] >= 0;
     copy_async16(to + Tile::place(i) * 16, from + (held ? i * 16 : 0), held);
   }
 }
@@ -64,9 +72,9 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load() {
   const Slots of = slots();
 #pragma unroll 1
-  for (int i = t; i < plan.per; i += kDecodeThreads) {
-    const bool in = i < n;
-    const int slot = first + i;
+  for (int i = t; i < ranges * plan.per; i += kDecodeThreads) {
+    const int slot = first_slot + i;
+    const bool in = slot < last_slot;
     // narrow: a lane a slot, side by side
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;
@@ -93,8 +101,8 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
       store8_shared(narrow_q() + i / kD * kRow + i % kD, make_uint2(0, 0));
     }
   }
-  // Of packed slots, only the last split looks at the token.
-  if (!kPacked || last_split()) load_token();
+  // Of packed slots, only the last range looks at the token.
+  if (!kPacked || last_block()) load_token();
 }
 
 template <typename Case>

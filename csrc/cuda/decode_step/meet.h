@@ -19,7 +19,7 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
 #pragma unroll 1
   for (int i = 3 * G + G * R + t; i < at.value; i += kDecodeThreads) s.part()[i] = 0.0f;
   __syncthreads();
-  float* const part = plan.parts + (row * plan.splits + split) * plan.part;
+  float* const part = plan.parts + (row * plan.splits + split) * plan.part;  // of its one range
 #pragma unroll 1
   for (int i = t * 4; i < plan.part; i += kDecodeThreads * 4) {
     store16(part + i, load16_shared(s.part() + i));
@@ -51,17 +51,26 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
   return true;
 }
 
+// Where the block that has a range keeps its part, as an address of this block's own.
+template <typename Case>
+LESS_DEVICE float* DecodeBlock<Case>::own_part(int of) const {
+  const int block = alone() ? 0 : of * plan.block_of >> 6;
+  return s.take<float>(plan.layout.part) + (of - block * plan.ranges) * plan.part;
+}
+
 template <typename Case>
 LESS_DEVICE float DecodeBlock<Case>::part_float(int of, int i) const {
-  if (plan.cluster) return load_cluster(s.part() + i, of);
+  if (plan.cluster) return load_cluster(own_part(of) + i, of * plan.block_of >> 6);
   // narrow: a lane a number of a part, side by side
-  return alone() ? s.part()[i] : plan.parts[(row * plan.splits + of) * plan.part + i];
+  return alone() ? own_part(of)[i] : plan.parts[(row * plan.splits + of) * plan.part + i];
 }
 
 template <typename Case>
 LESS_DEVICE float4 DecodeBlock<Case>::part_four(int of, int i) const {
-  if (plan.cluster) return load_cluster(reinterpret_cast<const float4*>(s.part() + i), of);
-  return bits_of<float4>(alone() ? load16_shared(s.part() + i)
+  if (plan.cluster) {
+    return load_cluster(reinterpret_cast<const float4*>(own_part(of) + i), of * plan.block_of >> 6);
+  }
+  return bits_of<float4>(alone() ? load16_shared(own_part(of) + i)
                                  : load16(plan.parts + (row * plan.splits + of) * plan.part + i));
 }
 

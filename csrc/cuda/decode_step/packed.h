@@ -21,11 +21,11 @@ struct DecodeRows {
 };
 
 template <typename Case>
-LESS_DEVICE DecodeRows DecodeBlock<Case>::rows_of_tile(int tile, bool values) const {
+LESS_DEVICE DecodeRows DecodeBlock<Case>::rows_of_tile(int range, int tile, bool values) const {
   const Slots of = slots();
-  const int begin = first + tile * plan.tile, W = hot_slots(p.layout);
+  const int begin = range * plan.per + tile * plan.tile, W = hot_slots(p.layout);
   DecodeRows rows{};
-  rows.rows = min(plan.tile, n - tile * plan.tile);
+  rows.rows = rows_from(begin, tile);
   rows.hot_rows = min(max(W - begin, 0), rows.rows);
   rows.dtype = values ? p.layout.v_dtype : p.layout.k_dtype;
   rows.hot = static_cast<const unsigned char*>(values ? of.hot_v : of.hot_k) + int64_t{begin} * kD;
@@ -39,8 +39,9 @@ LESS_DEVICE DecodeRows DecodeBlock<Case>::rows_of_tile(int tile, bool values) co
 }
 
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::ask_for_rows(unsigned char* to, int tile, bool values) {
-  const DecodeRows rows = rows_of_tile(tile, values);
+LESS_DEVICE void DecodeBlock<Case>::ask_for_rows(unsigned char* to, int range, int tile,
+                                                 bool values) {
+  const DecodeRows rows = rows_of_tile(range, tile, values);
   const int hot = rows.hot_rows * Tile::kChunks;
 #pragma unroll 1
   for (int i = t; i < hot + rows.pieces; i += kDecodeThreads) {
@@ -94,7 +95,7 @@ LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(DType dtype, const unsigned c
 // The rows that have come become a tile of int8.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int tile, bool values) {
-  const DecodeRows rows = rows_of_tile(tile, values);
+  const DecodeRows rows = rows_of_tile(split, tile, values);
   const unsigned char* const cold = from + rows.hot_rows * kD + rows.skew;
   const int bytes = int(row_bytes(rows.dtype, kD));
 #pragma unroll 1
@@ -129,7 +130,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_scales(const Slots& of, int i, int slot
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
   if (rank != ranks - 1) return;
-  if (!last_split()) {  // all others have not looked at the token
+  if (!last_block()) {  // all others have not looked at the token
     load_token();
     __syncthreads();
   }

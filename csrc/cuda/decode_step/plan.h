@@ -1,11 +1,13 @@
 // How decode_step cuts a layer into blocks, and a block's shared memory into arrays.
 //
-// The S slots of a head are cut into `splits` ranges of `per` slots, one block each. The blocks of
-// a head meet in one of two ways: as a cluster that reads its members' shared memory (sm_90 on), or
-// in the workspace, where the last to arrive finishes alone. Both the cut and the way follow from
-// the head's capacity, the layer's shape and the device, never from the batch or from other heads:
-// a head has the same bits in any batch and in any layer. Heads of another capacity are another
-// launch.
+// The S slots of a head are cut into `splits` ranges of `per` slots; a block attends over `ranges`
+// of them, one after the other, and keeps a part of each. The blocks of a head meet in one of two
+// ways: as a cluster that reads its members' shared memory (sm_90 on), or in the workspace, where
+// the last to arrive finishes alone. A block that has all ranges meets nobody. The cut, the order
+// in which parts are merged and the shares of psi follow from the head's capacity, the layer's
+// shape and the device, never from the batch or from other heads: a head has the same bits in any
+// batch and in any layer. How many ranges a block has follows from the batch too, and changes no
+// bit. Heads of another capacity are another launch.
 #pragma once
 
 #include "cuda/codec.h"
@@ -55,13 +57,13 @@ struct DecodeLayout {
   int32_t q;           // [G, D]
   int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores
   int32_t q_scale;     // [G + 1]  what its rows were divided by, and the unit of the values' scales
-  int32_t mass;        // [G, per + 8]  logits, then e^(logit - top); at `per` the token's
-  int32_t part;        // DecodePart
-  int32_t position;    // [per]
-  int32_t score;       // [per]
-  int32_t weight;      // [per]
-  int32_t k_scale;     // [per]
-  int32_t v_scale;     // [per]
+  int32_t mass;        // [ranges, G, per + 8]  logits, e^(logit - top); at `per` the token's
+  int32_t part;        // [ranges]  DecodePart
+  int32_t position;    // [ranges, per]
+  int32_t score;       // [ranges, per]
+  int32_t weight;      // [ranges, per]
+  int32_t k_scale;     // [ranges, per]
+  int32_t v_scale;     // [ranges, per]
   int32_t key;         // [D]  the token's, as the slots will hold it, not scaled
   int32_t value;       // [D]
   int32_t token;       // [4]  scales of key and value, the token's score, what last() says
@@ -92,9 +94,15 @@ struct DecodePlan {
   HeadOffsets at;  // of those heads' fields, of packed rows
   int splits;      // ranges of a head's slots
   int per;         // slots of a range, a multiple of 16; the last one may have fewer
+  int ranges;      // of a block; the last one may have fewer
+  int blocks;      // of a head
+  int shares;      // of psi: splits where clusters can be, else 1
+  int block_of;    // 64 / ranges, rounded up: of up to 8 ranges, the block by a product
   int tile;        // rows of a tile
+  int tiles;       // of a range
   int ring;        // tiles that a block holds
-  bool cluster;    // the blocks of a head are a cluster
+  bool clusters;   // the blocks of a head do not meet in the workspace
+  bool cluster;    // but are a cluster, of more than one
   bool mma;        // on tensor cores
   bool dependent;  // the launch may begin before the kernel before it is over
   int64_t shared;  // bytes of shared memory of a block
@@ -175,14 +183,15 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.q = take(4 * G * kD);
   if (kMma) at.narrow_q = take((G + 7) / 8 * 8 * (kD + decode_q_pad<T, kD>()) * 2);
   if (kMma && sizeof(T) == 1) at.q_scale = take(4 * (G + 1));
-  at.mass = take(4 * G * (plan.per + 8));
-  at.part = take(4 * plan.part);
-  at.position = take(4 * plan.per);
-  at.score = take(4 * plan.per);
-  if (p.layout.weights) at.weight = take(4 * plan.per);
+  const int64_t slots = int64_t(plan.ranges) * plan.per;
+  at.mass = take(4 * plan.ranges * G * (plan.per + 8));
+  at.part = take(4 * plan.ranges * plan.part);
+  at.position = take(4 * slots);
+  at.score = take(4 * slots);
+  if (p.layout.weights) at.weight = take(4 * slots);
   if (sizeof(T) == 1) {
-    at.k_scale = take(4 * plan.per);
-    at.v_scale = take(4 * plan.per);
+    at.k_scale = take(4 * slots);
+    at.v_scale = take(4 * slots);
   }
   at.key = take(4 * kD);
   at.value = take(4 * kD);

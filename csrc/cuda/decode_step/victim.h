@@ -38,22 +38,23 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
   }
   __syncthreads();
   const bool own = plan.cluster || alone();
-  const int begin = own ? first : 0, end = own ? first + n : S;
+  const int begin = own ? first_slot : 0, end = own ? last_slot : S;
   const Slots of_head = slots();
   DecodeCandidate best{kInfinity, INT32_MAX, S, 0.0f};
 #pragma unroll 1
   for (int slot = begin + t; slot < end; slot += kDecodeThreads) {
-    const int of = own ? split : slot / plan.per, i = slot - of * plan.per;
+    const int of = slot / plan.per, i = slot - of * plan.per;
     // narrow: a lane a slot, side by side
-    const int32_t position = own ? s.position()[i] : of_head.position[slot];
-    float score = own ? s.score()[i] : score_at(kPacked, of_head, slot);
+    const int32_t position = own ? s.position()[slot - begin] : of_head.position[slot];
+    float score = own ? s.score()[slot - begin] : score_at(kPacked, of_head, slot);
     if (p.spec.scores) {
       const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
+      const float* const own_masses = s.mass() + (of - first_range) * G * stride + i;
       float received = 0.0f;
 #pragma unroll 1
       for (int g = 0; g < G; ++g) {
         // narrow: a lane a slot, side by side
-        const float mass = own ? s.mass()[g * stride + i] : masses[g * plan.per];
+        const float mass = own ? own_masses[g * stride] : masses[g * plan.per];
         received = fmaf(mass, s.sum()[of * G + g], received);
       }
       score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
@@ -135,23 +136,15 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::fold() {
 #pragma unroll 1
-  for (int i = t; i < ranks * R; i += kDecodeThreads) {
-    float* const to = s.psi_shares() + rank * R + i % R;
-    if (ranks > 1) {
-      store_cluster(to, i / R, s.psi_share()[i % R]);
-    } else {
-      *to = s.psi_share()[i % R];
-    }
+  for (int i = t; ranks > 1 && i < ranks * ranges * R; i += kDecodeThreads) {
+    const int to = i / (ranges * R), at_share = first_range * R + i % (ranges * R);
+    if (to != rank) store_cluster(s.psi_shares() + at_share, to, s.psi_shares()[at_share]);
   }
-  if (ranks > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  if (ranks > 1) cluster_sync();
   if (t < R) {
     float y = 0.0f;
 #pragma unroll 1
-    for (int of = 0; of < ranks; ++of) y += s.psi_shares()[of * R + t];
+    for (int of = 0; of < plan.shares; ++of) y += s.psi_shares()[of * R + t];
     s.h()[t] = feature(p.maps.psi, head, t, y);
   }
   __syncthreads();
@@ -181,7 +174,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
 // The token takes a slot; S is none.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
-  if (slot == S || (plan.cluster && slot / plan.per != split)) return;
+  if (slot == S || (plan.cluster && (slot < first_slot || slot >= last_slot))) return;
   const Slots to = slots();
 #pragma unroll 1
   for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
