@@ -96,9 +96,12 @@ int run_of(const Layout& layout, int first) {
 }
 
 // Ranges that a block is to have: one, unless the layer's heads have more ranges than blocks fit
-// onto the device at once. Where blocks do not meet in a cluster, one or all.
+// onto the device at once, and a quarter more, which take less time than a second range. Where
+// blocks do not meet in a cluster, one or all.
 int wanted_ranges(const DecodeStepParams& p, const DecodePlan& plan, int sms) {
-  const int64_t room = int64_t(sms) * kResident / (p.B * plan.heads);
+  const int64_t held = int64_t(sms) * kResident, heads = p.B * plan.heads;
+  if (heads * plan.splits * 4 <= held * 5) return 1;
+  const int64_t room = held / heads;
   const int blocks = room < 1 ? 1 : room < plan.splits ? int(room) : plan.splits;
   if (plan.clusters) return (plan.splits + blocks - 1) / blocks;
   return blocks == 1 ? plan.splits : 1;
@@ -124,6 +127,7 @@ cudaError_t plan_of(const DecodeStepParams& p, int first, DecodePlan& plan) {
   plan = {};
   plan.first_head = first;
   plan.heads = run_of(p.layout, first);
+  plan.G = int(p.spec.Q / p.spec.K);
   plan.S = p.layout.slots[first];
   plan.at = head_offsets(formats(p.layout), p.layout.D, p.layout.R, plan.S);
   plan.dependent = p.spec.dependent && limits.clusters;

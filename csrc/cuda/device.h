@@ -312,6 +312,12 @@ LESS_DEVICE int atomic_add(int* global, int value) {
   return old;
 }
 
+// Adds without waiting for the old value; relaxed.
+LESS_DEVICE void add_global(double* global, double value) {
+  asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(global_address(global)), "d"(value)
+               : "memory");
+}
+
 // -- clusters -------------------------------------------------------------------------------------
 // A launch that asks for no cluster has clusters of one block, on every architecture.
 

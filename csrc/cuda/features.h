@@ -46,17 +46,34 @@ LESS_DEVICE float clamped(float x) {
   return x < -kExpClamp ? -kExpClamp : x > kExpClamp ? kExpClamp : x;
 }
 
-// Feature r of a head before the mix: all of it, but for the paper's psi, where it is h_r.
-LESS_DEVICE float feature(const FeatureMaps& m, int64_t head, int r, float y) {
-  // narrow: a lane a feature, side by side
-  if (m.w2_scale != nullptr) y *= m.w2_scale[head * m.R + r];
-  if (m.kind == MapKind::exp) {
-    if (m.bias != nullptr) y += m.bias[head * m.R + r];  // narrow: a lane a feature, side by side
-    return exp_clamped(clamped(y));
-  }
+// What a map has of a feature besides its sum.
+struct FeatureNumbers {
+  float factor;  // of the sum
+  float bias;
+  float scale;  // of the result
+};
+
+LESS_DEVICE FeatureNumbers feature_numbers(const FeatureMaps& m, int64_t head, int r) {
+  const int64_t at = head * m.R + r;
+  const bool exp = m.kind == MapKind::exp;
+  FeatureNumbers of{1.0f, 0.0f, 1.0f};
+  if (m.w2_scale != nullptr) of.factor = m.w2_scale[at];  // narrow: a lane a feature, side by side
+  if (exp && m.bias != nullptr) of.bias = m.bias[at];     // narrow: a lane a feature, side by side
+  if (!exp && m.mix != nullptr)
+    of.scale = fabsf(m.scale[at]);  // narrow: a lane a feature, side by side
+  return of;
+}
+
+// A feature before the mix: all of it, but for the paper's psi, where it is h_r.
+LESS_DEVICE float feature(const FeatureMaps& m, const FeatureNumbers& of, float y) {
+  y *= of.factor;
+  if (m.kind == MapKind::exp) return exp_clamped(clamped(y + of.bias));
   y = gelu(y);
-  // narrow: a lane a feature, side by side
-  return m.mix == nullptr ? fabsf(y) : fabsf(m.scale[head * m.R + r]) * y;
+  return m.mix == nullptr ? fabsf(y) : of.scale * y;
+}
+
+LESS_DEVICE float feature(const FeatureMaps& m, int64_t head, int r, float y) {
+  return feature(m, feature_numbers(m, head, r), y);
 }
 
 // Feature r of the paper's psi from all h of the token.

@@ -59,6 +59,7 @@ struct DecodeShared {
   LESS_DEVICE float* token_mass() const { return take<float>(at.token_mass); }
   LESS_DEVICE float* feature() const { return take<float>(at.feature); }
   LESS_DEVICE float* h() const { return take<float>(at.h); }
+  LESS_DEVICE float* z() const { return take<float>(at.z); }
   LESS_DEVICE float* H() const { return take<float>(at.H); }
   LESS_DEVICE float* victim_key() const { return take<float>(at.victim_key); }
   LESS_DEVICE float* victim_value() const { return take<float>(at.victim_value); }
@@ -164,14 +165,14 @@ struct DecodeBlock {
       : p(params),
         plan(decode_plan),
         s{raw, decode_plan.layout, 0, 0, 0},
-        at(int(params.spec.Q / params.spec.K), kState ? int(params.layout.R) : 0, kD) {
+        at(decode_plan.G, kState ? int(params.layout.R) : 0, kD) {
     t = threadIdx.x;
     lane = t % 32;
     warp = t / 32;
     head = plan.first_head + blockIdx.y;
     b = blockIdx.z;
     row = b * p.spec.K + head;
-    G = int(p.spec.Q / p.spec.K);
+    G = plan.G;
     R = kState ? int(p.layout.R) : 0;
     S = plan.S;
     stride = plan.per + 8;

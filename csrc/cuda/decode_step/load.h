@@ -21,7 +21,7 @@ LESS_DEVICE void DecodeBlock<Case>::ask() {
   } else if (item < tiles) {
     ask_for_keys(to, range, item);
   } else {
-    ask_for_values(to, range, (item - tiles) % tiles);
+    ask_for_values(to, range, item < 2 * tiles ? item - tiles : item % tiles);
   }
 }
 
@@ -71,6 +71,10 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load() {
   const Slots of = slots();
+  float z = 0.0f;
+  if constexpr (kState) {
+    if (t < R) z = state().z[t];  // narrow: a lane a feature, side by side
+  }
 #pragma unroll 1
   for (int i = t; i < ranges * plan.per; i += kDecodeThreads) {
     const int slot = first_slot + i;
@@ -103,6 +107,9 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
   }
   // Of packed slots, only the last range looks at the token.
   if (!kPacked || last_block()) load_token();
+  if constexpr (kState) {
+    if (t < R) s.z()[t] = z;
+  }
 }
 
 template <typename Case>

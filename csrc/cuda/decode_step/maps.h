@@ -30,7 +30,8 @@ LESS_DEVICE void add_map_rows(const uint4 (&rows)[kN], const float* x, int d0, i
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     const int d = d0 + i * step;
-    const float at = d < D ? x[d] : 0.0f;
+    if (d >= D) break;
+    const float at = x[d];
     float w[16 / sizeof(T)];
     widen16<T>(rows[i], w);
 #pragma unroll
@@ -159,7 +160,11 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
 #pragma unroll 1
     for (int step = width; step < 32; step *= 2) {
 #pragma unroll
-      for (int e = 0; e < 16; ++e) acc[e] += __shfl_xor_sync(0xffffffffu, acc[e], step);
+      for (int e = 0; e < 16; e += 4) {
+        if (e >= columns / 2) break;
+#pragma unroll
+        for (int i = e; i < e + 4; ++i) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
+      }
     }
     if (lane < width) {
       float* const sums = s.sums + warp * kDecodeMapColumns + chunk * (columns / 2);

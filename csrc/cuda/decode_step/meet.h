@@ -77,21 +77,33 @@ LESS_DEVICE float4 DecodeBlock<Case>::part_four(int of, int i) const {
 // The parts' factors, the state's, and what each part received of the whole.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
+  // A warp asks for the numbers of each query head, the others for shares of features, all at once.
 #pragma unroll 1
-  for (int i = t; i < plan.splits * G; i += kDecodeThreads) {
-    s.top()[i] = part_float(i / G, at.top + i % G);
-    s.sum()[i] = part_float(i / G, at.sum + i % G);
+  for (int i = t; warp == 0 && i < plan.splits * G; i += 32) {
+    const int of = i / G, g = i % G;
+    const float top = part_float(of, at.top + g), sum = part_float(of, at.sum + g);
+    const float token = part_float(plan.splits - 1, at.token + g);
+    s.top()[i] = top;
+    s.sum()[i] = sum;
+    if (of == 0) s.token_mass()[g] = token;
   }
 #pragma unroll 1
-  for (int g = t; g < G; g += kDecodeThreads) {
-    s.token_mass()[g] = part_float(plan.splits - 1, at.token + g);
-  }
-#pragma unroll 1
-  for (int i = t; i < G * R; i += kDecodeThreads) {
+  for (int i = t - 32; warp > 0 && i < G * R; i += kDecodeThreads - 32) {
+    const FeatureNumbers own = feature_numbers(p.maps.phi, head * G + i / R, i % R);
     float y = 0.0f;
-#pragma unroll 4
-    for (int of = 0; of < plan.splits; ++of) y += part_float(of, at.feature + i);
-    s.feature()[i] = feature(p.maps.phi, head * G + i / R, i % R, y);
+#pragma unroll 1
+    for (int of0 = 0; of0 < plan.splits; of0 += kDecodeCluster) {
+      float share[kDecodeCluster];
+#pragma unroll
+      for (int j = 0; j < kDecodeCluster; ++j) {
+        share[j] = part_float(min(of0 + j, plan.splits - 1), at.feature + i);
+      }
+#pragma unroll
+      for (int j = 0; j < kDecodeCluster; ++j) {
+        if (of0 + j < plan.splits) y += share[j];
+      }
+    }
+    s.feature()[i] = feature(p.maps.phi, own, y);
   }
   __syncthreads();
 #pragma unroll 1
@@ -103,10 +115,8 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     for (int of = 0; of < plan.splits; ++of) {
       total = fmaf(s.sum()[of * G + g], expf(s.top()[of * G + g] - top), total);
     }
-    const float* const z = state().z;
-#pragma unroll 1
-    // narrow: the same number for all lanes
-    for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], z[r], low);
+#pragma unroll 4
+    for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], s.z()[r], low);
     const float inverse = 1.0f / total;
     float kept = inverse;
     s.low()[g] = s.share()[g] = 0.0f;
@@ -131,19 +141,28 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::write_out() {
+  constexpr int kFours = 4;  // of parts, under way at once
   const int column = first_column(), width = columns(), fours = width / 4;
 #pragma unroll 1
   for (int i = t; i < G * fours; i += kDecodeThreads) {
     const int g = i / fours, c = i % fours * 4;
     float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int of = 0; of < plan.splits; ++of) {
-      const float factor = s.top()[of * G + g];
-      const float4 v = part_four(of, at.value + g * kD + column + c);
-      four[0] = fmaf(factor, v.x, four[0]);
-      four[1] = fmaf(factor, v.y, four[1]);
-      four[2] = fmaf(factor, v.z, four[2]);
-      four[3] = fmaf(factor, v.w, four[3]);
+#pragma unroll 1
+    for (int of0 = 0; of0 < plan.splits; of0 += kFours) {
+      float4 v[kFours];
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) {
+        v[j] = part_four(min(of0 + j, plan.splits - 1), at.value + g * kD + column + c);
+      }
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) {
+        if (of0 + j == plan.splits) break;
+        const float factor = s.top()[(of0 + j) * G + g];
+        four[0] = fmaf(factor, v[j].x, four[0]);
+        four[1] = fmaf(factor, v[j].y, four[1]);
+        four[2] = fmaf(factor, v[j].z, four[2]);
+        four[3] = fmaf(factor, v[j].w, four[3]);
+      }
     }
     const float low = s.low()[g];
 #pragma unroll 1
@@ -162,7 +181,7 @@ LESS_DEVICE void DecodeBlock<Case>::write_out() {
     double share = 0.0;
 #pragma unroll 1
     for (int g = 0; g < G; ++g) share += s.share()[g];
-    *state().share += share;
+    add_global(state().share, share);
   }
 }
 

@@ -75,6 +75,7 @@ struct DecodeLayout {
   int32_t candidate;   // [warps + kDecodeCluster], and so many again for those who merge
   int32_t feature;     // [G, R]
   int32_t h;           // [R]
+  int32_t z;           // [R]
   int32_t H;           // [R, columns]
   int32_t victim_key;  // [D]
   int32_t victim_value;  // [columns]; [D] of one that merges
@@ -90,6 +91,7 @@ struct DecodeLayout {
 struct DecodePlan {
   int first_head;  // of the launch, whose heads all have S slots
   int heads;
+  int G;
   int S;
   HeadOffsets at;  // of those heads' fields, of packed rows
   int splits;      // ranges of a head's slots
@@ -209,6 +211,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   if (R == 0) return at;
   at.feature = take(4 * G * R);
   at.h = take(4 * R);
+  at.z = take(4 * R);
   at.H = take(4 * R * plan.columns);
   at.psi_share = take(4 * R);
   at.psi_shares = take(4 * kDecodeCluster * R);

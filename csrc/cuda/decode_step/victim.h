@@ -121,13 +121,14 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
   const T* const values = static_cast<const T*>(of.v) + slot * kD + column;
 #pragma unroll 1
   for (int d = t; d < kD; d += kDecodeThreads) {
+    const bool own = d < width;
     // narrow: a lane an element of the one row that leaves
-    s.victim_key()[d] = (kept ? widened(keys[d]) : s.key()[d]) * k_scale;
-  }
-#pragma unroll 1
-  for (int c = t; c < width; c += kDecodeThreads) {
+    const float k = kept ? widened(keys[d]) : s.key()[d];
+    float v = 0.0f;
     // narrow: a lane an element of the one row that leaves
-    s.victim_value()[c] = (kept ? widened(values[c]) : s.value()[column + c]) * v_scale;
+    if (own) v = kept ? widened(values[d]) : s.value()[column + d];
+    s.victim_key()[d] = k * k_scale;
+    if (own) s.victim_value()[d] = v * v_scale;
   }
   __syncthreads();
 }
@@ -135,6 +136,8 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
 // H += psi(k)^T v, z += psi(k) of the victim, from the blocks' shares of psi.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::fold() {
+  FeatureNumbers own{};  // asked for while blocks meet
+  if (t < R) own = feature_numbers(p.maps.psi, head, t);
 #pragma unroll 1
   for (int i = t; ranks > 1 && i < ranks * ranges * R; i += kDecodeThreads) {
     const int to = i / (ranges * R), at_share = first_range * R + i % (ranges * R);
@@ -143,9 +146,9 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
   if (ranks > 1) cluster_sync();
   if (t < R) {
     float y = 0.0f;
-#pragma unroll 1
+#pragma unroll 4
     for (int of = 0; of < plan.shares; ++of) y += s.psi_shares()[of * R + t];
-    s.h()[t] = feature(p.maps.psi, head, t, y);
+    s.h()[t] = feature(p.maps.psi, own, y);
   }
   __syncthreads();
   const bool mixed = p.maps.psi.mix != nullptr;
@@ -168,7 +171,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     store16(to.H + r * kD + column + c, bits_of<uint4>(h));
   }
   // narrow: a lane a feature, side by side
-  if (rank == 0 && t < R) store(to.z + t, to.z[t] + psi[t]);
+  if (rank == 0 && t < R) store(to.z + t, s.z()[t] + psi[t]);
 }
 
 // The token takes a slot; S is none.
