@@ -145,8 +145,9 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     script(bin_ / "compute-sanitizer", 'echo "sanitizer $*" >> log; [ "$2" != racecheck ]')
     script(
         bin_ / "python",
-        'case "$*" in *setup.py*|*pytest*|*bench.gpu*) echo "python $*" >> log ;; esac\n'
-        'case "$*" in\n*bench.gpu*report*|*setup.py*|*get_device_name*) ;;\n'
+        'case "$*" in *setup.py*|*pytest*|*bench.gpu*|*bench.proof*)\n'
+        'echo "python $*" >> log ;; esac\n'
+        'case "$*" in\n*bench.gpu*report*|*bench.proof*|*setup.py*|*get_device_name*) ;;\n'
         "*bench.gpu*|*pytest*tests/ops*) exit 1 ;;\n"
         f'*) exec {sys.executable} "$@" ;;\nesac',
     )
@@ -160,8 +161,13 @@ def test_a_step_that_fails_is_named_and_the_rest_goes_on(tmp_path):
     assert done.stderr.split("failed:\n")[1].split("\n") == [*(f"  {x}" for x in failed), ""]
     asked = log.read_text()
     assert "-DLESS_CUDA_ARCHS=90a" in asked
-    for what in ("synccheck", "less_gpu --dependent", "less_gpu --soak 100000", "bench.gpu report"):
+    for what in (
+        "synccheck", "less_gpu --dependent", "less_gpu --soak 100000", "bench.gpu report",
+        "bench.proof.timing --against",
+    ):  # fmt: skip
         assert what in asked
+    order = [asked.index(what) for what in ("--op decode_step", "-m pytest", "--op fold")]
+    assert order == sorted(order)
     ops = set(OPS) - {"rotate"}  # which decode_step launches, and is timed in it
     assert {line.split()[-1] for line in asked.splitlines() if "less_gpu --op" in line} == ops
     assert (tmp_path / "out" / "gpu.jsonl").read_text() == "{}\n" * (len(ops) + 2)
