@@ -159,6 +159,8 @@ def test_a_tool_of_the_wheels_is_preferred_to_an_installed_one(machine: Machine)
         ("8.6", ["80"]),  # code of 8.0 runs there
         ("10.3", ["100"]),
         ("12.0", ["120"]),
+        ("12.1", ["120"]),
+        ("11.0", []),
         (r"9.0\n9.0", ["90a"]),
         (r"12.0\n8.9", ["80", "120"]),
         ("7.5", []),
