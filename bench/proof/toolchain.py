@@ -179,7 +179,7 @@ def _state(words: Sequence[str | Path], needs: Path) -> str:
     """Changes with the command, and with every file that it read."""
     digest = hashlib.sha256(" ".join(map(str, words)).encode())
     for file in _needed(needs):
-        if file not in HOST_ONLY:
+        if file not in HOST_ONLY or file in words:
             digest.update(file.read_bytes() if file.is_file() else b"gone")
     return digest.hexdigest()
 
