@@ -22,6 +22,8 @@
 #   make dev      rebuild the native code into less/, compiling only what changed (seconds);
 #                 in another environment the same is: python setup.py build_ext --inplace
 #   make sdist    the source distribution, in dist/
+#   make wheel    a wheel for Linux, audited, and what it depends on, in dist/ (ARGS="--arch aarch64"
+#                 for that machine, ARGS=--smoke to install it without a compiler and run the demo)
 #   make clean    remove everything that make made
 #
 # PYTHON=python3.12 picks the interpreter, VENV=folder the environment; LESS_CUDA, LESS_CUDA_ARCHS
@@ -39,7 +41,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -151,6 +153,15 @@ dev: $(VENV)/requirements.stamp
 
 sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist
+
+WHEEL ?= .venv-wheel
+wheel: $(VENV)/dev.stamp $(WHEEL)/requirements.stamp
+	$(BIN)/python tools/wheels.py --audit-env $(WHEEL) $(ARGS)
+
+$(WHEEL)/requirements.stamp: requirements-wheel.txt
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip --disable-pip-version-check install -q -r requirements-wheel.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info less/*.so .pytest_cache .mypy_cache .ruff_cache

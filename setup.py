@@ -25,6 +25,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,9 +38,14 @@ sys.path.insert(0, str(HERE / "tools"))
 import cuda_toolkit  # noqa: E402
 import native  # noqa: E402
 
+#: Whether the modules use Python's limited API, which a Python without a global lock has not.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+MODULES = ("_C", "_cuda")
+OLDEST_PYTHON = "cp310"  # whose limited API that is: csrc/python.h
+
 
 class CMakeBuild(build_ext):
-    """Builds less/_C.*.so, and less/_cuda.*.so where CUDA is on, through CMake."""
+    """Builds less/_C.*so, and less/_cuda.*so where CUDA is on, through CMake."""
 
     user_options: ClassVar = [
         *build_ext.user_options,
@@ -69,6 +75,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "Python_EXECUTABLE": sys.executable,
             "LESS_PYTHON": "OFF" if self.kernels else "ON",
+            "LESS_LIMITED_API": "ON" if LIMITED_API else "OFF",
             "LESS_TORCH_ROOT": torch_root,
             "LESS_VERSION": self.distribution.get_version(),
             "LESS_WERROR": os.environ.get("LESS_WERROR", "0"),
@@ -90,11 +97,13 @@ class CMakeBuild(build_ext):
             return
         package = self._package_folder()
         self._call([cmake, "--install", tree, "--prefix", package])
-        # An earlier build into the same folder may have left a library that this one has not.
+        # An earlier build into the same folder may have left a library that this one has not, or
+        # one of another Python's, which this Python may prefer.
         installed = {Path(line.strip()).name for line in (tree / "install_manifest.txt").open()}
-        for output in self.get_outputs():
-            if Path(output).name not in installed:
-                Path(output).unlink()
+        for name in MODULES:
+            for library in package.glob(f"{name}.*"):
+                if library.suffix != ".pyi" and library.name not in installed:
+                    library.unlink()
 
     @staticmethod
     def _cuda_options() -> dict[str, str]:
@@ -142,9 +151,13 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         """The libraries that were built."""
-        names = [Path(self.get_ext_filename(name)).name for name in ("_C", "_cuda")]
+        suffix = ".abi3.so" if LIMITED_API else sysconfig.get_config_var("EXT_SUFFIX")
         folder = self._package_folder()
-        return [str(folder / name) for name in names if (folder / name).exists()]
+        return [
+            str(folder / name)
+            for name in (module + suffix for module in MODULES)
+            if (folder / name).exists()
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         """For editable installs: where a built file would lie, and where it does lie."""
@@ -155,5 +168,12 @@ class CMakeBuild(build_ext):
 
 
 # The name alone matters: it makes the wheel a platform wheel. CMake knows the sources.
-extensions = [Extension("less._C", sources=[])] if native.native_wanted() else []
-setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+native_wanted = native.native_wanted()
+setup(
+    license="Apache-2.0",
+    ext_modules=[Extension("less._C", sources=[], py_limited_api=LIMITED_API)] * native_wanted,
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}}
+    if native_wanted and LIMITED_API
+    else {},
+)

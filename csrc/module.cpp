@@ -1,17 +1,13 @@
 // less._C: loading it registers the ops of csrc/ops; its own functions tell how it was built.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
-
-namespace py = pybind11;
+#include "python.h"
 
 namespace {
 
@@ -22,7 +18,7 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
-std::string compiler() {
+const char* compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
 #else
@@ -30,28 +26,43 @@ std::string compiler() {
 #endif
 }
 
-py::dict build_facts() {
-  py::dict facts;
-  facts["version"] = LESS_VERSION;
-  facts["compiler"] = compiler();
-  facts["torch"] = TORCH_VERSION;
-  facts["torch_at_least"] = "2.10";
-  facts["simd_levels"] = split(LESS_SIMD_LEVELS);
-  facts["simd_supported"] = less::cpu::supported_levels();
-  facts["simd"] = less::cpu::name(less::cpu::level());
-  facts["cuda"] = bool(LESS_CUDA_BUILT);
-  facts["cuda_archs"] = split(LESS_CUDA_ARCHS);
-  return facts;
+PyObject* list_of(const std::vector<std::string>& names) {
+  PyObject* list = PyList_New(0);
+  for (const std::string& name : names) {
+    PyObject* text = list ? PyUnicode_FromString(name.c_str()) : nullptr;
+    if (text == nullptr || PyList_Append(list, text) != 0) Py_CLEAR(list);
+    Py_XDECREF(text);
+  }
+  return list;
 }
 
-// Runs one function of csrc/cpu/simd.h over a buffer, in the level in use.
-void simd(const std::string& what, const py::buffer& src, const py::buffer& dst) {
+PyObject* build_facts(PyObject*, PyObject*) {
+  return less::guarded([] {
+    return Py_BuildValue(
+        "{s:s, s:s, s:s, s:s, s:N, s:N, s:s, s:O, s:N}", "version", LESS_VERSION, "compiler",
+        compiler(), "torch", TORCH_VERSION, "torch_at_least", "2.10", "simd_levels",
+        list_of(split(LESS_SIMD_LEVELS)), "simd_supported", list_of(less::cpu::supported_levels()),
+        "simd", less::cpu::name(less::cpu::level()), "cuda", LESS_CUDA_BUILT ? Py_True : Py_False,
+        "cuda_archs", list_of(split(LESS_CUDA_ARCHS)));
+  });
+}
+
+// The memory of an array, and how it is divided.
+struct Array {
+  unsigned long long address;
+  Py_ssize_t size, itemsize;
+
+  void* data() const { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
+};
+
+// Runs one function of csrc/cpu/simd.h over an array, in the level in use.
+void run_simd(const std::string& what, const Array& src, const Array& dst) {
   using less::SimdTest;
   struct Entry {
     const char* name;
     SimdTest test;
-    py::ssize_t in, out;  // bytes an element
-    py::ssize_t results;  // 0: as many as elements
+    Py_ssize_t in, out;  // bytes an element
+    Py_ssize_t results;  // 0: as many as elements
   };
   static constexpr Entry kTable[] = {
       {"exp", SimdTest::exp, 4, 4, 0},
@@ -70,30 +81,92 @@ void simd(const std::string& what, const py::buffer& src, const py::buffer& dst)
   };
   float width = 0.0f;
   less::cpu::simd_test({SimdTest::width, nullptr, &width}, 0, 0);
-  const py::buffer_info in = src.request();
-  const py::buffer_info out = dst.request(/*writable=*/true);
   for (const Entry& entry : kTable) {
     if (what != entry.name) continue;
-    const py::ssize_t wanted = entry.results == 0 ? in.size : entry.results;
-    const py::ssize_t most = entry.results == 1 ? py::ssize_t(width) : in.size;
-    if (in.itemsize != entry.in || out.itemsize != entry.out || out.size != wanted ||
-        in.size > most || (entry.results == 4 && in.size != 4 * py::ssize_t(width))) {
-      throw std::invalid_argument("simd: the buffers do not fit " + what);
+    const Py_ssize_t wanted = entry.results == 0 ? src.size : entry.results;
+    const Py_ssize_t most = entry.results == 1 ? Py_ssize_t(width) : src.size;
+    if (src.itemsize != entry.in || dst.itemsize != entry.out || dst.size != wanted ||
+        src.size > most || (entry.results == 4 && src.size != 4 * Py_ssize_t(width))) {
+      throw std::invalid_argument("simd: the arrays do not fit " + what);
     }
-    less::cpu::simd_test({entry.test, in.ptr, out.ptr}, 0, in.size);
+    less::cpu::simd_test({entry.test, src.data(), dst.data()}, 0, src.size);
     return;
   }
   throw std::invalid_argument("simd: no function " + what);
 }
 
+PyObject* none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+PyObject* simd(PyObject*, PyObject* args) {
+  const char* what = nullptr;
+  Array src{}, dst{};
+  if (!PyArg_ParseTuple(args, "s(Knn)(Knn):simd", &what, &src.address, &src.size, &src.itemsize,
+                        &dst.address, &dst.size, &dst.itemsize)) {
+    return nullptr;
+  }
+  return less::guarded([&] {
+    run_simd(what, src, dst);
+    return none();
+  });
+}
+
+PyObject* set_simd(PyObject*, PyObject* args) {
+  const char* level = nullptr;
+  if (!PyArg_ParseTuple(args, "s:set_simd", &level)) return nullptr;
+  return less::guarded([&] {
+    less::cpu::set_level(level);
+    return none();
+  });
+}
+
+PyMethodDef kFunctions[] = {
+    {"build_facts", build_facts, METH_NOARGS,
+     "How this library was built: version, compiler, torch's headers, SIMD levels, CUDA."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyMethodDef kHooks[] = {
+    {"simd", simd, METH_VARARGS,
+     "simd(what, src, dst): a function of csrc/cpu/simd.h over two arrays, each given as "
+     "(address, elements, bytes an element)."},
+    {"set_simd", set_simd, METH_VARARGS, "set_simd(level): compute in this SIMD level."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
+                       "_C",
+                       "Native half of less: ops under torch.ops.less, and facts about this build.",
+                       -1,
+                       kFunctions,
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       nullptr};
+
+PyModuleDef kTest = {PyModuleDef_HEAD_INIT,
+                     "less._C._test",
+                     "Hooks for the tests; no part of the interface.",
+                     -1,
+                     kHooks,
+                     nullptr,
+                     nullptr,
+                     nullptr,
+                     nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native half of less: ops under torch.ops.less, and facts about this build.";
-  less::cpu::level();  // a bad LESS_SIMD fails the import, not some later call
-  m.def("build_facts", &build_facts,
-        "How this library was built: version, compiler, torch's headers, SIMD levels, CUDA.");
-  py::module_ test = m.def_submodule("_test", "Hooks for the tests; no part of the interface.");
-  test.def("simd", &simd, py::arg("what"), py::arg("src"), py::arg("dst"));
-  test.def("set_simd", &less::cpu::set_level, py::arg("level"));
+PyMODINIT_FUNC PyInit__C() {
+  return less::guarded(
+      [] {
+        less::cpu::level();  // a bad LESS_SIMD fails the import, not some later call
+        PyObject* module = PyModule_Create(&kModule);
+        PyObject* test = module ? PyModule_Create(&kTest) : nullptr;
+        if (test == nullptr || PyModule_AddObjectRef(module, "_test", test) != 0) Py_CLEAR(module);
+        Py_XDECREF(test);
+        return module;
+      },
+      PyExc_ImportError);
 }

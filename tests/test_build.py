@@ -337,3 +337,44 @@ def test_an_install_without_native_code_falls_back_loudly(sdist: Path, tmp_path:
     done = call(python, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "RuntimeWarning: less: the native kernels were not built" in done.stdout
+
+
+# -- wheels ----------------------------------------------------------------------------------------
+
+
+def test_modules_use_the_limited_api_of_the_oldest_python() -> None:
+    assert _C.__file__.endswith(".abi3.so" if not sysconfig.get_config_var("Py_GIL_DISABLED")
+                                else sysconfig.get_config_var("EXT_SUFFIX"))  # fmt: skip
+    oldest = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    assert f"0x03{int(oldest[1]):02X}0000" in (ROOT / "csrc" / "python.h").read_text()
+    assert f'"cp3{oldest[1]}"' in (ROOT / "setup.py").read_text()
+
+
+def _other_pythons() -> list[str]:
+    names = (f"python3.{minor}" for minor in range(10, 20) if minor != sys.version_info[1])
+    return [name for name in names if shutil.which(name)]
+
+
+FACTS = """
+import ctypes, importlib.util, sys
+for library in ("libc10.so", "libtorch_cpu.so", "libtorch.so"):
+    ctypes.CDLL(f"{sys.argv[1]}/{library}", ctypes.RTLD_GLOBAL)
+spec = importlib.util.spec_from_file_location("less._C", sys.argv[2])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.build_facts()["version"], module._test.set_simd("portable"))
+"""
+
+
+@pytest.mark.parametrize("python", _other_pythons() or [None])
+def test_one_module_serves_other_pythons(python: str | None) -> None:
+    if python is None or not _C.__file__.endswith(".abi3.so"):
+        pytest.skip("NO OTHER PYTHON, or no limited API")
+    done = call(python, "-c", FACTS, Path(torch.__file__).parent / "lib", _C.__file__)
+    if (
+        "not found" in done.stdout and done.returncode == 127
+    ):  # a shim of a Python that is not there
+        pytest.skip(f"NOT INSTALLED: {python}")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.split() == [less.__version__, "None"]

@@ -14,8 +14,12 @@ CHUNK = 1 << 24
 def run(what: str, src: np.ndarray, out: type = np.float32) -> np.ndarray:
     results = {"sum": 1, "max": 1, "sums": 4, "width": 1}
     dst = np.empty(results.get(what, src.shape), out)
-    _C._test.simd(what, src, dst)
+    call(what, src, dst)
     return dst
+
+
+def call(what: str, src: np.ndarray, dst: np.ndarray) -> None:
+    _C._test.simd(what, *((x.ctypes.data, x.size, x.itemsize) for x in (src, dst)))
 
 
 def same_floats(a: np.ndarray, b: np.ndarray) -> bool:
@@ -154,7 +158,7 @@ def test_tails_touch_nothing_beyond_their_end(simd: str, n: int) -> None:
         ("to_i8", np.float32, np.int8),
     ):
         whole = np.full(n + 32, 7, out)
-        _C._test.simd(what, np.zeros(n, src), whole[16 : 16 + n])
+        call(what, np.zeros(n, src), whole[16 : 16 + n])
         assert (whole[:16] == 7).all()
         assert (whole[16 + n :] == 7).all()
         assert (whole[16 : 16 + n] == (1 if what == "exp" else 0)).all()

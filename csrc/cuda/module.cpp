@@ -1,19 +1,31 @@
 // less._cuda: loading it registers the CUDA implementations of csrc/ops. Loaded only where
 // torch.cuda is available.
-#include <pybind11/pybind11.h>
-
 #include "cuda/build_facts.h"
+#include "python.h"
 
-PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA half of less: kernels for the ops under torch.ops.less.";
-  m.def(
-      "build_facts",
-      [] {
-        pybind11::dict facts;
-        facts["cuda_archs"] = LESS_CUDA_ARCHS;
-        facts["nvcc"] = less::cuda::compiler_version();
-        facts["runtime"] = less::cuda::runtime_version();
-        return facts;
-      },
-      "How this library was built: architectures, nvcc, the CUDA runtime linked in.");
+namespace {
+
+PyObject* build_facts(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s, s:i, s:i}", "cuda_archs", LESS_CUDA_ARCHS, "nvcc",
+                       less::cuda::compiler_version(), "runtime", less::cuda::runtime_version());
 }
+
+PyMethodDef kFunctions[] = {
+    {"build_facts", build_facts, METH_NOARGS,
+     "How this library was built: architectures, nvcc, the CUDA runtime linked in."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
+                       "_cuda",
+                       "CUDA half of less: kernels for the ops under torch.ops.less.",
+                       -1,
+                       kFunctions,
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&kModule); }
