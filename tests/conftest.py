@@ -16,6 +16,8 @@ from less.policies import registry
 from tests import emulated
 
 BUILT_IN = ("Full", "H2O", "SinkRecent")
+#: Of each test's cases on the emulator, as many run beside all other tests; with --emulated all do.
+EMULATED_CASES = 12
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,6 +90,7 @@ def sample(items: list[pytest.Item], n: int) -> list[pytest.Item]:
     return [item for item in items if item in kept]
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def wanted(item: pytest.Item) -> bool:
         if item.get_closest_marker("proof") and not config.getoption("--proof"):
@@ -97,6 +100,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if wanted(item)]
     if config.getoption("--sample"):
         kept = sample(kept, config.getoption("--sample"))
+    elif not config.getoption("--emulated"):
+        emulated_items = [item for item in kept if on_emulator(item)]
+        left_out = set(emulated_items) - set(sample(emulated_items, EMULATED_CASES))
+        kept = [item for item in kept if item not in left_out]
     staying = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in staying])
     items[:] = kept
