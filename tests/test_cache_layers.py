@@ -229,3 +229,17 @@ def test_a_paged_layer_says_by_name_what_is_no_tensor(pages):
     _, k, v = random_qkv(1, 4, 2, 1, 8)
     with pytest.raises(TypeError, match=r"attend: q must be a torch\.Tensor, got list"):
         layer.attend(layer.new_pool(2), [1.0], k, v, pages=pages)
+
+
+@pytest.mark.parametrize("heads", [[5, 5], [11, 11]])
+@pytest.mark.parametrize("policy", [H2O(4, 4), SinkRecent(2, 6)], ids=repr)
+def test_heads_may_all_have_as_many_slots_as_the_policy_does_not_keep(policy, heads):
+    """What is recent is in proportion, as where heads differ: here to a head of other slots."""
+
+    def kept(capacities):
+        cache = LessKVCache(1, 4, 2, 8, 2, policy, capacities=[capacities])
+        for t in range(3):
+            cache.attend(0, *random_qkv(2, 4, 2, 9, 8, seed=t))
+        return cache.positions(0)[:, 0, : heads[0]].sort(-1).values
+
+    assert torch.equal(kept(heads), kept([heads[0], heads[1] + 1]))

@@ -95,7 +95,7 @@ class PagedLayer:
         if not isinstance(layout, PageLayout):
             raise ValueError(f"{op}: layout must be a PageLayout, got {type(layout).__name__}")
         require_int(op, "q_heads", q_heads, 1)
-        if isinstance(layout.capacity, int) and layout.capacity != policy.capacity:
+        if not layout.per_head and layout.capacity != policy.capacity:
             raise ValueError(
                 f"{op}: layout must have the policy's capacity, {policy.capacity}, got "
                 f"{layout.capacity}"

@@ -23,6 +23,7 @@ csrc/common/layout.h is the same in C++.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,6 +144,8 @@ class PageLayout:
     hot: int | None = None
     hot_dtype: torch.dtype = torch.int8
     weights: bool | None = None
+    #: Whether ``capacity`` was given per head; what a policy keeps then says nothing of it.
+    per_head: bool = dataclasses.field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what is no layout, by name."""
@@ -153,6 +156,7 @@ class PageLayout:
         if self.kv_heads > MAX_KV_HEADS:
             raise ValueError(f"{op}: kv_heads must be at most {MAX_KV_HEADS}, got {self.kv_heads}")
         packed = row_format(op, self.dtype).packed
+        object.__setattr__(self, "per_head", isinstance(self.capacity, Sequence))
         if isinstance(self.capacity, Sequence):
             if len(self.capacity) != self.kv_heads:
                 raise ValueError(
