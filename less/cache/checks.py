@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -363,3 +363,29 @@ def check_call(op: str, call: Call, plan: LayerPlan, B: int, device: torch.devic
         if out.dtype != q.dtype or (D > 1 and out.stride(3) != 1):
             raise ValueError(f"{op}: out must have contiguous rows of q's dtype {q.dtype}")
         check_device("out", out)
+        _check_apart(op, out, {"q": q, "k": call.k, "v": call.v})
+
+
+def _check_apart(op: str, out: torch.Tensor, read: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an ``out`` whose rows lie in one another, or in what the call reads.
+
+    Raises:
+        ValueError: It is one.
+    """
+    end = 0
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride <= end:
+                raise ValueError(f"{op}: out must not overlap itself, got strides {out.stride()}")
+            end += (size - 1) * stride
+    if out.device.type == "meta" or torch.compiler.is_compiling():
+        return  # no memory yet
+    for name, x in read.items():
+        if x.data_ptr() <= _last(out) and out.data_ptr() <= _last(x):
+            raise ValueError(f"{op}: out must not overlap {name}, which the call reads")
+
+
+def _last(x: torch.Tensor) -> int:
+    """Address of the last number of a tensor."""
+    numbers = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + numbers * x.element_size()
