@@ -130,6 +130,14 @@ ATTEND = [
     ({"valid": torch.ones(2, 4).bool()}, "attend: valid must have shape [2, 3], got [2, 4]"),
     ({"valid": True}, "attend: valid must be a torch.Tensor, got bool"),
     ({"valid": torch.ones(2, 3, device="meta").bool()}, "attend: valid must be on cpu, got meta"),
+    (
+        {"out": torch.zeros(2, 4, 1, 8).expand(-1, -1, 3, -1)},
+        "attend: out must not overlap itself, got strides (32, 8, 0, 1)",
+    ),
+    (
+        {"out": torch.zeros(100).as_strided((2, 4, 3, 8), (30, 8, 8, 1))},
+        "attend: out must not overlap itself, got strides (30, 8, 8, 1)",
+    ),
 ]
 
 
@@ -158,6 +166,21 @@ def test_a_wrong_call_of_attend_is_refused_and_changes_nothing(used, changes, me
     with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
         used.attend(**{"layer": 0, **qkv(), **changes})
     assert_unchanged(used, before)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_an_output_that_lies_in_what_the_call_reads_is_refused(used, name, T):
+    call, before = qkv(T), snapshot(used)
+    memory = torch.randn(2 * 4 * T * 8 + 8)
+    out = memory[8:].view(2, 4, T, 8)
+    call[name] = memory[: call[name].numel()].view_as(call[name])
+    kept = memory.clone()
+    with pytest.raises(ValueError, match=f"^attend: out must not overlap {name}, which the call"):
+        used.attend(0, **call, out=out)
+    assert torch.equal(memory, kept)
+    assert_unchanged(used, before)
+    used.attend(0, **qkv(T), out=out.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 METHODS = [
@@ -209,10 +232,48 @@ METHODS = [
         "load_state_dict: columns must list 2 numbers, got [1]",
     ),
     (
+        lambda c: c.load_state_dict({**c.state_dict(), "columns": [20, -1]}),
+        "load_state_dict: columns[1] must be a whole number >= 0, got -1",
+    ),
+    (
+        lambda c: c.load_state_dict({**c.state_dict(), "cache": None}),
+        "load_state_dict: cache must be a dict, got NoneType",
+    ),
+    (
+        lambda c: c.load_state_dict({**c.state_dict(), "tensors": []}),
+        "load_state_dict: tensors must be a dict, got list",
+    ),
+    (
+        # The last page: those before it stay what they are.
+        lambda c: c.load_state_dict(
+            damaged(c, lambda t: t.update({"1.page": t["1.page"].to("meta")}))
+        ),
+        "load_state_dict: 1.page must be a dense tensor with values, got meta",
+    ),
+    (
+        lambda c: c.load_state_dict(
+            damaged(c, lambda t: t["1.page"].view(torch.int64)[1, 0].fill_(-1))
+        ),
+        "load_state_dict: 1.page is damaged: tokens seen are [20, -1]",
+    ),
+    (
+        lambda c: c.load_state_dict(damaged(c, lambda t: positions(c, t, 1).fill_(19))),
+        "load_state_dict: 1.page is damaged: positions must differ and be below the tokens seen",
+    ),
+    (
+        lambda c: c.load_state_dict(damaged(c, lambda t: positions(c, t, 1)[0, 0, 3].fill_(20))),
+        "load_state_dict: 1.page is damaged: positions must differ and be below the tokens seen",
+    ),
+    (
         lambda c: c.load_state_dict({**c.state_dict(), "fed": torch.zeros(2, 3).long()}),
         "load_state_dict: fed must have shape [2, 2], got [2, 3]",
     ),
 ]
+
+
+def positions(cache, tensors, layer):
+    (views,) = cache.layouts[layer].views(tensors[f"{layer}.page"])
+    return views.slots.position
 
 
 def damaged(cache, change):

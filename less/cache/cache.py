@@ -446,5 +446,5 @@ class LessKVCache(Described, CacheProtocol):
             ValueError: The snapshot is of another kind of cache, incomplete or damaged; the
                 message names what differs and the cache is as it was.
         """
-        snapshot.load(d, self._settings(), self.pools, self.session)
+        snapshot.load(d, self._settings(), self.pools, self.layouts, self.session)
         self._limits.heed(self.columns)

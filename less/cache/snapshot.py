@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from less._check import require_shape, require_tensor
+from less._check import require_int, require_shape, require_tensor
 from less.cache.session import Session, load_sliding, sliding_tensors
+from less.layer import PageLayout
 
 FORMAT = 6
 
@@ -51,6 +52,7 @@ def load(
     d: dict[str, Any],
     settings: Mapping[str, Any],
     pools: Mapping[int, Tensor],
+    layouts: Sequence[PageLayout | None],
     session: Session,
 ) -> None:
     """``LessKVCache.load_state_dict``.
@@ -59,6 +61,7 @@ def load(
         d: The snapshot.
         settings: Of the cache, as in ``save``.
         pools: Its pages. Written.
+        layouts: What a page of each layer holds; None where it has none.
         session: Its session. Written.
 
     Raises:
@@ -73,6 +76,9 @@ def load(
             f"{op}: the layers that slide, {list(session.sliding)}, are made by "
             "less.hf.cache_for, or when the cache is attached; load the snapshot after that"
         )
+    for name in ("cache", "tensors"):
+        if not isinstance(d[name], dict):
+            raise ValueError(f"{op}: {name} must be a dict, got {type(d[name]).__name__}")
     for name, want in identity(settings, session).items():
         got = d["cache"].get(name)
         if got != want:
@@ -80,7 +86,8 @@ def load(
     columns = d["columns"]
     if not isinstance(columns, list) or len(columns) != len(session.columns):
         raise ValueError(f"{op}: columns must list {len(session.columns)} numbers, got {columns!r}")
-    columns, B = [int(c) for c in columns], settings["batch"]
+    columns = [require_int(op, f"columns[{i}]", c, 0) for i, c in enumerate(columns)]
+    B = settings["batch"]
     mine: dict[str, Tensor] = {f"{i}.page": pool for i, pool in pools.items()}
     mine |= {f"{i}.seen": seen for i, seen in session.sliding_seen.items()}
     sliding = {
@@ -91,16 +98,25 @@ def load(
     wanted = mine.keys() | sliding.keys()
     missing, unknown = wanted - d["tensors"].keys(), d["tensors"].keys() - wanted
     if missing or unknown:
-        raise ValueError(f"{op}: tensors missing: {sorted(missing)}, unknown: {sorted(unknown)}")
+        raise ValueError(
+            f"{op}: tensors missing: {sorted(missing)}, unknown: {sorted(unknown, key=str)}"
+        )
     for name, x in mine.items():
-        got = require_tensor(op, name, d["tensors"][name])
+        got = _values(op, name, d["tensors"][name])
         require_shape(op, name, got, list(x.shape))
         if got.dtype != x.dtype:
             raise ValueError(f"{op}: {name} must have dtype {x.dtype}, got {got.dtype}")
+        if name.endswith(".seen") and bool((got < 0).any()):
+            raise ValueError(f"{op}: {name} must be 0 or more, got {got.tolist()}")
+    for i, layout in enumerate(layouts):
+        if layout is not None:
+            _check_pages(op, f"{i}.page", layout, d["tensors"][f"{i}.page"])
     for name, length in sliding.items():
-        got = require_tensor(op, name, d["tensors"][name])
+        got = _values(op, name, d["tensors"][name])
         require_shape(op, name, got, [B, settings["kv_heads"], length, settings["head_dim"]])
-    fed = require_tensor(op, "fed", d["fed"])
+        if not got.dtype.is_floating_point:
+            raise ValueError(f"{op}: {name} must be floating point, got {got.dtype}")
+    fed = _values(op, "fed", d["fed"])
     require_shape(op, "fed", fed, [B, 2])
     if fed.dtype != torch.int64:
         raise ValueError(f"{op}: fed must have dtype torch.int64, got {fed.dtype}")
@@ -110,3 +126,39 @@ def load(
         load_sliding(at, d["tensors"], i, columns[i], session.sliding_seen[i].device)
     session.columns = columns
     session.load_fed(fed)
+
+
+def _values(op: str, name: str, x: object) -> Tensor:
+    """A tensor with values that lie in memory one by one.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It has no values, or is sparse.
+    """
+    x = require_tensor(op, name, x)
+    if x.device.type == "meta" or x.layout != torch.strided:
+        raise ValueError(
+            f"{op}: {name} must be a dense tensor with values, got {x.device} {x.layout}"
+        )
+    return x
+
+
+def _check_pages(op: str, name: str, layout: PageLayout, pages: Tensor) -> None:
+    """Refuse pages whose counts contradict each other; numbers of keys and values may be any.
+
+    Raises:
+        ValueError: They do.
+    """
+    # Pages of a snapshot may lie as they like; views want them aligned.
+    for view in layout.views(pages.contiguous().clone()):
+        seen, position = view.seen, view.slots.position
+        if bool((seen < 0).any()):
+            raise ValueError(f"{op}: {name} is damaged: tokens seen are {seen.tolist()}")
+        if bool((view.share < 0).any()):  # NaN is what a row has that NaN has spoiled
+            raise ValueError(f"{op}: {name} is damaged: shares of mass must be 0 or more")
+        listed = position.sort(-1).values
+        twice = (listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] >= 0)
+        if bool(((position < -1) | (position >= seen[:, None, None])).any()) or bool(twice.any()):
+            raise ValueError(
+                f"{op}: {name} is damaged: positions must differ and be below the tokens seen"
+            )
