@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ import torch
 from torch import Tensor
 
 from less._check import require_int, require_shape
-from less.files import CALIBRATION_FILE, SHIPPED, shipped_calibrations, write_whole
+from less.files import (
+    CALIBRATION_FILE,
+    SHIPPED,
+    read_json,
+    shipped_calibrations,
+    write_whole,
+)
 from less.layer import Space
 from less.layer.space import SPACE
 from less.sidekick.identity import model_identity
@@ -202,8 +209,9 @@ class Calibration:
         }
         if self.capacities:
             header |= {"capacities": list(self.capacities), "length": self.length}
+        text = json.dumps(header, indent=2, allow_nan=False) + "\n"
         write_whole(root / TENSORS_FILE, content)
-        write_whole(root / CONFIG_FILE, (json.dumps(header, indent=2) + "\n").encode())
+        write_whole(root / CONFIG_FILE, text)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Calibration:
@@ -229,10 +237,7 @@ class Calibration:
                     f"Calibration.from_pretrained: {root / name}: no such file; less-kv calibrate "
                     "writes it"
                 )
-        try:
-            header = json.loads((root / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"{at}: truncated or not JSON ({error})") from None
+        header = read_json(at, root / CONFIG_FILE)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError(f'{at}: not a calibration: wanted "format": "{FORMAT}"')
         if header.get("version") not in range(1, VERSION + 1):
@@ -256,10 +261,11 @@ class Calibration:
             raise ValueError(f"{at}: {TENSORS_FILE} is no safetensors file ({error})") from None
         found: list[dict[str, Tensor] | None] = [None] * layers
         for key, x in tensors.items():
-            _, number, name = [*key.split("."), "", ""][:3]
-            if not number.isdigit() or int(number) >= layers or name not in (*NAMES, CURVE):
+            match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)", key)
+            name = match[2] if match else ""
+            if match is None or int(match[1]) >= layers or name not in (*NAMES, CURVE):
                 raise ValueError(f"{at}: unknown tensor {key!r} in {TENSORS_FILE}")
-            i = int(number)
+            i = int(match[1])
             found[i] = {**(found[i] or {}), name: x}
         config = header.get("config")
         try:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from less.files import read_json, write_whole
 from less.policies import policy_from_dict, policy_to_dict
 from less.sidekick import shipped_names
 
@@ -83,19 +84,20 @@ class ConfigFile:
                     path.relative_to(here.resolve()).as_posix() if inside else str(path)
                 )
         here.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(values, indent=2) + "\n"
-        (here / CONFIG_FILE).write_text(text, encoding="utf-8")
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        write_whole(here / CONFIG_FILE, text)
 
     @classmethod
     def from_pretrained(cls: type[T], folder: str | os.PathLike[str]) -> T:
         """Read ``less_config.json`` from a folder.
 
         Raises:
-            ValueError: There is none, or it cannot be read; the message names the file.
+            ValueError: There is none, it cannot be read, or a setting is wrong; the message names
+                the file.
         """
         file = Path(folder) / CONFIG_FILE
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(str(file), file)
         except (OSError, ValueError) as error:
             raise ValueError(f"LessConfig: cannot read {file}: {error}") from error
         if not isinstance(values, dict):
@@ -104,4 +106,8 @@ class ConfigFile:
             named = values.get(setting)
             if isinstance(named, str) and named not in shipped_names():
                 values[setting] = str(Path(folder) / named)  # a whole path stays what it is
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:  # a policy refuses what is missing by TypeError
+            said = str(error).removeprefix("LessConfig: ")
+            raise ValueError(f"LessConfig: {file}: {said}") from error

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from less.cli import checks, measuring
+from less.files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,7 +167,7 @@ def _report(
     }
     plot: Path = args.out / "plot.png"
     report.plot(results, plot)
-    (args.out / "results.jsonl").write_text(report.json_lines(results, facts), encoding="utf-8")
+    write_whole(args.out / "results.jsonl", report.json_lines(results, facts))
     caption = f"{subject.in_words}, {args.budget} tokens kept per head; {in_words(facts)}."
     body = [report.markdown(results), caption, "", *report.legend(results)]
     text = "\n".join(body) + "\n"

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from less.cli import checks, measuring, rows
+from less.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         sections.append(f"### {budget} tokens kept per head\n\n{report.markdown(results)}")
         # After every budget, so that a killed run leaves what it had.
         lines = report.json_lines(everything, facts)
-        (args.out / "results.jsonl").write_text(lines, encoding="utf-8")
+        write_whole(args.out / "results.jsonl", lines)
     for line in report.legend(everything):
         console.print(line, style="dim", markup=False)
     report.plot(everything, args.out / "plot.png")

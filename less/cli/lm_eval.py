@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from less.cli import checks, measuring, rows, threads
+from less.files import write_whole
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     title = f"{args.budget} tokens kept per head in {stored}, model in {args.model_dtype}"
     console.print(_table(results, title))
     if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+        write_whole(args.out, json.dumps(results, indent=2, default=str) + "\n")
     return 0
 
 

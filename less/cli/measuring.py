@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from less.cli import checks, rows, threads
+from less.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -268,7 +269,7 @@ def write_report(args: argparse.Namespace, title: str, text: str, below: str = "
         return f"{text}\n![Perplexity against bytes; memory against tokens]({plot})\n"
 
     report = f"# {title}\n\n{with_plot(args.out)}{below}"
-    (args.out / "report.md").write_text(report, encoding="utf-8")
+    write_whole(args.out / "report.md", report)
     if args.update:
         update_section(args.update, "table", with_plot(args.update.parent))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from less.cli import checks, measuring, threads
+from less.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -320,9 +321,9 @@ class _Report:
         ]
         title = self.args.title
         markdown = sections.markdown(title, [*lines], parts)
-        (self.args.out / "report.md").write_text(markdown, encoding="utf-8")
+        write_whole(self.args.out / "report.md", markdown)
         page = html_report.page(title, lines, parts, html_report.figures(found))
-        (self.args.out / "report.html").write_text(page, encoding="utf-8")
+        write_whole(self.args.out / "report.html", page)
         self.console.print(f"written: {self.args.out}/report.md, report.html, results.jsonl")
         for _, left, _ in self.left:
             for task, why in left.failed.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from less.cli import checks, measuring, threads
+from less.files import write_whole
 
 
 def add_parser(subparsers: Any) -> None:
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.out is not None:
         page = lives.page(seen, f"Where {name} has each token", about)
-        args.out.write_text(page, encoding="utf-8")
+        write_whole(args.out, page)
         console.print(f"written: {args.out}")
         return 0
     head = None if args.head is None else seen.heads.index(args.head)

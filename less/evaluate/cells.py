@@ -34,17 +34,22 @@ class Cells:
         self.known: dict[str, Cell] = {}
         if not path.exists():
             return
+        files.require_regular(str(path), path)
         lines = path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # a kill came in the middle of a line
             lines.pop()
             files.write_whole(path, b"".join(lines))
         for number, line in enumerate(lines, 1):
             try:
-                cell = json.loads(line)
+                cell = files.parse_json(f"line {number}", line)
+                if not isinstance(cell, dict):
+                    raise ValueError(f"line {number}: must hold an object")
+                if cell.get("kind") == "cell":
+                    if not isinstance(cell.get("key"), str):
+                        raise ValueError(f"line {number}: a cell must have a key")
+                    self.known[cell["key"]] = cell
             except ValueError as error:
-                raise ValueError(f"{path} is damaged: line {number}: {error}") from None
-            if cell.get("kind") == "cell":
-                self.known[cell["key"]] = cell
+                raise ValueError(f"{path} is damaged: {error}") from None
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append lines, and have them on the disk before this returns."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from less.calibration import Calibration
 from less.config import LessConfig
+from less.files import write_whole
 
 _SHADES = " ░▒▓█"
 _NUMBERS = 16  # kv heads of a layer whose slots are written out; of more there are shades alone
@@ -74,5 +75,5 @@ def plot(slots: Slots, path: Path, title: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, label="slots")
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda part: figure.savefig(part, dpi=150))
     plt.close(figure)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from less.evaluate.compare import Result
 from less.evaluate.methods import FULL
-from less.files import around_section
+from less.files import around_section, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -155,7 +155,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     figure, (quality, memory) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     _plot_quality(quality, results)
     _plot_memory(memory, results)
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda part: figure.savefig(part, dpi=150))
     plt.close(figure)
 
 
@@ -246,7 +246,7 @@ def update_section(path: Path, name: str, text: str) -> None:
         ValueError: the file has no such pair of lines.
     """
     head, tail = around_section(path, name)
-    path.write_text(f"{head}\n{text.strip()}\n{tail}", encoding="utf-8")
+    write_whole(path, f"{head}\n{text.strip()}\n{tail}")
 
 
 def size(count: int) -> str:

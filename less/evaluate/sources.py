@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from pathlib import Path
 
-from less.files import read_text
+from less.files import parse_json, read_text
 
 SMOLLM2 = "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -83,7 +82,10 @@ def check_template(name: str | Path) -> None:
     if any((path / other).exists() for other in others):
         return
     try:
-        written = json.loads(read_text(settings)).get("chat_template")
+        held = parse_json(settings.name, read_text(settings))
+        if not isinstance(held, dict):
+            raise ValueError("it must hold an object")
+        written = held.get("chat_template")
     except ValueError as error:
         raise AssetError(f"model {name!s}: {settings.name} is damaged: {error}") from error
     if not written:

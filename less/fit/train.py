@@ -26,6 +26,7 @@ from torch import Tensor
 
 from less.calibration import Calibration
 from less.config import LessConfig
+from less.files import read_json, require_regular, write_whole
 from less.fit.capture import LayerWalk
 from less.fit.eviction import Eviction, Served, all_served
 from less.fit.one_layer import fit_layer
@@ -333,9 +334,11 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(run))
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"train: {path} is damaged; delete the folder") from None
+            found = read_json(f"train: {path}", path)
+            if not isinstance(found, dict):
+                raise ValueError(f"train: {path}: must hold an object")
+        except ValueError as error:
+            raise ValueError(f"train: {path} is damaged; delete the folder ({error})") from None
         differing = [k for k in wanted if found.get(k) != wanted[k]]
         if differing:
             raise ValueError(
@@ -343,26 +346,28 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
                 f"{', '.join(differing)}); repeat its settings, choose another folder or delete it"
             )
         return
-    part = folder / f"{_RUN}.part"
-    part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _write_layer(path: Path, maps: dict[str, Tensor], record: LayerRecord) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    part = path.with_suffix(".part")
     tensors = {n: t.cpu().contiguous() for n, t in maps.items()}
-    save_file(tensors, part, metadata={"record": json.dumps(dataclasses.asdict(record))})
-    os.replace(part, path)
+    write_whole(path, save(tensors, {"record": json.dumps(dataclasses.asdict(record))}))
 
 
 def _read_layer(path: Path) -> tuple[dict[str, Tensor], LayerRecord]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        record = LayerRecord(**json.loads(file.metadata()["record"]))
-        return {n: file.get_tensor(n) for n in file.keys()}, record  # noqa: SIM118
+    try:
+        require_regular(f"train: {path}", path)
+        with safe_open(path, framework="pt") as file:
+            record = LayerRecord(**json.loads((file.metadata() or {})["record"]))
+            return {n: file.get_tensor(n) for n in file.keys()}, record  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"train: {path} is damaged ({error}); delete it, and its layer is trained again"
+        ) from None
 
 
 def _rounded(x: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from less.files import SHIPPED, write_whole
+from less.files import SHIPPED, read_json, write_whole
 from less.sidekick.kinds import kind_of
 from less.sidekick.parts import part_slice
 
@@ -37,10 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
     at = f"Sidekick.from_pretrained: {path}"
     if not path.is_file():
         raise FileNotFoundError(f"{at}: no such file; a sidekick's folder has one")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{at}: truncated or not JSON ({error})") from None
+    header = read_json(at, path)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f'{at}: not a sidekick\'s config: wanted "format": "{FORMAT}"')
     if header.get("format_version") not in (FORMAT_VERSION, INT8_VERSION):
@@ -103,7 +100,7 @@ def read_tensors(
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ValueError(f"{at}: a safetensors file, but not a sidekick's")
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                match = re.fullmatch(r"layers\.(\d+)\.(\w+)", key)
+                match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)", key)
                 if match is None:
                     raise ValueError(f"{at}: unknown tensor {key!r}, wanted layers.<i>.<name>")
                 held = file.get_slice(key)  # reads no more of the file than the part
@@ -151,7 +148,7 @@ def write(
     header |= {DIGEST: hashlib.sha256(content).hexdigest(), **config}
     text = json.dumps(header, indent=2, allow_nan=False) + "\n"
     write_whole(root / TENSORS_FILE, content)
-    write_whole(root / CONFIG_FILE, text.encode())
+    write_whole(root / CONFIG_FILE, text)
 
 
 def shipped_names() -> list[str]:

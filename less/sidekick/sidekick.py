@@ -161,13 +161,14 @@ class Sidekick:
         training = self.config.get("training")
         text = training.get("text") if isinstance(training, dict) else None
         length = text.get("chunk_tokens") if isinstance(text, dict) else None
-        return length if isinstance(length, int) else None
+        return length if type(length) is int else None
 
     @property
     def trained_capacities(self) -> tuple[int, ...]:
         """Tokens kept per head in training, ascending; empty where the config does not say."""
         budgets = self.config.get("budgets")
-        return tuple(sorted(budgets)) if isinstance(budgets, list) else ()
+        listed = budgets if isinstance(budgets, list) else []
+        return tuple(sorted(n for n in listed if type(n) is int))
 
     def _like(
         self, layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, part: tuple[int, int]

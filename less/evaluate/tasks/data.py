@@ -148,9 +148,11 @@ def _local_rows(name: str, path: Path) -> Iterator[dict[str, Any]]:
             whole = json.loads(text)
         except ValueError:
             whole = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        rows = whole.get("examples", [whole]) if isinstance(whole, dict) else whole
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it must hold a list of objects, or one object a line")
+    except (OSError, ValueError, RecursionError) as error:
         raise UnavailableError(f"--data {name}={path.name} cannot be read: {error}") from error
-    rows = whole.get("examples", [whole]) if isinstance(whole, dict) else whole
     return iter(rows)
 
 
