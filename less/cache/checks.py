@@ -378,14 +378,20 @@ def _check_apart(op: str, out: torch.Tensor, read: Mapping[str, torch.Tensor]) -
             if stride <= end:
                 raise ValueError(f"{op}: out must not overlap itself, got strides {out.stride()}")
             end += (size - 1) * stride
-    if out.device.type == "meta" or torch.compiler.is_compiling():
-        return  # no memory yet
+    begin, end = _span(out)
     for name, x in read.items():
-        if x.data_ptr() <= _last(out) and out.data_ptr() <= _last(x):
+        first, last = _span(x)
+        if _memory(x) == _memory(out) and first < end and begin < last:
             raise ValueError(f"{op}: out must not overlap {name}, which the call reads")
 
 
-def _last(x: torch.Tensor) -> int:
-    """Address of the last number of a tensor."""
-    numbers = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr() + numbers * x.element_size()
+def _memory(x: torch.Tensor) -> int:
+    """What tensors have in common that lie in one piece of memory, those without values too."""
+    return int(x.untyped_storage()._cdata)
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends in its memory, in bytes."""
+    numbers = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    begin = int(x.storage_offset()) * x.element_size()
+    return begin, begin + numbers * x.element_size()
