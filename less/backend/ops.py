@@ -14,6 +14,7 @@ import re
 import torch
 from torch import Tensor
 
+from less.backend.tracing import fake
 from less.dtypes import FLOATS, FORMATS
 from less.layer import Call, LayerPlan, Paged, Rows
 from less.reference import Attended
@@ -375,32 +376,32 @@ def decode_step_workspace(pool: Tensor, plan: LayerPlan, B: int) -> int:
 
 if _native:
 
-    @torch.library.register_fake("less::decode_step")
+    @fake("decode_step")
     def _decode_step_fake(*args: object) -> None:
         return None
 
-    @torch.library.register_fake("less::fold")
+    @fake("fold")
     def _fold_fake(
         H: Tensor, z: Tensor, psi_k: Tensor, v: Tensor, keep: Tensor | None = None
     ) -> None:
         return None
 
-    @torch.library.register_fake("less::quantize")
+    @fake("quantize")
     def _quantize_fake(x: Tensor, fp8: bool = False) -> tuple[Tensor, Tensor]:
         scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
         return torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else torch.int8), scale
 
-    @torch.library.register_fake("less::rotate")
+    @fake("rotate")
     def _rotate_fake(
         x: Tensor, valid: Tensor | None, maps: Tensor, layer: Tensor, rotation: int
     ) -> Tensor:
         return x.new_empty(x.shape, dtype=torch.float32)
 
-    @torch.library.register_fake("less::feature_map")
+    @fake("feature_map")
     def _feature_map_fake(x: Tensor, maps: Tensor, layer: Tensor, query: bool) -> Tensor:
         return x.new_empty((*x.shape[:3], layer.shape[0] - 1), dtype=torch.float32)
 
-    @torch.library.register_fake("less::chunk_attention")
+    @fake("chunk_attention")
     def _chunk_attention_fake(
         q: Tensor,
         k: Tensor,
@@ -420,10 +421,10 @@ if _native:
             q.new_empty((B, Q, T), dtype=f32),
         )
 
-    @torch.library.register_fake("less::prompt_scores")
+    @fake("prompt_scores")
     def _prompt_scores_fake(q: Tensor, k: Tensor, *rest: object) -> Tensor:
         return q.new_empty(k.shape[:3], dtype=torch.float32)
 
-    @torch.library.register_fake("less::compact")
+    @fake("compact")
     def _compact_fake(*args: object) -> None:
         return None

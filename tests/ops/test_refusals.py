@@ -163,6 +163,20 @@ def test_a_call_that_is_refused_leaves_a_page_that_begins_as_it_was(op):
     pages.call(op, args)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_without_values_among_others_is_refused(op):
+    """torch runs the op's fake kernel then, whose result is memory that nobody wrote."""
+    args = pages.arguments(op)
+    for name, x in args.items():
+        if isinstance(x, torch.Tensor) and name not in ("q", "k", "layer"):
+            before = storages(args)
+            with pytest.raises(
+                RuntimeError, match=f"{op}: {name} must be on the device of [qk], cpu"
+            ):
+                pages.call(op, args | {name: x.to("meta")})
+            assert all(torch.equal(y, before[n]) for n, y in storages(args).items())
+
+
 # -- the layer -------------------------------------------------------------------------------------
 
 
