@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from less import H2O, LessKVCache, Policy, Sidekick, SinkRecent
+from less import H2O, LessKVCache, PagedLayer, Policy, Sidekick, SinkRecent
 from tests.helpers import random_maps, random_qkv
 
 SHAPE = {"layers": 2, "q_heads": 4, "kv_heads": 2, "head_dim": 8, "batch": 2}
@@ -308,3 +308,21 @@ def test_a_failing_policy_changes_nothing(result, error, message):
     with pytest.raises(error, match=message):
         cache.attend(0, **qkv(1))
     assert_unchanged(cache, before)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_call_that_is_interrupted_is_ahead_of_the_others(used, monkeypatch, when):
+    """By that a model's next pass finds it: whether its tokens are in the pages nobody knows."""
+    run = PagedLayer.run
+
+    def interrupted(self, call, at):
+        if when == "after":
+            run(self, call, at)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PagedLayer, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        used.attend(0, **qkv(3))
+    assert used.session.columns == [23, 20]
+    used.reset()
+    assert used.session.columns == [0, 0]

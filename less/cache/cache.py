@@ -241,11 +241,11 @@ class LessKVCache(Described, CacheProtocol):
         check_call(op, call, paged.plan, self.batch, at.pool.device)
         self._check_room(op, layer, q.shape[2])
         self._biased.heed(k, self.session.columns[layer])
-        result = paged.run(call, at)
-        # What a CUDA graph captures runs when it is replayed, and is counted then: see advance.
-        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            self.session.columns[layer] += q.shape[2]
-            self._limits.heed(self.session.columns[layer])
+        # What a CUDA graph captures runs, and is counted, when it is replayed: see advance.
+        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        tokens = 0 if captured else q.shape[2]
+        result = self.session.counted(layer, tokens, lambda: paged.run(call, at))
+        self._limits.heed(self.session.columns[layer])
         return result
 
     def advance(self, steps: int) -> None:

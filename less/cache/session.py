@@ -140,6 +140,19 @@ class Session:
         """The sliding layers that there are, with their indices."""
         return [(i, at) for i, at in self.sliding.items() if at is not None]
 
+    def counted(self, layer: int, tokens: int, run: Callable[[], Tensor]) -> Tensor:
+        """Run a layer's call, and count its columns: unless it fails, which changes nothing.
+
+        They are counted first. A call that is interrupted, at whatever point, is then ahead of the
+        other layers' and found unfinished.
+        """
+        self.columns[layer] += tokens
+        try:
+            return run()
+        except Exception:
+            self.columns[layer] -= tokens
+            raise
+
     def reset(self) -> None:
         """Forget every text."""
         self.columns = [0] * len(self.columns)
