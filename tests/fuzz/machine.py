@@ -304,7 +304,12 @@ class CacheMachine(RuleBasedStateMachine):
         if cache.victim == "merge":
             count = weights.double().exp().masked_fill(empty, 0).sum(-1)
             wanted = self.seen[:, None].double().expand_as(count)
-            torch.testing.assert_close(count, wanted, rtol=1e-4, atol=1e-4)
+            # Hot rows and protected tokens take no others in: a head that has few more forgets.
+            if isinstance(cache.dtype, str) or not isinstance(cache.layouts[0].capacity, int):
+                assert (count <= wanted * (1 + 1e-4)).all()
+                assert (count >= (~empty).sum(-1) * (1 - 1e-4)).all()
+            else:
+                torch.testing.assert_close(count, wanted, rtol=1e-4, atol=1e-4)
         else:
             assert not weights.any()
         share = cache.stats()["memory_share"][0]
