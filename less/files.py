@@ -1,4 +1,4 @@
-"""Files: texts and JSON, read or refused by what is wrong with them; writing whole; what is shipped.
+"""Files: texts and JSON, refused by what is wrong with them; writing whole; what is shipped.
 
 torch is not imported.
 """
