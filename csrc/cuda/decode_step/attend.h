@@ -35,7 +35,7 @@ LESS_DEVICE void DecodeBlock<Case>::attend() {
   } else {
     add_values<kHeads, Tile::kElements>();
   }
-  if (split != first_range + ranges - 1) return;
+  if (split() != first_range() + ranges() - 1) return;
   copy_async_wait<0>();
   __syncthreads();
   add_token();
@@ -83,7 +83,7 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int slot0, int g0,
                                                   const float (&q)[kQueries][kKept]) {
   constexpr int kE = Tile::kElements, kAtOnce = kDecodeThreads / kLanes;
-  const int rows = min(plan.tile, n - slot0), turn = lane % kLanes;
+  const int rows = min(plan.tile, n() - slot0), turn = lane % kLanes;
 #pragma unroll 1
   for (int r0 = 0; r0 < rows; r0 += kAtOnce) {
     const int r = r0 + t / kLanes;
@@ -133,11 +133,11 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int
 // has the barrier after it.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::softmax() {
-  const int padded = (n + 15) / 16 * 16;
+  const int padded = (n() + 15) / 16 * 16;
   if constexpr (kScaled && kMma) {
     uint32_t largest = 0;
 #pragma unroll 1
-    for (int i = lane; i < n; i += 32) {
+    for (int i = lane; i < n(); i += 32) {
       largest = max(largest, bits_of<uint32_t>(s.v_scale()[i]) & 0x7fffffffu);
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
@@ -148,7 +148,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
     float* const mass = s.mass() + g * stride;
     float top = -kInfinity, token = -kInfinity;
 #pragma unroll 1
-    for (int i = lane; i < n; i += 32) {
+    for (int i = lane; i < n(); i += 32) {
       float dot = mass[i];
       if constexpr (kScaled) dot *= s.k_scale()[i];
       if constexpr (kScaled && kMma) dot *= q_scale()[g];
@@ -174,7 +174,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
     float sum = 0.0f;
 #pragma unroll 1
     for (int i = lane; i < padded; i += 32) {
-      const float logit = i < n ? mass[i] : -kInfinity;
+      const float logit = i < n() ? mass[i] : -kInfinity;
       const float e = logit == -kInfinity ? 0.0f : expf(logit - top);
       mass[i] = e;
       sum += e;
@@ -214,7 +214,7 @@ template <typename Case>
 template <int kN, int kM>
 LESS_DEVICE void DecodeBlock<Case>::multiply_values(const unsigned char* tile, int slot0, int pass,
                                                     float (&acc)[kN][kM]) {
-  const int rows = min(plan.tile, n - slot0);
+  const int rows = min(plan.tile, n() - slot0);
   if constexpr (kMma) {
     multiply_values_mma(tile, slot0, rows, pass, acc);
   } else {

@@ -29,9 +29,9 @@ struct DecodeCandidate {
 // The arrays of a block in shared memory, as the launcher has laid them out.
 struct DecodeShared {
   unsigned char* raw;
+  const DecodePlan& plan;
   const DecodeLayout& at;
-  // Of what each range has its own, how much lies before that of the range at hand.
-  int slots_before, masses_before, parts_before;
+  int range = 0;  // at hand, of this block's: what each has of its own lies one behind the other
 
   template <typename T>
   LESS_DEVICE T* take(int offset) const {
@@ -42,12 +42,12 @@ struct DecodeShared {
   LESS_DEVICE unsigned char* widened() const { return raw + at.widened; }
   LESS_DEVICE float* sums() const { return take<float>(at.sums); }
   LESS_DEVICE float* q() const { return take<float>(at.q); }
-  LESS_DEVICE float* mass() const { return take<float>(at.mass) + masses_before; }
-  LESS_DEVICE float* part() const { return take<float>(at.part) + parts_before; }
-  LESS_DEVICE float* score() const { return take<float>(at.score) + slots_before; }
-  LESS_DEVICE float* weight() const { return take<float>(at.weight) + slots_before; }
-  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale) + slots_before; }
-  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale) + slots_before; }
+  LESS_DEVICE float* mass() const { return take<float>(at.mass) + range * plan.G * (plan.per + 8); }
+  LESS_DEVICE float* part() const { return take<float>(at.part) + range * plan.part; }
+  LESS_DEVICE float* score() const { return take<float>(at.score) + range * plan.per; }
+  LESS_DEVICE float* weight() const { return take<float>(at.weight) + range * plan.per; }
+  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale) + range * plan.per; }
+  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale) + range * plan.per; }
   LESS_DEVICE float* key() const { return take<float>(at.key); }
   LESS_DEVICE float* value() const { return take<float>(at.value); }
   LESS_DEVICE float* token() const { return take<float>(at.token); }
@@ -65,7 +65,7 @@ struct DecodeShared {
   LESS_DEVICE float* victim_value() const { return take<float>(at.victim_value); }
   LESS_DEVICE float* psi_share() const { return take<float>(at.psi_share); }
   LESS_DEVICE float* psi_shares() const { return take<float>(at.psi_shares); }
-  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position) + slots_before; }
+  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position) + range * plan.per; }
   LESS_DEVICE DecodeCandidate* candidate() const { return take<DecodeCandidate>(at.candidate); }
   LESS_DEVICE DecodeMapScratch maps() const {
     return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_turn),
@@ -146,10 +146,7 @@ struct DecodeBlock {
   DecodePart at;
   int t, lane, warp;
   int G, R, S;
-  int first_range, ranges;    // of this block
-  int first_slot, last_slot;  // of those: [first_slot, last_slot)
-  int split, first, n;        // the range at hand: slots [first, first + n)
-  int stride;                 // of mass
+  int stride;  // of mass
   int64_t b, head, row;
   unsigned char* memory;  // the row's page
   int64_t seen;           // tokens of the row before this one
@@ -164,7 +161,7 @@ struct DecodeBlock {
                           unsigned char* raw)
       : p(params),
         plan(decode_plan),
-        s{raw, decode_plan.layout, 0, 0, 0},
+        s{raw, decode_plan, decode_plan.layout},
         at(decode_plan.G, kState ? int(params.layout.R) : 0, kD) {
     t = threadIdx.x;
     lane = t % 32;
@@ -176,24 +173,19 @@ struct DecodeBlock {
     R = kState ? int(p.layout.R) : 0;
     S = plan.S;
     stride = plan.per + 8;
-    first_range = int(blockIdx.x) * plan.ranges;
-    ranges = min(plan.ranges, plan.splits - first_range);
-    first_slot = first_range * plan.per;
-    last_slot = min(first_slot + ranges * plan.per, S);
-    look_at(0);
     rank = plan.cluster ? int(blockIdx.x) : 0;
     ranks = plan.cluster ? plan.blocks : 1;
   }
 
-  // A range of this block is the one at hand.
-  LESS_DEVICE void look_at(int range) {
-    split = first_range + range;
-    first = split * plan.per;
-    n = min(plan.per, S - first);
-    s.slots_before = range * plan.per;
-    s.masses_before = range * G * stride;
-    s.parts_before = range * plan.part;
-  }
+  // The ranges of this block, computed anew at each use: registers are dearer. Slots
+  // [first_slot(), last_slot()).
+  LESS_DEVICE int first_range() const { return int(blockIdx.x) * plan.ranges; }
+  LESS_DEVICE int ranges() const { return min(plan.ranges, plan.splits - first_range()); }
+  LESS_DEVICE int first_slot() const { return first_range() * plan.per; }
+  LESS_DEVICE int last_slot() const { return min(first_slot() + plan.ranges * plan.per, S); }
+  // The one at hand: n() slots.
+  LESS_DEVICE int split() const { return first_range() + s.range; }
+  LESS_DEVICE int n() const { return min(plan.per, S - split() * plan.per); }
 
   // The columns of H and out that a block finishes, units of 16: from here to those of the next.
   LESS_DEVICE int column_of(int finisher) const {
@@ -219,10 +211,9 @@ struct DecodeBlock {
   LESS_DEVICE State state() const { return kept().state; }
   LESS_DEVICE bool alone() const { return plan.blocks == 1; }
   LESS_DEVICE bool last_block() const { return int(blockIdx.x) == plan.blocks - 1; }
-  LESS_DEVICE bool last_split() const { return split == plan.splits - 1; }
+  LESS_DEVICE bool last_split() const { return split() == plan.splits - 1; }
 
   LESS_DEVICE void run();
-  LESS_DEVICE void clear();
 
   // Where floats [d, d + 4) of a row in shared memory lie, d a multiple of 4, if lanes read those
   // of 16 each at once: eight of them are then in different banks. `chunk`: d / 16, or the number
@@ -301,6 +292,7 @@ struct DecodeBlock {
   LESS_DEVICE float4 part_four(int of, int i) const;
   LESS_DEVICE void weigh_parts();
   LESS_DEVICE void write_out();
+  LESS_DEVICE void clear();
 
   // -- victim.h: who leaves, and what becomes of it
   LESS_DEVICE DecodeCandidate candidate(int slot, int32_t position, float score) const;

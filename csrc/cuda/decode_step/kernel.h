@@ -35,17 +35,17 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   }
   // Shares of the queries' features while slots are on their way, one for each range, and then,
   // should a token leave, of its key's: one loop, because a map's code is long.
-  const int shares = plan.shares > 1 ? ranges : 1;  // of the key's, from `own` on
-  const int own = plan.shares > 1 ? first_range : 0;
+  const int shares = plan.shares > 1 ? ranges() : 1;  // of the key's, from `own` on
+  const int own = plan.shares > 1 ? first_range() : 0;
 #pragma unroll 1
-  for (int turn = 0; turn < ranges + shares; ++turn) {
-    if (turn == ranges) {
+  for (int turn = 0; turn < ranges() + shares; ++turn) {
+    if (turn == ranges()) {
 #pragma unroll 1
-      for (int range = 0; range < ranges; ++range) {
-        look_at(range);
+      for (int range = 0; range < ranges(); ++range) {
+        s.range = range;
         attend();
       }
-      look_at(0);
+      s.range = 0;
       if (!meet()) return;
       weigh_parts();
       write_out();
@@ -58,14 +58,14 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       if (!Leaver::begin(*this)) break;
     }
     if constexpr (kState) {
-      const bool phi = turn < ranges;
+      const bool phi = turn < ranges();
       const FeatureMaps maps = phi ? p.maps.phi : p.maps.psi;
-      const int share = phi ? first_range + turn : own + turn - ranges;
+      const int share = phi ? first_range() + turn : own + turn - ranges();
       share_of_maps(maps, phi ? head * G : head, phi ? G : 1, phi ? s.q() : s.victim_key(), share,
                     phi ? plan.splits : plan.shares, s.maps(),
                     phi ? s.part() + turn * plan.part + at.feature : s.psi_shares() + share * R);
     }
-    if (turn == ranges + shares - 1) Leaver::end(*this);
+    if (turn == ranges() + shares - 1) Leaver::end(*this);
   }
   if constexpr (kPacked) {
     move_in(victim.slot);
@@ -75,23 +75,14 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   count();
 }
 
-// A row without a token or a page: zeros.
-template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::clear() {
-  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (blockIdx.x != 0) return;
-#pragma unroll 1
-  for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
-    // narrow: four 16-bit elements a lane, of the one token
-    store_four(p.out.data, p.out.dtype, query(p.out, i / kD) + i % kD, zero);
-  }
-}
-
-// Blocks that an SM holds at least: three where the registers of a third spill on no architecture.
+// Blocks that an SM holds at least: three where the registers of a third do not spill.
 template <typename T, int kD, bool kMma>
 constexpr int decode_blocks() {
-  const bool bytes = sizeof(T) == 1 && !kMma;  // queries and sums of 16 elements
-  return (kD == 64 || kD == 128) && !bytes ? 3 : 2;
+  bool dear = sizeof(T) == 1 && !kMma;  // queries and sums of 16 elements
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  dear = dear || std::is_same_v<T, __nv_fp8_e4m3>;  // which instructions do not widen here
+#endif
+  return (kD == 64 || kD == 128) && !dear ? 3 : 2;
 }
 
 template <typename T, int kD, bool kMma, typename Then>

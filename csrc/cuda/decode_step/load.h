@@ -10,8 +10,8 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask() {
   unsigned char* const to = stage(asked);
   asked = after(asked);
-  if (next_range == ranges) return;
-  const int range = first_range + next_range, item = next_item, tiles = plan.tiles;
+  if (next_range == ranges()) return;
+  const int range = first_range() + next_range, item = next_item, tiles = plan.tiles;
   if (++next_item == tiles * (1 + decode_passes<T, kD, kMma>(G))) {
     next_item = 0;
     ++next_range;
@@ -45,7 +45,7 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int range,
   const int rows = rows_from(slot0, tile);
   const auto* const from =
       static_cast<const unsigned char*>(slots().v) + int64_t{slot0} * Tile::kBytes;
-  const int32_t* const position = s.take<int32_t>(plan.layout.position) + (slot0 - first_slot);
+  const int32_t* const position = s.take<int32_t>(plan.layout.position) + (slot0 - first_slot());
 #pragma unroll 1
   for (int i = t; i < completed(rows * Tile::kChunks); i += kDecodeThreads) {
     const int r = i / Tile::kChunks;
@@ -76,9 +76,9 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
     if (t < R) z = state().z[t];  // narrow: a lane a feature, side by side
   }
 #pragma unroll 1
-  for (int i = t; i < ranges * plan.per; i += kDecodeThreads) {
-    const int slot = first_slot + i;
-    const bool in = slot < last_slot;
+  for (int i = t; i < ranges() * plan.per; i += kDecodeThreads) {
+    const int slot = first_slot() + i;
+    const bool in = slot < last_slot();
     // narrow: a lane a slot, side by side
     const int32_t position = in ? of.position[slot] : -1;
     s.position()[i] = position;

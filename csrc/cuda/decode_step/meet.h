@@ -19,14 +19,14 @@ LESS_DEVICE bool DecodeBlock<Case>::meet() {
 #pragma unroll 1
   for (int i = 3 * G + G * R + t; i < at.value; i += kDecodeThreads) s.part()[i] = 0.0f;
   __syncthreads();
-  float* const part = plan.parts + (row * plan.splits + split) * plan.part;  // of its one range
+  float* const part = plan.parts + (row * plan.splits + split()) * plan.part;  // of its one range
 #pragma unroll 1
   for (int i = t * 4; i < plan.part; i += kDecodeThreads * 4) {
     store16(part + i, load16_shared(s.part() + i));
   }
   if (p.spec.scores) {
-    float* const masses = plan.masses + (row * plan.splits + split) * G * plan.per;
-    const int padded = (n + 15) / 16 * 16;
+    float* const masses = plan.masses + (row * plan.splits + split()) * G * plan.per;
+    const int padded = (n() + 15) / 16 * 16;
 #pragma unroll 1
     for (int i = t * 4; i < G * padded; i += kDecodeThreads * 4) {
       const int g = i / padded, slot = i % padded;
@@ -182,6 +182,18 @@ LESS_DEVICE void DecodeBlock<Case>::write_out() {
 #pragma unroll 1
     for (int g = 0; g < G; ++g) share += s.share()[g];
     add_global(state().share, share);
+  }
+}
+
+// A row without a token or a page: zeros.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::clear() {
+  const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (blockIdx.x != 0) return;
+#pragma unroll 1
+  for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
+    // narrow: four 16-bit elements a lane, of the one token
+    store_four(p.out.data, p.out.dtype, query(p.out, i / kD) + i % kD, zero);
   }
 }
 

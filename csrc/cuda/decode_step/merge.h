@@ -113,8 +113,8 @@ template <typename Case>
 LESS_DEVICE DecodeCandidate DecodeBlock<Case>::nearest(float mass) const {
   constexpr int kRowLanes = 4, kAtOnce = kDecodeThreads / kRowLanes;
   const bool own = plan.cluster || alone();
-  const int begin = max(own ? first_slot : 0, kPacked ? hot_slots(p.layout) : 0);
-  const int end = own ? last_slot : S;
+  const int begin = max(own ? first_slot() : 0, kPacked ? hot_slots(p.layout) : 0);
+  const int end = own ? last_slot() : S;
   const Slots of = slots();
   const StoredRows keys = cold(false);
   DecodeCandidate best{kInfinity, INT32_MAX, -1, 0.0f};

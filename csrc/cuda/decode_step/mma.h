@@ -8,7 +8,7 @@ namespace less::cuda {
 // Slots are the rows of the product, queries its columns.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::multiply_keys_mma(const unsigned char* tile, int slot0) {
-  const int rows = min(plan.tile, n - slot0);
+  const int rows = min(plan.tile, n() - slot0);
 #pragma unroll 1
   for (int r0 = warp * 16; r0 < rows; r0 += kDecodeWarps * 16) {
 #pragma unroll 1

@@ -95,7 +95,7 @@ LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(DType dtype, const unsigned c
 // The rows that have come become a tile of int8.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int tile, bool values) {
-  const DecodeRows rows = rows_of_tile(split, tile, values);
+  const DecodeRows rows = rows_of_tile(split(), tile, values);
   const unsigned char* const cold = from + rows.hot_rows * kD + rows.skew;
   const int bytes = int(row_bytes(rows.dtype, kD));
 #pragma unroll 1

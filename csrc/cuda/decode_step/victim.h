@@ -38,7 +38,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
   }
   __syncthreads();
   const bool own = plan.cluster || alone();
-  const int begin = own ? first_slot : 0, end = own ? last_slot : S;
+  const int begin = own ? first_slot() : 0, end = own ? last_slot() : S;
   const Slots of_head = slots();
   DecodeCandidate best{kInfinity, INT32_MAX, S, 0.0f};
 #pragma unroll 1
@@ -49,7 +49,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
     float score = own ? s.score()[slot - begin] : score_at(kPacked, of_head, slot);
     if (p.spec.scores) {
       const float* const masses = plan.masses + (row * plan.splits + of) * G * plan.per + i;
-      const float* const own_masses = s.mass() + (of - first_range) * G * stride + i;
+      const float* const own_masses = s.mass() + (of - first_range()) * G * stride + i;
       float received = 0.0f;
 #pragma unroll 1
       for (int g = 0; g < G; ++g) {
@@ -139,8 +139,8 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
   FeatureNumbers own{};  // asked for while blocks meet
   if (t < R) own = feature_numbers(p.maps.psi, head, t);
 #pragma unroll 1
-  for (int i = t; ranks > 1 && i < ranks * ranges * R; i += kDecodeThreads) {
-    const int to = i / (ranges * R), at_share = first_range * R + i % (ranges * R);
+  for (int i = t; ranks > 1 && i < ranks * ranges() * R; i += kDecodeThreads) {
+    const int to = i / (ranges() * R), at_share = first_range() * R + i % (ranges() * R);
     if (to != rank) store_cluster(s.psi_shares() + at_share, to, s.psi_shares()[at_share]);
   }
   if (ranks > 1) cluster_sync();
@@ -177,7 +177,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
 // The token takes a slot; S is none.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
-  if (slot == S || (plan.cluster && (slot < first_slot || slot >= last_slot))) return;
+  if (slot == S || (plan.cluster && (slot < first_slot() || slot >= last_slot()))) return;
   const Slots to = slots();
 #pragma unroll 1
   for (int i = t; i < 2 * Tile::kChunks; i += kDecodeThreads) {
