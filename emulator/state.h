@@ -28,7 +28,7 @@ struct Copy {
   unsigned source_bytes;  // the others are 0
   bool landed;            // the bytes are there, though nobody has waited for them
   Where at;
-  Ready ready;  // on the clock of the thread that asked for them
+  Ready ready{};  // on the clock of the thread that asked for them
 };
 
 // What a waiting thread waits for, for the report of a deadlock.
