@@ -136,25 +136,11 @@ PyMethodDef kHooks[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
-                       "_C",
-                       "Native half of less: ops under torch.ops.less, and facts about this build.",
-                       -1,
-                       kFunctions,
-                       nullptr,
-                       nullptr,
-                       nullptr,
-                       nullptr};
+PyModuleDef kModule = less::module_of(
+    "_C", "Native half of less: ops under torch.ops.less, and facts about this build.", kFunctions);
 
-PyModuleDef kTest = {PyModuleDef_HEAD_INIT,
-                     "less._C._test",
-                     "Hooks for the tests; no part of the interface.",
-                     -1,
-                     kHooks,
-                     nullptr,
-                     nullptr,
-                     nullptr,
-                     nullptr};
+PyModuleDef kTest =
+    less::module_of("less._C._test", "Hooks for the tests; no part of the interface.", kHooks);
 
 }  // namespace
 

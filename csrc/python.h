@@ -26,4 +26,9 @@ PyObject* guarded(Function function, PyObject* of_runtime_errors = PyExc_Runtime
   return nullptr;
 }
 
+// A module of these functions, without state of its own.
+inline PyModuleDef module_of(const char* name, const char* doc, PyMethodDef* functions) {
+  return {PyModuleDef_HEAD_INIT, name, doc, -1, functions, nullptr, nullptr, nullptr, nullptr};
+}
+
 }  // namespace less

@@ -16,15 +16,8 @@ PyMethodDef kFunctions[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
-                       "_cuda",
-                       "CUDA half of less: kernels for the ops under torch.ops.less.",
-                       -1,
-                       kFunctions,
-                       nullptr,
-                       nullptr,
-                       nullptr,
-                       nullptr};
+PyModuleDef kModule = less::module_of(
+    "_cuda", "CUDA half of less: kernels for the ops under torch.ops.less.", kFunctions);
 
 }  // namespace
 

@@ -29,7 +29,6 @@ _OPTIONAL = {
     "lm_eval": ("less-kv lm-eval", "eval"),
     "vllm": ("serving", "vllm"),
 }
-_SLOW_SIMD = ("portable",)
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _QUOTA = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
 # The step that is timed: a layer of a model of 8 B parameters, more of them than caches hold.
@@ -97,9 +96,11 @@ def examine(measure: bool = True) -> tuple[dict[str, Facts], list[Finding]]:
     Args:
         measure: Run the self-test and measure too.
     """
+    from less.evaluate.machine import version_of
+
     groups, findings = gather(), [*_of_native(), *_of_cuda(), *_of_packages()]
     groups["packages"] = {
-        name: _version(name) or f"none ({purpose}: pip install 'less-kv[{extra}]')"
+        name: version_of(name) or f"none ({purpose}: pip install 'less-kv[{extra}]')"
         for name, (purpose, extra) in _OPTIONAL.items()
     }
     if measure:
@@ -172,7 +173,7 @@ def _of_native() -> Iterator[Finding]:
             f"LESS_SIMD={facts['simd']} is set, and this machine has {best}",
             "unset LESS_SIMD",
         )
-    if best in _SLOW_SIMD:
+    if best == "portable":
         yield Finding(
             False,
             f"the kernels run without SIMD instructions ({best})",
@@ -203,26 +204,21 @@ def _of_packages() -> Iterator[Finding]:
     except ImportError:
         yield Finding(False, "versions of packages were not compared", "pip install packaging")
         return
+    from less.evaluate.machine import version_of
+
     try:
         wanted = metadata.requires("less-kv") or []
     except metadata.PackageNotFoundError:
         return  # a source tree that is on the path
     for line in wanted:
         requirement = Requirement(line)
-        have = _version(requirement.name)
+        have = version_of(requirement.name)
         if have is not None and not requirement.specifier.contains(have, prereleases=True):
             yield Finding(
                 requirement.marker is None,
                 f"{requirement.name} {have} is installed, and less wants {requirement.specifier}",
                 f"pip install '{requirement.name}{requirement.specifier}'",
             )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _self_test() -> tuple[Facts, list[Finding]]:
@@ -265,11 +261,10 @@ def _speed() -> tuple[Facts, list[Finding]]:
     from less.cli.threads import choose
 
     before = torch.get_num_threads()
-    chosen = choose(before)
     with _one_thread():
         rate = _read_rate()
         step, moved, huge = _decode_step()
-    torch.set_num_threads(before)
+        chosen = choose(before)
     facts: Facts = {
         "threads": f"{chosen.threads}: {chosen.why}",
         "read rate": f"{rate / 1e9:.1f} GB/s, one thread",
@@ -355,15 +350,17 @@ def _decode_step() -> tuple[float, int, float | None]:
     import torch
 
     from less.cache import PagedLayer
+    from less.evaluate.machine import said_bytes
     from less.layer import PageLayout, allocate
     from less.policies import H2O
 
     layout = PageLayout(_K, _D, _TOKENS, "k4v4", sinks=4, hot=16)
     policy = H2O(heavy=_TOKENS * 3 // 4, recent=_TOKENS // 4, decay=0.98)
     layer = PagedLayer(policy, layout, _Q)
-    before = _in_huge_pages()
+    where = "/proc/self/smaps_rollup", "AnonHugePages"
+    before = said_bytes(*where)
     pools = allocate([layout] * _LAYERS, _BATCH)
-    after = _in_huge_pages()
+    after = said_bytes(*where)
     g = torch.Generator().manual_seed(0)
 
     def call(tokens: int) -> float:
@@ -378,14 +375,3 @@ def _decode_step() -> tuple[float, int, float | None]:
     total = layout.nbytes * _BATCH * _LAYERS
     huge = None if before is None or after is None else min(1.0, max(0, after - before) / total)
     return seconds, layout.nbytes * _BATCH, huge
-
-
-def _in_huge_pages() -> int | None:
-    """Bytes of this process in huge pages; None where the system does not say."""
-    try:
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-            if line.startswith("AnonHugePages:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return None

@@ -27,7 +27,7 @@ def machine() -> dict[str, str | int | None]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": version_of("transformers"),
         "less": less.__version__,
         "commit": _commit(),
     }
@@ -53,13 +53,16 @@ def resident_bytes() -> int | None:
 
 def available_bytes() -> int | None:
     """Bytes that this machine can still give, None where the system does not say."""
+    return said_bytes("/proc/meminfo", "MemAvailable")
+
+
+def said_bytes(file: str, name: str) -> int | None:
+    """Bytes that a file of /proc says in kB under a name; None where the system does not say."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(file).read_text().splitlines()
+        return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:")), None)
     except (OSError, ValueError):
-        pass
-    return None
+        return None
 
 
 class Peak:
@@ -83,15 +86,12 @@ class Peak:
         """So far, at least 0; None where the system does not say."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return None
-        highest = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:")), None)
+        highest = said_bytes("/proc/self/status", "VmHWM")
         return None if highest is None else max(0, highest - self._before)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
