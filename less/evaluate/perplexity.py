@@ -12,6 +12,7 @@ from torch import Tensor
 
 from less.cache import LessKVCache
 from less.evaluate.feeding import Progress, check_texts, cost, feed_caches
+from less.fit.text import repeat_passage
 
 FROM = 256  # positions before this one are left out of the main figure: little is evicted there
 
@@ -123,27 +124,17 @@ def perplexity(
 
 
 def copy_probes(chunks: Tensor, opened: int = 0) -> Tensor:
-    """Chunks whose last quarter is their first quarter again.
-
-    With 1,024 tokens: 256 tokens, 512 others, the same 256 again. A model that still sees the
-    first copy predicts the second almost surely: the sharpest test of what a cache remembers.
+    """Chunks that repeat a passage: the sharpest test of what a cache remembers.
 
     Args:
         chunks: int64 [chunks, length].
         opened: Tokens that open a chunk and are not text (BOS): they are not copied.
 
     Returns:
-        int64 [chunks, length]; only the first three quarters of the chunks are used.
+        int64 [chunks, length], as ``less.fit.text.repeat_passage`` makes them.
     """
     check_texts("copy_probes", chunks)
-    length = chunks.shape[1]
-    quarter = length // 4
-    if quarter == 0 or opened > length - 2 * quarter:
-        raise ValueError(
-            f"copy_probes: chunks must have at least 4 tokens and room for two copies behind the "
-            f"{opened} that open them, got {length}"
-        )
-    return torch.cat([chunks[:, : length - quarter], chunks[:, opened : opened + quarter]], 1)
+    return repeat_passage(chunks, opened)
 
 
 def copy_perplexity(probes: Nats) -> float:

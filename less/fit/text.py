@@ -149,6 +149,32 @@ def sample_chunks(
     return Pool(ids_, {"tokens_seen": tokens, **identity(ids_)})
 
 
+def repeat_passage(chunks: Tensor, opened: int = 0) -> Tensor:
+    """Chunks whose last quarter is their first quarter again.
+
+    With 1,024 tokens: 256 tokens, 512 others, the same 256 again. A model that sees the first copy
+    predicts the second almost surely.
+
+    Args:
+        chunks: Token ids, int64 [N, T].
+        opened: Tokens that open a chunk and are not text (BOS): they are not repeated.
+
+    Returns:
+        int64 [N, T]; only the first three quarters of the chunks are used.
+
+    Raises:
+        ValueError: A chunk has no room for both copies.
+    """
+    length = chunks.shape[1]
+    quarter = length // 4
+    if quarter == 0 or opened > length - 2 * quarter:
+        raise ValueError(
+            f"repeat_passage: chunks must have at least 4 tokens and room for two copies behind "
+            f"the {opened} that open them, got {length}"
+        )
+    return torch.cat([chunks[:, : length - quarter], chunks[:, opened : opened + quarter]], 1)
+
+
 def identity(ids: Tensor) -> dict[str, Any]:
     """What identifies a pool of chunks: its size and a digest of the ids."""
     digest = hashlib.sha256(ids.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -68,8 +68,9 @@ def spec_of(
     maps: Maps | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    victim: str | None = None,
 ) -> LayerSpec:
-    """The constants of a layer under a policy, which folds where there are maps.
+    """The constants of a layer under a policy.
 
     Args:
         policy: Who stays.
@@ -78,7 +79,10 @@ def spec_of(
         maps: The layer's feature maps.
         scale: Factor of q.k, 1/sqrt(D) by default.
         softcap: As in ``LayerSpec``.
+        victim: As in ``LayerSpec``; None: folded where there are maps, else forgotten.
     """
+    if victim is None:
+        victim = "forget" if maps is None else "fold"
     return LayerSpec(
         q_heads=q_heads,
         scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
@@ -86,7 +90,7 @@ def spec_of(
         decay=policy.decay,
         scores=policy.needs_scores,
         rule=policy.rule,
-        victim="forget" if maps is None else "fold",
+        victim=victim,
     )
 
 
@@ -122,6 +126,7 @@ def run(
     chunk: int = 1,
     scale: float | None = None,
     softcap: float = 0.0,
+    victim: str | None = None,
 ) -> Trajectory:
     """Run a layer from an empty cache: a prompt, then chunks (single tokens by default).
 
@@ -135,9 +140,10 @@ def run(
         chunk: Tokens of each later call.
         scale: Factor of q.k, 1/sqrt(D) by default.
         softcap: As in ``chunk_attention``.
+        victim: As in ``spec_of``.
     """
     B, K, T, D = k.shape
-    spec = spec_of(policy, q.shape[1], D, maps, scale, softcap)
+    spec = spec_of(policy, q.shape[1], D, maps, scale, softcap, victim)
     numbers, at = accumulator(k), k.device
     slots = Slots.empty(B, K, policy.capacity, D, k.dtype, numbers, at)
     seen = torch.zeros(B, dtype=torch.int64, device=at)
