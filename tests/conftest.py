@@ -17,7 +17,7 @@ from tests import emulated
 
 BUILT_IN = ("Full", "H2O", "SinkRecent")
 #: Of each test's cases on the emulator, as many run beside all other tests; with --emulated all do.
-EMULATED_CASES = 12
+EMULATED_CASES = 8
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
