@@ -20,6 +20,7 @@ from less.fit import calibrate
 from less.fit import curves as fit_curves
 from less.fit.capture import Captured, LayerWalk
 from less.fit.curves import first_counted, grid, measure_curves
+from less.fit.text import repeat_passage
 from less.hf import attach
 from less.sidekick.identity import model_identity
 from tests.tiny_model import tiny_model, tiny_sidekick
@@ -42,32 +43,32 @@ def test_a_curve_is_the_error_of_the_reference_after_the_output_projection(softc
     c = captured(softcap=softcap)
     (N, K, T, D), capacities = c.k.shape, (8, 12, 32)
     got = measure_curves(c, capacities)
-    assert got.shape == (K, 3)
+    assert got.shape == (N, K, 3)
     double = [x.double() for x in (c.q, c.k, c.v)]
     never = torch.full((N, K, T), T + 1)
     full = reference.parallel(*double, never, scale=c.scale, softcap=c.softcap)
     for i, capacity in enumerate(capacities):
         policy = H2O(heavy=capacity - capacity // 4, recent=capacity // 4, decay=0.98)
-        out = reference.run(*double, policy, scale=c.scale, softcap=c.softcap).out
+        out = reference.run(*double, policy, scale=c.scale, softcap=c.softcap, victim="merge").out
         for head in range(K):
             off = (out - full)[:, head * 2 : head * 2 + 2, first_counted(T) :]
             rows = off.permute(0, 2, 1, 3).flatten(2)
             weight = c.o_weight.double()[:, head * 2 * D : (head + 1) * 2 * D]
-            error = (rows @ weight.T).square().sum(-1).mean()
-            assert float(got[head, i]) == pytest.approx(float(error), rel=2e-4)
+            error = (rows @ weight.T).square().sum(-1).mean(1)
+            torch.testing.assert_close(got[:, head, i].double(), error, rtol=2e-4, atol=0)
 
 
 def test_a_capacity_that_holds_the_whole_text_causes_no_error():
     got = measure_curves(captured(), (8, 72, 92))
-    assert float(got[:, 0].min()) > 1
-    assert float(got[:, 1:].max()) < 1e-9
+    assert float(got[..., 0].min()) > 1
+    assert float(got[..., 1:].max()) < 1e-9
 
 
 def test_rows_of_16_bits_are_measured_as_they_are_stored():
     """The model's own output is rounded to its dtype: that is no error of a head."""
     got = measure_curves(captured(dtype=torch.bfloat16), (8, 72))
-    assert float(got[:, 0].min()) > 1
-    assert float(got[:, 1].max()) < 1e-9
+    assert float(got[..., 0].min()) > 1
+    assert float(got[..., 1].max()) < 1e-9
 
 
 def test_capacities_that_exceed_one_layout_are_measured_in_turns(monkeypatch):
@@ -81,11 +82,11 @@ def test_capacities_that_exceed_one_layout_are_measured_in_turns(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [32, 100, 1024, 5000])
-def test_a_grid_ascends_in_half_octaves_to_half_a_chunk_at_most(length):
+def test_a_grid_ascends_in_half_octaves_to_three_quarters_of_a_chunk_at_most(length):
     capacities = grid(length)
     assert capacities[0] == 8
-    assert capacities[-1] <= min(512, length // 2)
-    assert capacities[-1] * 1.5 > min(512, length // 2)
+    assert capacities[-1] <= min(724, length * 3 // 4)
+    assert capacities[-1] * 1.5 > min(724, length * 3 // 4)
     assert all(1.3 < b / a <= 1.5 for a, b in itertools.pairwise(capacities))
     assert first_counted(length) <= 256
 
@@ -106,7 +107,33 @@ def test_curves_are_divided_by_the_residual_stream_that_enters_their_layer(tmp_p
     for layer in range(2):
         curves = measure_curves(walk.capture(layer), calibration.capacities)
         norm = states[layer][:, first_counted(160) :].square().sum(-1).mean()
-        torch.testing.assert_close(calibration.curve(layer), curves / norm)
+        torch.testing.assert_close(calibration.curve(layer), curves.mean(0) / norm)
+
+
+def test_chunks_that_repeat_have_a_quarter_of_a_curve_and_no_part_in_means(tmp_path):
+    model = tiny_model()
+    ids = torch.randint(0, 256, (2, 160), generator=torch.Generator().manual_seed(1))
+    repeats = repeat_passage(ids)[:1]
+    calibration = calibrate(model, ids, repeats=repeats)
+    assert calibration.config["chunks"] == 2
+    assert calibration.config["repeats"] == 1
+    plain = calibrate(model, ids)
+    for name in NAMES:
+        assert torch.equal(calibration[1][name], plain[1][name])
+    walk = LayerWalk(model, torch.cat([ids, repeats]), tmp_path)
+    walk.start()
+    curves = measure_curves(walk.capture(0), calibration.capacities)
+    wanted = 0.75 * curves[:2].mean(0) + 0.25 * curves[2]
+    power = walk.mean_square(0, first_counted(160))
+    torch.testing.assert_close(calibration.curve(0), wanted / power)
+
+
+def test_repeats_that_no_curve_can_use_are_refused():
+    ids = torch.randint(0, 256, (2, 160))
+    with pytest.raises(ValueError, match="repeats must be chunks of 160 tokens like ids"):
+        calibrate(tiny_model(), ids, repeats=ids[:, :80])
+    with pytest.raises(ValueError, match="budgets=False"):
+        calibrate(tiny_model(), ids, repeats=ids, budgets=False)
 
 
 def test_budgets_may_be_left_out():

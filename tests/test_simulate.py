@@ -22,6 +22,7 @@ from bench.simulate.space import SPACES, Space, moments, rotation
 from less import H2O, LessKVCache, Sidekick, SinkRecent
 from less.budget import most_within, page_bytes
 from less.evaluate.perplexity import full_attention, through_caches
+from less.fit.text import repeat_passage
 from less.hf import cache_for
 from less.layer import Maps
 from less.policies import Policy
@@ -230,7 +231,8 @@ def test_wrong_sizes_are_refused_by_name() -> None:
 @pytest.fixture(scope="module")
 def tiny() -> Measurement:
     chunks = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(3))
-    return Measurement(tiny_model(), chunks, 20, chunks.flip(1))
+    training = chunks.flip(1)
+    return Measurement(tiny_model(), chunks, 20, training, repeat_passage(training))
 
 
 def test_a_model_on_simulated_caches_costs_what_it_costs_on_real_ones(tiny: Measurement) -> None:

@@ -22,7 +22,8 @@ from less import Sidekick
 from less.evaluate import assets
 from less.evaluate.perplexity import FROM, copy_probes
 from less.files import read_texts
-from less.fit.text import opening
+from less.fit.calibrate import REPEATED
+from less.fit.text import opening, repeat_passage
 
 CALIBRATION = 8  # chunks of training text
 
@@ -31,7 +32,7 @@ def settings(args: argparse.Namespace, state: int) -> Iterator[Setting]:
     """The product of what was asked for; `state`: bytes that folding takes of a head."""
     fixed = {"sinks": args.sinks, "metadata": args.metadata}
     several = ("rows", "quantizer", "bytes_of", "space", "victim", "budgets", "hot", "decay")
-    several += ("recent",)
+    several += ("recent", "repeated")
     for values in itertools.product(*(getattr(args, name) for name in several)):
         varied = dict(zip(several, values, strict=True))
         varied["budgets"] = varied["budgets"] == "curves"
@@ -63,6 +64,13 @@ def options(words: Sequence[str] | None) -> argparse.Namespace:
         choices=("uniform", "curves"),
         help="slots of a head: all alike, or by error curves",
     )
+    add(
+        "--repeated",
+        type=float,
+        default=[REPEATED],
+        **several,
+        help="part of chunks that repeat a passage in curves",
+    )
     add("--hot", type=int, default=[16], **several, help="last tokens in int8")
     add("--sinks", type=int, default=4, help="first tokens in int8")
     add("--decay", type=float, default=[0.98], **several)
@@ -93,7 +101,8 @@ def subject(args: argparse.Namespace) -> Measurement:
         chunks = copy_probes(chunks, len(opening(tokenizer)))
         start = args.length - args.length // 4
     calibration = assets.chunks(tokenizer, training, args.length, CALIBRATION)
-    return Measurement(model, chunks, start, calibration)
+    repeats = repeat_passage(calibration, len(opening(tokenizer)))
+    return Measurement(model, chunks, start, calibration, repeats)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from bench.simulate import quantizers
 from bench.simulate.model import full, nats
 from bench.simulate.native import Cache, simulate
 
-GRID = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GRID = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 724)
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Curves:
     error: dict[int, Tensor]
 
 
-def decayed(slots: int) -> Cache:
-    """Exact rows under decayed H2O, a quarter of them recent: what curves are measured with."""
-    exact = quantizers.EXACT
-    return Cache(exact, exact, slots, exact, sinks=0, hot=0, recent=max(slots // 4, 1))
+def merging(slots: int) -> Cache:
+    """Exact rows that merge under decayed H2O, a quarter recent: what curves are measured with."""
+    exact, recent = quantizers.EXACT, max(slots // 4, 1)
+    return Cache(exact, exact, slots, exact, sinks=0, hot=0, recent=recent, victim="merge")
 
 
 def curves(
     model: Any,
     chunks: Tensor,
     grid: Sequence[int] = GRID,
-    cache: Callable[[int], Cache] = decayed,
+    cache: Callable[[int], Cache] = merging,
 ) -> Curves:
     """Measure the curves of each layer that attends fully.
 

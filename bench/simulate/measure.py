@@ -19,6 +19,7 @@ from bench.simulate.native import Cache, Noise
 from bench.simulate.space import Moments, space_by_name
 from less.budget import deal_curves, most_within
 from less.evaluate.perplexity import Nats, recovered
+from less.fit.calibrate import REPEATED
 from less.layer.layout import PageLayout, placed
 
 LEAST_COLD = 12  # cold slots that every head is dealt
@@ -36,6 +37,7 @@ class Setting:
         space: One of ``SPACES``.
         victim: One of ``VICTIMS``, or ``"fold"``: into a state.
         budgets: Slots are dealt to the heads by the curves of the training text.
+        repeated: The part that chunks which repeat a passage have in these curves.
         hot: Last tokens in int8.
         sinks: First tokens in int8.
         decay: What a score keeps per token.
@@ -50,6 +52,7 @@ class Setting:
     space: str = "calibrated"
     victim: str = "forget"
     budgets: bool = False
+    repeated: float = REPEATED
     hot: int = 16
     sinks: int = 4
     decay: float = 0.98
@@ -109,7 +112,7 @@ class Setting:
 
     def __str__(self) -> str:
         words = [f"{self.rows} {self.quantizer}", self.space, self.victim]
-        words += ["budgets"] if self.budgets else []
+        words += [f"budgets {self.repeated} repeated"] if self.budgets else []
         words += [f"hot {self.hot}", f"decay {self.decay}", f"recent {self.recent}"]
         words += [] if self.metadata is None else [f"metadata {self.metadata}"]
         words += [f"bytes of {self.bytes_of}" if self.bytes_of else "nothing evicted"]
@@ -130,15 +133,17 @@ class Measurement:
         chunks: Token ids, int64 [chunks, length].
         start: Position that scoring starts from.
         training: Token ids that calibration sees, int64 [chunks, length].
+        repeats: Those of chunks that repeat a passage, for curves, int64 [chunks, length].
     """
 
     model: Any
     chunks: Tensor
     start: int
     training: Tensor
+    repeats: Tensor
     _known: dict[int, Moments] = field(default_factory=dict)
     _measured: dict[int, Nats] = field(default_factory=dict)
-    _curves: Curves | None = None
+    _curves: list[Curves] = field(default_factory=list)
 
     @property
     def head_dim(self) -> int:
@@ -175,15 +180,19 @@ class Measurement:
             self._known = calibrate(self.model, self.training)
         return self._known
 
-    def curves(self) -> Curves:
-        """Error curves of the training text."""
-        if self._curves is None:
-            self._curves = curves(self.model, self.training)
-        return self._curves
+    def curves(self, repeated: float) -> Curves:
+        """Error curves of the training text, and of repeated passages in part."""
+        if not self._curves:
+            self._curves = [curves(self.model, ids) for ids in (self.training, self.repeats)]
+        text, repeats = self._curves
+        return Curves(
+            text.capacities,
+            {i: error.lerp(repeats.error[i], repeated) for i, error in text.error.items()},
+        )
 
     def capacities(self, setting: Setting, measured: Curves | None = None) -> dict[int, list[int]]:
         """Slots of each head, by layer; of the curves of the training text, or of others."""
-        measured = measured or self.curves()
+        measured = measured or self.curves(setting.repeated)
         D, K = self.head_dim, self.kv_heads
         dealt = deal_curves(
             list(measured.error.values()),

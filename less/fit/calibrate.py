@@ -13,6 +13,8 @@ hold them.
 
 The curves of ``less.fit.curves`` are divided by the mean squared norm of the residual stream that
 enters their layer, over the tokens that curves count: an error matters as it changes the stream.
+Where chunks that repeat a passage are given too, a curve is three parts of the text's and one of
+theirs: in a text that says little twice, heads that find what was said before seem to need nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from less.fit.curves import first_counted, grid, measure_curves
 from less.hf.models import describe
 from less.sidekick.identity import model_identity
 
+#: The part that chunks which repeat a passage have in a curve: docs/budgets.md.
+REPEATED = 0.25
 _FIRST = 4  # tokens of a chunk that are left out
 _SHORTEST = 32  # tokens of a chunk, for curves
 _MOST = 32.0  # what a scale may differ from a head's typical one by
@@ -40,6 +44,7 @@ def calibrate(
     model: Any,
     ids: Tensor,
     *,
+    repeats: Tensor | None = None,
     budgets: bool = True,
     source: str = "",
     name: str | None = None,
@@ -50,6 +55,8 @@ def calibrate(
     Args:
         model: A transformers causal language model that a bounded cache can serve, on any device.
         ids: Token ids, int64 [chunks, tokens].
+        repeats: Token ids of chunks that repeat a passage (``less.fit.text.repeat_passage``), int64
+            [chunks, tokens]; None: curves are those of the text alone.
         budgets: Whether to measure curves, for budgets per head: most of the time.
         source: Where the text comes from, for the record.
         name: The model's name, for the record; the last part of its path by default.
@@ -66,6 +73,11 @@ def calibrate(
         raise ValueError(
             f"calibrate: ids must have chunks of {_SHORTEST} tokens or more for budgets, got {T}"
         )
+    if repeats is not None and (not budgets or repeats.shape[1:] != ids.shape[1:]):
+        raise ValueError(
+            f"calibrate: repeats must be chunks of {T} tokens like ids, of which curves are "
+            f"measured, got {list(repeats.shape)} and budgets={budgets}"
+        )
     capacities = grid(T) if budgets else ()
     if N * (T - _FIRST) < 256:
         raise ValueError(f"calibrate: ids must have 256 tokens or more, got {N} chunks of {T}")
@@ -80,7 +92,7 @@ def calibrate(
         return lambda part: show(round(layer + part, 1), facts.layers)
 
     with tempfile.TemporaryDirectory(prefix="less-calibrate-") as folder:
-        walk = LayerWalk(model, ids, folder)
+        walk = LayerWalk(model, ids if repeats is None else torch.cat([ids, repeats]), folder)
         walk.start()
         last = max(i for i in range(facts.layers) if i not in facts.windows)
         for layer in range(last + 1):
@@ -89,10 +101,11 @@ def calibrate(
                 layers.append(None)
             else:
                 captured = walk.capture(layer)
-                measured = {n: x.half().float() for n, x in measure(captured).items()}
+                measured = {n: x.half().float() for n, x in measure(captured, N).items()}
                 if capacities:
                     curves = measure_curves(captured, capacities, show_from(layer))
-                    measured[CURVE] = curves / walk.mean_square(layer, first_counted(T))
+                    power = walk.mean_square(layer, first_counted(T))
+                    measured[CURVE] = _mean_curve(curves, N) / power
                 layers.append(measured)
                 walk.release(layer)
             show(layer + 1, facts.layers)
@@ -103,18 +116,26 @@ def calibrate(
         "text": source,
         "tokens": ids.numel(),
         "chunks": N,
+        "repeats": 0 if repeats is None else len(repeats),
         "seconds": round(time.perf_counter() - begun, 1),
     }
     return Calibration(layers, config, capacities, T if capacities else 0)
 
 
-def measure(captured: Captured) -> dict[str, Tensor]:
+def _mean_curve(curves: Tensor, texts: int) -> Tensor:
+    """The curve of each head, float32 [K, n], of chunks' [N, K, n], the first of which are text."""
+    mean = curves[:texts].mean(0)
+    return mean.lerp(curves[texts:].mean(0), REPEATED) if len(curves) > texts else mean
+
+
+def measure(captured: Captured, chunks: int | None = None) -> dict[str, Tensor]:
     """Means and scales of one layer's channels, float32 [K, D] each, by the names of a calibration.
 
     Args:
         captured: What its attention saw.
+        chunks: The first ones count; None: all.
     """
-    k, v, q = (x[:, :, _FIRST:] for x in (captured.k, captured.v, captured.q))
+    k, v, q = (x[:chunks, :, _FIRST:] for x in (captured.k, captured.v, captured.q))
     K, D = k.shape[1], k.shape[3]
     key_mean, key_var = _moments(k)
     value_mean, value_var = _moments(v)

@@ -1,7 +1,7 @@
 """Measure what each kv head's slots are worth: the error of attention at several capacities.
 
-A layer's captured q, k, v run through the cache itself, token by token, under plain eviction. With
-o the attention's output at a capacity, o_full that of a cache which keeps all, and W_h the columns
+A layer's captured q, k, v run through the cache itself, token by token, whose victims merge. With o
+the attention's output at a capacity, o_full that of a cache which keeps all, and W_h the columns
 of the output projection that belong to the query heads of kv head h, the head's error is
 
     mean over tokens t of |W_h (o_t - o_full,t)|^2
@@ -20,18 +20,16 @@ from less.cache import PagedLayer
 from less.fit.capture import Captured
 from less.layer import PageLayout
 from less.layer.layout import MAX_KV_HEADS
-from less.policies import H2O
-from less.policies.default import DECAY
+from less.policies.default import merging_policy
 
 _LEAST = 8  # slots; then each half octave
-_MOST = 512
+_MOST = 724
 _FIRST = 256  # the first token whose output counts
-_CHUNKS = 4  # that are run: more change a curve by less than texts differ
 _BLOCK = 64  # tokens whose outputs are compared at once
 
 
 def grid(length: int) -> tuple[int, ...]:
-    """The capacities of a curve, about sqrt(2) apart: 8 .. 512, and no more than half a chunk.
+    """The capacities of a curve, about sqrt(2) apart: 8 .. 724, within three quarters of a chunk.
 
     Multiples of 4, since a quarter is recent.
 
@@ -39,7 +37,7 @@ def grid(length: int) -> tuple[int, ...]:
         length: Tokens of a chunk, at least 32.
     """
     steps = (4 * round(_LEAST / 4 * 2 ** (i / 2)) for i in range(64))
-    return tuple(s for s in steps if s <= min(_MOST, length // 2))
+    return tuple(s for s in steps if s <= min(_MOST, length * 3 // 4))
 
 
 def first_counted(length: int) -> int:
@@ -52,14 +50,14 @@ def measure_curves(
     capacities: Sequence[int],
     tick: Callable[[float], None] = lambda fraction: None,
 ) -> Tensor:
-    """The error that each kv head of a layer causes at each capacity, float32 [K, n].
+    """The error that each kv head of a layer causes at each capacity, float32 [N, K, n].
 
     Args:
-        captured: What its attention saw.
+        captured: What its attention saw, of N chunks.
         capacities: Slots, n multiples of 4.
         tick: Called with the fraction done.
     """
-    q, k, v = (x[:_CHUNKS].float() for x in (captured.q, captured.k, captured.v))
+    q, k, v = (x.float() for x in (captured.q, captured.k, captured.v))
     (B, Q, T, _), K = q.shape, k.shape[1]
     groups = captured.o_weight.float().unflatten(1, (K, -1)).transpose(0, 1)  # [K, hidden, G D]
     gram = groups.transpose(1, 2) @ groups  # |W x|^2 = x^T gram x
@@ -68,7 +66,7 @@ def measure_curves(
     full = keeps_all.attend(keeps_all.new_pool(B), q, k, v)
     first = first_counted(T)
     at_once = max(1, MAX_KV_HEADS // K)
-    errors = torch.zeros(len(capacities), K, dtype=torch.float64, device=q.device)
+    errors = torch.zeros(len(capacities), K, B, dtype=torch.float64, device=q.device)
     for begin in range(0, len(capacities), at_once):
         part = slice(begin, begin + at_once)
         n = len(capacities[part])
@@ -83,21 +81,22 @@ def measure_curves(
             off = out.unflatten(1, (n, Q)) - full[:, None, :, start : start + _BLOCK]
             off = off[:, :, :, max(first - start, 0) :]
             rows = off.unflatten(2, (K, -1)).permute(1, 2, 0, 4, 3, 5).flatten(4).flatten(2, 3)
-            errors[part] += ((rows @ gram) * rows).sum((2, 3)).clamp(min=0)
+            squares = ((rows @ gram) * rows).sum(3).clamp(min=0)
+            errors[part] += squares.unflatten(2, (B, -1)).sum(3)
             tick((begin * T + n * (start + out.shape[2])) / (len(capacities) * T))
-    return errors.T.div(B * (T - first)).float().cpu()
+    return errors.permute(2, 1, 0).div(T - first).float().cpu()
 
 
 def _layer(captured: Captured, capacities: Sequence[int]) -> PagedLayer:
-    """A layer that forgets, whose kv heads are the captured one's, once for each capacity."""
+    """A layer that merges, whose kv heads are the captured one's, once for each capacity."""
     most, n = max(capacities), len(capacities)
-    recent = most // 4
     K, D = captured.k.shape[1], captured.k.shape[3]
     return PagedLayer(
-        H2O(heavy=most - recent, recent=recent, decay=DECAY),
+        merging_policy(most),
         PageLayout(n * K, D, tuple(c for c in capacities for _ in range(K)), torch.float32),
         n * captured.q.shape[1],
         scale=captured.scale,
         softcap=captured.softcap or None,
+        victim="merge",
         device=captured.q.device,
     )
