@@ -38,6 +38,10 @@ inline HeadRows contiguous_rows(const void* data, DType dtype, int64_t heads, in
 // is attention alone, which writes out and share and nothing else. `merge`: a slot that stays
 // becomes the mean of both (less/reference/merge.py).
 enum class Victim : int32_t { none = 0, forget = 1, fold = 2, merge = 3 };
+inline constexpr Victim kLastVictim = Victim::merge;
+
+// Whether slots stand for several tokens, and hence have log-weights.
+constexpr bool weighs(Victim victim) { return victim == Victim::merge; }
 
 // What is the same in every call of a layer.
 struct LayerSpec {

@@ -25,6 +25,7 @@ from less.dealing import (
 )
 from less.dtypes import FORMATS, MERGING_ROWS
 from less.dtypes import name as dtype_name
+from less.layer.spec import VICTIMS
 from less.policies import H2O, Full, Policy
 from less.policies.base import checked_at_capacity
 from less.policies.default import default_policy as default_policy
@@ -310,6 +311,7 @@ class LessConfig(ConfigFile):
         """``capacities`` of the kv heads of one process."""
         dtype = facts.dtype if self._format is None else self._format
         state = sidekick.rank if sidekick is not None else 0
+        weighs = self.victim is not None and VICTIMS[self.victim].weighs
         if calibration is not None and self.shape == "calibrated":
             calibration.check_model(facts.config)
             calibration = calibration.shard(rank, facts.part[1])
@@ -324,7 +326,7 @@ class LessConfig(ConfigFile):
                     tokens,
                     state if evicts else 0,
                     **self._hot,
-                    weights=(evicts and self.victim == "merge") or None,
+                    weights=(evicts and weighs) or None,
                 )
             ),
             native=tuple(facts.windows),

@@ -9,6 +9,7 @@ import torch
 
 from less.budget import least_tokens, parse_bytes, pyramid
 from less.dtypes import FORMATS, HOT_DTYPES, ROW_TYPES, name
+from less.layer.spec import CHOICES, VICTIMS
 
 DTYPES = tuple(name(d) for d in ROW_TYPES if d != torch.float64)
 
@@ -110,12 +111,12 @@ def check_actions(
     Raises:
         ValueError: One is wrong, or contradicts another; the message names it.
     """
-    if victim not in (None, "fold", "merge", "forget"):
-        raise ValueError(f"LessConfig: victim must be 'fold', 'merge' or 'forget', got {victim!r}")
-    if victim == "merge" and sidekick is not None:
+    if victim is not None and victim not in CHOICES:
+        raise ValueError(f"LessConfig: victim must be one of {', '.join(CHOICES)}, got {victim!r}")
+    if victim is not None and VICTIMS[victim].weighs and sidekick is not None:
         raise ValueError(
-            "LessConfig: victim 'merge' and a sidekick exclude each other: what is merged is not "
-            "folded into a state"
+            f"LessConfig: victim {victim!r} and a sidekick exclude each other: what is merged is "
+            "not folded into a state"
         )
     if preset not in (None, "paper"):
         raise ValueError(f"LessConfig: preset must be 'paper' or None, got {preset!r}")

@@ -109,7 +109,7 @@ def test_the_preset_of_the_paper_folds_by_its_policy(model):
     [
         ({"preset": "best"}, "preset must be 'paper' or None, got 'best'"),
         ({"preset": "paper", "rows": "k4v4"}, "preset 'paper' brings its own rows"),
-        ({"victim": "blend"}, "victim must be 'fold', 'merge' or 'forget', got 'blend'"),
+        ({"victim": "blend"}, "victim must be one of forget, fold, merge, got 'blend'"),
         ({"victim": "merge", "sidekick": "x"}, "exclude each other"),
     ],
 )

@@ -156,7 +156,7 @@ def test_scores_of_packed_rows_are_noted_as_the_nearest_half():
 def test_what_cannot_merge_is_refused_by_name():
     with pytest.raises(ValueError, match="victim 'merge' weighs tokens by their scores"):
         cache(SinkRecent(sinks=2, recent=6))
-    with pytest.raises(ValueError, match="victim must be 'fold', 'merge' or 'forget'"):
+    with pytest.raises(ValueError, match="victim must be one of forget, fold, merge"):
         LessKVCache(1, 4, 2, 16, 1, H2O(heavy=4, recent=4), victim="blend")
 
 

@@ -41,7 +41,7 @@ bool few_bits(const DecodeStepParams& p) { return packed(p.layout.v_dtype); }
 bool supported(const DecodeStepParams& p) {
   const FeatureMaps &phi = p.maps.phi, &psi = p.maps.psi;
   const bool maps =
-      phi.R == 0 || (p.spec.victim != Victim::merge && phi.R == p.layout.R && psi.R == phi.R &&
+      phi.R == 0 || (!weighs(p.spec.victim) && phi.R == p.layout.R && psi.R == phi.R &&
                      phi.R <= 64 && phi.D == p.spec.D && psi.D == p.spec.D &&
                      phi.w_dtype != DType::fp8 && psi.w_dtype != DType::fp8);
   const bool head_dim = decode_dispatch<float>(p.spec.D, false, [](auto, auto) {});

@@ -17,8 +17,8 @@ from less.cache.checks import (
     check_calibration,
     check_call,
     check_dtype,
-    check_merging,
     check_sidekick,
+    check_weighing,
     checked_victim,
     layer_capacities,
     layer_policies,
@@ -27,7 +27,7 @@ from less.cache.checks import (
     positive,
     real_device,
     sliding_layers,
-    warn_of_merging,
+    warn_of_weighing,
 )
 from less.cache.described import Described
 from less.cache.holdings import Holdings
@@ -37,6 +37,7 @@ from less.cache.protocol import CacheProtocol
 from less.cache.session import Session
 from less.calibration import Calibration
 from less.layer import Call, PageLayout
+from less.layer.spec import VICTIMS
 from less.policies import Policy
 from less.sidekick import Sidekick
 
@@ -148,9 +149,8 @@ class LessKVCache(Described, CacheProtocol):
         self.victim = checked_victim(op, victim, sidekick)
         if sidekick is not None:
             check_sidekick(op, sidekick, layers, q_heads, kv_heads, head_dim)
-        if self.victim == "merge":
-            check_merging(op, *self.policies)
-            warn_of_merging(op, self.policies)
+        check_weighing(op, self.victim, *self.policies)
+        warn_of_weighing(op, self.victim, self.policies)
         self._capacities = layer_capacities(op, capacities, self.policies, kv_heads)
         if calibration is not None:
             check_calibration(op, calibration, (layers, kv_heads, head_dim), sidekick, softcap)
@@ -170,7 +170,7 @@ class LessKVCache(Described, CacheProtocol):
                 continue
             # A full layer keeps every token, hence no state.
             maps = self.sidekick[i] if self.sidekick is not None and policy.evicts else {}
-            merges = policy.evicts and self.victim == "merge"
+            action = VICTIMS[self.victim]
             layout = PageLayout(
                 self.kv_heads,
                 self.head_dim,
@@ -178,7 +178,7 @@ class LessKVCache(Described, CacheProtocol):
                 self.dtype,
                 0 if self.sidekick is None or not maps else self.sidekick.rank,
                 *self._hot,
-                weights=merges or None,
+                weights=(policy.evicts and action.weighs) or None,
             )
             layers.append(
                 PagedLayer(
@@ -190,7 +190,7 @@ class LessKVCache(Described, CacheProtocol):
                     space=None if self.calibration is None else self.calibration.space(i),
                     scale=self.scale,
                     softcap=self.softcap,
-                    victim="merge" if merges else None,
+                    victim=None if action.maps or not policy.evicts else self.victim,
                     device=device,
                     backend=backend,
                 )

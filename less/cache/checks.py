@@ -15,6 +15,7 @@ from less.calibration import Calibration
 from less.dtypes import FLOATS
 from less.layer import Call, LayerPlan, Space
 from less.layer.kinds import KEY_MEAN, KINDS
+from less.layer.spec import CHOICES, VICTIMS
 from less.policies import Policy
 from less.sidekick import Sidekick
 
@@ -114,39 +115,44 @@ def checked_victim(op: str, victim: str | None, sidekick: Sidekick | None) -> st
     """
     if victim is None:
         return "forget" if sidekick is None else "fold"
-    if victim not in ("fold", "forget", "merge"):
-        raise ValueError(f"{op}: victim must be 'fold', 'merge' or 'forget', got {victim!r}")
-    if (victim == "fold") != (sidekick is not None):
+    if victim not in CHOICES:
+        raise ValueError(f"{op}: victim must be one of {', '.join(CHOICES)}, got {victim!r}")
+    if VICTIMS[victim].maps != (sidekick is not None):
+        folding = " or ".join(repr(name) for name in CHOICES if VICTIMS[name].maps)
         raise ValueError(
-            f"{op}: victim 'fold' and a sidekick belong together, got victim {victim!r} and "
+            f"{op}: victim {folding} and a sidekick belong together, got victim {victim!r} and "
             f"sidekick {sidekick!r}"
         )
     return victim
 
 
-def check_merging(op: str, *policies: Policy | None) -> None:
-    """Refuse policies whose tokens have no scores, by which tokens are merged.
+def check_weighing(op: str, victim: str, *policies: Policy | None) -> None:
+    """Refuse policies whose tokens have no scores, where a victim's action weighs by them.
 
     Raises:
         ValueError: One of them is such.
     """
+    if not VICTIMS[victim].weighs:
+        return
     for policy in policies:
         if policy is not None and policy.evicts and not policy.needs_scores:
             raise ValueError(
-                f"{op}: victim 'merge' weighs tokens by their scores, which policy "
+                f"{op}: victim {victim!r} weighs tokens by their scores, which policy "
                 f"{type(policy).__name__} does not keep; use H2O, or victim 'forget'"
             )
 
 
-def warn_of_merging(op: str, policies: Sequence[Policy | None]) -> None:
-    """Warn of scores that never decay.
+def warn_of_weighing(op: str, victim: str, policies: Sequence[Policy | None]) -> None:
+    """Warn of scores that never decay, where a victim's action weighs by them.
 
     Old tokens then move every mean, and a cache that merges loses more than one that forgets.
     """
+    if not VICTIMS[victim].weighs:
+        return
     policy = next((p for p in policies if p is not None and p.evicts and p.decay == 1.0), None)
     if policy is not None:
         warnings.warn(
-            f"{op}: victim 'merge' weighs means by scores, and those of {policy!r} never decay: "
+            f"{op}: victim {victim!r} weighs means by scores, and those of {policy!r} never decay: "
             "this does harm (docs/merging.md); give it a decay, such as 0.98",
             stacklevel=3,
         )

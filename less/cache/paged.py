@@ -14,7 +14,7 @@ from less.backend import Backend
 from less.cache.checks import (
     check_call,
     check_dtype,
-    check_merging,
+    check_weighing,
     positive,
     same_key_mean,
 )
@@ -33,6 +33,7 @@ from less.layer import (
     plain_space,
 )
 from less.layer.kinds import KEY_MEAN, kind_of
+from less.layer.spec import VICTIMS
 from less.policies import Policy
 from less.policies.base import checked_rank
 from less.reference import Attended, candidates
@@ -100,8 +101,8 @@ class PagedLayer:
                 f"{op}: layout must have the policy's capacity, {policy.capacity}, got "
                 f"{layout.capacity}"
             )
-        if victim == "merge":
-            check_merging(op, policy)
+        if victim in VICTIMS:  # others are refused by the spec
+            check_weighing(op, victim, policy)
         self.policy, self.layout, self.device = policy, layout, torch.device(device)
         if backend is None or isinstance(backend, str):
             backend = backends.choose(backend, self.device)

@@ -18,9 +18,32 @@ from less.layer.pool import Paged
 from less.layer.space import SPACE, Space
 from less.policies import Rule
 
-#: The actions on an evicted token, as in ``Victim`` of csrc/params.h. ``"none"``: no token joins
-#: and none is evicted, so that a step computes attention only.
-VICTIMS = {"none": 0, "forget": 1, "fold": 2, "merge": 3}
+
+@dataclass(frozen=True)
+class Victim:
+    """An action on an evicted token.
+
+    Attributes:
+        code: Its number, as in ``Victim`` of csrc/params.h.
+        maps: It needs feature maps and a low-rank state.
+        weighs: Slots stand for several tokens: they need log-weights, and scores to weigh by.
+    """
+
+    code: int
+    maps: bool = False
+    weighs: bool = False
+
+
+#: The actions by name. ``"none"``: no token joins and none is evicted, so that a step computes
+#: attention only.
+VICTIMS = {
+    "none": Victim(0),
+    "forget": Victim(1),
+    "fold": Victim(2, maps=True),
+    "merge": Victim(3, weighs=True),
+}
+#: Those that a cache may have.
+CHOICES = tuple(name for name in VICTIMS if name != "none")
 _VERSION = 4
 
 
@@ -97,7 +120,7 @@ def encode(
             layout.hot,
             int(bool(layout.weights)),
             layout.rank,
-            VICTIMS[spec.victim],
+            VICTIMS[spec.victim].code,
             int(spec.scores),
             int(spec.dependent),
             spec.null_page,
@@ -151,10 +174,11 @@ class LayerPlan:
             raise ValueError(
                 f"{op}: the layout's rank must be that of the maps, {rank}, got {self.layout.rank}"
             )
-        if self.spec.victim == "merge" and not self.layout.weights:
-            raise ValueError(f"{op}: victim 'merge' needs a layout with weights")
-        if self.spec.victim == "fold" and self.maps is None:
-            raise ValueError(f"{op}: victim 'fold' needs maps")
+        victim = VICTIMS[self.spec.victim]
+        if victim.weighs and not self.layout.weights:
+            raise ValueError(f"{op}: victim {self.spec.victim!r} needs a layout with weights")
+        if victim.maps and self.maps is None:
+            raise ValueError(f"{op}: victim {self.spec.victim!r} needs maps")
         if self.maps is not None:
             self.maps.check(op, Q, K, self.layout.head_dim)
             object.__setattr__(self, "memory", self.maps.memory)

@@ -31,7 +31,7 @@ cudaError_t launch_decode(const DecodeStepParams& p, const DecodePlan& plan, cud
         return;
       }
     }
-    if (p.spec.victim == Victim::merge || (kFewBits<T> && p.layout.weights)) {
+    if (weighs(p.spec.victim) || (kFewBits<T> && p.layout.weights)) {
       error = launch_decode_kernel<T, kD, kMma, DecodeMerge>(p, plan, stream);
     } else {
       error = launch_decode_kernel<T, kD, kMma, DecodeForget>(p, plan, stream);
