@@ -228,6 +228,9 @@ class LessKVCache(Contents, Described, CacheProtocol):
 
         Raises:
             ValueError: An argument is wrong; the cache is as it was.
+            RuntimeError: Another thread is in a call of this cache; or memory ran out while pages
+                were written, now or in an earlier call: the message says to reset the cache. Where
+                it does not, the cache is as it was.
         """
         op = "attend"
         self._check_layer(op, layer)
@@ -286,8 +289,9 @@ class LessKVCache(Contents, Described, CacheProtocol):
 
     def reset(self) -> None:
         """Forget everything; keep the memory."""
-        self._holdings.clear()
-        self.session.reset()
+        with self.session.turn.taken("reset", mends=True):
+            self._holdings.clear()
+            self.session.reset()
 
     def to(self, device: torch.device | str) -> LessKVCache:
         """Move everything held to another device, in place; decoding goes on there.
@@ -317,11 +321,14 @@ class LessKVCache(Contents, Described, CacheProtocol):
         return self
 
     def _move(self, target: torch.device) -> None:
-        moved = self._built(backends.choose(self.backend, target), target)
-        moved.copy(self._holdings)
-        self.session.moved(target)()
-        self.device, self._holdings = target, moved
-        moved.reserve()
+        with self.session.turn.taken("to", reads=True):
+            moved = self._built(backends.choose(self.backend, target), target)
+            moved.copy(self._holdings)
+            moved.reserve()
+            put = self.session.moved(target)
+        with self.session.turn.taken("to"):
+            put()
+            self.device, self._holdings = target, moved
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was, as beam search does.
@@ -339,8 +346,10 @@ class LessKVCache(Contents, Described, CacheProtocol):
         if bool(((rows < 0) | (rows >= self.batch)).any()):
             raise ValueError(f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}")
         rows = rows.to(self.device, torch.int64)
-        self._holdings.reorder(rows)
-        self.session.reorder(rows)
+        scratch, put = self._holdings.scratch(self.device), self.session.reordered(rows)
+        with self.session.turn.taken("reorder"):
+            self._holdings.reorder(rows, scratch)
+            put()
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, of plain values and copies of the tensors; the sidekick is not in it.
@@ -350,7 +359,8 @@ class LessKVCache(Contents, Described, CacheProtocol):
             slide), ``columns``, ``fed`` (which text a model was fed, as counts and digests) and
             ``cache``, the settings that a cache must share to load it.
         """
-        return snapshot.save(self._settings(), self.pools, self.session)
+        with self.session.turn.taken("state_dict", reads=True):
+            return snapshot.save(self._settings(), self.pools, self.session)
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Continue from a snapshot; decoding goes on bit for bit.
@@ -359,5 +369,7 @@ class LessKVCache(Contents, Described, CacheProtocol):
             ValueError: The snapshot is of another kind of cache, incomplete or damaged; the
                 message names what differs and the cache is as it was.
         """
-        snapshot.load(d, self._settings(), self.pools, self.layouts, self.session)
+        put = snapshot.loaded(d, self._settings(), self.pools, self.layouts, self.session)
+        with self.session.turn.taken("load_state_dict", mends=True):
+            put()
         self._limits.heed(self.columns)

@@ -49,7 +49,7 @@ def never(check: Callable[..., Any]) -> Callable[..., None]:
 
 def rows_as_they_were(reorder: Callable[..., Any]) -> Callable[..., Any]:
     """Reorders into the order that was."""
-    return lambda self, rows: reorder(self, torch.arange(len(rows)))
+    return lambda self, rows, *scratch: reorder(self, torch.arange(len(rows)), *scratch)
 
 
 PLANTED = {
