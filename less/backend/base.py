@@ -67,7 +67,7 @@ class Backend(Protocol):
             rank: The policy's ranks [B, K, S + T], where the layer has no rule.
 
         Raises:
-            HalfWrittenError: It stopped while it wrote; else, whatever is raised, nothing is written.
+            HalfWrittenError: It stopped while it wrote. Of other errors, nothing is written.
         """
 
     def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
