@@ -6,7 +6,7 @@
 #                 ARGS="-n 0" in one process)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
-#   make soak      tests/fuzz at length: a million calls of caches, 50,000 damaged files, 20,000 wrong
+#   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged files, 20,000 wrong
 #                  calls of ops (STEPS of each backend, FILES of each kind, CALLS for others)
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
@@ -74,7 +74,7 @@ FILES ?= 6000
 CALLS ?= 20000
 soak: ready $(VENV)/dev.stamp
 	LESS_FUZZ_STEPS=$(STEPS) LESS_FUZZ_FILES=$(FILES) LESS_FUZZ_CALLS=$(CALLS) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest tests/fuzz -n logical --maxprocesses 8 --dist load $(ARGS)
+	  $(BIN)/python -m pytest tests/fuzz tests/faults -n logical --maxprocesses 8 --dist load $(ARGS)
 
 test-aarch64: $(VENV)/requirements.stamp
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \

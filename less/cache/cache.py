@@ -261,7 +261,8 @@ class LessKVCache(Contents, Described, CacheProtocol):
         require_int("advance", "steps", steps, 0)
         for layer in range(self.layers):
             self._check_room("advance", layer, steps)
-        self.session.columns = [columns + steps for columns in self.session.columns]
+        with self.session.turn.taken("advance"):
+            self.session.columns = [columns + steps for columns in self.session.columns]
         self._limits.heed(self.columns)
 
     def _check_room(self, op: str, layer: int, tokens: int) -> None:
