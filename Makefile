@@ -6,8 +6,9 @@
 #                 ARGS="-n 0" in one process)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
-#   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged files, 20,000 wrong
-#                  calls of ops (STEPS of each backend, FILES of each kind, CALLS for others)
+#   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged
+#                  files, 20,000 wrong calls of ops (STEPS of each backend, FILES of each kind,
+#                  CALLS for others)
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
 #                  emulator/README.md has more)
