@@ -110,7 +110,8 @@ class Holdings:
         """Tokens that a layer has seen, int64 [B]; of one that slides too."""
         if self.layers[layer] is None:
             return self.session.sliding_seen[layer]
-        return self.views(layer)[0].seen
+        paged, at = self.at(layer)
+        return paged.layout.seen(at.pool)
 
     def memory(self) -> dict[str, int]:
         """``LessKVCache.memory``."""
