@@ -6,8 +6,10 @@
 #                 ARGS="-n 0" in one process)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
-#   make soak      tests/fuzz at length: a million calls of caches, 50,000 damaged files, 20,000 wrong
-#                  calls of ops (STEPS of each backend, FILES of each kind, CALLS for others)
+#   make sanitize  make test-cpp's first half under AddressSanitizer, UBSan and ThreadSanitizer
+#   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged
+#                  files, 20,000 wrong calls of ops (STEPS of each backend, FILES of each kind,
+#                  CALLS for others)
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
 #                  emulator/README.md has more)
@@ -43,7 +45,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 soak emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 sanitize soak emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -68,13 +70,23 @@ test-cpp: $(VENV)/requirements.stamp
 	$(BIN)/cmake --build build/emulated
 	build/emulated/tests/cpp/kernels_test
 
+# The same test with checks at every access: a build of two sanitizers, and one that looks for races
+# between threads that share a call.
+sanitize: $(VENV)/requirements.stamp
+	for checks in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/sanitize-$$checks $(SELFTEST) -DLESS_WERROR=OFF \
+	    -DLESS_SANITIZE=$$checks && \
+	  $(BIN)/cmake --build build/sanitize-$$checks && \
+	  build/sanitize-$$checks/tests/cpp/kernels_test || exit 1; \
+	done
+
 # What make test samples: random calls of caches, damaged files, wrong calls of ops.
 STEPS ?= 125000
 FILES ?= 6000
 CALLS ?= 20000
 soak: ready $(VENV)/dev.stamp
 	LESS_FUZZ_STEPS=$(STEPS) LESS_FUZZ_FILES=$(FILES) LESS_FUZZ_CALLS=$(CALLS) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest tests/fuzz -n logical --maxprocesses 8 --dist load $(ARGS)
+	  $(BIN)/python -m pytest tests/fuzz tests/faults -n logical --maxprocesses 8 --dist load $(ARGS)
 
 test-aarch64: $(VENV)/requirements.stamp
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \

@@ -63,7 +63,7 @@ void compact(Tensor k, Tensor v, OptionalTensor scales, OptionalTensor valid, Te
   launch(arguments, cuda::compact, params, {{"k", k}, {"pool", pool}});
 #else
   reset_fresh(arguments, of.layout, params.pool, B);
-  run(params);
+  writing(kOp, [&] { run(params); });
 #endif
 }
 

@@ -132,7 +132,7 @@ void decode_step(Tensor q, Tensor k, Tensor v, OptionalTensor valid, Tensor out,
   }
 #else
   reset_fresh(arguments, of.layout, params.pool, B);
-  run(params);
+  writing(kOp, [&] { run(params); });
 #endif
 }
 

@@ -47,5 +47,16 @@ inline int64_t grain(int64_t work) {
   return work >= kWorthAFork ? 1 : kWorthAFork / (work < 1 ? 1 : work);
 }
 
+// Runs what writes pages. Once it has begun, they are whole again only at its end, and what stops
+// it, such as want of memory for a kernel's scratch, is told by a message that callers know.
+template <typename Write>
+void writing(const char* op, const Write& write) {
+  try {
+    write();
+  } catch (const std::exception& error) {
+    fail(op, ": stopped while it wrote, and the pages are no longer whole: ", error.what());
+  }
+}
+
 }  // namespace less::ops
 #endif

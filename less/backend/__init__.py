@@ -7,11 +7,11 @@ import warnings
 import torch
 
 from less.backend import ops
-from less.backend.base import Backend
+from less.backend.base import Backend, HalfWrittenError
 from less.backend.native import NativeBackend
 from less.backend.reference import ReferenceBackend
 
-__all__ = ["Backend", "NativeBackend", "ReferenceBackend", "choose", "ops"]
+__all__ = ["Backend", "HalfWrittenError", "NativeBackend", "ReferenceBackend", "choose", "ops"]
 
 
 def choose(backend: str | None, device: torch.device) -> Backend:

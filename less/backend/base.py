@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -9,6 +11,10 @@ from torch import Tensor
 
 from less.layer import Call, LayerPlan, Paged, Rows
 from less.reference import Attended
+
+
+class HalfWrittenError(RuntimeError):
+    """A call stopped while it wrote pages, which are no longer whole and must be cleared."""
 
 
 class Backend(Protocol):
@@ -59,16 +65,33 @@ class Backend(Protocol):
             at: The layer's pages; none of them begins.
             plan: The layer.
             rank: The policy's ranks [B, K, S + T], where the layer has no rule.
+
+        Raises:
+            HalfWrittenError: It stopped while it wrote. Of other errors, nothing is written.
         """
 
     def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
         """Attend and compact for one token, under a policy that has a rule; returns the output."""
 
 
-def add_share(step: Attended, at: Paged, plan: LayerPlan) -> None:
-    """Add to the pages the share of a call's attention mass that the low-rank state took."""
+@contextmanager
+def writing() -> Iterator[None]:
+    """What is raised within says that pages are half written."""
+    try:
+        yield
+    except Exception as error:
+        raise HalfWrittenError(
+            f"attend: it stopped while it wrote pages, which are no longer whole: {error}"
+        ) from error
+
+
+def added_share(step: Attended, at: Paged, plan: LayerPlan) -> Callable[[], None]:
+    """The share of a call's attention mass that the low-rank state took; returns what adds it.
+
+    All that allocates is done before it returns.
+    """
     if plan.maps is None:
-        return
+        return lambda: None
     K = plan.layout.kv_heads
     index, there = at.index(step.share.shape[0], plan.spec.null_page)
     added = step.share.unflatten(1, (K, -1)).sum((2, 3), dtype=torch.float64)
@@ -76,6 +99,10 @@ def add_share(step: Attended, at: Paged, plan: LayerPlan) -> None:
         index, added = index[there], added[there]
     else:  # which rows have a page would have to come back from the device: the rest adds nothing
         added = torch.where(there.unsqueeze(1), added, 0.0)
-    for views in plan.layout.views(at.pool):
-        first, count = views.heads.start, views.heads.stop - views.heads.start
-        views.share.index_add_(0, index, added.narrow(1, first, count))
+
+    def add() -> None:
+        for views in plan.layout.views(at.pool):
+            first, count = views.heads.start, views.heads.stop - views.heads.start
+            views.share.index_add_(0, index, added.narrow(1, first, count))
+
+    return add

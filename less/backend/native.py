@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from less.backend import ops
-from less.backend.base import add_share
+from less.backend.base import HalfWrittenError, added_share, writing
 from less.dtypes import has_scale
 from less.layer import Call, LayerPlan, Paged, Rows
 from less.reference import Attended, query_shift, rounded
@@ -89,9 +89,26 @@ class NativeBackend:
         rank: Tensor | None,
     ) -> None:
         """Insert, evict, fold."""
-        ops.compact(new, valid, step.score, at, plan, rank=rank)
-        add_share(step, at, plan)
+        add = added_share(step, at, plan)
+        try:
+            ops.compact(new, valid, step.score, at, plan, rank=rank)
+        except RuntimeError as error:
+            raise _told(error) from error
+        with writing():
+            add()
 
     def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
         """One fused op, which allocates nothing but its output."""
-        return ops.decode_step(call, at, plan, self._scratch)
+        try:
+            return ops.decode_step(call, at, plan, self._scratch)
+        except RuntimeError as error:
+            raise _told(error) from error
+
+
+#: In the messages of ops that stopped while they wrote: csrc/ops/library.h, csrc/ops/launch.h.
+_HALF = ("pages are no longer whole", "the launch failed")
+
+
+def _told(error: RuntimeError) -> RuntimeError:
+    """The error itself, or where pages are half written, one that says so by its type."""
+    return HalfWrittenError(str(error)) if any(text in str(error) for text in _HALF) else error

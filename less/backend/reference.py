@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from less import reference
-from less.backend.base import add_share
+from less.backend.base import added_share, writing
 from less.dtypes import EIGHT_BITS, FLOATS, FORMATS
 from less.layer import Call, LayerPlan, Maps, Paged, PageViews, Rows, Slots, Space, State, put_rows
 from less.reference import Attended
@@ -98,7 +98,7 @@ class ReferenceBackend:
         index, there = _pages(at, plan, B)
         valid = _valid(valid, there, T)
         S = plan.layout.slots
-        seen = None
+        afters = []
         for run in list(_runs(at, plan, index, there)):
             own = run.slots.position.shape[2]
 
@@ -118,21 +118,23 @@ class ReferenceBackend:
                 sinks=plan.layout.sinks or 0,
                 space=run.space,
             )
-            _put(run.views.slots, after.slots, index, there)
-            if run.views.state is not None and after.state is not None:
-                _put(run.views.state, after.state, index, there)
-            seen = after.seen
-        if seen is not None:
-            views = plan.layout.views(at.pool)[0]
-            views.seen.index_copy_(0, index[there], seen[there])
-        add_share(step, at, plan)
+            afters.append((run.views, after))
+        add = added_share(step, at, plan)
+        with writing():
+            for views, after in afters:
+                _put(views.slots, after.slots, index, there)
+                if views.state is not None and after.state is not None:
+                    _put(views.state, after.state, index, there)
+            for views, after in afters[-1:]:
+                views.seen.index_copy_(0, index[there], after.seen[there])
+            add()
 
     def decode_step(self, call: Call, at: Paged, plan: LayerPlan) -> Tensor:
         """Attend, then compact."""
         new = self.rounded(call.k, call.v, plan)
         step = self.attend(call, new, at, plan)
         if plan.spec.victim == "none":
-            add_share(step, at, plan)
+            added_share(step, at, plan)()
         else:
             begun = at if at.rows is None else Paged(at.pool, at.rows.used())
             self.compact(new, call.valid, step, begun, plan, None)

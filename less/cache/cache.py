@@ -23,12 +23,12 @@ from less.cache.checks import (
     layer_capacities,
     layer_policies,
     named_device,
-    no_state,
     positive,
     real_device,
     sliding_layers,
     warn_of_weighing,
 )
+from less.cache.contents import Contents
 from less.cache.described import Described
 from less.cache.holdings import Holdings
 from less.cache.limits import BiasedKeys, TrainingLimits
@@ -42,7 +42,7 @@ from less.policies import Policy
 from less.sidekick import Sidekick
 
 
-class LessKVCache(Described, CacheProtocol):
+class LessKVCache(Contents, Described, CacheProtocol):
     """A KV cache of fixed size: S slots per kv head, and a low-rank state of what was evicted.
 
     Memory is allocated here, once; no call ever grows it. Use ``attend`` in place of writing to the
@@ -197,11 +197,6 @@ class LessKVCache(Described, CacheProtocol):
             )
         return Holdings(layers, self.batch, device, self.session)
 
-    @property
-    def held(self) -> list[PagedLayer]:
-        """The layers that this cache holds: all but those that slide."""
-        return self._holdings.held
-
     def attend(
         self,
         layer: int,
@@ -233,6 +228,9 @@ class LessKVCache(Described, CacheProtocol):
 
         Raises:
             ValueError: An argument is wrong; the cache is as it was.
+            RuntimeError: Another thread is in a call of this cache; or memory ran out while pages
+                were written, now or in an earlier call: the message says to reset the cache. Where
+                it does not, the cache is as it was.
         """
         op = "attend"
         self._check_layer(op, layer)
@@ -263,7 +261,8 @@ class LessKVCache(Described, CacheProtocol):
         require_int("advance", "steps", steps, 0)
         for layer in range(self.layers):
             self._check_room("advance", layer, steps)
-        self.session.columns = [columns + steps for columns in self.session.columns]
+        with self.session.turn.taken("advance"):
+            self.session.columns = [columns + steps for columns in self.session.columns]
         self._limits.heed(self.columns)
 
     def _check_room(self, op: str, layer: int, tokens: int) -> None:
@@ -275,18 +274,6 @@ class LessKVCache(Described, CacheProtocol):
             raise ValueError(
                 f"{op}: layer {layer} is full attention with room for {policy.capacity} tokens, "
                 f"padding included, got {columns}; build the cache with a larger max_tokens"
-            )
-
-    def _check_layer(self, op: str, layer: object) -> None:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise ValueError(f"{op}: layer must be a whole number, got {layer!r}")
-        if not 0 <= layer < self.layers:
-            raise ValueError(f"{op}: layer must be in 0 .. {self.layers - 1}, got {layer}")
-        if layer in self.native:
-            held = [i for i in range(self.layers) if i not in self.native]
-            raise ValueError(
-                f"{op}: layer {layer} slides: it bounds itself, and this cache holds none of "
-                f"its tokens; the layers that it holds are {held}"
             )
 
     @property
@@ -301,75 +288,11 @@ class LessKVCache(Described, CacheProtocol):
             raise ValueError("policy: the layers of this cache have several; see cache.policies")
         return first
 
-    def positions(self, layer: int) -> Tensor:
-        """Row-local positions of the kept tokens, int32 [B, K, S], -1 where a slot is empty.
-
-        S is that of the head with the most slots, here and below.
-        """
-        self._check_layer("positions", layer)
-        return self._holdings.gathered(layer, "position", -1)
-
-    def scores(self, layer: int) -> Tensor:
-        """Scores of the kept tokens, float32 [B, K, S]; 0 where the policy uses none."""
-        self._check_layer("scores", layer)
-        return self._holdings.gathered(layer, "scores", 0)
-
-    def weights(self, layer: int) -> Tensor:
-        """Log-weights, float32 [B, K, S]: 0 unless a slot stands for several tokens."""
-        self._check_layer("weights", layer)
-        return self._holdings.gathered(layer, "log_weight", 0)
-
-    def state(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The low-rank state: H [B, K, R, D] and z [B, K, R], float32.
-
-        Raises:
-            ValueError: The layer has no low-rank state; the message says why.
-        """
-        self._check_layer("state", layer)
-        states = [views.state for views in self._holdings.views(layer)]
-        held = [x for x in states if x is not None] or no_state(layer, self.sidekick)
-        return torch.cat([x.H for x in held], 1), torch.cat([x.z for x in held], 1)
-
-    @property
-    def seen(self) -> Tensor:
-        """Tokens seen by each row, padding left out, int64 [B]; of the layer that is furthest."""
-        return torch.stack([self._holdings.seen_of(i) for i in range(self.layers)]).amax(0)
-
-    @property
-    def layouts(self) -> tuple[PageLayout | None, ...]:
-        """What a page of each layer holds; None for layers that slide."""
-        return self._holdings.layouts
-
-    def memory(self) -> dict[str, int]:
-        """Bytes held, by purpose.
-
-        Returns:
-            ``slots`` (k, v, their scales, positions, scores, log-weights), ``state`` (H, z),
-            ``maps`` (the sidekick's weights, and means and scales of channels), ``workspace``
-            (counters, and the scratch of a GPU's kernels), ``native`` (k and v of layers that
-            slide, which grow until their windows are full), ``total`` of these, and ``full``: the
-            k and v that a full cache would hold of the same tokens now, in this cache's dtype,
-            or in 16 bits where that has fewer, which full caches are not held in; for layers that
-            slide, what they hold. ``slots``, ``state`` and the counters are ``batch`` times
-            ``PageLayout.nbytes`` of every layer.
-        """
-        return self._holdings.memory()
-
-    def stats(self) -> dict[str, list[int] | list[float]]:
-        """What happened so far, a list over layers each.
-
-        Returns:
-            ``seen``: tokens, summed over rows; ``kept``: tokens in slots, summed over rows, mean
-            over kv heads; ``evictions``: their difference; ``memory_share``: mean part of a
-            query's attention mass that the low-rank state took. A layer that slides keeps what its
-            own window needs and evicts nothing here: its ``kept`` is its ``seen``.
-        """
-        return self._holdings.stats()
-
     def reset(self) -> None:
         """Forget everything; keep the memory."""
-        self._holdings.clear()
-        self.session.reset()
+        with self.session.turn.taken("reset", mends=True):
+            self._holdings.clear()
+            self.session.reset()
 
     def to(self, device: torch.device | str) -> LessKVCache:
         """Move everything held to another device, in place; decoding goes on there.
@@ -399,11 +322,14 @@ class LessKVCache(Described, CacheProtocol):
         return self
 
     def _move(self, target: torch.device) -> None:
-        moved = self._built(backends.choose(self.backend, target), target)
-        moved.copy(self._holdings)
-        self.session.moved(target)()
-        self.device, self._holdings = target, moved
-        moved.reserve()
+        with self.session.turn.taken("to", reads=True):
+            moved = self._built(backends.choose(self.backend, target), target)
+            moved.copy(self._holdings)
+            moved.reserve()
+            put = self.session.moved(target)
+        with self.session.turn.taken("to"):
+            put()
+            self.device, self._holdings = target, moved
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row ``rows[i]`` was, as beam search does.
@@ -421,13 +347,10 @@ class LessKVCache(Described, CacheProtocol):
         if bool(((rows < 0) | (rows >= self.batch)).any()):
             raise ValueError(f"reorder: rows must be in 0 .. {self.batch - 1}, got {rows.tolist()}")
         rows = rows.to(self.device, torch.int64)
-        self._holdings.reorder(rows)
-        self.session.reorder(rows)
-
-    @property
-    def pools(self) -> dict[int, Tensor]:
-        """The pages of each layer that this cache holds, uint8 [B, page]: not copies."""
-        return {i: pool for i, pool in enumerate(self._holdings.pools) if pool is not None}
+        scratch, put = self._holdings.scratch(self.device), self.session.reordered(rows)
+        with self.session.turn.taken("reorder"):
+            self._holdings.reorder(rows, scratch)
+            put()
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot, of plain values and copies of the tensors; the sidekick is not in it.
@@ -437,7 +360,8 @@ class LessKVCache(Described, CacheProtocol):
             slide), ``columns``, ``fed`` (which text a model was fed, as counts and digests) and
             ``cache``, the settings that a cache must share to load it.
         """
-        return snapshot.save(self._settings(), self.pools, self.session)
+        with self.session.turn.taken("state_dict", reads=True):
+            return snapshot.save(self._settings(), self.pools, self.session)
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Continue from a snapshot; decoding goes on bit for bit.
@@ -446,5 +370,7 @@ class LessKVCache(Described, CacheProtocol):
             ValueError: The snapshot is of another kind of cache, incomplete or damaged; the
                 message names what differs and the cache is as it was.
         """
-        snapshot.load(d, self._settings(), self.pools, self.layouts, self.session)
+        put = snapshot.loaded(d, self._settings(), self.pools, self.layouts, self.session)
+        with self.session.turn.taken("load_state_dict", mends=True):
+            put()
         self._limits.heed(self.columns)

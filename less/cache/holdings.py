@@ -93,17 +93,25 @@ class Holdings:
             if at is not None and pool is not None:
                 at.layout.clear(pool)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i what row ``rows[i]`` was: int64 [B]."""
+    def scratch(self, device: torch.device) -> Tensor:
+        """Memory for a copy of any layer's pages, uint8 [bytes of the largest]."""
+        largest = max((x.numel() for x in self.pools if x is not None), default=0)
+        return torch.empty(largest, dtype=torch.uint8, device=device)
+
+    def reorder(self, rows: Tensor, scratch: Tensor) -> None:
+        """Make row i what row ``rows[i]`` was: int64 [B]; ``scratch`` is written."""
         for pool in self.pools:
             if pool is not None:
-                pool.copy_(pool.index_select(0, rows))
+                copy = scratch[: pool.numel()].view_as(pool)
+                torch.index_select(pool, 0, rows, out=copy)
+                pool.copy_(copy)
 
     def seen_of(self, layer: int) -> Tensor:
         """Tokens that a layer has seen, int64 [B]; of one that slides too."""
         if self.layers[layer] is None:
             return self.session.sliding_seen[layer]
-        return self.views(layer)[0].seen
+        paged, at = self.at(layer)
+        return paged.layout.seen(at.pool)
 
     def memory(self) -> dict[str, int]:
         """``LessKVCache.memory``."""

@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from less.backend import HalfWrittenError
+from less.cache.turn import Turn
+
 _PRIME = 2**31 - 1  # products of two residues fit in int64
 _BASE = 1_103_515_245
 
@@ -66,9 +69,6 @@ class SlidingLayer(Protocol):
     def reset(self) -> None:
         """Forget everything."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row ``beam_idx[i]`` was."""
-
 
 def sliding_tensors(layer: SlidingLayer) -> dict[str, Tensor]:
     """What a sliding layer holds; nothing before its first token."""
@@ -77,19 +77,24 @@ def sliding_tensors(layer: SlidingLayer) -> dict[str, Tensor]:
     return {"keys": layer.keys, "values": layer.values}
 
 
-def load_sliding(
+def loaded_sliding(
     layer: SlidingLayer,
     tensors: Mapping[str, Tensor],
     index: int,
     columns: int,
     device: torch.device,
-) -> None:
-    """Put a snapshot's ``<index>.keys`` and ``<index>.values`` into a sliding layer."""
-    layer.reset()
-    if columns:
-        keys, values = (tensors[f"{index}.{n}"].to(device, copy=True) for n in ("keys", "values"))
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values, layer.cumulative_length = keys, values, columns
+) -> Callable[[], None]:
+    """Copy a snapshot's ``<index>.keys`` and ``<index>.values``; what is returned puts them in."""
+    copies = [tensors[f"{index}.{n}"].to(device, copy=True) for n in ("keys", "values") if columns]
+
+    def put() -> None:
+        layer.reset()
+        if copies:
+            layer.lazy_initialization(*copies)
+            layer.keys, layer.values = copies
+            layer.cumulative_length = columns
+
+    return put
 
 
 class Bound(Protocol):
@@ -117,6 +122,8 @@ class Session:
         sliding: The cache layers of transformers that serve the layers that slide; None until
             ``less.hf``, which knows the windows, makes them.
         sliding_seen: Tokens that each of those has seen, int64 [B].
+        passing: Columns before a model's forward pass that has not ended; None: there is none.
+        turn: Whose calls change the cache.
         other_weights: What was last said of a model whose weights are not the sidekick's; see
             ``less.hf.weights``.
     """
@@ -126,6 +133,8 @@ class Session:
     ) -> None:
         self.columns = [0] * layers
         self.bound: Bound | None = None
+        self.passing: int | None = None
+        self.turn = Turn()
         self.other_weights = ""
         self.sliding: dict[int, SlidingLayer | None] = dict.fromkeys(sliding)
         self.sliding_seen = {
@@ -145,30 +154,55 @@ class Session:
 
         They are counted first. A call that is interrupted, at whatever point, is then ahead of the
         other layers' and found unfinished.
+
+        Raises:
+            RuntimeError: Another call is under way, or one stopped half way; or this one did.
         """
-        self.columns[layer] += tokens
-        try:
+        if torch.compiler.is_compiling():  # a graph changes what is not a tensor at its end alone
+            self.columns[layer] += tokens
             return run()
+        self.turn.take("attend")
+        whole = False
+        try:
+            self.columns[layer] += tokens
+            out = run()
+            whole = True
+        except HalfWrittenError:
+            raise
         except Exception:
             self.columns[layer] -= tokens
+            whole = True
             raise
+        finally:
+            self.turn.give(whole)
+        return out
 
     def reset(self) -> None:
         """Forget every text."""
+        self.passing = None
         self.columns = [0] * len(self.columns)
         for _, at in self.made():
             at.reset()
         for seen in self.sliding_seen.values():
             seen.zero_()
 
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i what row ``rows[i]`` was: int64 [B]."""
-        for _, at in self.made():
-            at.reorder_cache(rows)
-        for seen in self.sliding_seen.values():
-            seen.copy_(seen.index_select(0, rows))
-        if self._fed is not None:
-            self._fed.copy_(self._fed.index_select(0, rows.to(self._fed.device)))
+    def reordered(self, rows: Tensor) -> Callable[[], None]:
+        """Copy rows, row i from row ``rows[i]``: int64 [B]; what is returned puts them in place."""
+        held = list(self.sliding_seen.values())
+        held += [self._fed] if self._fed is not None else []
+        copies = [x.index_select(0, rows.to(x.device)) for x in held]
+        layers = [
+            (at, {n: x.index_select(0, rows.to(x.device)) for n, x in sliding_tensors(at).items()})
+            for _, at in self.made()
+        ]
+
+        def put() -> None:
+            for x, copy in zip(held, copies, strict=True):
+                x.copy_(copy)
+            for at, tensors in layers:
+                vars(at).update(tensors)
+
+        return put
 
     def moved(self, device: torch.device) -> Callable[[], None]:
         """Copy all tensors to a device; what is returned puts the copies in place."""
@@ -228,5 +262,5 @@ class Session:
 
     def load_fed(self, fed: Tensor) -> None:
         """Put a snapshot's record in place, int64 [B, 2], after the rest is loaded."""
-        self._fed = None
+        self.passing = None
         self.fed_tokens().copy_(fed)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from less._check import require_int, require_shape, require_tensor
-from less.cache.session import Session, load_sliding, sliding_tensors
+from less.cache.session import Session, loaded_sliding, sliding_tensors
 from less.layer import PageLayout
 
 FORMAT = 6
@@ -48,21 +48,24 @@ def save(
     }
 
 
-def load(
+def loaded(
     d: dict[str, Any],
     settings: Mapping[str, Any],
     pools: Mapping[int, Tensor],
     layouts: Sequence[PageLayout | None],
     session: Session,
-) -> None:
-    """``LessKVCache.load_state_dict``.
+) -> Callable[[], None]:
+    """Check a snapshot for ``LessKVCache.load_state_dict``, and copy what is to be allocated.
 
     Args:
         d: The snapshot.
         settings: Of the cache, as in ``save``.
-        pools: Its pages. Written.
+        pools: Its pages.
         layouts: What a page of each layer holds; None where it has none.
-        session: Its session. Written.
+        session: Its session.
+
+    Returns:
+        What puts it in place: writes pages and session.
 
     Raises:
         ValueError: The snapshot is of another kind of cache, incomplete or damaged; the message
@@ -120,12 +123,21 @@ def load(
     require_shape(op, "fed", fed, [B, 2])
     if fed.dtype != torch.int64:
         raise ValueError(f"{op}: fed must have dtype torch.int64, got {fed.dtype}")
-    for name, x in mine.items():
-        x.copy_(d["tensors"][name])
-    for i, at in session.made():
-        load_sliding(at, d["tensors"], i, columns[i], session.sliding_seen[i].device)
-    session.columns = columns
-    session.load_fed(fed)
+    layers = [
+        loaded_sliding(at, d["tensors"], i, columns[i], session.sliding_seen[i].device)
+        for i, at in session.made()
+    ]
+    session.fed_tokens()  # allocated now, where it never was
+
+    def put() -> None:
+        for name, x in mine.items():
+            x.copy_(d["tensors"][name])
+        for put_layer in layers:
+            put_layer()
+        session.columns = columns
+        session.load_fed(fed)
+
+    return put
 
 
 def _values(op: str, name: str, x: object) -> Tensor:

@@ -183,7 +183,9 @@ def train(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     walk.close()
-    for path in [*folder.glob("layer-*.safetensors"), folder / _RUN]:
+    # Of earlier runs too, which were killed while they wrote.
+    parts = [*folder.glob(".layer-*.safetensors"), *folder.glob(f".{_RUN}.*")]
+    for path in [*parts, *folder.glob("layer-*.safetensors"), folder / _RUN]:
         path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -93,6 +93,7 @@ class Binding:
         self._check_length(op, ids.shape[1], valid)
         self._check_positions(op, given.get("position_ids"), valid)
         self.call = _Call(ids, valid, cache.columns)
+        cache.session.passing = cache.columns
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -109,6 +110,7 @@ class Binding:
                 "its content is no longer whole, call cache.reset()"
             )
         self.cache.session.feed(call.ids, call.valid)
+        self.cache.session.passing = None
         self._check_finite(type(module).__name__, call, output)
 
     def _check_finite(self, op: str, call: _Call, output: Any) -> None:
@@ -146,13 +148,16 @@ class Binding:
         )
 
     def check_whole(self) -> None:
-        """Refuse to go on where the layers have seen different numbers of columns.
+        """Refuse to go on where a pass has ended amid the layers, or before its text was noted.
 
         Raises:
-            RuntimeError: They have.
+            RuntimeError: One has.
         """
-        columns = set(self.cache.session.columns)
-        if len(columns) != 1:
+        session = self.cache.session
+        columns = set(session.columns)
+        # Of a pass that ended before its first layer wrote, nothing is left.
+        left = session.passing is not None and columns != {session.passing}
+        if len(columns) != 1 or left:
             raise RuntimeError(
                 f"the cache's layers have seen {sorted(columns)} columns: an earlier call failed "
                 "on its way through the model. Call cache.reset(), or load_state_dict a snapshot"

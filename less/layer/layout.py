@@ -356,7 +356,7 @@ class PageLayout:
         """
         # narrow, not slices: those look at the device, which tensors without values do not have.
         numbers = pool.view(torch.int64)
-        seen = numbers.select(1, 0)
+        seen = self.seen(pool)
         share = numbers.narrow(1, _SHARE // 8, self.kv_heads).view(torch.float64)
         views = []
         for run in self.runs():
@@ -374,6 +374,10 @@ class PageLayout:
             slots = Slots(weight=weight, format=self.format, **of)
             views.append(PageViews(run, slots, state, own, seen))
         return views
+
+    def seen(self, pool: Tensor) -> Tensor:
+        """Tokens that each page has seen, int64 [N]: a view of the pool."""
+        return pool.view(torch.int64).select(1, 0)
 
     def clear(self, pool: Tensor) -> None:
         """Make every page of a pool that of an empty sequence, in place."""

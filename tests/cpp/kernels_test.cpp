@@ -10,6 +10,8 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "naive.h"
@@ -26,6 +28,21 @@ void expect(bool right, const std::string& what) {
   if (right) return;
   ++failures;
   std::printf("FAILED %s: %s\n", where.c_str(), what.c_str());
+}
+
+// Runs kernel(begin, end) over n items: at once, or where a sanitizer looks for races as parts of
+// several threads.
+template <typename Kernel>
+void over(int64_t n, const Kernel& kernel) {
+#ifdef LESS_TEST_THREADS
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < LESS_TEST_THREADS; ++i) {
+    threads.emplace_back(kernel, n * i / LESS_TEST_THREADS, n * (i + 1) / LESS_TEST_THREADS);
+  }
+  for (std::thread& thread : threads) thread.join();
+#else
+  kernel(0, n);
+#endif
 }
 
 void expect_close(double got, double wanted, double tolerance, const char* what, int64_t i) {
@@ -197,8 +214,10 @@ void test_fold(DType dtype) {
   const Rows v(random.normal(heads * N * D), dtype, D);
   bool keep[heads * N];
   for (int64_t i = 0; i < heads * N; ++i) keep[i] = i % 4 != 1;
-  cpu::fold({H.data(), z.data(), psi.data(), v.bytes.data(), keep, dtype, heads, N, R, D}, 0,
-            heads);
+  over(heads, [&](int64_t begin, int64_t end) {
+    cpu::fold({H.data(), z.data(), psi.data(), v.bytes.data(), keep, dtype, heads, N, R, D}, begin,
+              end);
+  });
   for (int64_t row = 0; row < heads * R; ++row) {
     double mass = z0[row];
     std::vector<double> sum(H0.begin() + row * D, H0.begin() + (row + 1) * D);
@@ -223,7 +242,9 @@ void test_quantize(DType dtype) {
   for (bool token_major : {false, true}) {
     const Arranged from(input.bytes, dtype, B, heads, T, D, token_major);
     std::fill(eight.begin(), eight.end(), int8_t(99));
-    cpu::quantize({from.rows, eight.data(), scale.data(), DType::i8, B, heads, T, D}, 0, rows);
+    over(rows, [&](int64_t begin, int64_t end) {
+      cpu::quantize({from.rows, eight.data(), scale.data(), DType::i8, B, heads, T, D}, begin, end);
+    });
     expect(scale == wanted.scale, "scales differ");
     expect(std::memcmp(eight.data(), wanted.bytes.data(), eight.size()) == 0, "rows differ");
   }
@@ -265,7 +286,9 @@ void test_feature_map(MapKind kind, bool psi, DType dtype) {
   const Rows x(random.normal(B * heads * T * D), dtype, D);
   std::vector<float> y(B * heads * T * R, NAN), same(B * heads * T * R, NAN);
   const Arranged by_head(x.bytes, dtype, B, heads, T, D, false);
-  cpu::feature_map({m.maps, by_head.rows, y.data(), B, heads, T}, 0, B * heads * T);
+  over(B * heads * T, [&](int64_t begin, int64_t end) {
+    cpu::feature_map({m.maps, by_head.rows, y.data(), B, heads, T}, begin, end);
+  });
   const Arranged by_token(x.bytes, dtype, B, heads, T, D, true);
   cpu::feature_map({m.maps, by_token.rows, same.data(), B, heads, T}, 0, B * heads * T);
   expect(y == same, "features of token-major rows differ");
@@ -587,8 +610,9 @@ Outcome call(const Layer& layer, const Part& part, Pages& pages, const bool* val
                                        .strips = strips,
                                        .B = B,
                                        .T = T};
-  cpu::chunk_attention(attention, 0, B * K * strips);
-  cpu::chunk_scores(attention, 0, B * K);
+  over(B * K * strips,
+       [&](int64_t begin, int64_t end) { cpu::chunk_attention(attention, begin, end); });
+  over(B * K, [&](int64_t begin, int64_t end) { cpu::chunk_scores(attention, begin, end); });
   const CompactParams compact{.spec = attention.spec,
                               .layout = pages.layout,
                               .pool = pages.pool,
@@ -600,7 +624,7 @@ Outcome call(const Layer& layer, const Part& part, Pages& pages, const bool* val
                               .workspace = nullptr,
                               .B = B,
                               .T = T};
-  cpu::compact(compact, 0, B * K);
+  over(B * K, [&](int64_t begin, int64_t end) { cpu::compact(compact, begin, end); });
   outcome.out = floats(out.read());
   return outcome;
 }
@@ -630,7 +654,7 @@ Outcome step(const Layer& layer, const Part& part, Pages& pages, Victim victim,
                                 .valid = valid,
                                 .workspace = nullptr,
                                 .B = B};
-  cpu::decode_step(params, 0, B * K);
+  over(B * K, [&](int64_t begin, int64_t end) { cpu::decode_step(params, begin, end); });
   return {.out = floats(out.read()), .score = {}, .share = {}};
 }
 

@@ -102,6 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
         sidekick = Sidekick(maps, kind=kind) if maps else None
         self.arguments = {"layers": 1, "sidekick": sidekick, **of}
         self.cache = self.made(self.BACKEND)
+        self.changed = True  # since mass was looked at
         self.seen = torch.zeros(self.cache.batch, dtype=torch.int64)
         self.columns = 0
         self.random = torch.Generator().manual_seed(seed)
@@ -142,6 +143,7 @@ class CacheMachine(RuleBasedStateMachine):
             other.load_state_dict(self.cache.state_dict())
             want = other.attend(0, **{n: x.clone() for n, x in call.items()})
         out = self.cache.attend(0, **call)
+        self.changed = True
         self.seen += call["valid"].sum(1)
         self.columns += T
         assert out.shape == call["q"].shape
@@ -201,7 +203,7 @@ class CacheMachine(RuleBasedStateMachine):
         before = bits(self.cache)
         self.cache.reorder(rows)
         assert all(torch.equal(x[rows], y) for x, y in zip(before, bits(self.cache), strict=True))
-        self.seen = self.seen[rows]
+        self.seen, self.changed = self.seen[rows], True
 
     @rule(row=st.sampled_from([-1, 3]))
     def wrong_reorder(self, row: int) -> None:
@@ -218,7 +220,7 @@ class CacheMachine(RuleBasedStateMachine):
         fresh = self.made(self.BACKEND)
         assert all(map(torch.equal, bits(fresh), bits(self.cache)))
         self.seen.zero_()
-        self.columns = 0
+        self.columns, self.changed = 0, True
 
     @rule(way=st.sampled_from(["snapshot", "deepcopy", "to"]))
     def carry(self, way: str) -> None:
@@ -236,7 +238,7 @@ class CacheMachine(RuleBasedStateMachine):
         after = other.state_dict()
         assert before["columns"] == after["columns"]
         assert all(torch.equal(x, after["tensors"][n]) for n, x in before["tensors"].items())
-        self.cache = other
+        self.cache, self.changed = other, True
 
     @rule(T=st.sampled_from([1, 4]), padding=st.booleans(), data=st.data())
     def shuffled_pages(self, T: int, padding: bool, data: st.DataObject) -> None:
@@ -274,11 +276,12 @@ class CacheMachine(RuleBasedStateMachine):
         cache = self.cache
         assert torch.equal(cache.seen, self.seen)
         assert cache.columns == self.columns
-        memory = cache.memory()
-        assert memory["total"] == self.bytes
-        assert memory["total"] == sum(
-            memory[n] for n in ("slots", "state", "maps", "workspace", "native")
-        )
+        if type(self).steps % 8 == 0:
+            memory = cache.memory()
+            assert memory["total"] == self.bytes
+            assert memory["total"] == sum(
+                memory[n] for n in ("slots", "state", "maps", "workspace", "native")
+            )
         positions = cache.positions(0)
         for b, h in itertools.product(range(cache.batch), range(cache.kv_heads)):
             held = positions[b, h][positions[b, h] >= 0]
@@ -290,11 +293,12 @@ class CacheMachine(RuleBasedStateMachine):
             assert (held < self.seen[b]).all()
             assert (positions[b, h] >= -1).all()
 
-    @precondition(lambda self: hasattr(self, "cache"))
+    @precondition(lambda self: hasattr(self, "cache") and self.changed)
     @invariant()
     def mass(self) -> None:
         """Scores, weights and state are sums of what is not negative."""
         cache = self.cache
+        self.changed = False
         scores, weights = cache.scores(0), cache.weights(0)
         empty = cache.positions(0) < 0
         assert scores.isfinite().all()

@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from less import LessKVCache, files
 from less.cache.holdings import Holdings
 from less.cache.session import Session
-from tests import test_files
+from tests import test_files, test_reference
 from tests.fuzz.machine import CacheMachine
 
 
@@ -49,7 +49,7 @@ def never(check: Callable[..., Any]) -> Callable[..., None]:
 
 def rows_as_they_were(reorder: Callable[..., Any]) -> Callable[..., Any]:
     """Reorders into the order that was."""
-    return lambda self, rows: reorder(self, torch.arange(len(rows)))
+    return lambda self, rows, *scratch: reorder(self, torch.arange(len(rows)), *scratch)
 
 
 PLANTED = {
@@ -79,6 +79,22 @@ def test_the_machine_finds_a_planted_bug(name: str, monkeypatch: pytest.MonkeyPa
                 suppress_health_check=list(HealthCheck),
             ),
         )
+
+
+def newer_first(survivors: Callable[..., Any]) -> Callable[..., Any]:
+    """Of equal ranks the newer leaves."""
+
+    def wrong(position: torch.Tensor, *args: Any) -> torch.Tensor:
+        return survivors(torch.where(position >= 0, (1 << 30) - position, -1), *args)
+
+    return wrong
+
+
+def test_a_tie_that_goes_to_the_newer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = test_reference.reference
+    monkeypatch.setattr(where, "survivors", newer_first(where.survivors))
+    with pytest.raises(AssertionError):
+        test_reference.test_survivors_break_ties_by_age_and_put_nan_last()
 
 
 def in_place(path: Path, content: Any) -> None:
