@@ -155,10 +155,10 @@ class LessKVCache(Described, CacheProtocol):
         if calibration is not None:
             check_calibration(op, calibration, (layers, kv_heads, head_dim), sidekick, softcap)
         self._hot = (sinks, hot, hot_dtype)
-        self._biased = BiasedKeys(calibration, dtype)
+        self.biased = BiasedKeys(calibration, dtype)
         self.session = Session(self.layers, self.batch, self.device, self.native)
         self._holdings = self._built(chosen, self.device)
-        self._limits = TrainingLimits(sidekick, self._holdings.bounded)
+        self.limits = TrainingLimits(sidekick, self._holdings.bounded)
         self._holdings.reserve()
 
     def _built(self, backend: Backend, device: torch.device) -> Holdings:
@@ -240,12 +240,12 @@ class LessKVCache(Described, CacheProtocol):
         call = Call(q, k, v, valid, out)
         check_call(op, call, paged.plan, self.batch, at.pool.device)
         self._check_room(op, layer, q.shape[2])
-        self._biased.heed(k, self.session.columns[layer])
+        self.biased.heed(k, self.session.columns[layer])
         # What a CUDA graph captures runs, and is counted, when it is replayed: see advance.
         captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         tokens = 0 if captured else q.shape[2]
         result = self.session.counted(layer, tokens, lambda: paged.run(call, at))
-        self._limits.heed(self.session.columns[layer])
+        self.limits.heed(self.session.columns[layer])
         return result
 
     def advance(self, steps: int) -> None:
@@ -264,7 +264,7 @@ class LessKVCache(Described, CacheProtocol):
         for layer in range(self.layers):
             self._check_room("advance", layer, steps)
         self.session.columns = [columns + steps for columns in self.session.columns]
-        self._limits.heed(self.columns)
+        self.limits.heed(self.columns)
 
     def _check_room(self, op: str, layer: int, tokens: int) -> None:
         policy = self.policies[layer]
@@ -447,4 +447,4 @@ class LessKVCache(Described, CacheProtocol):
                 message names what differs and the cache is as it was.
         """
         snapshot.load(d, self._settings(), self.pools, self.layouts, self.session)
-        self._limits.heed(self.columns)
+        self.limits.heed(self.columns)
