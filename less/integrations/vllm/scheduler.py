@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 
 def _refuse(reset_running_requests: bool) -> None:
