@@ -319,7 +319,14 @@ class _Report:
         from less.evaluate.outcome import joined, tables
 
         mine = [c for k, c in self.cells.known.items() if k in self.keys]
-        found = tables(joined(mine, self.others), self.tasks)
+        whole = joined(mine, self.others)
+        if self.others and len(whole) == len(mine):
+            print(
+                f"{self.args.title}: --peers: no line is of an example of this report; measure "
+                "the same model, tasks and lengths, one example at once (--together 1)",
+                file=sys.stderr,
+            )
+        found = tables(whole, self.tasks)
         parts = [sections.section(table) for table in found]
         claims = sections.claims(found)
         parts += [claims] if claims else []
@@ -332,8 +339,8 @@ class _Report:
             "Every bounded method gets the bytes of the same number of 16-bit tokens per head "
             "(budget): slots, state and headers, and means and scales as if for one sequence; "
             "a sidekick's maps come on top. What sequences share is in shared. ± is one standard "
-            "error over examples; losses are paired. recovered: the share of H2O's loss at the same budget that is won back, "
-            "of the first figure, in nats where it is a perplexity.",
+            "error over examples; losses are paired. recovered: the share of H2O's loss at the "
+            "same budget that is won back, of the first figure, in nats where it is a perplexity.",
         ]
         title = self.args.title
         markdown = sections.markdown(title, [*lines], parts)

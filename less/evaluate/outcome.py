@@ -74,9 +74,6 @@ def joined(cells: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
         cells: Of a report.
         others: As ``python -m bench.peers`` writes them. What they say of the full cache is left
             out, because the report has its own.
-
-    Raises:
-        ValueError: No other cell is of an example of the report.
     """
 
     def where(cell: Cell) -> tuple[str, str, int, str]:
@@ -84,11 +81,6 @@ def joined(cells: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
 
     known = {where(cell) for cell in cells}
     found = [cell for cell in others if cell["method"] != FULL and where(cell) in known]
-    if others and not found:
-        raise ValueError(
-            "--peers: no line of other implementations is of an example of this report; measure "
-            "the same model, tasks and lengths, one example at once (--together 1)"
-        )
     return [*cells, *found]
 
 
