@@ -340,6 +340,23 @@ def test_the_report_has_every_method_at_every_budget(files, tmp_path, capsys):
     assert "arXiv:2402.09398" in written
     assert len(cells_of(tmp_path / "out")) == 2 * 2 * (1 + 3 * 2)
     assert "about" in capsys.readouterr().out
+    # The same lines under another name are as another implementation writes them.
+    peers = [
+        {**cell, "method": "kvpress Some", "key": f"peer {cell['key']}"}
+        for cell in cells_of(tmp_path / "out")
+        if (cell["method"], cell["budget"]) == ("h2o", "25%")
+    ]
+    file, more = tmp_path / "peers.jsonl", ("--minutes", 0, "--peers", tmp_path / "peers.jsonl")
+    file.write_text("".join(json.dumps(cell) + "\n" for cell in peers))
+    assert main(ask(files, tmp_path / "out", *more)) == 0
+    assert (tmp_path / "out" / "report.md").read_text().count("| kvpress Some | 25%") == 2
+    assert "no line is of an example" not in capsys.readouterr().err
+    file.write_text(json.dumps(peers[0] | {"block": "another"}) + "\n")
+    assert main(ask(files, tmp_path / "out", *more)) == 0
+    assert "--peers: no line is of an example of this report" in capsys.readouterr().err
+    file.unlink()
+    assert main(ask(files, tmp_path / "out", *more)) == 2
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_a_killed_report_goes_on_where_it_was(files, tmp_path, monkeypatch):
