@@ -21,8 +21,8 @@ from less.cli import main
 from less.evaluate import harness
 from less.evaluate.cells import Cells
 from less.evaluate.feeding import greedy
-from less.evaluate.named import Budget, built_in, methods_for, own_method
-from less.evaluate.outcome import mean, share_recovered, shown, tables
+from less.evaluate.named import Budget, NamedMethod, built_in, methods_for, own_method
+from less.evaluate.outcome import joined, mean, share_recovered, shown, tables
 from less.evaluate.side_by_side import SideBySide
 from less.evaluate.tasks import all_tasks, chosen
 from less.evaluate.tasks.asking import METRICS
@@ -30,6 +30,7 @@ from less.evaluate.tasks.base import Given, Metric, UnavailableError, forced
 from less.hf import cache_for
 from less.hf.models import describe
 from tests.browser import opened
+from tests.test_curves import with_curves
 from tests.tiny_model import TEXT, byte_tokenizer, save_tiny, tiny_model
 
 LENGTH = 448
@@ -223,6 +224,21 @@ def test_a_task_that_cannot_run_says_why(files, monkeypatch, name, data, length,
         task(plain, name).blocks(plain, length)
 
 
+def test_lines_of_other_implementations_join_the_tables_of_the_same_examples():
+    def line(method, block, budget="5%", **more):
+        return {
+            "kind": "cell", "key": f"{method} {budget} {block}", "model": "tiny", "task": "copy",
+            "length": 9, "block": block, "index": 0, "method": method, "budget": budget,
+            "tokens": 1, "bytes": {"row": 1, "shared": 0}, "scores": {"nats": [1.0]}, **more,
+        }  # fmt: skip
+
+    mine = [line("full", "a", ""), line("h2o", "a")]
+    press = line("kvpress SnapKVPress", "a")
+    others = [press, line("full", "a", ""), line("kvpress X", "b"), line("y", "a", model="other")]
+    assert joined(mine, others) == [*mine, press]
+    assert joined(mine, others[1:]) == mine
+
+
 # -- methods and budgets ---------------------------------------------------------------------------
 
 
@@ -243,6 +259,22 @@ def test_every_method_takes_at_most_the_bytes_of_the_budget():
         held = cache.memory()
         assert room * 0.8 < (held["slots"] + held["state"]) / 2 <= room, method.name
     assert len({json.dumps(m.identity(), sort_keys=True) for m in methods}) == len(methods)
+
+
+def test_means_and_scales_are_taken_off_the_bytes_as_if_there_were_one_row():
+    model = tiny_model()
+    calibrated = NamedMethod("best", LessConfig(bytes=1), None, with_curves(model))
+    plain = NamedMethod("merge", LessConfig(bytes=1))
+    room = 60_000
+    for rows in (1, 3):
+        held = calibrated.cache(model, rows, room).memory()
+        assert held["maps"] > 0
+        assert room * 0.9 < held["slots"] / rows + held["maps"] <= room
+        assert room * 0.9 < plain.cache(model, rows, room).memory()["slots"] / rows <= room
+    assert calibrated.identity()["counted"] == "calibration"  # results of other bytes are others
+    assert "counted" not in plain.identity()
+    with pytest.raises(ValueError, match="LessConfig: bytes="):
+        calibrated.cache(model, 1, held["maps"])
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "0%", "101%", "many", "1.5"])
@@ -308,6 +340,23 @@ def test_the_report_has_every_method_at_every_budget(files, tmp_path, capsys):
     assert "arXiv:2402.09398" in written
     assert len(cells_of(tmp_path / "out")) == 2 * 2 * (1 + 3 * 2)
     assert "about" in capsys.readouterr().out
+    # The same lines under another name are as another implementation writes them.
+    peers = [
+        {**cell, "method": "kvpress Some", "key": f"peer {cell['key']}"}
+        for cell in cells_of(tmp_path / "out")
+        if (cell["method"], cell["budget"]) == ("h2o", "25%")
+    ]
+    file, more = tmp_path / "peers.jsonl", ("--minutes", 0, "--peers", tmp_path / "peers.jsonl")
+    file.write_text("".join(json.dumps(cell) + "\n" for cell in peers))
+    assert main(ask(files, tmp_path / "out", *more)) == 0
+    assert (tmp_path / "out" / "report.md").read_text().count("| kvpress Some | 25%") == 2
+    assert "no line is of an example" not in capsys.readouterr().err
+    file.write_text(json.dumps(peers[0] | {"block": "another"}) + "\n")
+    assert main(ask(files, tmp_path / "out", *more)) == 0
+    assert "--peers: no line is of an example of this report" in capsys.readouterr().err
+    file.unlink()
+    assert main(ask(files, tmp_path / "out", *more)) == 2
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_a_killed_report_goes_on_where_it_was(files, tmp_path, monkeypatch):

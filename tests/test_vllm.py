@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ import torch
 pytest.importorskip("transformers")
 
 from less import H2O, LessConfig, PagedLayer, PageLayout
+from less.cache.limits import BiasedKeys
 from less.hf import UnsupportedModelError
 from less.integrations.vllm import check_version
 from less.integrations.vllm.settings import Settings
-from less.integrations.vllm.shape import facts_of, layers_of
-from less.integrations.vllm.steps import Steps
+from less.integrations.vllm.shape import facts_of, layers_of, request_cache
+from less.integrations.vllm.steps import Steps, look
 from tests.helpers import HeavyValues
 from tests.test_curves import with_curves
 from tests.tiny_model import tiny_calibration, tiny_model, tiny_sidekick
@@ -35,6 +37,7 @@ def vllm_config(less=None, *, cache=None, parallel=None, scheduler=None, **other
         cache_config=SimpleNamespace(
             **{
                 "cache_dtype": "auto",
+                "enable_prefix_caching": True,
                 "kv_offloading_size": None,
                 "kv_sharing_fast_prefill": False,
                 **(cache or {}),
@@ -124,6 +127,16 @@ def test_what_a_page_per_request_cannot_serve_is_refused_by_name(asked, name):
         Settings.of(vllm_config(**asked))
 
 
+def test_prefix_caching_is_refused_where_the_command_line_asks_for_it(monkeypatch):
+    for asked in ("--enable-prefix-caching", "--enable_prefix_caching"):
+        monkeypatch.setattr(sys, "argv", ["server", "--model", "folder", asked])
+        with pytest.raises(ValueError, match="vLLM's enable_prefix_caching does not go with"):
+            Settings.of(vllm_config())
+        Settings.of(vllm_config(cache={"enable_prefix_caching": False}))  # a model has none
+    monkeypatch.setattr(sys, "argv", ["server", "--no-enable-prefix-caching"])
+    Settings.of(vllm_config())
+
+
 CUT = {"enable_chunked_prefill": True, "long_prefill_token_threshold": 16}
 
 
@@ -195,7 +208,7 @@ def test_a_model_that_is_not_served_is_refused_by_name():
 
 
 def pages(less, part=(0, 1)):
-    layers = layers_of(facts(part), Settings.of(vllm_config(less)))
+    layers = layers_of(facts(part), request_cache(facts(part), Settings.of(vllm_config(less))))
     return [layer.layout for layer in layers]
 
 
@@ -228,7 +241,20 @@ def test_each_process_has_the_pages_of_its_heads(tmp_path):
 def test_a_policy_without_a_rule_is_refused_by_name():
     settings = Settings(LessConfig(tokens=32, policy=HeavyValues(32)))
     with pytest.raises(ValueError, match="policy HeavyValues has no rule"):
-        layers_of(facts(), settings)
+        request_cache(facts(), settings)
+
+
+def test_an_engine_says_once_that_texts_may_be_longer_than_a_sidekicks_training(tmp_path):
+    sidekick = tiny_sidekick()
+    sidekick.config["training"] = {"text": {"chunk_tokens": 64}}
+    sidekick.save_pretrained(tmp_path)
+    own = {"tokens": 32, "sidekick": str(tmp_path)}
+    limits = request_cache(facts(), Settings.of(vllm_config(own))).limits
+    with pytest.warns(UserWarning, match="texts of 64 tokens, and texts may come to 65 here"):
+        limits.expect(65)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limits.expect(66)
 
 
 # -- steps -----------------------------------------------------------------------------------------
@@ -341,6 +367,19 @@ def test_batches_of_one_size_lie_in_the_same_memory():
     assert again.is_contiguous()
     assert again[0].tolist() == [6, 4, -1, -1]
     assert again[1, :2].tolist() == [0, 1]
+
+
+def test_biased_keys_are_found_in_the_first_prompt_that_shows_them():
+    biased, steps = BiasedKeys(None, "k4v4"), Steps(32, 0, CPU)
+    keys = torch.randn(20, K, D) * 0.1 + torch.linspace(1, 2, D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not look(biased, steps.of(batch([(5, 1)] * 20, range(1, 21))), keys)
+        assert not look(biased, steps.of(batch([(0, 20)], [0])), keys)  # the engine warms up
+    with pytest.warns(UserWarning, match="so that k4v4 rows lose much"):
+        assert look(biased, steps.of(batch([(0, 20)], [3])), keys)
+    assert not biased.looks
+    assert look(BiasedKeys(None, torch.float32), steps.of(batch([(5, 1)], [1])), keys[:1])
 
 
 def test_groups_of_layers_share_a_step():

@@ -294,6 +294,7 @@ def test_half_precision_is_served(model, own):
         ({"additional_config": {"less": {"token": 1}}}, r"unknown settings \['token'\]"),
         ({"enable_chunked_prefill": True}, "chunks depend on traffic"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls must be"),
     ],
 )
 def test_what_is_not_served_is_refused_when_the_engine_starts(model, own, settings, message):
@@ -306,8 +307,7 @@ def test_what_is_not_served_is_refused_when_the_engine_starts(model, own, settin
 
 def test_a_preemption_is_refused_before_anything_is_lost(model, own, alone):
     texts = prompts((90, 37))
-    settings = {"scheduler_cls": "less.integrations.vllm.scheduler.LessScheduler"}
-    with engine(model, own["h2o"], **settings) as llm:
+    with engine(model, own["h2o"]) as llm:
         run = llm.llm_engine
         for i, x in enumerate(texts):
             run.add_request(str(i), {"prompt_token_ids": x}, sampling())
@@ -384,6 +384,7 @@ def test_the_interfaces_of_vllm_are_those_that_the_backend_was_written_for():
         AttentionMetadataBuilder.__init__: "self kv_cache_spec layer_names vllm_config device",
         AttentionMetadataBuilder.build: "self common_prefix_len common_attn_metadata fast_build",
         AttentionBackend.customize_spec: "spec",
+        CircularBufferSpec.max_memory_usage_bytes: "self vllm_config",
         Scheduler.reset_prefix_cache: "self reset_running_requests reset_connector",
     }
     for function, names in wanted.items():
@@ -391,11 +392,12 @@ def test_the_interfaces_of_vllm_are_those_that_the_backend_was_written_for():
     read = {
         VllmConfig: "additional_config model_config speculative_config kv_transfer_config "
         "cache_config parallel_config scheduler_config device_config compilation_config",
-        CacheConfig: "cache_dtype kv_offloading_size kv_sharing_fast_prefill",
+        CacheConfig: "cache_dtype enable_prefix_caching kv_offloading_size kv_sharing_fast_prefill",
         ParallelConfig: "pipeline_parallel_size prefill_context_parallel_size "
         "decode_context_parallel_size",
         SchedulerConfig: "enable_chunked_prefill long_prefill_token_threshold max_num_seqs "
-        "long_prefill_token_threshold_adaptive max_num_batched_tokens max_num_scheduled_tokens",
+        "long_prefill_token_threshold_adaptive max_num_batched_tokens max_num_scheduled_tokens "
+        "scheduler_cls async_scheduling",
     }
     for config, names in read.items():
         assert set(names.split()) <= set(config.__dataclass_fields__), config.__name__

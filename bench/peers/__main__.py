@@ -3,7 +3,7 @@
 kvpress pins transformers below 5.3, so it has an environment of its own, made in ``--venv`` where
 there is none. This process writes the blocks of tasks that have a context and a question into
 ``--out``; ``kvpress_lines.py`` runs there, on the same tokens at the same shares, and writes cells
-as ``less-kv report`` does into ``kvpress.jsonl``.
+as ``less-kv report`` does into ``kvpress.jsonl``, which its ``--peers`` puts into its tables.
 
 A press compresses the context once, before the question is known; question and answer then come
 token by token, and nothing leaves any more. Bytes are those of the keys and values that are left.
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from less.evaluate.assets import find_model
+from less.evaluate.sources import shown
 from less.evaluate.tasks import all_tasks, chosen
 from less.evaluate.tasks.asking import Asking
 from less.evaluate.tasks.base import Given
@@ -91,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> int:
     work = {"blocks": blocks(args, found.tokenizer), "shares": args.shares, "presses": args.presses}
     (args.out / "blocks.json").write_text(json.dumps(work), encoding="utf-8")
     python = environment(args.venv)
-    name = Path(args.model).name
+    name = shown(args.model)
     return subprocess.run([python, RUNNER, found.source, args.out, name]).returncode
 
 

@@ -1,4 +1,8 @@
-"""A layer's decode step of many requests: one op, beside a call for each request."""
+"""A layer's decode step of many requests: one op, beside a call for each request.
+
+Both read the same pages once, so the ratio is at least what reading them takes of the calls' time.
+One thread is timed by its own seconds, which other work on the machine does not lengthen.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +25,23 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     B, S = args.requests, args.slots
     print(f"{B} requests, {S} slots a head, {args.threads} threads, medians of {args.rounds}")
-    print(f"{'':14}{'rows':>10}{'one op, µs':>12}{'each, µs':>10}{'ratio':>7}")
+    columns = ("one op, µs", "each, µs", "ratio", "read, µs", "bound")
+    print(f"{'':14}{'rows':>10}", *(f"{name:>11}" for name in columns))
     for name, (Q, K, D) in SHAPES.items():
         for rows in ("float32", "bfloat16", "k4v4"):
             dtype = rows if rows == "k4v4" else getattr(torch, rows)
             layer = PagedLayer(H2O(S // 2, S - S // 2), PageLayout(K, D, S, dtype), Q)
-            ratio, together, each = measure(layer, B, args.rounds)
+            ratio, together, each, read = measure(layer, B, args.rounds)
             line = {"part": "step", "shape": name, "rows": rows, "requests": B, "slots": S}
             line |= {"together_us": together, "each_us": each, "ratio": ratio}
-            print(f"{name:14}{rows:>10}{together:>12.0f}{each:>10.0f}{ratio:>7.2f}")
+            line |= {"read_us": read, "bytes": B * layer.layout.nbytes}
+            figures = f"{together:>11.0f} {each:>11.0f} {ratio:>11.2f} {read:>11.0f}"
+            print(f"{name:14}{rows:>10} {figures} {read / each:>11.2f}")
             print(json.dumps(line), flush=True)
 
 
-def measure(layer: PagedLayer, B: int, rounds: int) -> tuple[float, float, float]:
-    """Ratio of interleaved rounds, and microseconds of a step at once and one by one."""
+def measure(layer: PagedLayer, B: int, rounds: int) -> tuple[float, float, float, float]:
+    """Ratio of interleaved rounds; microseconds at once, one by one, and of reading the pages."""
     Q, K, D = layer.plan.spec.q_heads, layer.layout.kv_heads, layer.layout.head_dim
     S = layer.layout.slots
     pools = [layer.new_pool(B + 1) for _ in range(2)]
@@ -61,12 +68,19 @@ def measure(layer: PagedLayer, B: int, rounds: int) -> tuple[float, float, float
                 pools[1], q[own], k[own], v[own], pages=one[b], out=out[1, own].unsqueeze(2)
             )
 
-    def timed(step: Callable[[int], None], i: int) -> float:
-        begin = time.perf_counter()
-        step(i)
-        return (time.perf_counter() - begin) * 1e6
+    bytes_read = torch.zeros(B * layer.layout.nbytes // 4)
 
-    times = [(timed(at_once, i), timed(one_by_one, i)) for i in range(rounds)]
+    def read(i: int) -> None:
+        bytes_read.sum()
+
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def timed(step: Callable[[int], None], i: int) -> float:
+        begin = clock()
+        step(i)
+        return (clock() - begin) * 1e6
+
+    times = [(timed(at_once, i), timed(one_by_one, i), timed(read, i)) for i in range(rounds)]
     if not torch.equal(out[0], out[1]) or not torch.equal(*pools):
         raise RuntimeError("bench.serving: a step at once differs from one by one")
-    return median(a / b for a, b in times), *(median(x) for x in zip(*times, strict=True))
+    return median(a / b for a, b, _ in times), *(median(x) for x in zip(*times, strict=True))

@@ -19,7 +19,7 @@ import torch
 from bench.serving.server import NAME, flags, metrics, serving
 from less.config import LessConfig
 from less.integrations.vllm.settings import Settings
-from less.integrations.vllm.shape import facts_of, layers_of
+from less.integrations.vllm.shape import facts_of, request_cache
 
 LONGEST, NEW = 300, 24
 PROMPTS = 40  # different ones
@@ -117,8 +117,8 @@ def pool_bytes(args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype)
     facts = facts_of(AutoConfig.from_pretrained(args.model), dtype, torch.device("cpu"), (0, 1))
-    layers = layers_of(facts, Settings(LessConfig.from_settings(json.loads(args.less))))
-    return int((args.pages + 1) * sum(x.layout.nbytes for x in layers if x is not None))
+    cache = request_cache(facts, Settings(LessConfig.from_settings(json.loads(args.less))))
+    return int((args.pages + 1) * sum(x.layout.nbytes for x in cache.held))
 
 
 def memory(url: str) -> int:

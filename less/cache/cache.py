@@ -155,10 +155,10 @@ class LessKVCache(Contents, Described, CacheProtocol):
         if calibration is not None:
             check_calibration(op, calibration, (layers, kv_heads, head_dim), sidekick, softcap)
         self._hot = (sinks, hot, hot_dtype)
-        self._biased = BiasedKeys(calibration, dtype)
+        self.biased = BiasedKeys(calibration, dtype)
         self.session = Session(self.layers, self.batch, self.device, self.native)
         self._holdings = self._built(chosen, self.device)
-        self._limits = TrainingLimits(sidekick, self._holdings.bounded)
+        self.limits = TrainingLimits(sidekick, self._holdings.bounded)
         self._holdings.reserve()
 
     def _built(self, backend: Backend, device: torch.device) -> Holdings:
@@ -238,12 +238,12 @@ class LessKVCache(Contents, Described, CacheProtocol):
         call = Call(q, k, v, valid, out)
         check_call(op, call, paged.plan, self.batch, at.pool.device)
         self._check_room(op, layer, q.shape[2])
-        self._biased.heed(k, self.session.columns[layer])
+        self.biased.heed(k, self.session.columns[layer])
         # What a CUDA graph captures runs, and is counted, when it is replayed: see advance.
         captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         tokens = 0 if captured else q.shape[2]
         result = self.session.counted(layer, tokens, lambda: paged.run(call, at))
-        self._limits.heed(self.session.columns[layer])
+        self.limits.heed(self.session.columns[layer])
         return result
 
     def advance(self, steps: int) -> None:
@@ -263,7 +263,7 @@ class LessKVCache(Contents, Described, CacheProtocol):
             self._check_room("advance", layer, steps)
         with self.session.turn.taken("advance"):
             self.session.columns = [columns + steps for columns in self.session.columns]
-        self._limits.heed(self.columns)
+        self.limits.heed(self.columns)
 
     def _check_room(self, op: str, layer: int, tokens: int) -> None:
         policy = self.policies[layer]
@@ -373,4 +373,4 @@ class LessKVCache(Contents, Described, CacheProtocol):
         put = snapshot.loaded(d, self._settings(), self.pools, self.layouts, self.session)
         with self.session.turn.taken("load_state_dict", mends=True):
             put()
-        self._limits.heed(self.columns)
+        self.limits.heed(self.columns)

@@ -49,16 +49,27 @@ class TrainingLimits:
         Args:
             columns: Columns passed to the layer that is furthest.
         """
+        self._heed(columns, f"this text has come to {columns}")
+
+    def expect(self, columns: int) -> None:
+        """Warn, before any text, of texts that may be longer than the training's.
+
+        Args:
+            columns: The most tokens that a text may have.
+        """
+        self._heed(columns, f"texts may come to {columns} here")
+
+    def _heed(self, columns: int, said: str) -> None:
         if self._columns is None or columns <= self._columns:
             return
         assert self._sidekick is not None
         self._columns = None
         warnings.warn(
             f"LessKVCache: the sidekick {self._sidekick.name!r} was trained on texts of "
-            f"{self._sidekick.trained_length} tokens, and this text has come to {columns}: "
+            f"{self._sidekick.trained_length} tokens, and {said}: "
             "beyond its length its memory may do harm; compare it with sidekick=None, or train "
             "one on longer chunks",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -72,15 +83,19 @@ class BiasedKeys:
     Args:
         calibration: The cache's; with one nothing is looked at.
         dtype: Of the slots; only packed formats are looked at.
+
+    Attributes:
+        looks: Whether there is something left to warn of.
     """
 
     #: The part of keys' mean square that their mean makes up, above which it warns.
     LARGEST = 0.9
-    _TOKENS = 16  # fewer have a large mean by chance
+    #: A call's tokens, below which a mean is large by chance.
+    TOKENS = 16
 
     def __init__(self, calibration: Calibration | None, dtype: torch.dtype | str) -> None:
         few = isinstance(dtype, str) and row_format("LessKVCache", dtype).packed
-        self._looks = few and calibration is None
+        self.looks = few and calibration is None
         self._dtype = dtype
 
     def heed(self, k: Tensor, columns: int) -> None:
@@ -90,7 +105,7 @@ class BiasedKeys:
             k: [B, K, T, D].
             columns: Columns that the layer has seen before.
         """
-        if not self._looks or columns or k.shape[2] < self._TOKENS or k.device.type == "meta":
+        if not self.looks or columns or k.shape[2] < self.TOKENS or k.device.type == "meta":
             return
         if k.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
@@ -100,7 +115,7 @@ class BiasedKeys:
         largest = float(share.max())
         if not largest > self.LARGEST:
             return
-        self._looks = False
+        self.looks = False
         warnings.warn(
             f"LessKVCache: the mean of a head's keys makes up {100 * largest:.1f} % of their "
             f"square, so that {self._dtype} rows lose much of what distinguishes them; measure "

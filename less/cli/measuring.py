@@ -210,7 +210,7 @@ def prepare(args: argparse.Namespace, console: Console, contexts: Sequence[int] 
         texts = assets.wikipedia_articles("eval")
         source = f"{len(texts)} Wikipedia articles, none of them in a shipped sidekick's training"
     subject = Subject(
-        name="SmolLM2-135M-Instruct" if args.model == sources.SMOLLM2 else Path(args.model).name,
+        name=sources.shown(args.model),
         found=found,
         facts=facts,
         texts=texts,

@@ -16,7 +16,7 @@ from less.files import write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from less.evaluate.cells import Cells
+    from less.evaluate.cells import Cell, Cells
     from less.evaluate.harness import Left, Model
     from less.evaluate.named import Budget, NamedMethod
     from less.evaluate.tasks.base import Given, Task
@@ -53,6 +53,11 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--data", action="append", default=[], metavar="NAME=PATH",
         help="a text or data set of yours, or a local copy of a known one; may be repeated",
+    )  # fmt: skip
+    add(
+        "--peers", action="append", default=[], type=Path, metavar="FILE",
+        help="JSON lines of other implementations on the same examples, as python -m bench.peers "
+        "writes them, for the tables; wants --together 1; may be repeated",
     )  # fmt: skip
     add("--list", action="store_true", help="list tasks and methods, and leave")
 
@@ -148,11 +153,12 @@ def run(args: argparse.Namespace) -> int:
     own = dict(own_method(text) for text in args.method)
     console = measuring.console_for()
     threads.set_threads(args, console)
+    others = [cell for file in _peers(args) for cell in Cells(file).known.values()]
     args.out.mkdir(parents=True, exist_ok=True)
     cells = Cells(args.out / "results.jsonl")
     facts = {**machine(), "model_dtype": args.model_dtype}
     cells.add([{"kind": "run", "command": _command(args), **facts}])
-    report = _Report(args, console, cells, tasks, facts)
+    report = _Report(args, console, cells, others, tasks, facts)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     names = args.model or ["smollm2"]
     try:
@@ -163,6 +169,14 @@ def run(args: argparse.Namespace) -> int:
     finally:  # a run that is interrupted leaves a report of what it has
         report.write()
     return 1 if report.failed else 0
+
+
+def _peers(args: argparse.Namespace) -> list[Path]:
+    files = [file.expanduser() for file in getattr(args, "peers", ())]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"--peers {file}: there is no such file")
+    return files
 
 
 def _data(named: Sequence[str]) -> dict[str, Path]:
@@ -204,10 +218,11 @@ class _Report:
         args: argparse.Namespace,
         console: Console,
         cells: Cells,
+        others: Sequence[Cell],
         tasks: Sequence[Task],
         facts: dict[str, Any],
     ) -> None:
-        self.args, self.console, self.cells = args, console, cells
+        self.args, self.console, self.cells, self.others = args, console, cells, others
         self.tasks, self.facts = tasks, facts
         self.keys: set[str] = set()
         self.left: list[tuple[str, Left, dict[str, str]]] = []
@@ -293,7 +308,7 @@ class _Report:
         methods, without = methods_for(names, sidekick, paper, calibration, own)
         loaded = found.load(getattr(torch, self.args.model_dtype))
         text = found.config.get_text_config()
-        shown = "SmolLM2-135M-Instruct" if name == sources.SMOLLM2 else Path(name).name
+        shown = sources.shown(name)
         longest = getattr(text, "max_position_embeddings", None)
         return Model(shown, loaded, longest), found.tokenizer, methods, without
 
@@ -301,9 +316,17 @@ class _Report:
         """``report.md`` and ``report.html`` of all cells that were asked for and are there."""
         from less.evaluate import html_report, sections
         from less.evaluate.machine import in_words
-        from less.evaluate.outcome import tables
+        from less.evaluate.outcome import joined, tables
 
-        found = tables([c for k, c in self.cells.known.items() if k in self.keys], self.tasks)
+        mine = [c for k, c in self.cells.known.items() if k in self.keys]
+        whole = joined(mine, self.others)
+        if self.others and len(whole) == len(mine):
+            print(
+                f"{self.args.title}: --peers: no line is of an example of this report; measure "
+                "the same model, tasks and lengths, one example at once (--together 1)",
+                file=sys.stderr,
+            )
+        found = tables(whole, self.tasks)
         parts = [sections.section(table) for table in found]
         claims = sections.claims(found)
         parts += [claims] if claims else []
@@ -314,10 +337,10 @@ class _Report:
         lines = [
             f"Model in {self.args.model_dtype}; {in_words(self.facts)}. `{_command(self.args)}`.",
             "Every bounded method gets the bytes of the same number of 16-bit tokens per head "
-            "(budget): slots, state and headers; maps, means and scales are shared by all "
-            "sequences and come on top (shared). ± is one standard error over examples; losses "
-            "are paired. recovered: the share of H2O's loss at the same budget that is won back, "
-            "of the first figure, in nats where it is a perplexity.",
+            "(budget): slots, state and headers, and means and scales as if for one sequence; "
+            "a sidekick's maps come on top. What sequences share is in shared. ± is one standard "
+            "error over examples; losses are paired. recovered: the share of H2O's loss at the "
+            "same budget that is won back, of the first figure, in nats where it is a perplexity.",
         ]
         title = self.args.title
         markdown = sections.markdown(title, [*lines], parts)

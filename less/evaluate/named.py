@@ -45,16 +45,25 @@ class NamedMethod:
         Args:
             model: As in ``LessConfig.cache``.
             rows: Of the batch.
-            room: Bytes of a row: slots, state and headers; maps come on top.
+            room: Bytes of a row: slots, state and headers, and means and scales as if there were
+                no other row. A sidekick's maps come on top: they alone are larger than budgets of
+                small models.
 
         Raises:
             ValueError: The bytes are too few for it.
         """
-        if self.config is None:
+        config = self.config
+        if config is None:
             return None
-        return replace(self.config, bytes=room * rows).cache(
-            model, rows, sidekick=self.sidekick, calibration=self.calibration
-        )
+
+        def of(room: int) -> LessKVCache:
+            return replace(config, bytes=room * rows).cache(
+                model, rows, sidekick=self.sidekick, calibration=self.calibration
+            )
+
+        made = of(room)
+        shared = made.memory()["maps"] if made.sidekick is None else 0
+        return made if shared == 0 else of(room - shared)
 
     def identity(self) -> dict[str, Any]:
         """JSON-ready: all that its scores follow from but the budget."""
@@ -65,8 +74,10 @@ class NamedMethod:
             del settled[given]
         sidekick = self.sidekick or self.config.load_sidekick()
         calibration = self.calibration or self.config.load_calibration()
+        counted = {"counted": "calibration"} if calibration and not sidekick else {}
         return {
             **settled,
+            **counted,
             "sidekick": None if sidekick is None else sidekick.digest,
             "calibration": None if calibration is None else calibration.digest,
         }

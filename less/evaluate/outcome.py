@@ -67,6 +67,23 @@ class Table:
     incomplete: list[str]
 
 
+def joined(cells: Sequence[Cell], others: Sequence[Cell]) -> list[Cell]:
+    """Cells, and those that another implementation measured on the same examples.
+
+    Args:
+        cells: Of a report.
+        others: As ``python -m bench.peers`` writes them. What they say of the full cache is left
+            out, because the report has its own.
+    """
+
+    def where(cell: Cell) -> tuple[str, str, int, str]:
+        return cell["model"], cell["task"], cell["length"], cell["block"]
+
+    known = {where(cell) for cell in cells}
+    found = [cell for cell in others if cell["method"] != FULL and where(cell) in known]
+    return [*cells, *found]
+
+
 def tables(cells: Sequence[Cell], tasks: Sequence[Task]) -> list[Table]:
     """A table for every model, task and length of which there are cells, in order of tasks."""
     found: list[Table] = []

@@ -37,6 +37,11 @@ def is_converted() -> bool:
     return (cache_folder() / CONVERTED / "model.safetensors").is_file()
 
 
+def shown(name: str | Path) -> str:
+    """A model's name in tables, without the folders that it lies in."""
+    return "SmolLM2-135M-Instruct" if str(name) == SMOLLM2 else Path(name).name
+
+
 def check_model_name(name: str | Path) -> None:
     """Refuse what is neither ``"smollm2"``, nor a folder of a model, nor a name on the hub.
 

@@ -29,9 +29,10 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec
 
 from less.cache import PagedLayer
 from less.integrations.vllm import check_version
+from less.integrations.vllm.scheduler import choose
 from less.integrations.vllm.settings import Settings
-from less.integrations.vllm.shape import facts_of, layers_of
-from less.integrations.vllm.steps import Step, Steps
+from less.integrations.vllm.shape import facts_of, layers_of, request_cache
+from less.integrations.vllm.steps import Step, Steps, look
 from less.layer import Paged, PageRows
 
 check_version(vllm.__version__)
@@ -54,9 +55,13 @@ class Engine:
         model, device = config.model_config, torch.device(config.device_config.device)
         part = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.facts = facts_of(model.hf_config, model.dtype, device, part)
-        self.layers = layers_of(self.facts, self.settings)
-        self.requests = int(config.scheduler_config.max_num_seqs)
         self.longest = int(model.max_model_len)
+        cache = request_cache(self.facts, self.settings)
+        if part[0] == 0:  # one process of them speaks
+            cache.limits.expect(self.longest)
+        self.biased = cache.biased
+        self.layers = layers_of(self.facts, cache)
+        self.requests = int(config.scheduler_config.max_num_seqs)
         self.steps = Steps(self.requests, self.settings.chunk, device)
 
     @classmethod
@@ -70,6 +75,18 @@ class Engine:
 @dataclass(frozen=True, kw_only=True)
 class LessSpec(CircularBufferSpec):  # type: ignore[misc]
     """A page per request and layer; layers may differ in its size."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of a request: a page.
+
+        The process that schedules asks for them before it makes its scheduler, and nothing else of
+        this backend runs there. So the scheduler is chosen here.
+
+        Raises:
+            ValueError: ``scheduler_cls`` names one that computes running requests anew.
+        """
+        choose(vllm_config.scheduler_config)
+        return int(super().max_memory_usage_bytes(vllm_config))
 
 
 class LessBackend(AttentionBackend):  # type: ignore[misc]
@@ -196,6 +213,7 @@ class LessImpl(AttentionImpl[AttentionMetadata]):  # type: ignore[misc]
         self.softcap = logits_soft_cap or None
         self.layer: PagedLayer | None = None
         self.pool: Tensor | None = None
+        self.looked = False  # at its keys
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find the layer that this is, and tell it its page: now that all layers have names.
@@ -261,6 +279,8 @@ class LessImpl(AttentionImpl[AttentionMetadata]):  # type: ignore[misc]
         if self.pool is None or self.pool.data_ptr() != kv_cache.data_ptr():
             self._bind(kv_cache)
         assert self.pool is not None
+        if not self.looked:
+            self.looked = look(self.engine.biased, attn_metadata, key)
         return attn_metadata.attend(self.layer, self.pool, query, key, value, output)
 
     def _bind(self, kv_cache: Tensor) -> None:

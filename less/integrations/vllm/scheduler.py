@@ -3,13 +3,17 @@
 vLLM preempts a request by freeing its blocks; it later reads prompt and answer again as one
 prompt. On a bounded cache that is another text: what was evicted while it was generated would not
 have been. Lack of memory preempts nothing, because no request ever wants a second page. What does
-is ``reset_prefix_cache(reset_running_requests=True)``; with one of these it is an error::
+is ``reset_prefix_cache(reset_running_requests=True)``; here it is an error.
 
-    vllm serve ... --scheduler-cls less.integrations.vllm.scheduler.LessAsyncScheduler
+``choose`` sets it where vLLM's own scheduler would run. A scheduler of a user's own derives from
+one of these.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -50,3 +54,25 @@ class LessAsyncScheduler(AsyncScheduler):  # type: ignore[misc]
         """
         _refuse(reset_running_requests)
         return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+
+
+def choose(config: Any) -> None:
+    """Set vLLM's ``scheduler_cls`` before it makes its scheduler.
+
+    Args:
+        config: vLLM's ``SchedulerConfig``. Written, where no class is asked for.
+
+    Raises:
+        ValueError: The class that is asked for would compute running requests anew.
+    """
+    asked = config.scheduler_cls
+    if asked is None:
+        config.scheduler_cls = LessAsyncScheduler if config.async_scheduling else LessScheduler
+        return
+    found = resolve_obj_by_qualname(asked) if isinstance(asked, str) else asked
+    if not issubclass(found, (LessScheduler, LessAsyncScheduler)):
+        raise ValueError(
+            "less: vLLM's scheduler_cls must be a subclass of "
+            "less.integrations.vllm.scheduler.LessScheduler or LessAsyncScheduler, which never "
+            f"compute a running request anew, got {found.__module__}.{found.__qualname__}"
+        )

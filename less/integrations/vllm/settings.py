@@ -6,6 +6,7 @@ Nothing here imports vLLM: its config is read by the names of its fields.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,10 @@ def _check_engine(vllm_config: Any) -> None:
     """Refuse what a page per request cannot serve, by the name of vLLM's setting."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     refused = {
+        "enable_prefix_caching": (
+            cache.enable_prefix_caching and _on_command_line("--enable-prefix-caching"),
+            "a page is one request's own, and no token of it is ever shared",
+        ),
         "speculative_config": (
             vllm_config.speculative_config is not None,
             "a rejected draft has already evicted tokens",
@@ -141,6 +146,15 @@ def _check_engine(vllm_config: Any) -> None:
     for name, (asked, why) in refused.items():
         if asked:
             raise ValueError(f"less: vLLM's {name} does not go with a bounded cache: {why}")
+
+
+def _on_command_line(flag: str) -> bool:
+    """Whether a server was started with a flag, whose value alone is as the default's.
+
+    The processes that multiprocessing starts have their parent's command line. What a program asks
+    of ``LLM`` cannot be seen.
+    """
+    return any(x.replace("_", "-") == flag for x in sys.argv[1:])
 
 
 def _chunk(vllm_config: Any, any_chunks: bool) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from less.cache import PagedLayer
+from less.cache import LessKVCache, PagedLayer
 from less.hf.attaching import cache_of
 from less.hf.models import ModelFacts, describe
 from less.integrations.vllm.settings import Settings
@@ -48,8 +48,8 @@ def facts_of(
     )
 
 
-def layers_of(facts: ModelFacts, settings: Settings) -> tuple[PagedLayer | None, ...]:
-    """The layers of a cache of one row: a request's page is one row's. None: the layer slides.
+def request_cache(facts: ModelFacts, settings: Settings) -> LessKVCache:
+    """A cache of one row, whose layers are those of an engine: a request's page is its row's.
 
     Raises:
         ValueError: Settings and model do not go together, or a policy has no rule.
@@ -62,7 +62,11 @@ def layers_of(facts: ModelFacts, settings: Settings) -> tuple[PagedLayer | None,
                 "an engine's step waits for no Python; use H2O, SinkRecent or a policy with a rule"
             )
     with _plain(torch.device("cpu")):
-        cache = cache_of(facts, backend=settings.backend, **arguments)
+        return cache_of(facts, backend=settings.backend, **arguments)
+
+
+def layers_of(facts: ModelFacts, cache: LessKVCache) -> tuple[PagedLayer | None, ...]:
+    """A cache's layers, as many as the model has. None: the layer slides."""
     held = iter(cache.held)
     return tuple(None if i in facts.windows else next(held) for i in range(facts.layers))
 

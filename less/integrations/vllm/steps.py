@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from less.cache import PagedLayer
+from less.cache.limits import BiasedKeys
 from less.layer import PageRows
 
 NULL_BLOCK = 0  # vLLM's, of requests that pad a batch
@@ -54,7 +55,7 @@ class Group:
             v: [tokens, K, D].
             out: [tokens, Q, D]. Written where the group's tokens lie.
         """
-        q, k, v, own = (self._heads(x) for x in (q, k, v, out))
+        q, k, v, own = (self.heads(x) for x in (q, k, v, out))
         for part in self.parts:
             at = slice(part.first, part.last)
             layer.attend(
@@ -63,7 +64,7 @@ class Group:
         if isinstance(self.at, Tensor):
             out.index_copy_(0, self.at, own.transpose(1, 2).flatten(0, 1))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         """[tokens, heads, D] of the step as [B, heads, T, D] of the group: a view of a slice."""
         own: Tensor = x[self.at].unflatten(0, (-1, self.tokens))
         return own.transpose(1, 2)
@@ -82,6 +83,29 @@ class Step:
         for group in self.groups:
             group.attend(layer, pool, q, k, v, out)
         return out
+
+
+def look(biased: BiasedKeys, step: Step, k: Tensor) -> bool:
+    """Warn of a layer's keys with large means in rows of few bits, if a step shows enough of them.
+
+    Whether keys are biased is a matter of the layer's weights: one look at each layer is enough.
+
+    Args:
+        biased: Of the engine.
+        step: The step.
+        k: [tokens, K, D], its keys.
+
+    Returns:
+        Whether the layer has been looked at, or need not be.
+    """
+    if not biased.looks:
+        return True
+    for group in step.groups:
+        # A run that only warms the engine up has no pages, and the same token everywhere.
+        if group.tokens >= biased.TOKENS and bool((group.parts[0].rows.packed[0] >= 0).all()):
+            biased.heed(group.heads(k), 0)
+            return True
+    return False
 
 
 class Steps:
