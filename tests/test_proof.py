@@ -277,6 +277,29 @@ def test_a_page_without_its_models_head_dim_is_refused_before_anything_is_compil
     assert "must have 128, the page's models'; got [64, 96]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["decode_step", "build_facts", "decode_step_fp16.cu", "nothing"])
+def test_a_file_without_kernels_is_refused_before_anything_is_compiled(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["--only", "fold", name])
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument --only: invalid choice: '{name}'" in said
+    assert "decode_step_packed" in said
+
+
+def test_no_kernel_at_all_holds_to_no_gate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "bench.proof.__main__.compile_unit",
+        lambda source, arch, _: Unit(source, arch, [], {}),
+    )
+    assert main(["--only", "fold", "--arch", "80"]) == 1
+    assert "no kernel" in capsys.readouterr().out
+
+
 def test_the_page_has_every_op_that_is_launched() -> None:
     page = (ROOT / "docs" / "kernels.md").read_text()
     header = (ROOT / "csrc" / "cuda" / "kernels.h").read_text()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.proof.roofline import GPUS, Machine, Shape
+from bench.proof.roofline import GPUS, Machine, Shape, decode_bytes
 from bench.proof.timing import (
+    PAIRS,
     Counts,
     against,
     counts,
     estimate,
+    faster,
     floor,
     main,
     measured,
@@ -81,6 +84,25 @@ def test_every_gpu_has_a_latency_for_every_cause_that_the_emulator_knows() -> No
         assert set(gpu.latency) == known
         assert gpu.latency["shared"] < gpu.latency["l2"] < gpu.latency["dram"]
         assert gpu.clusters == (gpu.latency["remote"] > 0)
+
+
+def test_the_floor_of_packed_rows_counts_codes_scales_and_finer_rows() -> None:
+    few = decode_bytes(Shape("some model", Q=2, K=2, C=50, B=3, D=64, R=0, rows="k4v4"))
+    # Of a head: 20 rows of 64 numbers and a float, 30 of 32 bytes and a half; positions and halves.
+    assert few.slots == 3 * 2 * 2 * (20 * (64 + 4) + 30 * (32 + 2))
+    assert few.scores == 3 * 2 * 50 * (4 + 2 + 2)
+    assert (few.state, few.maps) == (0, 0)
+
+
+def test_packed_rows_are_set_against_as_many_of_fp16() -> None:
+    for wide, few in PAIRS:
+        assert replace(few, rows=wide.rows) == wide
+        assert few.line.endswith(" 4 16\n")
+        assert wide.line.endswith(" 0 0\n")
+    seconds = {shape: (7e-6 if shape.rows == "fp16" else 2e-6) for pair in PAIRS for shape in pair}
+    assert faster(seconds).split("\n")[0] == (
+        "k4v4 against fp16, Llama-2-7B, C=205, B=64: 3.50 times as fast"
+    )
 
 
 def test_the_table_has_a_row_for_every_shape_and_the_floor_beside_it() -> None:

@@ -14,6 +14,7 @@ from . import report
 from .gates import Excuse, judge
 from .launches import Launch, Occupancy, all_launches, occupancy
 from .toolchain import (
+    HOST_ONLY,
     ProofError,
     Unit,
     all_excuses,
@@ -82,7 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, judge, write; 1 where a gate does not hold."""
     parser = argparse.ArgumentParser(prog="proof", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--only", metavar="FILE", help="a single file of csrc/cuda, by its stem")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="FILE",
+        choices=[path.stem for path in sources() if path not in HOST_ONLY],
+        help="these files of csrc/cuda, by their stems",
+    )
     parser.add_argument(
         "--write",
         action="store_true",
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--write: the page tells of launches on sm_90a; --arch must have 90a")
     if args.write and 128 not in dims:
         parser.error(f"--write: LESS_CUDA_HEAD_DIMS must have 128, the page's models'; got {dims}")
-    files = [path for path in sources() if args.only in (None, path.stem)]
+    files = [path for path in sources() if args.only is None or path.stem in args.only]
     with ThreadPoolExecutor(jobs()) as pool:
         units = list(pool.map(lambda one: compile_unit(*one), work(files, args.arch)))
     distinct(units)
@@ -114,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (everything or (whole and args.write)) and not wrong:
         DOCS.write_text(report.write(units, args.arch, dims, used, with_occupancy(units)))
         print(f"proof: wrote {DOCS.relative_to(ROOT)}")
+    if not kernels:
+        wrong.append("there is no kernel that could hold to any")
     if wrong:
         print("proof: GATES THAT DO NOT HOLD:", *wrong, sep="\n  ")
         return 1

@@ -52,7 +52,8 @@ bandwidth, assumed to be {bandwidths}: a floor, without the time of a launch.
 `make timing` runs a step's blocks of one head on the emulator with clocks, from the PTX that nvcc
 emits, and makes microseconds a layer of what it counts: dependent trips to memory, barriers,
 instructions, bytes. The table of latencies for each GPU, with its sources, is in
-`bench/proof/roofline.py`, the model's assumptions are in `bench/proof/timing.py`. `--gpu H200`
+`bench/proof/roofline.py`, the model's assumptions are in `bench/proof/timing.py`. Below each GPU's
+table stands how many times as fast a step of k4v4 rows is as one of as many fp16 rows. `--gpu H200`
 chooses, `--phases` shows the longest chain from barrier to barrier. Where `bench/gpu.sh` has timed
 a GPU of the table, its report puts the model beside the measurement.
 

@@ -78,11 +78,18 @@ GPUS = (
     Machine("RTX 4090", 0.93e12, 128, 89, "80", 2.52e9, 1.5e-6, _ADA),
 )  # fmt: skip
 LATENCY = (600e-9, 800e-9)
+SINKS, HOT = 4, 16  # int8 slots of a head whose others are packed: the product's default
+PACKED_BYTES = {"k4v4": 0.5}  # of a number of such a row, which has a scale of 2 bytes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decode step of fp16 slots with maps of kind exp; letters as in csrc/params.h."""
+    """A decode step with maps of kind exp; letters as in csrc/params.h.
+
+    Args:
+        R: 0: there is no state, and no maps.
+        rows: How slots' rows are stored: ``fp16``, or ``k4v4``, which has no state.
+    """
 
     model: str
     Q: int
@@ -92,16 +99,18 @@ class Shape:
     D: int = 128
     E: int = 64
     R: int = 8
+    rows: str = "fp16"
 
     @property
     def line(self) -> str:
         """As timed.cpp reads it."""
-        return f"{self.Q} {self.K} {self.D} {self.C} {self.E} {self.R} {self.B}\n"
+        hot = f"{SINKS} {HOT}" if self.rows in PACKED_BYTES else "0 0"
+        return f"{self.Q} {self.K} {self.D} {self.C} {self.E} {self.R} {self.B} {hot}\n"
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What one layer's decode step moves at least; slots and maps in fp16."""
+    """What one layer's decode step moves at least; maps in fp16."""
 
     slots: int
     scores: int
@@ -122,11 +131,16 @@ def decode_bytes(at: Launch | Shape, paper: bool = False) -> Bytes:
         paper: Whether its maps are of kind ``paper``, else ``exp``.
     """
     rows = at.B * at.K
-    weights = at.D * at.E + at.E * at.R
+    weights = at.D * at.E + at.E * at.R if at.R > 0 else 0
     mix = at.K * (at.R * at.R + 2 * at.R) * 4 if paper else (at.Q + at.K) * at.R * 4
+    slots, score = at.C * at.D * 2, 4
+    if isinstance(at, Shape) and at.rows in PACKED_BYTES:
+        hot = SINKS + HOT
+        slots = hot * (at.D + 4) + (at.C - hot) * (int(at.D * PACKED_BYTES[at.rows]) + 2)
+        score = 2
     return Bytes(
-        slots=rows * at.C * 2 * at.D * 2,
-        scores=12 * rows * at.C,
+        slots=rows * 2 * slots,
+        scores=(4 + 2 * score) * rows * at.C,
         state=8 * rows * at.R * at.D,
         maps=(at.Q + at.K) * weights * 2 + mix,
     )

@@ -1,10 +1,11 @@
 // Runs a decode step's blocks of the first head of one batch row or two with clocks, and prints
 // what they did.
 //
-// A line of input is a shape, "Q K D C E R B", or an option of the emulator's, "name=value". For a
-// shape come two lines of JSON: the emulator's profile of one row's blocks, and of two rows'; of a
-// batch of one, twice the same. Linked with decode_step's launchers and the
-// translated kernels that keep clocks.
+// A line of input is a shape, "Q K D C E R B sinks hot", or an option of the emulator's,
+// "name=value". Rows are fp16, or, where there are hot slots, k4v4 with hot rows of int8 and no
+// state. For a shape come two lines of JSON: the emulator's profile of one row's blocks, and of two
+// rows'; of a batch of one, twice the same. Linked with decode_step's launchers and the translated
+// kernels that keep clocks.
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
@@ -34,14 +35,30 @@ std::vector<uint16_t> halves(int64_t n, float most) {
 void fill(const Layout& layout, unsigned char* page) {
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
   const Head own = head(layout, page, 0);
-  const int64_t S = own.slots.S;
+  const int64_t S = own.slots.S, W = own.slots.W;
+  const auto put = [](void* to, const std::vector<uint16_t>& x) {
+    std::copy(x.begin(), x.end(), static_cast<uint16_t*>(to));
+  };
+  // Half floats, or any bytes: codes, and numbers of 8 bits.
   for (void* rows : {own.slots.k, own.slots.v}) {
-    const auto x = halves(S * layout.D, 1.0f);
-    std::copy(x.begin(), x.end(), static_cast<uint16_t*>(rows));
+    put(rows, halves((S - W) * row_bytes(layout.k_dtype, layout.D) / 2, 1.0f));
+  }
+  if (W > 0) {
+    for (void* rows : {own.slots.hot_k, own.slots.hot_v}) put(rows, halves(W * layout.D / 2, 1.0f));
+    for (float* scales : {own.slots.hot_k_scale, own.slots.hot_v_scale}) {
+      std::fill(scales, scales + W, 0.01f);
+    }
+    for (uint16_t* scales : {own.slots.k_half, own.slots.v_half}) put(scales, halves(S - W, 0.1f));
   }
   for (int64_t i = 0; i < S; ++i) {
     own.slots.position[i] = int32_t(100 + i);
-    own.slots.score[i] = uniform(random_bits);
+    const float score = uniform(random_bits);
+    if (own.slots.half != nullptr) {
+      own.slots.half[i] = from_float<fp16>(score).bits;
+    } else {
+      own.slots.score[i] = score;
+    }
+    if (own.slots.weight != nullptr) own.slots.weight[i] = 0.0f;
   }
   for (int64_t i = 0; i < layout.R * layout.D; ++i) own.state.H[i] = uniform(random_bits);
   for (int64_t i = 0; i < layout.R; ++i) own.state.z[i] = uniform(random_bits);
@@ -49,12 +66,17 @@ void fill(const Layout& layout, unsigned char* page) {
 }
 
 bool run(std::istringstream& shape) {
-  int64_t Q, K, D, C, E, R, B;
-  if (!(shape >> Q >> K >> D >> C >> E >> R >> B)) return false;
+  int64_t Q, K, D, C, E, R, B, sinks, hot;
+  if (!(shape >> Q >> K >> D >> C >> E >> R >> B >> sinks >> hot)) return false;
   const std::vector<int64_t> slots(size_t(K), C);
   DecodeStepParams p{};
   p.layout = make_layout(DType::fp16, K, D, R, slots.data());
-  p.layout.weights = false;
+  if (hot > 0) {
+    p.layout.weights = false;
+    p.layout.k_dtype = p.layout.v_dtype = DType::b4;
+    p.layout.call_dtype = DType::i8;
+    p.layout.sinks = int32_t(sinks), p.layout.hot = int32_t(hot);
+  }
   place_heads(p.layout, slots.data());
   // Two pages for all rows: only the first head of two runs.
   const int64_t stride = (p.layout.nbytes + kPageAlign - 1) / kPageAlign * kPageAlign;
@@ -81,7 +103,7 @@ bool run(std::istringstream& shape) {
     m.D = D, m.E = E, m.R = R;
     return m;
   };
-  p.maps = {maps(phi1, phi2), maps(psi1, psi2)};
+  if (R > 0) p.maps = {maps(phi1, phi2), maps(psi1, psi2)};
   p.q = contiguous_rows(q.data(), DType::fp16, Q, 1, D);
   p.out = contiguous_rows(out.data(), DType::fp16, Q, 1, D);
   p.k = p.v = contiguous_rows(k.data(), DType::fp16, K, 1, D);

@@ -36,13 +36,21 @@ from .roofline import GPUS, SCHEDULERS, Machine, Shape, decode_bytes
 from .toolchain import BUILD, CUDA, compile_cubin, compile_to, cuda_toolkit, jobs, run
 
 HEAD_DIM = 128
-SOURCE = CUDA / "decode_step_fp16.cu"
+SOURCES = {"fp16": CUDA / "decode_step_fp16.cu", "k4v4": CUDA / "decode_step_packed.cu"}
 
 
 SHAPES = (
     *(Shape("Llama-2-7B", 32, 32, 205, B) for B in (1, 8, 64)),
     *(Shape("Llama-3-8B", 32, 8, 205, B) for B in (1, 8, 64)),
     Shape("Llama-2-7B", 32, 32, 4096, 64),
+)
+# Equally many rows, which a token leaves for good, in fp16 and in fewer bits.
+PAIRS = tuple(
+    (
+        Shape("Llama-2-7B", 32, 32, C, 64, R=0),
+        Shape("Llama-2-7B", 32, 32, C, 64, R=0, rows="k4v4"),
+    )
+    for C in (205, 4096)
 )
 
 
@@ -156,15 +164,22 @@ def program(arch: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     nvcc = cuda_toolkit.require().nvcc
     mask = f"-DLESS_HEAD_DIM_MASK={1 << HEAD_DIM // 16}"
-    ptx = folder / "kernels.ptx"
-    compile_to(ptx, [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr",
-                     f"-arch=compute_{arch}", "-lineinfo", mask, "-ptx", SOURCE])  # fmt: skip
-    translated = folder / "kernels.cpp"
-    run(["env", f"PYTHONPATH={ROOT / 'emulator'}", sys.executable, "-m", "ptx2cpp", "--timed",
-         ptx, "-o", translated])  # fmt: skip
-    host = [*sorted(CUDA.glob("decode_step*.cu")), Path(__file__).with_name("timed.cpp"),
-            translated, *sorted((ROOT / "emulator").glob("*.cpp"))]  # fmt: skip
+
+    def translate(rows: str) -> Path:
+        ptx = folder / f"{rows}.ptx"
+        compile_to(ptx, [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr",
+                         f"-arch=compute_{arch}", "-lineinfo", mask, "-ptx",
+                         SOURCES[rows]])  # fmt: skip
+        # Under another name, because compile_to keeps a file's notes under its name alone.
+        translated = folder / f"{rows}_translated.cpp"
+        run(["env", f"PYTHONPATH={ROOT / 'emulator'}", sys.executable, "-m", "ptx2cpp", "--timed",
+             ptx, "-o", translated])  # fmt: skip
+        return translated
+
     with ThreadPoolExecutor(jobs()) as pool:
+        translated = pool.map(translate, SOURCES)
+        host = [*sorted(CUDA.glob("decode_step*.cu")), Path(__file__).with_name("timed.cpp"),
+                *translated, *sorted((ROOT / "emulator").glob("*.cpp"))]  # fmt: skip
         objects = list(pool.map(lambda file: _compile(file, folder, mask), host))
     target = folder / "timed"
     run(["g++", "-rdynamic", "-no-pie", *objects, "-ldl", "-o", target])
@@ -208,7 +223,9 @@ def floor(shape: Shape, gpu: Machine) -> float:
 def estimates(gpu: Machine, shapes: Sequence[Shape]) -> list[tuple[Shape, Counts, Estimate]]:
     """Of all shapes, on one GPU."""
     measured = measure(gpu, shapes)
-    _, resources = compile_cubin(SOURCE, gpu.code, HEAD_DIM)
+    resources = {}
+    for rows in {shape.rows for shape in shapes}:
+        resources |= compile_cubin(SOURCES[rows], gpu.code, HEAD_DIM)[1]
     asked = [(gpu.arch, resources[one.kernel].registers, resources[one.kernel].shared, one.shared,
               one.threads) for one in measured]  # fmt: skip
     return [(shape, one, estimate(one, held.blocks, gpu))
@@ -222,21 +239,34 @@ def text(gpu: Machine, rows: Iterable[tuple[Shape, Counts, Estimate]]) -> str:
     for shape, one, time in rows:
         least = floor(shape, gpu)
         lines.append([
-            shape.model, shape.C, shape.B, f"{time.total * 1e6:.1f}", f"{least * 1e6:.1f}",
+            shape.model, shape.rows, shape.R, shape.C, shape.B, f"{time.total * 1e6:.1f}",
+            f"{least * 1e6:.1f}",
             f"{time.total / least:.1f}", f"{time.waves:.2f}", time.held,
             f"{time.life * 1e6:.1f}", f"{time.transfer * 1e6:.1f}", f"{time.work * 1e6:.1f}",
             one.trips, one.barriers, f"{one.bytes / 1e6:.2f}",
         ])  # fmt: skip
-    head = ["model", "C", "B", "µs a layer", "floor", "over it", "waves", "blocks/SM", "life",
-            "bytes", "instructions", "trips", "barriers", "MB"]  # fmt: skip
+    head = ["model", "rows", "R", "C", "B", "µs a layer", "floor", "over it", "waves", "blocks/SM",
+            "life", "bytes", "instructions", "trips", "barriers", "MB"]  # fmt: skip
     return f"### {gpu.name}\n\n{table(head, lines)}"
+
+
+def faster(seconds: dict[Shape, float]) -> str:
+    """How many times as long fp16 rows take as equally many of fewer bits, a line a pair."""
+    return "\n".join(
+        f"{few.rows} against {wide.rows}, {few.model}, C={few.C}, B={few.B}: "
+        f"{seconds[wide] / seconds[few]:.2f} times as fast"
+        for wide, few in PAIRS
+    )
 
 
 def phases(rows: Iterable[tuple[Shape, Counts, Estimate]]) -> str:
     """Where the longest chain of each step goes: a barrier a line, and cycles from the last."""
     lines = []
     for shape, one, _ in rows:
-        lines.append(f"{shape.model}, C={shape.C}, B={shape.B}: {one.cycles} cycles")
+        lines.append(
+            f"{shape.model}, {shape.rows}, R={shape.R}, C={shape.C}, B={shape.B}: "
+            f"{one.cycles} cycles"
+        )
         lines += [f"  {cause:16} {cycles:7}" for cause, cycles in one.causes.items() if cycles]
         before = 0
         for where, at in one.phases:
@@ -292,8 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for gpu in GPUS:
         if gpu.name in args.gpu:
-            rows = estimates(gpu, SHAPES)
+            rows = estimates(gpu, [*SHAPES, *(shape for pair in PAIRS for shape in pair)])
             print(text(gpu, rows), end="\n\n", flush=True)
+            print(faster({shape: time.total for shape, _, time in rows}), end="\n\n", flush=True)
             if args.phases:
                 print(phases(rows), end="\n\n", flush=True)
     return 0
