@@ -254,12 +254,13 @@ struct Int {  // kSize x int32; as a mask, all bits or none of each
   LESS_INLINE void store(int32_t* p) const { std::memcpy(p, part, sizeof part); }
 };
 
+// Sums wrap around, as those of unsigned numbers do.
 LESS_INLINE Int operator+(Int a, Int b) {
-  LESS_EACH_PART(a.part[i] += b.part[i]);
+  LESS_EACH_PART(a.part[i] = (Ints)((Words)a.part[i] + (Words)b.part[i]));
   return a;
 }
 LESS_INLINE Int operator-(Int a, Int b) {
-  LESS_EACH_PART(a.part[i] -= b.part[i]);
+  LESS_EACH_PART(a.part[i] = (Ints)((Words)a.part[i] - (Words)b.part[i]));
   return a;
 }
 LESS_INLINE Int operator&(Int a, Int b) {
