@@ -200,7 +200,8 @@ inline void check_rows([[maybe_unused]] const char* op,
 #ifdef LESS_LAUNCHES
   const Layout& layout = layer.layout;
   if (weighs(layer.spec.victim) && layout.R > 0) {
-    fail(op, ": slots that stand for several tokens, beside a low-rank state, have no CUDA kernel; "
+    fail(op,
+         ": slots that stand for several tokens, beside a low-rank state, have no CUDA kernel; "
          "use victim fold");
   }
   if ((packed(layout.v_dtype) || layer.shifted()) &&
