@@ -253,19 +253,21 @@ def test_another_attention_than_eager_and_sdpa_is_refused():
 def test_a_mask_of_another_pattern_is_refused(model):
     from transformers import masking_utils as masks
 
+    window_of = less.hf.sliding.window_of
+    assert window_of(masks.sliding_window_causal_mask_function(WINDOW)) == WINDOW
     native = less.hf.sliding.SlidingAttention(less.hf.models.describe(model, "test"))
-    assert native.slides(masks.sliding_window_causal_mask_function(WINDOW))
+    assert native.windows == {WINDOW}
     causal, overlay = masks.causal_mask_function, masks.sliding_window_overlay(WINDOW)
     for other in (
         causal,
         None,
         overlay,
-        masks.sliding_window_causal_mask_function(WINDOW + 1),
         masks.sliding_window_bidirectional_mask_function(WINDOW),
         masks.and_masks(overlay, causal, causal),
         masks.or_masks(overlay, causal),
     ):
-        assert not native.slides(other)
+        assert window_of(other) is None
+    assert window_of(masks.sliding_window_causal_mask_function(WINDOW + 1)) == WINDOW + 1
 
 
 def test_the_text_part_of_a_model_with_images_works_and_the_whole_is_refused():

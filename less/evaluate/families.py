@@ -85,11 +85,23 @@ _MIX = "some slide"
 _POSITIONS = "full; learned positions"
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MANY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 FAMILIES: dict[str, Family] = {
+    "apertus": Family("ApertusConfig"),
     "arcee": Family("ArceeConfig"),
+    "bitnet": Family("BitNetConfig"),
     "cohere": Family("CohereConfig"),
     "cohere2": Family("Cohere2Config", MIXED, _MIX),
+    "cwm": Family("CwmConfig", {**MIXED, "head_dim": D}, _MIX),
+    "dots1": Family(
+        "Dots1Config", {**SHAPE, **_ROUTED, "n_shared_experts": 1, "sliding_window": None}
+    ),
+    "ernie4_5": Family("Ernie4_5Config", {**SHAPE, "head_dim": D}),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeConfig",
+        {**SHAPE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
+    ),
     "exaone4": Family(
         "Exaone4Config",
         {
@@ -107,6 +119,7 @@ FAMILIES: dict[str, Family] = {
     "falcon (all heads)": Family(
         "FalconConfig", {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True}
     ),
+    "flex_olmo": Family("FlexOlmoConfig", {**SHAPE, **_MANY_EXPERTS}),
     "gemma": Family("GemmaConfig", {**SHAPE, "head_dim": D}),
     "gemma2": Family(
         "Gemma2Config",
@@ -116,17 +129,28 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3TextConfig", {**MIXED, "head_dim": D, "query_pre_attn_scalar": 5}, _MIX
     ),
+    "glm": Family("GlmConfig", {**SHAPE, "head_dim": D}, "full; partial rotary"),
     "glm4": Family("Glm4Config", {**SHAPE, "head_dim": D}),
+    "glm4_moe": Family(
+        "Glm4MoeConfig", {**SHAPE, **_ROUTED, "head_dim": D}, "full; partial rotary"
+    ),
     "gpt2": Family("GPT2Config", _GPT2, _POSITIONS),
     "gpt_bigcode": Family("GPTBigCodeConfig", _GPT2, "full; one kv head, learned positions"),
     "gpt_neox": Family("GPTNeoXConfig", {**_MHA, "rotary_pct": 0.25}, "full; partial rotary"),
     "granite": Family("GraniteConfig", {**SHAPE, "attention_multiplier": 0.2}),
     "granitemoe": Family("GraniteMoeConfig", {**SHAPE, **_EXPERTS}),
+    "granitemoeshared": Family(
+        "GraniteMoeSharedConfig", {**SHAPE, **_EXPERTS, "shared_intermediate_size": 24}
+    ),
+    "helium": Family("HeliumConfig", {**SHAPE, "head_dim": D}),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1Config", {**SHAPE, "head_dim": D}),
     "llama": Family("LlamaConfig"),
     "llama (one kv head)": Family(
         "LlamaConfig", {**SHAPE, "num_key_value_heads": 1}, "full; one kv head"
     ),
+    "minimax_m2": Family("MiniMaxM2Config", {**SHAPE, **_EXPERTS, "head_dim": D}),
     "ministral": Family("MinistralConfig", {**MIXED, "head_dim": D}, _MIX),
+    "ministral3": Family("Ministral3Config", {**SHAPE, "head_dim": D, "sliding_window": None}),
     "mistral": Family("MistralConfig", {**SHAPE, "sliding_window": None}),
     "mixtral": Family("MixtralConfig", {**SHAPE, **_EXPERTS}),
     "nemotron": Family("NemotronConfig", SHAPE, "full; partial rotary"),
@@ -140,8 +164,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": Family("PhiConfig", SHAPE, "full; partial rotary"),
     "phi3": Family("Phi3Config"),
+    "phimoe": Family("PhimoeConfig", {**SHAPE, **_EXPERTS, "sliding_window": None}),
     "qwen2": Family("Qwen2Config"),
     "qwen2 (mixed)": Family("Qwen2Config", {**MIXED, "use_sliding_window": True}, _MIX),
+    "qwen2_moe": Family("Qwen2MoeConfig", {**SHAPE, **_MANY_EXPERTS}),
+    "qwen2_moe (mixed)": Family(
+        "Qwen2MoeConfig",
+        {**MIXED, **_MANY_EXPERTS, "use_sliding_window": True, "max_window_layers": 4},
+        _MIX,
+    ),
     "qwen3": Family("Qwen3Config", {**SHAPE, "head_dim": D}),
     "qwen3 (mixed)": Family(
         "Qwen3Config", {**MIXED, "head_dim": D, "use_sliding_window": True}, _MIX

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from less.hf.sliding import SlidingAttention
+from less.hf.sliding import SlidingAttention, window_of
 
 NAME = "less"
 # Arguments by which models change what attention computes, beside scale and soft-cap.
@@ -143,7 +143,8 @@ def mask(
     from transformers.masking_utils import causal_mask_function
 
     sliding = sliding_masks.get(id(kwargs.get("config")))
-    if sliding is not None and sliding.slides(mask_function):
+    window = window_of(mask_function)
+    if sliding is not None and window in sliding.windows:
         own: Tensor | None = sliding.mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -155,6 +156,8 @@ def mask(
             **kwargs,
         )
         return own
+    if window == 0:  # of no layer: a model makes it although none of its layers slides (Qwen2-MoE)
+        return None
     if mask_function is not None and mask_function is not causal_mask_function:
         raise ValueError(
             "less.hf: the model asks for an attention pattern that is not plain causal attention "

@@ -55,17 +55,26 @@ class Architecture:
 
 # model_type -> facts
 ARCHITECTURES: dict[str, Architecture] = {
+    "apertus": Architecture("ApertusAttention"),
     "arcee": Architecture("ArceeAttention"),
+    "bitnet": Architecture("BitNetAttention"),
     "cohere": Architecture("CohereAttention"),
     "cohere2": Architecture("Cohere2Attention"),
+    "cwm": Architecture("CwmAttention"),
+    "dots1": Architecture("Dots1Attention"),
+    "ernie4_5": Architecture("Ernie4_5Attention"),
+    "ernie4_5_moe": Architecture("Ernie4_5_MoeAttention"),
     "exaone4": Architecture("Exaone4Attention"),
     "falcon": Architecture(
         "FalconAttention", scale="inv_norm_factor", forward=falcon.attention_forward
     ),
+    "flex_olmo": Architecture("FlexOlmoAttention"),
     "gemma": Architecture("GemmaAttention"),
     "gemma2": Architecture("Gemma2Attention"),
     "gemma3_text": Architecture("Gemma3Attention"),
+    "glm": Architecture("GlmAttention"),
     "glm4": Architecture("Glm4Attention"),
+    "glm4_moe": Architecture("Glm4MoeAttention"),
     "gpt2": Architecture("GPT2Attention", dropout="attn_dropout", learned_positions=True),
     "gpt_bigcode": Architecture(
         "GPTBigCodeAttention", dropout="attn_dropout", learned_positions=True
@@ -73,8 +82,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neox": Architecture("GPTNeoXAttention"),
     "granite": Architecture("GraniteAttention"),
     "granitemoe": Architecture("GraniteMoeAttention"),
+    "granitemoeshared": Architecture("GraniteMoeSharedAttention"),
+    "helium": Architecture("HeliumAttention"),
+    "hunyuan_v1_dense": Architecture("HunYuanDenseV1Attention"),
     "llama": Architecture("LlamaAttention"),
+    "minimax_m2": Architecture("MiniMaxM2Attention"),
     "ministral": Architecture("MinistralAttention"),
+    "ministral3": Architecture("Ministral3Attention"),
     "mistral": Architecture("MistralAttention"),
     "mixtral": Architecture("MixtralAttention"),
     "nemotron": Architecture("NemotronAttention"),
@@ -88,7 +102,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phi": Architecture("PhiAttention"),
     "phi3": Architecture("Phi3Attention"),
+    "phimoe": Architecture("PhimoeAttention"),
     "qwen2": Architecture("Qwen2Attention"),
+    "qwen2_moe": Architecture("Qwen2MoeAttention"),
     "qwen3": Architecture("Qwen3Attention"),
     "qwen3_moe": Architecture("Qwen3MoeAttention"),
     "seed_oss": Architecture("SeedOssAttention"),
@@ -292,10 +308,12 @@ def _softcap(op: str, name: str, config: Any, modules: tuple[nn.Module, ...]) ->
 def _windows(op: str, name: str, config: Any, modules: tuple[nn.Module, ...]) -> dict[int, int]:
     """Layer -> window, of the layers that slide: as their modules say, not the config alone."""
     of_all = getattr(config, "sliding_window", None)  # where modules have no window of their own
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(modules)
     windows = {}
     for i, module in enumerate(modules):
-        window = getattr(module, "sliding_window", of_all)
-        if window is not None and getattr(module, "is_sliding", True):
+        of_config = of_all if kinds[i] == "sliding_attention" else None
+        window = getattr(module, "sliding_window", of_config)
+        if window and getattr(module, "is_sliding", True):
             windows[i] = int(window)
     if len(windows) == len(modules):
         raise UnsupportedModelError(

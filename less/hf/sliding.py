@@ -41,6 +41,21 @@ def make_sliding(cache: LessKVCache, facts: ModelFacts) -> None:
             )
 
 
+def window_of(mask_function: Any) -> int | None:
+    """The window of transformers' sliding causal mask; None of any other mask function."""
+    from transformers import masking_utils
+
+    like = masking_utils.sliding_window_causal_mask_function(1)
+    if getattr(mask_function, "__code__", None) is not like.__code__:
+        return None
+    both = mask_function.__closure__[0].cell_contents
+    wanted = like.__closure__[0].cell_contents
+    if [f.__code__ for f in both] != [f.__code__ for f in wanted]:
+        return None
+    window: int = both[0].__closure__[0].cell_contents
+    return window
+
+
 class SlidingAttention:
     """The attention and mask functions that a model's sliding layers had before ``attach``."""
 
@@ -66,19 +81,6 @@ class SlidingAttention:
         eager = getattr(module, "eager_attention_forward", None)
         self._attention = AttentionInterface().get_interface(name, eager)
         self.mask = AttentionMaskInterface()[name]
-
-    def slides(self, mask_function: Any) -> bool:
-        """Whether this is transformers' causal mask of one of the model's windows, no other."""
-        from transformers import masking_utils
-
-        like = masking_utils.sliding_window_causal_mask_function(1)
-        if getattr(mask_function, "__code__", None) is not like.__code__:
-            return False
-        both = mask_function.__closure__[0].cell_contents
-        wanted = like.__closure__[0].cell_contents
-        if [f.__code__ for f in both] != [f.__code__ for f in wanted]:
-            return False
-        return both[0].__closure__[0].cell_contents in self.windows
 
     def attend(
         self,
