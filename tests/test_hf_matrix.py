@@ -105,7 +105,7 @@ def test_a_model_that_should_be_refused_and_is_not_fails(capsys, monkeypatch):
 
 def test_an_unknown_model_is_refused(capsys):
     assert cli.main(["matrix", "--only", "nothing"]) == 2
-    assert "--only must be one of arcee, " in capsys.readouterr().err
+    assert "--only must be one of apertus, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
