@@ -120,7 +120,7 @@ inline LayerArguments read_layer(const char* op, const Tensor& layer, bool any =
   within("weights", weights, few ? 0 : 1, 1);
   within("victim", victim, 0, int64_t(kLastVictim));
   if (weighs(Victim(x[victim])) && x[weights] == 0) {
-    fail(op, ": victim ", x[victim], " needs slots with log-weights");
+    fail(op, ": victim merge needs slots with log-weights");
   }
   for (const auto& [name, i] : {std::pair{"scores", scores}, std::pair{"dependent", dependent},
                                 std::pair{"has_rule", has_rule}, std::pair{"by_score", by_score},
@@ -200,9 +200,7 @@ inline void check_rows([[maybe_unused]] const char* op,
 #ifdef LESS_LAUNCHES
   const Layout& layout = layer.layout;
   if (weighs(layer.spec.victim) && layout.R > 0) {
-    fail(op,
-         ": slots that stand for several tokens, beside a low-rank state, have no CUDA kernel; "
-         "use victim fold");
+    fail(op, ": victim merge with a low-rank state has no CUDA kernel; use victim fold");
   }
   if ((packed(layout.v_dtype) || layer.shifted()) &&
       (layout.R > 0 || layer.spec.victim == Victim::fold)) {
