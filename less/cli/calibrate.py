@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
         help="measure a model's channels and heads, for rows of few bits and budgets per head",
         description="Measure, over a few thousand tokens: the means and scales of keys and values, "
         "with which rows of few bits lose less; and what the slots of every kv head are worth, in "
-        "text and where a passage comes again, by which a budget is dealt out to them. Three "
+        "text and where a passage comes again, by which a budget is dealt out to them. Four "
         "minutes for SmolLM2-135M on two cores.",
     )
     add = parser.add_argument
