@@ -229,7 +229,7 @@ LESS_INLINE Halves to_fp16(Floats x) {
   const Ints a = u & 0x7fffffff;
   const Ints small = (Ints)((Floats)a + 0.5f) - 0x3f000000;
   const Ints odd = (a >> 13) & 1;
-  const Ints normal = (a - 0x38000000 + 0xfff + odd) >> 13;
+  const Ints normal = (Ints)((Words)a - 0x38000000u + 0xfffu + (Words)odd) >> 13;
   const Ints nan = ((a >> 13) & 0x3ff) | 0x7e00;
   const Ints large = a > 0x7f800000 ? nan : 0x7c00 - Ints{};
   const Ints half = a > 0x477fffff ? large : a < 0x38800000 ? small : normal;
