@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.faults.points import points
 
 pytest.importorskip("less._C")
 HERE = Path(__file__).parent
@@ -24,25 +25,16 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     library = tmp_path_factory.mktemp("faults") / "liballocations.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, HERE / "allocations.cpp", "-o", library, "-ldl"], check=True)
-    return os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parents[1])}
+    return os.environ | {"LD_PRELOAD": str(library)}
 
 
 def test_a_cache_survives_the_failure_of_every_allocation_or_says_that_it_did_not(
     preloaded: dict[str, str],
 ) -> None:
-    every = "1" if os.environ.get("LESS_FUZZ_STEPS") else "4"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.faults.allocations", every],
-        env=preloaded,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    points = sum(x["points"] for x in found.values())
+    found = points("allocations", 4, preloaded)
+    failed = sum(x["points"] for x in found.values())
     refused = sum(x["refused"] for x in found.values())
-    print(f"\n{points} allocations of {len(found)} calls failed; {refused} caches refused to go on")
-    assert points > 400
+    print(f"\n{failed} allocations of {len(found)} calls failed; {refused} caches refused to go on")
+    assert failed > 400
     # What stops amid pages is found, and nearly all stops before.
-    assert 0 < refused < points / 4
+    assert 0 < refused < failed / 4

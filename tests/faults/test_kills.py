@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.points import ROOT, points
+
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
@@ -23,17 +23,7 @@ ENVIRONMENT = os.environ | {
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="NO fork")
 def test_a_folder_is_old_or_new_or_refused_wherever_its_writing_ends() -> None:
-    every = "1" if os.environ.get("LESS_FUZZ_STEPS") else "12"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kills", every],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = points("kills", 12, ENVIRONMENT)
     print(f"\nended at {sum(x['points'] for x in found.values())} points")
     for at in ("sidekick, over an old one: kill", "calibration, over an old one: kill"):
         assert min(found[at][kind] for kind in ("old", "new", "refused")) > 0
