@@ -35,11 +35,12 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   }
   // Shares of the queries' features while slots are on their way, one for each range, and then,
   // should a token leave, of its key's: one loop, because a map's code is long.
-  const int shares = plan.shares > 1 ? ranges() : 1;  // of the key's, from `own` on
-  const int own = plan.shares > 1 ? first_range() : 0;
+  const DecodeMapShares of_ranges{first_range(), ranges(), plan.splits};
+  const DecodeMapShares of_key = plan.shares > 1 ? of_ranges : DecodeMapShares{0, 1, 1};
 #pragma unroll 1
-  for (int turn = 0; turn < ranges() + shares; ++turn) {
-    if (turn == ranges()) {
+  for (int turn = 0; turn < 2; ++turn) {
+    const bool phi = turn == 0;
+    if (!phi) {
 #pragma unroll 1
       for (int range = 0; range < ranges(); ++range) {
         s.range = range;
@@ -58,14 +59,13 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
       if (!Leaver::begin(*this)) break;
     }
     if constexpr (kState) {
-      const bool phi = turn < ranges();
       const FeatureMaps maps = phi ? p.maps.phi : p.maps.psi;
-      const int share = phi ? first_range() + turn : own + turn - ranges();
-      share_of_maps(maps, phi ? head * G : head, phi ? G : 1, phi ? s.q() : s.victim_key(), share,
-                    phi ? plan.splits : plan.shares, s.maps(),
-                    phi ? s.part() + turn * plan.part + at.feature : s.psi_shares() + share * R);
+      shares_of_maps(maps, phi ? head * G : head, phi ? G : 1, phi ? s.q() : s.victim_key(),
+                     phi ? of_ranges : of_key, s.maps(),
+                     phi ? s.part() + at.feature : s.psi_shares() + of_key.first * R,
+                     phi ? plan.part : R);
     }
-    if (turn == ranges() + shares - 1) Leaver::end(*this);
+    if (!phi) Leaver::end(*this);
   }
   if constexpr (kPacked) {
     move_in(victim.slot);

@@ -4,7 +4,7 @@
 //
 // The unit of a slice is 32 bytes of a row of W1, a sector of memory. A block takes up to four
 // units at once: 128 threads load 16 bytes of as many rows as there are, eight loads each under
-// way.
+// way. A unit has the same bits whichever others are taken with it.
 #pragma once
 
 #include "cuda/convert.h"
@@ -18,7 +18,7 @@ constexpr int kDecodeMapColumns = 32 * kDecodeMapUnits;  // of units at once, at
 struct DecodeMapScratch {
   float* sums;        // [warps, kDecodeMapColumns]  x W1, by warps
   float* hidden;      // [kDecodeMapColumns]
-  float* turn;        // [threads]  shares of y, by threads
+  float* turn;        // [units, threads]  shares of y, by threads
   unsigned char* w2;  // [32 kDecodeMapUnits R]  the units' rows of W2
 };
 
@@ -91,10 +91,28 @@ LESS_DEVICE uint4 load_bytes(const unsigned char* global, int valid) {
   return w;
 }
 
-// y [heads, R] = this block's share (rank of size) of the maps of `heads` heads from `first` on, of
-// x [heads, D]; x and y are shared. All threads call it; ends with y visible to all.
-LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, const float* x,
-                               int rank, int size, const DecodeMapScratch& s, float* y) {
+// Shares of a layer's map that a block makes: `count` from `first` on, of `of` in all. A share is a
+// run of the units of all heads, and none has the same bits alone and beside others.
+struct DecodeMapShares {
+  int first;
+  int count;
+  int of;
+
+  // The first unit of a share, of so many.
+  LESS_DEVICE int begin(int share, int units) const { return units * share / of; }
+  // The share that has a unit.
+  LESS_DEVICE int with(int unit, int units) const { return ((unit + 1) * of - 1) / units; }
+};
+
+// y [shares.count, heads, R], a share every `stride` floats: this block's shares of the maps of
+// `heads` heads from `first` on, of x [heads, D]; x and y are shared. All threads call it; ends
+// with y visible to all. A unit's sums are in the same order whichever units are taken with it.
+LESS_DEVICE void shares_of_maps(const FeatureMaps& m, int64_t first, int heads, const float* x,
+                                const DecodeMapShares& shares, const DecodeMapScratch& s, float* y,
+                                int stride) {
+  constexpr int kWidth = 2 * kDecodeMapUnits;      // chunks of 16 bytes of a row, a lane each
+  constexpr int kRows = kDecodeThreads / kWidth;   // at once
+  constexpr int kLoads = 8;                        // under way
   const int t = threadIdx.x, lane = t % 32, warp = t / 32;
   const int R = int(m.R), D = int(m.D), E = int(m.E);
   const int bytes = int(bytes_of(m.w_dtype));
@@ -105,14 +123,19 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
       ((reinterpret_cast<uintptr_t>(m.w1) | reinterpret_cast<uintptr_t>(m.w2)) & 15) == 0;
   const auto* const w1 = static_cast<const unsigned char*>(m.w1) + first * m.D * m.E * bytes;
   const auto* const w2 = static_cast<const unsigned char*>(m.w2) + first * m.E * m.R * bytes;
-  const int begin = units * heads * rank / size, end = units * heads * (rank + 1) / size;
+  const int all = units * heads;
+  const int begin = shares.begin(shares.first, all);
+  const int end = shares.begin(shares.first + shares.count, all);
+  const int turns = min(16, kDecodeThreads / R);  // of a unit's columns, that threads take at once
 #pragma unroll 1
-  for (int i = t; i < heads * R; i += kDecodeThreads) y[i] = 0.0f;
+  for (int i = t; i < heads * R; i += kDecodeThreads) {
 #pragma unroll 1
-  for (int u0 = begin, taken; u0 < end; u0 += taken) {
-    const int g = u0 / units, e0 = u0 % units * columns;  // of one head at once
-    const int count = min(min(kDecodeMapUnits, end - u0), units - u0 % units);
-    taken = count;
+    for (int share = 0; share < shares.count; ++share) y[share * stride + i] = 0.0f;
+  }
+#pragma unroll 1
+  for (int u0 = begin, count; u0 < end; u0 += count) {
+    const int g = u0 / units, e0 = (u0 - g * units) * columns;  // of one head at once
+    count = min(min(kDecodeMapUnits, end - u0), (g + 1) * units - u0);
     // -- rows of W2, on their way while W1 is read
     const unsigned char* const w2_rows = w2 + (int64_t(g) * E + e0) * R * bytes;
     if (aligned) {
@@ -125,8 +148,7 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
     }
     copy_async_commit();
     // -- x W1 of the units: thread (rows, chunk)
-    const int width = count == 1 ? 2 : count == 2 ? 4 : 8;
-    const int chunk = t % width, row0 = t / width, rows = kDecodeThreads / width;
+    const int chunk = t % kWidth, row0 = t / kWidth;
     const bool active = chunk < 2 * count;
     const int first_column = e0 + chunk * (columns / 2);
     const unsigned char* const column =
@@ -136,41 +158,44 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
 #pragma unroll
     for (int e = 0; e < 16; ++e) acc[e] = 0.0f;
     if (aligned) {
-      constexpr int kLoads = 8;  // under way
 #pragma unroll 1
-      for (int d0 = row0; d0 < D; d0 += kLoads * rows) {
+      for (int d0 = row0; d0 < D; d0 += kLoads * kRows) {
         uint4 w[kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-          const int d = d0 + i * rows;
+          const int d = d0 + i * kRows;
           w[i] =
               active && d < D ? load16_nc(column + int64_t(d) * E * bytes) : make_uint4(0, 0, 0, 0);
         }
-        add_map_rows(m.w_dtype, w, at_g, d0, rows, D, acc);
+        add_map_rows(m.w_dtype, w, at_g, d0, kRows, D, acc);
       }
     } else if (active) {
 #pragma unroll 1
-      for (int d = row0; d < D; d += rows) {
+      for (int d = row0; d < D; d += kRows) {
         const uint4 w[1] = {
             load_bytes(column + int64_t(d) * E * bytes, (E - first_column) * bytes)};
-        add_map_rows(m.w_dtype, w, at_g, d, rows, D, acc);
+        add_map_rows(m.w_dtype, w, at_g, d, kRows, D, acc);
       }
     }
     // -- the sum over rows, within warps and then over them
-#pragma unroll 1
-    for (int step = width; step < 32; step *= 2) {
+#pragma unroll
+    for (int e = 0; e < 16; e += 4) {
+      if (e >= columns / 2) break;
+#pragma unroll
+      for (int i = e; i < e + 4; ++i) {
+#pragma unroll
+        for (int step = kWidth; step < 32; step *= 2) {
+          acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
+        }
+      }
+    }
+    if (lane < kWidth) {
+      float* const sums = s.sums + warp * kDecodeMapColumns + chunk * (columns / 2);
 #pragma unroll
       for (int e = 0; e < 16; e += 4) {
         if (e >= columns / 2) break;
-#pragma unroll
-        for (int i = e; i < e + 4; ++i) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
-      }
-    }
-    if (lane < width) {
-      float* const sums = s.sums + warp * kDecodeMapColumns + chunk * (columns / 2);
-#pragma unroll
-      for (int e = 0; e < 16; ++e) {
-        if (e < columns / 2) sums[e] = acc[e];
+        store16_shared(sums + e,
+                       bits_of<uint4>(make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3])));
       }
     }
     copy_async_wait<0>();
@@ -185,22 +210,33 @@ LESS_DEVICE void share_of_maps(const FeatureMaps& m, int64_t first, int heads, c
       s.hidden[t] = e < E ? gelu(sum) : 0.0f;
     }
     __syncthreads();
-    // -- times W2: thread (every so many columns, r), then thread r
-    const int turns = min(16, kDecodeThreads / R);
+    // -- times W2, unit by unit: thread (every so many columns, r), then thread r
     if (t < turns * R) {
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int e = t / R; e < count * columns; e += turns) {
-        sum = fmaf(s.hidden[e], map_element(m.w_dtype, s.w2, e * R + t % R), sum);
+#pragma unroll
+      for (int u = 0; u < kDecodeMapUnits; ++u) {
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int e = t / R; u < count && e < columns; e += turns) {
+          const int i = u * columns + e;
+          sum = fmaf(s.hidden[i], map_element(m.w_dtype, s.w2, i * R + t % R), sum);
+        }
+        s.turn[u * kDecodeThreads + t] = sum;
       }
-      s.turn[t] = sum;
     }
     __syncthreads();
     if (t < R) {
-      float sum = 0.0f;
+      float sum[kDecodeMapUnits] = {};
 #pragma unroll 4
-      for (int i = 0; i < turns; ++i) sum += s.turn[i * R + t];
-      y[g * R + t] += sum;
+      for (int i = 0; i < turns; ++i) {
+#pragma unroll
+        for (int u = 0; u < kDecodeMapUnits; ++u) {
+          sum[u] += s.turn[u * kDecodeThreads + i * R + t];
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kDecodeMapUnits; ++u) {
+        if (u < count) y[(shares.with(u0 + u, all) - shares.first) * stride + g * R + t] += sum[u];
+      }
     }
   }
   __syncthreads();

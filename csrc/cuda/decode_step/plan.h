@@ -217,7 +217,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.psi_shares = take(4 * kDecodeCluster * R);
   at.map_sums = take(4 * kDecodeWarps * 32 * kDecodeMapUnits);
   at.map_hidden = take(4 * 32 * kDecodeMapUnits);
-  at.map_turn = take(4 * kDecodeThreads);
+  at.map_turn = take(4 * kDecodeThreads * kDecodeMapUnits);
   at.map_w2 = take(32 * kDecodeMapUnits * R);
   return at;
 }
