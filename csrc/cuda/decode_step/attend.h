@@ -1,4 +1,4 @@
-// Attention over a block's range of slots in decode_step's kernel, for all query heads of a kv
+// Attention over a block's ranges of slots in decode_step's kernel, for all query heads of a kv
 // head.
 #pragma once
 
@@ -6,9 +6,33 @@
 
 namespace less::cuda {
 
-// Over the range at hand.
+// Keys of all ranges, then their softmax, then values.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::attend() {
+#pragma unroll 1
+  for (s.range = 0; s.range < ranges(); ++s.range) multiply_keys();
+  __syncthreads();
+  softmax();
+#pragma unroll 1
+  for (s.range = 0; s.range < ranges(); ++s.range) {
+    if constexpr (kMma) {
+      add_values<kPairs, 4>();
+    } else if (G <= 2) {
+      add_values<2, Tile::kElements>();
+    } else {
+      add_values<kHeads, Tile::kElements>();
+    }
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+  s.range = ranges() - 1;
+  add_token();
+  s.range = 0;
+}
+
+// Of the range at hand.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::multiply_keys() {
   if constexpr (kMma) {
 #pragma unroll 1
     for (int tile = 0; tile < plan.tiles; ++tile) {
@@ -22,23 +46,14 @@ LESS_DEVICE void DecodeBlock<Case>::attend() {
 #pragma unroll 1
       for (int g0 = 0; g0 < G; g0 += kQueries) {
         if (kKept == kFloats && (tile == 0 || G > kQueries)) keep_queries(g0, q);
-        multiply_keys(rows, tile * plan.tile, g0, q);
+        if (kQueries == 1 || g0 + 1 == G) {
+          multiply_keys<1>(rows, tile * plan.tile, g0, q);
+        } else {
+          multiply_keys<kQueries>(rows, tile * plan.tile, g0, q);
+        }
       }
     }
   }
-  __syncthreads();
-  softmax();
-  if constexpr (kMma) {
-    add_values<kPairs, 4>();
-  } else if (G <= 2) {
-    add_values<2, Tile::kElements>();
-  } else {
-    add_values<kHeads, Tile::kElements>();
-  }
-  if (split() != first_range() + ranges() - 1) return;
-  copy_async_wait<0>();
-  __syncthreads();
-  add_token();
 }
 
 // Where a tile of the range at hand is, once it is here; asks for the one that takes the place of
@@ -78,115 +93,134 @@ LESS_DEVICE void DecodeBlock<Case>::keep_queries(int g0, float (&q)[kQueries][kK
   }
 }
 
-// mass[g, slot] = q k of the tile's rows.
+// mass[g, slot] = q k of the tile's rows, for kN queries from g0 on. A thread takes two rows at
+// once; one of those that are not there is another, and is not written.
 template <typename Case>
+template <int kN>
 LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int slot0, int g0,
                                                   const float (&q)[kQueries][kKept]) {
-  constexpr int kE = Tile::kElements, kAtOnce = kDecodeThreads / kLanes;
+  constexpr int kE = Tile::kElements, kAtOnce = kDecodeThreads / kLanes, kRows = 2;
   const int rows = min(plan.tile, n() - slot0), turn = lane % kLanes;
 #pragma unroll 1
-  for (int r0 = 0; r0 < rows; r0 += kAtOnce) {
-    const int r = r0 + t / kLanes;
-    float dot[kQueries];
+  for (int r0 = t / kLanes; r0 - t / kLanes < rows; r0 += kRows * kAtOnce) {
+    float dot[kRows][kN];
 #pragma unroll
-    for (int g = 0; g < kQueries; ++g) dot[g] = 0.0f;
-    if (r < rows) {
+    for (int j = 0; j < kRows; ++j) {
+      const int r = min(r0 + j * kAtOnce, rows - 1);
+#pragma unroll
+      for (int g = 0; g < kN; ++g) dot[j][g] = 0.0f;
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
         const int chunk = r * Tile::kChunks + i * kLanes + turn;
         float k[kE];
         widen16<T>(load16_shared(tile + Tile::place(chunk) * 16), k);
 #pragma unroll
-        for (int g = 0; g < kQueries; ++g) {
-          if (g0 + g >= G) break;
+        for (int g = 0; g < kN; ++g) {
           if constexpr (kKept == kFloats) {
 #pragma unroll
-            for (int e = 0; e < kE; ++e) dot[g] = fmaf(q[g][i * kE + e], k[e], dot[g]);
+            for (int e = 0; e < kE; ++e) dot[j][g] = fmaf(q[g][i * kE + e], k[e], dot[j][g]);
           } else {
             const float* const x = s.q() + (g0 + g) * kD;
             const int d = (i * kLanes + turn) * kE;
 #pragma unroll
             for (int e = 0; e < kE; e += 4) {
               const float4 four = bits_of<float4>(load16_shared(x + spread(d + e)));
-              dot[g] = fmaf(four.x, k[e], dot[g]);
-              dot[g] = fmaf(four.y, k[e + 1], dot[g]);
-              dot[g] = fmaf(four.z, k[e + 2], dot[g]);
-              dot[g] = fmaf(four.w, k[e + 3], dot[g]);
+              dot[j][g] = fmaf(four.x, k[e], dot[j][g]);
+              dot[j][g] = fmaf(four.y, k[e + 1], dot[j][g]);
+              dot[j][g] = fmaf(four.z, k[e + 2], dot[j][g]);
+              dot[j][g] = fmaf(four.w, k[e + 3], dot[j][g]);
             }
           }
         }
       }
     }
 #pragma unroll
-    for (int g = 0; g < kQueries; ++g) {
-      if (g0 + g >= G) break;
+    for (int step = 1; step < kLanes; step *= 2) {
 #pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) {
-        dot[g] += __shfl_xor_sync(0xffffffffu, dot[g], step);
+      for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+        for (int g = 0; g < kN; ++g) {
+          dot[j][g] += __shfl_xor_sync(0xffffffffu, dot[j][g], step);
+        }
       }
-      if (turn == 0 && r < rows) s.mass()[(g0 + g) * stride + slot0 + r] = dot[g];
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int r = r0 + j * kAtOnce;
+      if (turn != 0 || r >= rows) break;
+#pragma unroll
+      for (int g = 0; g < kN; ++g) s.mass()[(g0 + g) * stride + slot0 + r] = dot[j][g];
     }
   }
 }
 
-// mass: q k becomes the logit, then e^(logit - top). A warp per query; the first tile of values
-// has the barrier after it.
+// mass: q k becomes the logit, then e^(logit - top), of all ranges. A warp per query of a range; the
+// first tile of values has the barrier after it.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::softmax() {
+  int g = warp;
+#pragma unroll 1
+  for (s.range = 0; s.range < ranges(); ++s.range) {
+#pragma unroll 1
+    for (; g < G; g += kDecodeWarps) softmax(g);
+    g -= G;
+  }
+}
+
+// Of a query and the range at hand; one warp.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::softmax(int g) {
   const int padded = (n() + 15) / 16 * 16;
   if constexpr (kScaled && kMma) {
     uint32_t largest = 0;
 #pragma unroll 1
-    for (int i = lane; i < n(); i += 32) {
+    for (int i = lane; g == 0 && i < n(); i += 32) {
       largest = max(largest, bits_of<uint32_t>(s.v_scale()[i]) & 0x7fffffffu);
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
-    if (t == 0) q_scale()[G] = power_below(largest);
+    if (g == 0 && lane == 0) *value_unit() = power_below(largest);
   }
+  float* const mass = s.mass() + g * stride;
+  float top = -kInfinity, token = -kInfinity;
 #pragma unroll 1
-  for (int g = warp; g < G; g += kDecodeWarps) {
-    float* const mass = s.mass() + g * stride;
-    float top = -kInfinity, token = -kInfinity;
+  for (int i = lane; i < n(); i += 32) {
+    float dot = mass[i];
+    if constexpr (kScaled) dot *= s.k_scale()[i];
+    if constexpr (kScaled && kMma) dot *= q_scale()[g];
+    float logit = -kInfinity;
+    if (s.position()[i] >= 0) {
+      logit = capped(dot * p.spec.scale);
+      if constexpr (kWeights) logit += s.weight()[i];
+    }
+    mass[i] = logit;
+    top = fmaxf(top, logit);
+  }
+  if (last_split()) {
+    float dot = 0.0f;
 #pragma unroll 1
-    for (int i = lane; i < n(); i += 32) {
-      float dot = mass[i];
-      if constexpr (kScaled) dot *= s.k_scale()[i];
-      if constexpr (kScaled && kMma) dot *= q_scale()[g];
-      float logit = -kInfinity;
-      if (s.position()[i] >= 0) {
-        logit = capped(dot * p.spec.scale);
-        if constexpr (kWeights) logit += s.weight()[i];
-      }
-      mass[i] = logit;
-      top = fmaxf(top, logit);
+    for (int d = lane; d < kD; d += 32) {
+      dot = fmaf(s.q()[g * kD + spread(d)], s.key()[d], dot);
     }
-    if (last_split()) {
-      float dot = 0.0f;
+    dot = warp_sum(dot);
+    if constexpr (kScaled) dot *= s.token()[0];
+    token = capped(dot * p.spec.scale);
+  }
+  top = fmaxf(warp_max(top), token);
+  float sum = 0.0f;
 #pragma unroll 1
-      for (int d = lane; d < kD; d += 32) {
-        dot = fmaf(s.q()[g * kD + spread(d)], s.key()[d], dot);
-      }
-      dot = warp_sum(dot);
-      if constexpr (kScaled) dot *= s.token()[0];
-      token = capped(dot * p.spec.scale);
-    }
-    top = fmaxf(warp_max(top), token);
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int i = lane; i < padded; i += 32) {
-      const float logit = i < n() ? mass[i] : -kInfinity;
-      const float e = logit == -kInfinity ? 0.0f : expf(logit - top);
-      mass[i] = e;
-      sum += e;
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      const float e = token == -kInfinity ? 0.0f : expf(token - top);
-      mass[plan.per] = e;
-      s.part()[at.top + g] = top;
-      s.part()[at.sum + g] = sum + e;
-      s.part()[at.token + g] = token;
-    }
+  for (int i = lane; i < padded; i += 32) {
+    const float logit = i < n() ? mass[i] : -kInfinity;
+    const float e = logit == -kInfinity ? 0.0f : expf(logit - top);
+    mass[i] = e;
+    sum += e;
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) {
+    const float e = token == -kInfinity ? 0.0f : expf(token - top);
+    mass[plan.per] = e;
+    s.part()[at.top + g] = top;
+    s.part()[at.sum + g] = sum + e;
+    s.part()[at.token + g] = token;
   }
 }
 

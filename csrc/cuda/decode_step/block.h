@@ -153,7 +153,8 @@ struct DecodeBlock {
   DecodeCandidate victim;
   int32_t joining;  // position of who competes as slot S, where it may merge; -1: nobody does
   int asked = 0;    // the stage that is asked for next
-  int next_range = 0, next_item = 0;  // and what it is asked for: a tile of a range of this block
+  int next_range = 0, next_pass = 0, next_tile = 0;  // and what it is asked for: a tile of a range
+  bool next_values = false;                          // of this block, keys or values
   int received = 0;                   // the stage that is looked at next
   int rank, ranks;                    // of those who finish
 
@@ -256,16 +257,20 @@ struct DecodeBlock {
   LESS_DEVICE void load_scales(const Slots& of, int i, int slot, bool held);
   LESS_DEVICE void move_in(int slot);
 
-  // -- attend.h: attention over the range
+  // -- attend.h: attention over the ranges
   LESS_DEVICE void attend();
   LESS_DEVICE const unsigned char* receive(int tile, bool values);
+  LESS_DEVICE void multiply_keys();
   LESS_DEVICE void keep_queries(int g0, float (&q)[kQueries][kKept]) const;
+  template <int kN>
   LESS_DEVICE void multiply_keys(const unsigned char* tile, int slot0, int g0,
                                  const float (&q)[kQueries][kKept]);
   LESS_DEVICE float capped(float logit) const {
     return p.spec.softcap > 0.0f ? p.spec.softcap * tanhf(logit / p.spec.softcap) : logit;
   }
   LESS_DEVICE void softmax();
+  LESS_DEVICE void softmax(int g);
+  LESS_DEVICE float* value_unit() const { return q_scale() + G + s.range; }
   template <int kN, int kM>
   LESS_DEVICE void add_values();
   template <int kN, int kM>

@@ -21,7 +21,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   if constexpr (kMerges) joining = joiner();
   victim = {0, 0, S, 0.0f};
   // Keys are asked for first; which values there are is only known from what load() brings.
-  const int first_asked = min(plan.tiles, Tile::kStages - 1);
+  const int first_asked = min(plan.tiles * ranges(), Tile::kStages - 1);
 #pragma unroll 1
   for (int i = 0; i < Tile::kStages; ++i) {
     if (i == first_asked) {
@@ -41,12 +41,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   for (int turn = 0; turn < 2; ++turn) {
     const bool phi = turn == 0;
     if (!phi) {
-#pragma unroll 1
-      for (int range = 0; range < ranges(); ++range) {
-        s.range = range;
-        attend();
-      }
-      s.range = 0;
+      attend();
       if (!meet()) return;
       weigh_parts();
       write_out();

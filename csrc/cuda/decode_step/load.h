@@ -5,23 +5,32 @@
 
 namespace less::cuda {
 
-// Of each range tiles of keys, then of values, as often as those are read; then nothing.
+// Tiles of keys of all ranges; then of each range tiles of values, as often as those are read; then
+// nothing.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask() {
   unsigned char* const to = stage(asked);
   asked = after(asked);
   if (next_range == ranges()) return;
-  const int range = first_range() + next_range, item = next_item, tiles = plan.tiles;
-  if (++next_item == tiles * (1 + decode_passes<T, kD, kMma>(G))) {
-    next_item = 0;
-    ++next_range;
+  const int range = first_range() + next_range, tile = next_tile;
+  const bool values = next_values;
+  if (++next_tile == plan.tiles) {
+    next_tile = 0;
+    if (!values || ++next_pass == decode_passes<T, kD, kMma>(G)) {
+      next_pass = 0;
+      ++next_range;
+      if (!values && next_range == ranges()) {
+        next_range = 0;
+        next_values = true;
+      }
+    }
   }
   if constexpr (kPacked) {
-    ask_for_rows(to, range, item % tiles, item >= tiles);
-  } else if (item < tiles) {
-    ask_for_keys(to, range, item);
+    ask_for_rows(to, range, tile, values);
+  } else if (values) {
+    ask_for_values(to, range, tile);
   } else {
-    ask_for_values(to, range, item < 2 * tiles ? item - tiles : item % tiles);
+    ask_for_keys(to, range, tile);
   }
 }
 

@@ -96,7 +96,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_values_mma(const unsigned char* til
                                                         float (&acc)[kPairs][4]) {
   const int pairs = min(kTiles, (G + 7) / 8 - pass * kTiles) * kBlocks;
   float inverse = 1.0f;
-  if constexpr (kScaled) inverse = 1.0f / q_scale()[G];
+  if constexpr (kScaled) inverse = 1.0f / *value_unit();
 #pragma unroll 1
   for (int r0 = 0; r0 < rows; r0 += 16) {
 #pragma unroll
@@ -136,7 +136,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_values_mma(const unsigned char* til
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::keep_values_mma(int pass, const float (&acc)[kPairs][4]) {
   float unit = 1.0f;
-  if constexpr (kScaled) unit = q_scale()[G];
+  if constexpr (kScaled) unit = *value_unit();
   const int pairs = min(kTiles, (G + 7) / 8 - pass * kTiles) * kBlocks;
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {

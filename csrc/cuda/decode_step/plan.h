@@ -56,7 +56,7 @@ struct DecodeLayout {
   int32_t sums;        // [threads / chunks, heads, D]  of values, by threads; not for tensor cores
   int32_t q;           // [G, D]
   int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores
-  int32_t q_scale;     // [G + 1]  what its rows were divided by, and the unit of the values' scales
+  int32_t q_scale;     // [G + ranges]  what its rows were divided by; units of the values' scales
   int32_t mass;        // [ranges, G, per + 8]  logits, e^(logit - top); at `per` the token's
   int32_t part;        // [ranges]  DecodePart
   int32_t position;    // [ranges, per]
@@ -184,7 +184,7 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   if (!kMma) at.sums = take(4 * kDecodeThreads * Tile::kElements * heads);
   at.q = take(4 * G * kD);
   if (kMma) at.narrow_q = take((G + 7) / 8 * 8 * (kD + decode_q_pad<T, kD>()) * 2);
-  if (kMma && sizeof(T) == 1) at.q_scale = take(4 * (G + 1));
+  if (kMma && sizeof(T) == 1) at.q_scale = take(4 * (G + plan.ranges));
   const int64_t slots = int64_t(plan.ranges) * plan.per;
   at.mass = take(4 * plan.ranges * G * (plan.per + 8));
   at.part = take(4 * plan.ranges * plan.part);
