@@ -99,25 +99,31 @@ LESS_DEVICE float widened(T x) {
   }
 }
 
-// Elements i .. i + 3 of a float tensor; i is a multiple of 4.
-LESS_DEVICE void load_four(const void* x, DType dtype, int64_t i, float (&four)[4]) {
-  if (dtype == DType::f32) {
-    widen16<float>(load16(static_cast<const float*>(x) + i), four);
-    return;
-  }
+// Elements i .. i + 3 of a float tensor as they are stored, 16 bytes or 8; i is a multiple of 4.
+LESS_DEVICE uint4 load_four_stored(const void* x, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return load16(static_cast<const float*>(x) + i);
   const uint2 w = load8(static_cast<const uint16_t*>(x) + i);
+  return make_uint4(w.x, w.y, 0, 0);
+}
+
+LESS_DEVICE void widen_four(uint4 stored, DType dtype, float (&four)[4]) {
+  if (dtype == DType::f32) return widen16<float>(stored, four);
   float low[2], high[2];
   if (dtype == DType::bf16) {
-    widen4(w.x, low, __nv_bfloat16());
-    widen4(w.y, high, __nv_bfloat16());
+    widen4(stored.x, low, __nv_bfloat16());
+    widen4(stored.y, high, __nv_bfloat16());
   } else {
-    widen4(w.x, low, __half());
-    widen4(w.y, high, __half());
+    widen4(stored.x, low, __half());
+    widen4(stored.y, high, __half());
   }
   four[0] = low[0];
   four[1] = low[1];
   four[2] = high[0];
   four[3] = high[1];
+}
+
+LESS_DEVICE void load_four(const void* x, DType dtype, int64_t i, float (&four)[4]) {
+  widen_four(load_four_stored(x, dtype, i), dtype, four);
 }
 
 template <typename T>

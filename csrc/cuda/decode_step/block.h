@@ -63,13 +63,15 @@ struct DecodeShared {
   LESS_DEVICE float* H() const { return take<float>(at.H); }
   LESS_DEVICE float* victim_key() const { return take<float>(at.victim_key); }
   LESS_DEVICE float* victim_value() const { return take<float>(at.victim_value); }
+  LESS_DEVICE FeatureNumbers* phi_numbers() const { return take<FeatureNumbers>(at.phi_numbers); }
+  LESS_DEVICE FeatureNumbers* psi_numbers() const { return take<FeatureNumbers>(at.psi_numbers); }
   LESS_DEVICE float* psi_share() const { return take<float>(at.psi_share); }
   LESS_DEVICE float* psi_shares() const { return take<float>(at.psi_shares); }
   LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position) + range * plan.per; }
   LESS_DEVICE DecodeCandidate* candidate() const { return take<DecodeCandidate>(at.candidate); }
   LESS_DEVICE DecodeMapScratch maps() const {
     return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_turn),
-            raw + at.map_w2};
+            take<float>(at.map_unit), raw + at.map_w2};
   }
 };
 
@@ -243,18 +245,22 @@ struct DecodeBlock {
   LESS_DEVICE void ask_for_values(unsigned char* to, int range, int tile);
   LESS_DEVICE void ask_for_state();
   LESS_DEVICE void load();
-  LESS_DEVICE void load_queries();
+  LESS_DEVICE void load_slots();
+  LESS_DEVICE uint4 ask_for_query(int i) const;
+  LESS_DEVICE void load_queries(uint4 first);
   LESS_DEVICE void load_scaled_queries();
   LESS_DEVICE void narrow_queries(int i, const float (&four)[4], float factor);
   LESS_DEVICE void load_token();
-  LESS_DEVICE void load_row(const HeadRows& x, float* to, float* scale);
+  static constexpr int kRowPieces = (kD + 127) / 128;  // of a row that a warp reads, by a lane
+  LESS_DEVICE void ask_for_row(const HeadRows& x, uint4 (&row)[kRowPieces]) const;
+  LESS_DEVICE void keep_row(DType dtype, const uint4 (&row)[kRowPieces], float* to, float* scale);
 
   // -- packed.h: packed rows, which become rows of int8
   LESS_DEVICE DecodeRows rows_of_tile(int range, int tile, bool values) const;
   LESS_DEVICE void ask_for_rows(unsigned char* to, int range, int tile, bool values);
   static LESS_DEVICE uint4 widened_chunk(DType dtype, const unsigned char* row, int c);
   LESS_DEVICE void widen_rows(const unsigned char* from, int tile, bool values);
-  LESS_DEVICE void load_scales(const Slots& of, int i, int slot, bool held);
+  LESS_DEVICE void load_scales(const Slots& of, int slot, float& k, float& v);
   LESS_DEVICE void move_in(int slot);
 
   // -- attend.h: attention over the ranges

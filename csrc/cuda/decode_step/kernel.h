@@ -15,8 +15,9 @@ namespace less::cuda {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::run() {
   grid_dependency_wait();  // before anything is read
+  const bool skipped = p.valid != nullptr && !p.valid[b];
   memory = page(p.pool, b);
-  if (memory == nullptr || (p.valid != nullptr && !p.valid[b])) return clear();
+  if (memory == nullptr || skipped) return clear();
   seen = *less::seen(memory);
   if constexpr (kMerges) joining = joiner();
   victim = {0, 0, S, 0.0f};

@@ -76,37 +76,29 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
   }
 }
 
-// Queries, the token, and what is known of each slot.
+// Queries, the token, what is known of each slot, and numbers of the maps. All that a thread has one
+// of is asked for before anything is waited for: the block waits for memory once.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load() {
-  const Slots of = slots();
+  const bool needs_token = !kPacked || last_block();  // of packed slots, the last range looks at it
+  uint4 row[kRowPieces];
+  if (needs_token && warp < 2) ask_for_row(warp == 0 ? p.k : p.v, row);
+  uint4 query_four{};
+  if (!(kMma && kScaled) && t * 4 < G * kD) query_four = ask_for_query(t * 4);
   float z = 0.0f;
+  FeatureNumbers of_phi{}, of_psi{};
   if constexpr (kState) {
-    if (t < R) z = state().z[t];  // narrow: a lane a feature, side by side
-  }
-#pragma unroll 1
-  for (int i = t; i < ranges() * plan.per; i += kDecodeThreads) {
-    const int slot = first_slot() + i;
-    const bool in = slot < last_slot();
-    // narrow: a lane a slot, side by side
-    const int32_t position = in ? of.position[slot] : -1;
-    s.position()[i] = position;
-    s.score()[i] = in ? score_at(kPacked, of, slot) : 0.0f;
-    if constexpr (kWeights) {
-      s.weight()[i] = position >= 0 ? log_weight_at(kPacked, of, slot) : 0.0f;
+    if (t < R) {
+      z = state().z[t];  // narrow: a lane a feature, side by side
+      of_psi = feature_numbers(p.maps.psi, head, t);
     }
-    if constexpr (kPacked) {
-      if (in) load_scales(of, i, slot, position >= 0);
-    } else if constexpr (kScaled) {
-      s.k_scale()[i] = in ? of.k_scale[slot] : 0.0f;  // narrow: a lane a slot, side by side
-      // narrow: a lane a slot, side by side
-      s.v_scale()[i] = position >= 0 ? of.v_scale[slot] : 0.0f;
-    }
+    if (t < G * R) of_phi = feature_numbers(p.maps.phi, head * G + t / R, t % R);
   }
+  load_slots();
   if constexpr (kMma && kScaled) {
     load_scaled_queries();
   } else {
-    load_queries();
+    load_queries(query_four);
   }
   if constexpr (kMma) {  // heads that complete a multiple of 8
 #pragma unroll 1
@@ -114,26 +106,85 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
       store8_shared(narrow_q() + i / kD * kRow + i % kD, make_uint2(0, 0));
     }
   }
-  // Of packed slots, only the last range looks at the token.
-  if (!kPacked || last_block()) load_token();
+  if (needs_token && warp < 2) {
+    keep_row(warp == 0 ? p.k.dtype : p.v.dtype, row, warp == 0 ? s.key() : s.value(),
+             s.token() + warp);
+  }
   if constexpr (kState) {
-    if (t < R) s.z()[t] = z;
+    if (t < R) {
+      s.z()[t] = z;
+      s.psi_numbers()[t] = of_psi;
+    }
+#pragma unroll 1
+    for (int i = t; i < G * R; i += kDecodeThreads) {
+      s.phi_numbers()[i] =
+          i == t ? of_phi : feature_numbers(p.maps.phi, head * G + i / R, i % R);
+    }
+  }
+}
+
+// What is known of each slot, of two at once. What an empty one holds is read, and left.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_slots() {
+  constexpr int kAtOnce = 2;
+  const Slots of = slots();
+  const int end = ranges() * plan.per;
+#pragma unroll 1
+  for (int i0 = t; i0 < end; i0 += kAtOnce * kDecodeThreads) {
+    int32_t position[kAtOnce];
+    float score[kAtOnce], weight[kAtOnce], k_scale[kAtOnce], v_scale[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int slot = min(first_slot() + i0 + j * kDecodeThreads, last_slot() - 1);
+      position[j] = of.position[slot];  // narrow: a lane a slot, side by side
+      score[j] = score_at(kPacked, of, slot);
+      if constexpr (kWeights) weight[j] = log_weight_at(kPacked, of, slot);
+      if constexpr (kPacked) {
+        load_scales(of, slot, k_scale[j], v_scale[j]);
+      } else if constexpr (kScaled) {
+        k_scale[j] = of.k_scale[slot];  // narrow: a lane a slot, side by side
+        v_scale[j] = of.v_scale[slot];  // narrow: a lane a slot, side by side
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = i0 + j * kDecodeThreads;
+      if (i >= end) break;
+      const bool in = first_slot() + i < last_slot(), held = in && position[j] >= 0;
+      s.position()[i] = in ? position[j] : -1;
+      s.score()[i] = in ? score[j] : 0.0f;
+      if constexpr (kWeights) s.weight()[i] = held ? weight[j] : 0.0f;
+      if constexpr (kScaled) {
+        s.k_scale()[i] = in ? k_scale[j] : 0.0f;
+        s.v_scale()[i] = held ? v_scale[j] : 0.0f;
+      }
+    }
   }
 }
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load_token() {
-  if (warp == 0) load_row(p.k, s.key(), s.token());
-  if (warp == 1) load_row(p.v, s.value(), s.token() + 1);
+  if (warp >= 2) return;
+  uint4 row[kRowPieces];
+  ask_for_row(warp == 0 ? p.k : p.v, row);
+  keep_row(warp == 0 ? p.k.dtype : p.v.dtype, row, warp == 0 ? s.key() : s.value(),
+           s.token() + warp);
 }
 
+// Elements i .. i + 3 of the queries.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::load_queries() {
+LESS_DEVICE uint4 DecodeBlock<Case>::ask_for_query(int i) const {
+  // narrow: four 16-bit elements a lane, of the one token
+  return load_four_stored(p.q.data, p.q.dtype, query(p.q, i / kD) + i % kD);
+}
+
+// first: those of this thread's that come first.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::load_queries(uint4 first) {
 #pragma unroll 1
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
     float four[4];
-    // narrow: four 16-bit elements a lane, of the one token
-    load_four(p.q.data, p.q.dtype, query(p.q, i / kD) + i % kD, four);
+    widen_four(i == t * 4 ? first : ask_for_query(i), p.q.dtype, four);
     store16_shared(s.q() + i / kD * kD + spread(i % kD),
                    bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
@@ -179,19 +230,30 @@ LESS_DEVICE void DecodeBlock<Case>::load_scaled_queries() {
   }
 }
 
-// A row [D] of the token's, rounded as the slots round it; one warp.
+// A row [D] of the token's; one warp.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float* scale) {
-  constexpr int kEach = (kD + 127) / 128;  // of a lane, four numbers each
+LESS_DEVICE void DecodeBlock<Case>::ask_for_row(const HeadRows& x, uint4 (&row)[kRowPieces]) const {
   const int64_t from = offset(x, b, head, 0);
-  float four[kEach][4];
-  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
+  for (int j = 0; j < kRowPieces; ++j) {
     const int d = lane * 4 + j * 128;
     if (d >= kD) break;
     // narrow: four 16-bit elements a lane, of the one token
-    load_four(x.data, x.dtype, from + d, four[j]);
+    row[j] = load_four_stored(x.data, x.dtype, from + d);
+  }
+}
+
+// That row, rounded as the slots round it.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::keep_row(DType dtype, const uint4 (&row)[kRowPieces], float* to,
+                                             float* scale) {
+  float four[kRowPieces][4];
+  uint32_t largest = 0;  // of |x| as integers: in order, and NaN is above infinity
+#pragma unroll
+  for (int j = 0; j < kRowPieces; ++j) {
+    const int d = lane * 4 + j * 128;
+    if (d >= kD) break;
+    widen_four(row[j], dtype, four[j]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       largest = max(largest, bits_of<uint32_t>(four[j][i]) & 0x7fffffffu);
@@ -204,7 +266,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_row(const HeadRows& x, float* to, float
     if (lane == 0) *scale = step;
   }
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
+  for (int j = 0; j < kRowPieces; ++j) {
     const int d = lane * 4 + j * 128;
     if (d >= kD) break;
 #pragma unroll

@@ -18,7 +18,8 @@ constexpr int kDecodeMapColumns = 32 * kDecodeMapUnits;  // of units at once, at
 struct DecodeMapScratch {
   float* sums;        // [warps, kDecodeMapColumns]  x W1, by warps
   float* hidden;      // [kDecodeMapColumns]
-  float* turn;        // [units, threads]  shares of y, by threads
+  float* turn;        // [units, threads]  what units give y, by threads
+  float* unit;        // [units, R]  and by units
   unsigned char* w2;  // [32 kDecodeMapUnits R]  the units' rows of W2
 };
 
@@ -53,12 +54,33 @@ LESS_DEVICE void add_map_rows(DType dtype, const uint4 (&rows)[kN], const float*
   }
 }
 
-LESS_DEVICE float map_element(DType dtype, const unsigned char* shared, int i) {
-  if (dtype == DType::f32) return reinterpret_cast<const float*>(shared)[i];
-  if (dtype == DType::i8) return float(reinterpret_cast<const int8_t*>(shared)[i]);
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(shared)[i];
-  return dtype == DType::bf16 ? bits_of<float>(uint32_t(bits) << 16)
-                              : __half2float(bits_of<__half>(bits));
+// sum[u] += hidden[e] w, w feature r of row e of W2 in unit u, for columns e0, e0 + step, ... of the
+// `columns` that a unit has.
+template <typename T>
+LESS_DEVICE void add_unit_rows(const unsigned char* w2, const float* hidden, int count, int columns,
+                               int R, int r, int e0, int step, float (&sum)[kDecodeMapUnits]) {
+#pragma unroll 1
+  for (int e = e0; e < columns; e += step) {
+#pragma unroll
+    for (int u = 0; u < kDecodeMapUnits; ++u) {
+      const int i = min(u, count - 1) * columns + e;
+      const float w = widened(reinterpret_cast<const T*>(w2)[i * R + r]);
+      sum[u] = fmaf(hidden[i], w, sum[u]);
+    }
+  }
+}
+
+template <typename... Args>
+LESS_DEVICE void add_unit_rows(DType dtype, const unsigned char* w2, Args&&... args) {
+  if (dtype == DType::fp16) {
+    add_unit_rows<__half>(w2, args...);
+  } else if (dtype == DType::bf16) {
+    add_unit_rows<__nv_bfloat16>(w2, args...);
+  } else if (dtype == DType::i8) {
+    add_unit_rows<int8_t>(w2, args...);
+  } else {
+    add_unit_rows<float>(w2, args...);
+  }
 }
 
 // `count` bytes from global memory to shared, zeros after the first `valid`; neither need be
@@ -136,6 +158,9 @@ LESS_DEVICE void shares_of_maps(const FeatureMaps& m, int64_t first, int heads, 
   for (int u0 = begin, count; u0 < end; u0 += count) {
     const int g = u0 / units, e0 = (u0 - g * units) * columns;  // of one head at once
     count = min(min(kDecodeMapUnits, end - u0), (g + 1) * units - u0);
+    int share[kDecodeMapUnits];
+#pragma unroll
+    for (int u = 0; u < kDecodeMapUnits; ++u) share[u] = shares.with(u0 + u, all);
     // -- rows of W2, on their way while W1 is read
     const unsigned char* const w2_rows = w2 + (int64_t(g) * E + e0) * R * bytes;
     if (aligned) {
@@ -210,32 +235,28 @@ LESS_DEVICE void shares_of_maps(const FeatureMaps& m, int64_t first, int heads, 
       s.hidden[t] = e < E ? gelu(sum) : 0.0f;
     }
     __syncthreads();
-    // -- times W2, unit by unit: thread (every so many columns, r), then thread r
+    // -- times W2, unit by unit: thread (every so many columns, r), then warp u has unit u
+    static_assert(kDecodeMapUnits == kDecodeWarps, "a warp a unit");
     if (t < turns * R) {
+      float sum[kDecodeMapUnits] = {};
+      add_unit_rows(m.w_dtype, s.w2, s.hidden, count, columns, R, t % R, t / R, turns, sum);
 #pragma unroll
-      for (int u = 0; u < kDecodeMapUnits; ++u) {
-        float sum = 0.0f;
+      for (int u = 0; u < kDecodeMapUnits; ++u) s.turn[u * kDecodeThreads + t] = sum[u];
+    }
+    __syncthreads();
 #pragma unroll 1
-        for (int e = t / R; u < count && e < columns; e += turns) {
-          const int i = u * columns + e;
-          sum = fmaf(s.hidden[i], map_element(m.w_dtype, s.w2, i * R + t % R), sum);
-        }
-        s.turn[u * kDecodeThreads + t] = sum;
-      }
+    for (int r = lane; r < R; r += 32) {
+      const float* const turn = s.turn + warp * kDecodeThreads + r;
+      float sum = 0.0f;
+#pragma unroll 16
+      for (int i = 0; i < turns; ++i) sum += turn[i * R];
+      s.unit[warp * R + r] = sum;
     }
     __syncthreads();
     if (t < R) {
-      float sum[kDecodeMapUnits] = {};
-#pragma unroll 4
-      for (int i = 0; i < turns; ++i) {
-#pragma unroll
-        for (int u = 0; u < kDecodeMapUnits; ++u) {
-          sum[u] += s.turn[u * kDecodeThreads + i * R + t];
-        }
-      }
 #pragma unroll
       for (int u = 0; u < kDecodeMapUnits; ++u) {
-        if (u < count) y[(shares.with(u0 + u, all) - shares.first) * stride + g * R + t] += sum[u];
+        if (u < count) y[(share[u] - shares.first) * stride + g * R + t] += s.unit[u * R + t];
       }
     }
   }

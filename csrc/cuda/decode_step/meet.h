@@ -89,7 +89,6 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
   }
 #pragma unroll 1
   for (int i = t - 32; warp > 0 && i < G * R; i += kDecodeThreads - 32) {
-    const FeatureNumbers own = feature_numbers(p.maps.phi, head * G + i / R, i % R);
     float y = 0.0f;
 #pragma unroll 1
     for (int of0 = 0; of0 < plan.splits; of0 += kDecodeCluster) {
@@ -103,7 +102,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
         if (of0 + j < plan.splits) y += share[j];
       }
     }
-    s.feature()[i] = feature(p.maps.phi, own, y);
+    s.feature()[i] = feature(p.maps.phi, s.phi_numbers()[i], y);
   }
   __syncthreads();
 #pragma unroll 1

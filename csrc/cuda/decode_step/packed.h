@@ -108,21 +108,18 @@ LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int ti
   }
 }
 
-// The scales of a slot's rows, as those of int8 rows; 0: the slot is empty, as of its value.
+// The scales of a slot's rows, as those of int8 rows.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::load_scales(const Slots& of, int i, int slot, bool held) {
+LESS_DEVICE void DecodeBlock<Case>::load_scales(const Slots& of, int slot, float& k, float& v) {
   const int W = hot_slots(p.layout), cold = slot - W;
-  float k, v = 0.0f;
   if (slot < W) {
-    k = of.hot_k_scale[slot];            // narrow: a lane a slot, side by side
-    if (held) v = of.hot_v_scale[slot];  // narrow: a lane a slot, side by side
+    k = of.hot_k_scale[slot];  // narrow: a lane a slot, side by side
+    v = of.hot_v_scale[slot];  // narrow: a lane a slot, side by side
   } else {
     // narrow: a lane a slot, side by side
     k = of.k_half != nullptr ? level_scale(of.k_half[cold]) : of.k_scale[cold];
-    if (held) v = level_scale(of.v_half[cold]);  // narrow: a lane a slot, side by side
+    v = level_scale(of.v_half[cold]);  // narrow: a lane a slot, side by side
   }
-  s.k_scale()[i] = k;
-  s.v_scale()[i] = v;
 }
 
 // The token takes its hot slot. Who was there takes the cold slot of the victim, if there is one:

@@ -79,11 +79,14 @@ struct DecodeLayout {
   int32_t H;           // [R, columns]
   int32_t victim_key;  // [D]
   int32_t victim_value;  // [columns]; [D] of one that merges
+  int32_t phi_numbers;   // [G, R]  FeatureNumbers
+  int32_t psi_numbers;   // [R]
   int32_t psi_share;     // [R]
   int32_t psi_shares;    // [kDecodeCluster, R]
   int32_t map_sums;      // DecodeMapScratch
   int32_t map_hidden;
   int32_t map_turn;
+  int32_t map_unit;
   int32_t map_w2;
 };
 
@@ -213,11 +216,14 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
   at.h = take(4 * R);
   at.z = take(4 * R);
   at.H = take(4 * R * plan.columns);
+  at.phi_numbers = take(12 * G * R);
+  at.psi_numbers = take(12 * R);
   at.psi_share = take(4 * R);
   at.psi_shares = take(4 * kDecodeCluster * R);
   at.map_sums = take(4 * kDecodeWarps * 32 * kDecodeMapUnits);
   at.map_hidden = take(4 * 32 * kDecodeMapUnits);
   at.map_turn = take(4 * kDecodeThreads * kDecodeMapUnits);
+  at.map_unit = take(4 * kDecodeMapUnits * R);
   at.map_w2 = take(32 * kDecodeMapUnits * R);
   return at;
 }

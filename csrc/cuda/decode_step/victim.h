@@ -136,8 +136,6 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
 // H += psi(k)^T v, z += psi(k) of the victim, from the blocks' shares of psi.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::fold() {
-  FeatureNumbers own{};  // asked for while blocks meet
-  if (t < R) own = feature_numbers(p.maps.psi, head, t);
 #pragma unroll 1
   for (int i = t; ranks > 1 && i < ranks * ranges() * R; i += kDecodeThreads) {
     const int to = i / (ranges() * R), at_share = first_range() * R + i % (ranges() * R);
@@ -148,7 +146,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     float y = 0.0f;
 #pragma unroll 4
     for (int of = 0; of < plan.shares; ++of) y += s.psi_shares()[of * R + t];
-    s.h()[t] = feature(p.maps.psi, own, y);
+    s.h()[t] = feature(p.maps.psi, s.psi_numbers()[t], y);
   }
   __syncthreads();
   const bool mixed = p.maps.psi.mix != nullptr;
