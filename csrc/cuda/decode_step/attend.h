@@ -154,73 +154,121 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int
   }
 }
 
-// mass: q k becomes the logit, then e^(logit - top), of all ranges. A warp per query of a range; the
-// first tile of values has the barrier after it.
+// mass: q k becomes the logit, then e^(logit - top), of all ranges. A warp has queries of ranges,
+// four at once where there are so many; the first tile of values has the barrier after it.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::softmax() {
-  int g = warp;
+  if constexpr (kScaled && kMma) find_value_units();
+  const int count = ranges() * G;  // query i % G of range i / G
 #pragma unroll 1
-  for (s.range = 0; s.range < ranges(); ++s.range) {
-#pragma unroll 1
-    for (; g < G; g += kDecodeWarps) softmax(g);
-    g -= G;
+  for (int i = warp, taken; i < count; i += taken * kDecodeWarps) {
+    taken = i + 2 * kDecodeWarps < count ? 4 : 1;
+    if (taken == 4) {
+      softmax<4>(i, count);
+    } else {
+      softmax<1>(i, count);
+    }
   }
 }
 
-// Of a query and the range at hand; one warp.
+// Of queries first, first + kDecodeWarps, ..., those below `count`; one warp.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::softmax(int g) {
-  const int padded = (n() + 15) / 16 * 16;
-  if constexpr (kScaled && kMma) {
-    uint32_t largest = 0;
-#pragma unroll 1
-    for (int i = lane; g == 0 && i < n(); i += 32) {
-      largest = max(largest, bits_of<uint32_t>(s.v_scale()[i]) & 0x7fffffffu);
-    }
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    if (g == 0 && lane == 0) *value_unit() = power_below(largest);
+template <int kN>
+LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
+  float* mass[kN];
+  float top[kN], token[kN], sum[kN];
+  int g[kN], range[kN], slots[kN];
+  const float inverse = 1.0f / float(G);
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    const int i = min(first + j * kDecodeWarps, count - 1);
+    range[j] = int((float(i) + 0.5f) * inverse);  // i / G: both are small
+    g[j] = i - range[j] * G;
+    mass[j] = s.take<float>(plan.layout.mass) + i * stride;
+    const int of_range = min(plan.per, S - (first_range() + range[j]) * plan.per);
+    slots[j] = first + j * kDecodeWarps < count ? of_range : 0;
+    top[j] = token[j] = -kInfinity;
+    sum[j] = 0.0f;
   }
-  float* const mass = s.mass() + g * stride;
-  float top = -kInfinity, token = -kInfinity;
 #pragma unroll 1
-  for (int i = lane; i < n(); i += 32) {
-    float dot = mass[i];
-    if constexpr (kScaled) dot *= s.k_scale()[i];
-    if constexpr (kScaled && kMma) dot *= q_scale()[g];
-    float logit = -kInfinity;
-    if (s.position()[i] >= 0) {
-      logit = capped(dot * p.spec.scale);
-      if constexpr (kWeights) logit += s.weight()[i];
+  for (int i = lane; i < plan.per; i += 32) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const int at_slot = range[j] * plan.per + i;
+      float dot = mass[j][i];
+      if constexpr (kScaled) dot *= s.take<float>(plan.layout.k_scale)[at_slot];
+      if constexpr (kScaled && kMma) dot *= q_scale()[g[j]];
+      float logit = capped(dot * p.spec.scale);
+      if constexpr (kWeights) logit += s.take<float>(plan.layout.weight)[at_slot];
+      if (s.take<int32_t>(plan.layout.position)[at_slot] < 0) logit = -kInfinity;
+      if (i < slots[j]) {
+        mass[j][i] = logit;
+        top[j] = fmaxf(top[j], logit);
+      }
     }
-    mass[i] = logit;
-    top = fmaxf(top, logit);
   }
-  if (last_split()) {
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    if (first_range() + range[j] != plan.splits - 1) continue;
     float dot = 0.0f;
 #pragma unroll 1
     for (int d = lane; d < kD; d += 32) {
-      dot = fmaf(s.q()[g * kD + spread(d)], s.key()[d], dot);
+      dot = fmaf(s.q()[g[j] * kD + spread(d)], s.key()[d], dot);
     }
     dot = warp_sum(dot);
     if constexpr (kScaled) dot *= s.token()[0];
-    token = capped(dot * p.spec.scale);
+    token[j] = capped(dot * p.spec.scale);
   }
-  top = fmaxf(warp_max(top), token);
-  float sum = 0.0f;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      top[j] = fmaxf(top[j], __shfl_xor_sync(0xffffffffu, top[j], step));
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) top[j] = fmaxf(top[j], token[j]);
 #pragma unroll 1
-  for (int i = lane; i < padded; i += 32) {
-    const float logit = i < n() ? mass[i] : -kInfinity;
-    const float e = logit == -kInfinity ? 0.0f : expf(logit - top);
-    mass[i] = e;
-    sum += e;
+  for (int i = lane; i < plan.per; i += 32) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float logit = i < slots[j] ? mass[j][i] : -kInfinity;
+      const float e = logit == -kInfinity ? 0.0f : expf(logit - top[j]);
+      if (i < (slots[j] + 15) / 16 * 16) mass[j][i] = e;
+      sum[j] += e;
+    }
   }
-  sum = warp_sum(sum);
-  if (lane == 0) {
-    const float e = token == -kInfinity ? 0.0f : expf(token - top);
-    mass[plan.per] = e;
-    s.part()[at.top + g] = top;
-    s.part()[at.sum + g] = sum + e;
-    s.part()[at.token + g] = token;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], step);
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    if (lane != 0 || slots[j] == 0) continue;
+    const float e = token[j] == -kInfinity ? 0.0f : expf(token[j] - top[j]);
+    float* const part = s.take<float>(plan.layout.part) + range[j] * plan.part + g[j];
+    mass[j][plan.per] = e;
+    part[at.top] = top[j];
+    part[at.sum] = sum[j] + e;
+    part[at.token] = token[j];
+  }
+}
+
+// What the scales of a range's values are counted in: the power of two below the largest; a warp a
+// range.
+template <typename Case>
+LESS_DEVICE void DecodeBlock<Case>::find_value_units() {
+#pragma unroll 1
+  for (int range = warp; range < ranges(); range += kDecodeWarps) {
+    uint32_t largest = 0;
+#pragma unroll 1
+    for (int i = lane; i < plan.per; i += 32) {
+      const float scale = s.take<float>(plan.layout.v_scale)[range * plan.per + i];
+      largest = max(largest, bits_of<uint32_t>(scale) & 0x7fffffffu);
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (lane == 0) q_scale()[G + range] = power_below(largest);
   }
 }
 

@@ -275,7 +275,9 @@ struct DecodeBlock {
     return p.spec.softcap > 0.0f ? p.spec.softcap * tanhf(logit / p.spec.softcap) : logit;
   }
   LESS_DEVICE void softmax();
-  LESS_DEVICE void softmax(int g);
+  template <int kN>
+  LESS_DEVICE void softmax(int first, int count);
+  LESS_DEVICE void find_value_units();
   LESS_DEVICE float* value_unit() const { return q_scale() + G + s.range; }
   template <int kN, int kM>
   LESS_DEVICE void add_values();

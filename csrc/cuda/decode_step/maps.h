@@ -160,7 +160,9 @@ LESS_DEVICE void shares_of_maps(const FeatureMaps& m, int64_t first, int heads, 
     count = min(min(kDecodeMapUnits, end - u0), (g + 1) * units - u0);
     int share[kDecodeMapUnits];
 #pragma unroll
-    for (int u = 0; u < kDecodeMapUnits; ++u) share[u] = shares.with(u0 + u, all);
+    for (int u = 0; u < kDecodeMapUnits; ++u) {
+      share[u] = shares.with(u0 + min(u, count - 1), all);
+    }
     // -- rows of W2, on their way while W1 is read
     const unsigned char* const w2_rows = w2 + (int64_t(g) * E + e0) * R * bytes;
     if (aligned) {
@@ -250,13 +252,25 @@ LESS_DEVICE void shares_of_maps(const FeatureMaps& m, int64_t first, int heads, 
       float sum = 0.0f;
 #pragma unroll 16
       for (int i = 0; i < turns; ++i) sum += turn[i * R];
-      s.unit[warp * R + r] = sum;
+      s.unit[warp * R + r] = warp < count ? sum : 0.0f;
     }
     __syncthreads();
-    if (t < R) {
+    if (t < R) {  // of a share several units; shares in order
+      float* at[kDecodeMapUnits];
+      float sum[kDecodeMapUnits];
 #pragma unroll
       for (int u = 0; u < kDecodeMapUnits; ++u) {
-        if (u < count) y[(share[u] - shares.first) * stride + g * R + t] += s.unit[u * R + t];
+        at[u] = y + (share[u] - shares.first) * stride + g * R + t;
+        sum[u] = *at[u];
+      }
+#pragma unroll
+      for (int u = 0; u < kDecodeMapUnits; ++u) {
+        if (u > 0 && share[u] == share[u - 1]) sum[u] = sum[u - 1];
+        sum[u] += s.unit[u * R + t];
+      }
+#pragma unroll
+      for (int u = 0; u < kDecodeMapUnits; ++u) {
+        if (u + 1 == kDecodeMapUnits || share[u] != share[u + 1]) *at[u] = sum[u];
       }
     }
   }

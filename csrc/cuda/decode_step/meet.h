@@ -105,31 +105,50 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
     s.feature()[i] = feature(p.maps.phi, s.phi_numbers()[i], y);
   }
   __syncthreads();
+  // Eight lanes a query head, which take the splits and the features in turns.
+  constexpr int kTurns = 8;
+  const int turn = lane % kTurns;
 #pragma unroll 1
-  for (int g = t; g < G; g += kDecodeThreads) {
+  for (int g0 = 0; g0 < G; g0 += kDecodeThreads / kTurns) {
+    const int g = min(g0 + t / kTurns, G - 1);
+    const bool writes = g == g0 + t / kTurns;
     float top = -kInfinity, total = 0.0f, low = 0.0f;
-#pragma unroll 4
-    for (int of = 0; of < plan.splits; ++of) top = fmaxf(top, s.top()[of * G + g]);
-#pragma unroll 4
-    for (int of = 0; of < plan.splits; ++of) {
+#pragma unroll 1
+    for (int of = turn; of < plan.splits; of += kTurns) top = fmaxf(top, s.top()[of * G + g]);
+#pragma unroll 1
+    for (int r = turn; r < R; r += kTurns) {
+      low = fmaf(s.feature()[g * R + r], s.z()[r], low);
+    }
+#pragma unroll
+    for (int step = 1; step < kTurns; step *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+      low += __shfl_xor_sync(0xffffffffu, low, step);
+    }
+#pragma unroll 1
+    for (int of = turn; of < plan.splits; of += kTurns) {
       total = fmaf(s.sum()[of * G + g], expf(s.top()[of * G + g] - top), total);
     }
-#pragma unroll 4
-    for (int r = 0; r < R; ++r) low = fmaf(s.feature()[g * R + r], s.z()[r], low);
+#pragma unroll
+    for (int step = 1; step < kTurns; step *= 2) {
+      total += __shfl_xor_sync(0xffffffffu, total, step);
+    }
     const float inverse = 1.0f / total;
-    float kept = inverse;
-    s.low()[g] = s.share()[g] = 0.0f;
+    float kept = inverse, low_kept = 0.0f, share = 0.0f;
     if (!(low <= 0.0f)) {  // NaN too: out shows it
       const float log_low = logf(low), both = fmaxf(top, log_low);
       const float kept_mass = expf(top - both) * total, low_mass = expf(log_low - both);
       const float whole = 1.0f / (kept_mass + low_mass);
       kept = expf(top - both) * whole;
-      s.low()[g] = low_mass * whole / low;
-      s.share()[g] = low_mass * whole;
+      low_kept = low_mass * whole / low;
+      share = low_mass * whole;
     }
-    s.token_mass()[g] = expf(s.token_mass()[g] - top) * inverse;
-#pragma unroll 4
-    for (int of = 0; of < plan.splits; ++of) {
+    if (writes && turn == 0) {
+      s.low()[g] = low_kept;
+      s.share()[g] = share;
+      s.token_mass()[g] = expf(s.token_mass()[g] - top) * inverse;
+    }
+#pragma unroll 1
+    for (int of = turn; of < plan.splits && writes; of += kTurns) {
       const float mass = expf(s.top()[of * G + g] - top);
       s.top()[of * G + g] = mass * kept;
       s.sum()[of * G + g] = mass * inverse;
@@ -140,7 +159,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::write_out() {
-  constexpr int kFours = 4;  // of parts, under way at once
+  constexpr int kFours = 8;  // of parts, under way at once
   const int column = first_column(), width = columns(), fours = width / 4;
 #pragma unroll 1
   for (int i = t; i < G * fours; i += kDecodeThreads) {
@@ -164,7 +183,7 @@ LESS_DEVICE void DecodeBlock<Case>::write_out() {
       }
     }
     const float low = s.low()[g];
-#pragma unroll 1
+#pragma unroll 8
     for (int r = 0; r < R; ++r) {
       const float factor = s.feature()[g * R + r] * low;
       const float4 h = bits_of<float4>(load16_shared(s.H() + r * width + c));

@@ -34,9 +34,9 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
 #pragma unroll 1
     for (int g = lane; g < G; g += 32) received += s.token_mass()[g];
     received = warp_sum(received);
+    // Thread 0 looks at it below, the others after the next barrier.
     if (lane == 0) s.token()[2] = p.spec.scores ? noted_score(kPacked, received) : 0.0f;
   }
-  __syncthreads();
   const bool own = plan.cluster || alone();
   const int begin = own ? first_slot() : 0, end = own ? last_slot() : S;
   const Slots of_head = slots();
@@ -97,7 +97,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best, int 
 template <typename Case>
 LESS_DEVICE DecodeCandidate DecodeBlock<Case>::lowest(int begin, int count) const {
   auto best = bits_of<DecodeCandidate>(load16_shared(s.candidate() + begin));
-#pragma unroll 1
+#pragma unroll 4
   for (int i = 1; i < count; ++i) {
     const auto other = bits_of<DecodeCandidate>(load16_shared(s.candidate() + begin + i));
     if (other.below(best)) best = other;
