@@ -349,6 +349,10 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
                          LESS_EMULATOR_AT) {
   emulator::mma_m16n8k16(d, a, b, d, true, at);
 }
+inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         LESS_EMULATOR_AT) {
+  emulator::mma_m16n8k32(d, a, b, d, at);
+}
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);

@@ -45,6 +45,7 @@ using emulator::mbarrier_fence_init;
 using emulator::mbarrier_init;
 using emulator::mbarrier_wait;
 using emulator::mma_m16n8k16;
+using emulator::mma_m16n8k32;
 using emulator::Ready;
 using emulator::Registered;
 using emulator::thread_index;

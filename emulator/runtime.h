@@ -173,6 +173,8 @@ void ldmatrix(uint32_t* d, int num, const void* row, bool transposed, Where at);
 // d = a b + c, in the fragments of m16n8k16, bf16 or fp16.
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16,
                   Where at);
+// The same in the fragments of m16n8k32, int8 and int32.
+void mma_m16n8k32(int32_t* d, const uint32_t* a, const uint32_t* b, const int32_t* c, Where at);
 
 // -- accesses (PTX) -------------------------------------------------------------------------------
 

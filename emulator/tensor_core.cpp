@@ -111,4 +111,28 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c
   warp_release(table);
 }
 
+// Sums wrap around.
+void mma_m16n8k32(int32_t* d, const uint32_t* a, const uint32_t* b, const int32_t* c, Where at) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  uint32_t live;
+  const unsigned char* const table =
+      warp_exchange(~0u, "mma.m16n8k32", mine, sizeof mine, &live, false, at);
+  const int lane = current->lane;
+  // Byte k % 4 of a register of the lane that has k of this row or column.
+  const auto byte = [table](int of, int reg, int k) {
+    return int8_t(table[(of * 4 + k % 16 / 4) * int(kExchangeStride) + reg * 4 + k % 4]);
+  };
+  for (int i = 0; i < 2; ++i) {  // rows lane / 4 and 8 more
+    for (int j = 0; j < 2; ++j) {
+      uint32_t sum = uint32_t(c[2 * i + j]);
+      for (int k = 0; k < 32; ++k) {
+        const int of_a = byte(lane / 4, i + 2 * (k / 16), k);
+        sum += uint32_t(of_a * byte(lane % 4 * 2 + j, 4 + k / 16, k));
+      }
+      d[2 * i + j] = int32_t(sum);
+    }
+  }
+  warp_release(table);
+}
+
 }  // namespace less::emulator

@@ -124,6 +124,18 @@ KERNELS = {
         add.u32 %a1, %a1, %a2; cvt.u64.u32 %w1, %a1; add.s64 %out, %out, %w1;
         st.global.v2.b32 [%out], {%d0, %d1}; st.global.v2.b32 [%out+256], {%d2, %d3};"""
         ).replace(".extern_shared_placeholder", ""),
+    "product_s8": entry("product_s8", ARRAYS, """
+        .reg .b32 %x<4>, %y<2>, %d<4>;
+        // four bytes from row tid/4, column 4*(tid%4) on, of rows of 32 bytes; so of d
+        shr.u32 %a1, %tid, 2; shl.b32 %a1, %a1, 5; and.b32 %a2, %tid, 3; shl.b32 %a3, %a2, 2;
+        add.u32 %a3, %a3, %a1; cvt.u64.u32 %w1, %a3; add.s64 %in, %in, %w1;
+        ld.global.u32 %x0, [%in]; ld.global.u32 %x1, [%in+256];
+        ld.global.u32 %x2, [%in+16]; ld.global.u32 %x3, [%in+272];
+        ld.global.u32 %y0, [%in+512]; ld.global.u32 %y1, [%in+528];
+        mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%d0, %d1, %d2, %d3},
+          {%x0, %x1, %x2, %x3}, {%y0, %y1}, {7, 7, 7, 7};
+        shl.b32 %a2, %a2, 3; add.u32 %a1, %a1, %a2; cvt.u64.u32 %w1, %a1; add.s64 %out, %out, %w1;
+        st.global.v2.b32 [%out], {%d0, %d1}; st.global.v2.b32 [%out+256], {%d2, %d3};"""),
     # clocks
     "chase": entry("chase", ARRAYS, """
         ld.global.u64 %w1, [%in]; add.s64 %w2, %in, %w1;
@@ -355,6 +367,16 @@ def test_matrices_are_loaded_and_multiplied(program: Program, kind: str) -> None
     np.testing.assert_array_equal(out, a @ b + 0.5)
 
 
+def test_matrices_of_int8_are_multiplied(program: Program) -> None:
+    random = np.random.default_rng(4)
+    a = random.integers(-128, 128, (16, 32)).astype(np.int8)
+    b = random.integers(-128, 128, (32, 8)).astype(np.int8)
+    out = np.zeros((16, 8), dtype=np.int32)
+    given = np.concatenate([a.ravel(), b.T.ravel()])
+    assert program.run("product_s8", given, out) == []
+    np.testing.assert_array_equal(out, a.astype(np.int32) @ b.astype(np.int32) + 7)
+
+
 def test_a_barrier_counts_predicates(program: Program) -> None:
     out = np.zeros(64, dtype=np.uint32)
     assert program.run("reduce", np.arange(64, dtype=np.uint32), out, threads=64) == []
@@ -452,6 +474,7 @@ REFUSED = {
     "add.u32 %a1, %a2;": "operands",
     "setp.lt.f16x2 %p1, %a1, %a2;": "pairs",
     "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%a1}, {%a1}, {%a1}, {%a1};": "m16n8k16",
+    "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%a1}, {%a1}, {%a1}, {%a1};": "m16n8k32",
     "call.uni vprintf, (%a1);": "vprintf",
     "cp.async.bulk.global.shared::cta.bulk_group [%in], [%a1], 16;": "complete_tx",
     "cvt.rz.f16.f32 %h1, %a1;": ".rz",

@@ -195,7 +195,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const int at_slot = range[j] * plan.per + i;
-      float dot = mass[j][i];
+      float dot = i < slots[j] ? mass[j][i] : 0.0f;
       if constexpr (kScaled) dot *= s.take<float>(plan.layout.k_scale)[at_slot];
       if constexpr (kScaled && kMma) dot *= q_scale()[g[j]];
       float logit = capped(dot * p.spec.scale);

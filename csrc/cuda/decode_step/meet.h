@@ -110,13 +110,13 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
   const int turn = lane % kTurns;
 #pragma unroll 1
   for (int g0 = 0; g0 < G; g0 += kDecodeThreads / kTurns) {
-    const int g = min(g0 + t / kTurns, G - 1);
-    const bool writes = g == g0 + t / kTurns;
+    const int g = g0 + t / kTurns;
+    const int splits = g < G ? plan.splits : 0, features = g < G ? R : 0;
     float top = -kInfinity, total = 0.0f, low = 0.0f;
 #pragma unroll 1
-    for (int of = turn; of < plan.splits; of += kTurns) top = fmaxf(top, s.top()[of * G + g]);
+    for (int of = turn; of < splits; of += kTurns) top = fmaxf(top, s.top()[of * G + g]);
 #pragma unroll 1
-    for (int r = turn; r < R; r += kTurns) {
+    for (int r = turn; r < features; r += kTurns) {
       low = fmaf(s.feature()[g * R + r], s.z()[r], low);
     }
 #pragma unroll
@@ -125,7 +125,7 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
       low += __shfl_xor_sync(0xffffffffu, low, step);
     }
 #pragma unroll 1
-    for (int of = turn; of < plan.splits; of += kTurns) {
+    for (int of = turn; of < splits; of += kTurns) {
       total = fmaf(s.sum()[of * G + g], expf(s.top()[of * G + g] - top), total);
     }
 #pragma unroll
@@ -142,13 +142,13 @@ LESS_DEVICE void DecodeBlock<Case>::weigh_parts() {
       low_kept = low_mass * whole / low;
       share = low_mass * whole;
     }
-    if (writes && turn == 0) {
+    if (g < G && turn == 0) {
       s.low()[g] = low_kept;
       s.share()[g] = share;
       s.token_mass()[g] = expf(s.token_mass()[g] - top) * inverse;
     }
 #pragma unroll 1
-    for (int of = turn; of < plan.splits && writes; of += kTurns) {
+    for (int of = turn; of < splits; of += kTurns) {
       const float mass = expf(s.top()[of * G + g] - top);
       s.top()[of * G + g] = mass * kept;
       s.sum()[of * G + g] = mass * inverse;

@@ -83,19 +83,30 @@ def ldmatrix(x: Operation) -> str:
     return f"{code}{x.at}); " + " ".join(x.assign(d, f"d[{i}]", "b32") for i, d in enumerate(to))
 
 
+_PRODUCTS = {  # types of d, a, b, c: shape, what follows the fragments, C++ of d's
+    ("f32", "f16", "f16", "f32"): ("m16n8k16", ", false", "float"),
+    ("f32", "bf16", "bf16", "f32"): ("m16n8k16", ", true", "float"),
+    ("s32", "s8", "s8", "s32"): ("m16n8k32", "", "int32_t"),
+}
+
+
 @family("mma")
 def mma(x: Operation) -> str:
     x.expect(4)
-    for name in ("sync", "aligned", "m16n8k16", "row", "col"):
+    shape = "m16n8k32" if "m16n8k32" in x.modifiers else "m16n8k16"
+    for name in ("sync", "aligned", shape, "row", "col"):
         x.need(name)
-    kinds = [x.type() for _ in range(4)]  # c, b, a, d
-    if kinds not in (["f32", "f16", "f16", "f32"], ["f32", "bf16", "bf16", "f32"]):
-        raise x.fail("only .f32.f16.f16.f32 and .f32.bf16.bf16.f32 are translated")
+    kinds = tuple(x.type() for _ in range(4))
+    known, more, element = _PRODUCTS.get(kinds, ("", "", ""))
+    if known != shape:
+        wanted = ", ".join(f"{of[0]} of .{'.'.join(types)}" for types, of in _PRODUCTS.items())
+        raise x.fail(f"only {wanted} are translated")
     d, a, b, c = (x.vector(i) for i in range(4))
     if [len(d), len(a), len(b), len(c)] != [4, 4, 2, 4]:
         raise x.fail("wanted fragments of 4, 4, 2 and 4 registers")
+    sums = kinds[0]
     code = f"const uint32_t a[4] = {{{', '.join(x.value(r, 'b32') for r in a)}}}; "
     code += f"const uint32_t b[2] = {{{', '.join(x.value(r, 'b32') for r in b)}}}; "
-    code += f"const float c[4] = {{{', '.join(x.value(r, 'f32') for r in c)}}}; float d[4]; "
-    code += f"mma_m16n8k16(d, a, b, c, {'true' if kinds[1] == 'bf16' else 'false'}, {x.at}); "
-    return code + " ".join(x.assign(r, f"d[{i}]", "f32") for i, r in enumerate(d))
+    code += f"const {element} c[4] = {{{', '.join(x.value(r, sums) for r in c)}}}; "
+    code += f"{element} d[4]; mma_{shape}(d, a, b, c{more}, {x.at}); "
+    return code + " ".join(x.assign(r, f"d[{i}]", sums) for i, r in enumerate(d))
