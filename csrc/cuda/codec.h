@@ -16,35 +16,34 @@ struct FewBits {
 
 // -- codes to levels --
 
-// The levels of a format as bytes, four a word, in units of 1/64 of a row's scale.
-struct LevelBytes {
-  uint32_t word[4];
-};
-
-constexpr LevelBytes level_bytes(const Levels& levels) {
-  LevelBytes bytes{};
-  for (int i = 0; i < 16; ++i) bytes.word[i / 4] |= uint32_t(uint8_t(levels.n[i])) << (i % 4 * 8);
-  return bytes;
-}
-
-template <DType kType, int kWord>
-LESS_DEVICE uint32_t level_word() {
-  constexpr uint32_t word = level_bytes(levels_of(kType)).word[kWord];
-  return word;
-}
+// Levels are uniform: as int8, code << kLevelShift with bits of kLevelBits turned around.
+template <DType kType>
+constexpr int kLevelShift = kType == DType::b4   ? 4
+                            : kType == DType::b3 ? 5
+                                                 : 6;
+template <DType kType>
+constexpr uint32_t kLevelBits = kType == DType::b4   ? 0x88888888u
+                                : kType == DType::b3 ? 0x90909090u
+                                                     : 0xa0a0a0a0u;
 
 template <DType kType>
-LESS_DEVICE uint32_t levels_of_codes(uint32_t codes) {
-  uint32_t at = (codes | codes >> 4) & 0x00ff00ffu;  // a code a nibble
-  at = (at | at >> 8) & 0x7777u;
-  const uint32_t low = __byte_perm(level_word<kType, 0>(), level_word<kType, 1>(), at);
-  if constexpr (kType != DType::b4) return low;
-  const uint32_t high = __byte_perm(level_word<kType, 2>(), level_word<kType, 3>(), at);
-  const uint32_t upper = (codes >> 3 & 0x01010101u) * 0xffu;
-  return (low & ~upper) | (high & upper);
+constexpr bool levels_are_uniform() {
+  const Levels& levels = levels_of(kType);
+  for (int i = 0; i < levels.count; ++i) {
+    const auto level = uint8_t(uint32_t(i) << kLevelShift<kType> ^ (kLevelBits<kType> & 0xffu));
+    if (uint8_t(levels.n[i]) != level) return false;
+  }
+  return true;
 }
+static_assert(levels_are_uniform<DType::b4>() && levels_are_uniform<DType::b3>() &&
+              levels_are_uniform<DType::b2>());
 
 // The levels, int8, of four codes, a code a byte.
+template <DType kType>
+LESS_DEVICE uint32_t levels_of_codes(uint32_t codes) {
+  return codes << kLevelShift<kType> ^ kLevelBits<kType>;
+}
+
 LESS_DEVICE uint32_t levels_of_codes(DType dtype, uint32_t codes) {
   return dtype == DType::b4   ? levels_of_codes<DType::b4>(codes)
          : dtype == DType::b3 ? levels_of_codes<DType::b3>(codes)

@@ -59,6 +59,15 @@ Result with_slots(const DecodeStepParams& p, Result otherwise, const F& run) {
   return with_dtype<RowTypes>(p.layout.k_dtype, otherwise, run);
 }
 
+// Bytes of a tile as slots store it, of keys or of values.
+template <typename T, int kD>
+int decode_stage(const DecodeStepParams& p, int tile) {
+  if (!kFewBits<T>) return tile * DecodeTile<T, kD>::kBytes;
+  const int k = int(row_bytes(p.layout.k_dtype, kD)), v = int(row_bytes(p.layout.v_dtype, kD));
+  const int cold = k > v ? k : v, W = hot_slots(p.layout), hot = W < tile ? W : tile;
+  return (hot * kD + (tile - hot) * cold + 31) / 16 * 16;  // they begin within 16 bytes
+}
+
 template <typename T>
 void cut(const DecodeStepParams& p, int per, int ranges, DecodePlan& plan) {
   decode_dispatch<T>(p.spec.D, plan.mma, [&](auto head_dim, auto mma) {
@@ -78,6 +87,8 @@ void cut(const DecodeStepParams& p, int per, int ranges, DecodePlan& plan) {
     const int passes = decode_passes<T, kD, kMma>(G);
     const int items = plan.ranges * plan.tiles * (1 + passes);
     plan.ring = items < Tile::kStages ? items : Tile::kStages;
+    plan.stage = decode_stage<T, kD>(p, plan.tile);
+    plan.digits = decode_digit_row(per);
     plan.part = DecodePart(G, R, kD).floats;
     const int finishers = plan.cluster ? plan.blocks : 1;
     plan.columns = (kD / 16 + finishers - 1) / finishers * 16;
@@ -107,14 +118,19 @@ int wanted_ranges(const DecodeStepParams& p, const DecodePlan& plan, int sms) {
   return blocks == 1 ? plan.splits : 1;
 }
 
-// Gives blocks as many ranges as is wanted, if so many of them still fit into an SM.
+// Gives blocks as many ranges as is wanted, or the most that still let so many blocks fit into an
+// SM; where they do not meet in a cluster, all or none.
 template <typename T>
 void join_ranges(const DecodeStepParams& p, const DeviceLimits& limits, DecodePlan& plan) {
-  const int ranges = wanted_ranges(p, plan, limits.sms);
-  if (ranges == 1) return;
-  DecodePlan joined = plan;
-  cut<T>(p, plan.per, ranges, joined);
-  if (joined.shared <= limits.shared / kResident) plan = joined;
+  for (int ranges = wanted_ranges(p, plan, limits.sms); ranges > 1; ranges /= 2) {
+    if (!plan.clusters && ranges < plan.splits) return;
+    DecodePlan joined = plan;
+    cut<T>(p, plan.per, ranges, joined);
+    if (joined.shared <= limits.shared / kResident) {
+      plan = joined;
+      return;
+    }
+  }
 }
 
 // Of the heads from `first` on. Tries a cluster, then shorter and shorter ranges that meet in the

@@ -2,6 +2,7 @@
 // head.
 #pragma once
 
+#include "cuda/decode_step/integers.h"
 #include "cuda/decode_step/packed.h"
 
 namespace less::cuda {
@@ -9,13 +10,16 @@ namespace less::cuda {
 // Keys of all ranges, then their softmax, then values.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::attend() {
+  if constexpr (kUnits) find_value_units();
 #pragma unroll 1
   for (s.range = 0; s.range < ranges(); ++s.range) multiply_keys();
   __syncthreads();
   softmax();
 #pragma unroll 1
   for (s.range = 0; s.range < ranges(); ++s.range) {
-    if constexpr (kMma) {
+    if constexpr (kPacked) {
+      add_values_packed();
+    } else if constexpr (kMma) {
       add_values<kPairs, 4>();
     } else if (G <= 2) {
       add_values<2, Tile::kElements>();
@@ -33,10 +37,15 @@ LESS_DEVICE void DecodeBlock<Case>::attend() {
 // Of the range at hand.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::multiply_keys() {
-  if constexpr (kMma) {
+  if constexpr (kMma || kPacked) {
 #pragma unroll 1
     for (int tile = 0; tile < plan.tiles; ++tile) {
-      multiply_keys_mma(receive(tile, false), tile * plan.tile);
+      const unsigned char* const rows = receive(tile, false);
+      if constexpr (kPacked) {
+        multiply_keys_packed(rows, tile * plan.tile);
+      } else {
+        multiply_keys_mma(rows, tile * plan.tile);
+      }
     }
   } else {
     float q[kQueries][kKept];
@@ -84,7 +93,7 @@ LESS_DEVICE void DecodeBlock<Case>::keep_queries(int g0, float (&q)[kQueries][kK
 #pragma unroll
     for (int i = 0; i < kKept / 4; ++i) {
       const int d = (i / (kE / 4) * kLanes + lane % kLanes) * kE + i % (kE / 4) * 4;
-      const float4 x = bits_of<float4>(load16_shared(s.q() + min(g0 + g, G - 1) * kD + spread(d)));
+      const float4 x = bits_of<float4>(load16_shared(s.q() + min(g0 + g, G - 1) * kD + d));
       q[g][i * 4] = x.x;
       q[g][i * 4 + 1] = x.y;
       q[g][i * 4 + 2] = x.z;
@@ -124,7 +133,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int
             const int d = (i * kLanes + turn) * kE;
 #pragma unroll
             for (int e = 0; e < kE; e += 4) {
-              const float4 four = bits_of<float4>(load16_shared(x + spread(d + e)));
+              const float4 four = bits_of<float4>(load16_shared(x + d + e));
               dot[j][g] = fmaf(four.x, k[e], dot[j][g]);
               dot[j][g] = fmaf(four.y, k[e + 1], dot[j][g]);
               dot[j][g] = fmaf(four.z, k[e + 2], dot[j][g]);
@@ -158,7 +167,6 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_keys(const unsigned char* tile, int
 // four at once where there are so many; the first tile of values has the barrier after it.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::softmax() {
-  if constexpr (kScaled && kMma) find_value_units();
   const int count = ranges() * G;  // query i % G of range i / G
 #pragma unroll 1
   for (int i = warp, taken; i < count; i += taken * kDecodeWarps) {
@@ -177,6 +185,7 @@ template <int kN>
 LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
   float* mass[kN];
   float top[kN], token[kN], sum[kN];
+  [[maybe_unused]] float inverse_unit[kN];  // of values
   int g[kN], range[kN], slots[kN];
   const float inverse = 1.0f / float(G);
 #pragma unroll
@@ -189,6 +198,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
     slots[j] = first + j * kDecodeWarps < count ? of_range : 0;
     top[j] = token[j] = -kInfinity;
     sum[j] = 0.0f;
+    if constexpr (kPacked) inverse_unit[j] = 1.0f / q_scale()[G + range[j]];
   }
 #pragma unroll 1
   for (int i = lane; i < plan.per; i += 32) {
@@ -213,7 +223,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
     float dot = 0.0f;
 #pragma unroll 1
     for (int d = lane; d < kD; d += 32) {
-      dot = fmaf(s.q()[g[j] * kD + spread(d)], s.key()[d], dot);
+      dot = fmaf(s.q()[g[j] * kD + d], s.key()[d], dot);
     }
     dot = warp_sum(dot);
     if constexpr (kScaled) dot *= s.token()[0];
@@ -228,13 +238,23 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
   }
 #pragma unroll
   for (int j = 0; j < kN; ++j) top[j] = fmaxf(top[j], token[j]);
+  // Digits of packed rows' masses are multiplied 32 slots at once.
+  const int most = kPacked ? (plan.per + 31) / 32 * 32 : plan.per;
 #pragma unroll 1
-  for (int i = lane; i < plan.per; i += 32) {
+  for (int i = lane; i < most; i += 32) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float logit = i < slots[j] ? mass[j][i] : -kInfinity;
       const float e = logit == -kInfinity ? 0.0f : expf(logit - top[j]);
       if (i < (slots[j] + 15) / 16 * 16) mass[j][i] = e;
+      if constexpr (kPacked) {
+        const int item = first + j * kDecodeWarps;
+        if (item < count) {
+          const float scale =
+              i < slots[j] ? s.take<float>(plan.layout.v_scale)[range[j] * plan.per + i] : 0.0f;
+          keep_digits(item, i, e, scale * inverse_unit[j]);
+        }
+      }
       sum[j] += e;
     }
   }
@@ -268,7 +288,11 @@ LESS_DEVICE void DecodeBlock<Case>::find_value_units() {
       largest = max(largest, bits_of<uint32_t>(scale) & 0x7fffffffu);
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
-    if (lane == 0) q_scale()[G + range] = power_below(largest);
+    if (lane == 0) {
+      // Where there is NaN or infinity, all is NaN.
+      const bool sound = !kPacked || largest < 0x7f800000u;
+      q_scale()[G + range] = sound ? power_below(largest) : bits_of<float>(0x7fc00000u);
+    }
   }
 }
 
@@ -342,20 +366,18 @@ LESS_DEVICE void DecodeBlock<Case>::keep_values(int pass, float (&acc)[kN][kM]) 
             s.sums() + (t / Tile::kChunks * heads + g) * kD + t % Tile::kChunks * Tile::kElements;
 #pragma unroll
         for (int e = 0; e < kM; e += 4) {
-          store16_shared(
-              to + spread(e, t),
-              bits_of<uint4>(make_float4(acc[g][e], acc[g][e + 1], acc[g][e + 2], acc[g][e + 3])));
+          store16_shared(to + e, bits_of<uint4>(make_float4(acc[g][e], acc[g][e + 1], acc[g][e + 2],
+                                                            acc[g][e + 3])));
         }
       }
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = t; i < heads * kD; i += kDecodeThreads) {
-      const int chunk = i % kD / Tile::kElements;
-      float sum = s.sums()[spread(i, chunk)];
+      float sum = s.sums()[i];
 #pragma unroll
       for (int w = 1; w < kAtOnce; ++w) {
-        sum += s.sums()[w * heads * kD + spread(i, w * Tile::kChunks + chunk)];
+        sum += s.sums()[w * heads * kD + i];
       }
       s.part()[at.value + pass * kN * kD + i] = sum;
     }

@@ -40,6 +40,7 @@ struct DecodeShared {
   LESS_DEVICE unsigned char* ring() const { return raw + at.ring; }
   LESS_DEVICE unsigned char* narrow_q() const { return raw + at.narrow_q; }
   LESS_DEVICE unsigned char* widened() const { return raw + at.widened; }
+  LESS_DEVICE int8_t* digits() const { return take<int8_t>(at.digits); }
   LESS_DEVICE float* sums() const { return take<float>(at.sums); }
   LESS_DEVICE float* q() const { return take<float>(at.q); }
   LESS_DEVICE float* mass() const { return take<float>(at.mass) + range * plan.G * (plan.per + 8); }
@@ -122,6 +123,8 @@ struct DecodeBlock {
   static constexpr bool kMerges = Leaver::kMerges;
   static constexpr bool kWeights = !kPacked || kMerges;  // whether slots have log-weights
   static constexpr bool kScaled = sizeof(T) == 1;
+  // Whether queries are divided by what they are counted in, and so are values.
+  static constexpr bool kUnits = kScaled && (kMma || kPacked);
   using Tile = DecodeTile<T, kD>;
 
   // Without tensor cores, lanes of a key's row take its chunks in turns, and keep theirs of a few
@@ -157,8 +160,8 @@ struct DecodeBlock {
   int asked = 0;    // the stage that is asked for next
   int next_range = 0, next_pass = 0, next_tile = 0;  // and what it is asked for: a tile of a range
   bool next_values = false;                          // of this block, keys or values
-  int received = 0;                   // the stage that is looked at next
-  int rank, ranks;                    // of those who finish
+  int received = 0;                                  // the stage that is looked at next
+  int rank, ranks;                                   // of those who finish
 
   LESS_DEVICE DecodeBlock(const DecodeStepParams& params, const DecodePlan& decode_plan,
                           unsigned char* raw)
@@ -218,21 +221,13 @@ struct DecodeBlock {
 
   LESS_DEVICE void run();
 
-  // Where floats [d, d + 4) of a row in shared memory lie, d a multiple of 4, if lanes read those
-  // of 16 each at once: eight of them are then in different banks. `chunk`: d / 16, or the number
-  // of the 16 floats in several such rows.
-  static LESS_DEVICE int spread(int d, int chunk) { return kPacked ? d ^ (chunk / 2 % 4 * 4) : d; }
-  static LESS_DEVICE int spread(int d) { return spread(d, d / 16); }
-
   // Rows of a tile of a range that begins with this slot; none where the range has fewer tiles.
   LESS_DEVICE int rows_from(int slot, int tile) const {
     return max(0, min(min(plan.tile, plan.per - tile * plan.tile), S - slot));
   }
 
   // -- load.h: what is read once
-  LESS_DEVICE unsigned char* stage(int index) const {
-    return s.ring() + index * (plan.tile * Tile::kBytes);
-  }
+  LESS_DEVICE unsigned char* stage(int index) const { return s.ring() + index * plan.stage; }
   // The stage after that, around the ring.
   LESS_DEVICE int after(int stage) const { return stage + 1 == plan.ring ? 0 : stage + 1; }
   // Tensor cores take 16 rows at once.
@@ -258,7 +253,10 @@ struct DecodeBlock {
   // -- packed.h: packed rows, which become rows of int8
   LESS_DEVICE DecodeRows rows_of_tile(int range, int tile, bool values) const;
   LESS_DEVICE void ask_for_rows(unsigned char* to, int range, int tile, bool values);
-  static LESS_DEVICE uint4 widened_chunk(DType dtype, const unsigned char* row, int c);
+  template <DType kType>
+  static LESS_DEVICE uint4 widened_chunk(const unsigned char* row, int c);
+  template <DType kType>
+  LESS_DEVICE void widen_cold(const DecodeRows& rows, const unsigned char* from);
   LESS_DEVICE void widen_rows(const unsigned char* from, int tile, bool values);
   LESS_DEVICE void load_scales(const Slots& of, int slot, float& k, float& v);
   LESS_DEVICE void move_in(int slot);
@@ -297,6 +295,22 @@ struct DecodeBlock {
   LESS_DEVICE void multiply_values_mma(const unsigned char* tile, int slot0, int rows, int pass,
                                        float (&acc)[kPairs][4]);
   LESS_DEVICE void keep_values_mma(int pass, const float (&acc)[kPairs][4]);
+
+  // -- integers.h: the same of packed rows, on tensor cores of integers
+  static constexpr int kDigitRow = decode_digit_row(kD);  // bytes of a row of narrow_q
+  static constexpr int kPackedBlocks = (kBlocks + kDecodeWarps - 1) / kDecodeWarps;  // of a warp
+  static constexpr int kPackedPairs = kHeads / 2;  // of query heads, in a pass over values
+  static LESS_DEVICE void three_digits(float x, uint32_t (&digit)[kDecodeDigits]);
+  LESS_DEVICE void load_query_digits();
+  static LESS_DEVICE int digit_at(int slot);
+  LESS_DEVICE void keep_digits(int item, int slot, float mass, float scale) const;
+  static LESS_DEVICE float sum_of_digits(const int32_t (&acc)[4]);
+  LESS_DEVICE void multiply_keys_packed(const unsigned char* tile, int slot0);
+  LESS_DEVICE void add_values_packed();
+  LESS_DEVICE void multiply_values_packed(const unsigned char* tile, int slot0, int pass,
+                                          int32_t (&acc)[kPackedBlocks][kPackedPairs][4]) const;
+  LESS_DEVICE void keep_values_packed(int pass,
+                                      const int32_t (&acc)[kPackedBlocks][kPackedPairs][4]);
 
   // -- meet.h: where the blocks of a head meet, and the softmax over all parts
   LESS_DEVICE bool meet();

@@ -3,6 +3,7 @@
 
 #include "cuda/decode_step/attend.h"
 #include "cuda/decode_step/block.h"
+#include "cuda/decode_step/integers.h"
 #include "cuda/decode_step/load.h"
 #include "cuda/decode_step/meet.h"
 #include "cuda/decode_step/merge.h"
@@ -74,7 +75,7 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
 // Blocks that an SM holds at least: three where the registers of a third do not spill.
 template <typename T, int kD, bool kMma>
 constexpr int decode_blocks() {
-  bool dear = sizeof(T) == 1 && !kMma;  // queries and sums of 16 elements
+  bool dear = sizeof(T) == 1 && !kMma && !kFewBits<T>;  // queries and sums of 16 elements
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
   dear = dear || std::is_same_v<T, __nv_fp8_e4m3>;  // which instructions do not widen here
 #endif

@@ -76,15 +76,22 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_state() {
   }
 }
 
-// Queries, the token, what is known of each slot, and numbers of the maps. All that a thread has one
-// of is asked for before anything is waited for: the block waits for memory once.
+// One float at a time: there are no accesses of twelve bytes.
+LESS_DEVICE void keep_numbers(const FeatureNumbers& x, FeatureNumbers* shared) {
+  shared->factor = x.factor;
+  shared->bias = x.bias;
+  shared->scale = x.scale;
+}
+
+// Queries, the token, what is known of each slot, and numbers of the maps. All that a thread has
+// one of is asked for before anything is waited for: the block waits for memory once.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load() {
   const bool needs_token = !kPacked || last_block();  // of packed slots, the last range looks at it
   uint4 row[kRowPieces];
   if (needs_token && warp < 2) ask_for_row(warp == 0 ? p.k : p.v, row);
   uint4 query_four{};
-  if (!(kMma && kScaled) && t * 4 < G * kD) query_four = ask_for_query(t * 4);
+  if (!kUnits && t * 4 < G * kD) query_four = ask_for_query(t * 4);
   float z = 0.0f;
   FeatureNumbers of_phi{}, of_psi{};
   if constexpr (kState) {
@@ -95,7 +102,9 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
     if (t < G * R) of_phi = feature_numbers(p.maps.phi, head * G + t / R, t % R);
   }
   load_slots();
-  if constexpr (kMma && kScaled) {
+  if constexpr (kPacked) {
+    load_query_digits();
+  } else if constexpr (kUnits) {
     load_scaled_queries();
   } else {
     load_queries(query_four);
@@ -113,12 +122,12 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
   if constexpr (kState) {
     if (t < R) {
       s.z()[t] = z;
-      s.psi_numbers()[t] = of_psi;
+      keep_numbers(of_psi, s.psi_numbers() + t);
     }
 #pragma unroll 1
     for (int i = t; i < G * R; i += kDecodeThreads) {
-      s.phi_numbers()[i] =
-          i == t ? of_phi : feature_numbers(p.maps.phi, head * G + i / R, i % R);
+      keep_numbers(i == t ? of_phi : feature_numbers(p.maps.phi, head * G + i / R, i % R),
+                   s.phi_numbers() + i);
     }
   }
 }
@@ -185,7 +194,7 @@ LESS_DEVICE void DecodeBlock<Case>::load_queries(uint4 first) {
   for (int i = t * 4; i < G * kD; i += kDecodeThreads * 4) {
     float four[4];
     widen_four(i == t * 4 ? first : ask_for_query(i), p.q.dtype, four);
-    store16_shared(s.q() + i / kD * kD + spread(i % kD),
+    store16_shared(s.q() + i / kD * kD + i % kD,
                    bits_of<uint4>(make_float4(four[0], four[1], four[2], four[3])));
     if constexpr (kMma) narrow_queries(i, four, 1.0f);
   }

@@ -54,8 +54,8 @@ LESS_DEVICE void add_map_rows(DType dtype, const uint4 (&rows)[kN], const float*
   }
 }
 
-// sum[u] += hidden[e] w, w feature r of row e of W2 in unit u, for columns e0, e0 + step, ... of the
-// `columns` that a unit has.
+// sum[u] += hidden[e] w, w feature r of row e of W2 in unit u, for columns e0, e0 + step, ... of
+// the `columns` that a unit has.
 template <typename T>
 LESS_DEVICE void add_unit_rows(const unsigned char* w2, const float* hidden, int count, int columns,
                                int R, int r, int e0, int step, float (&sum)[kDecodeMapUnits]) {
@@ -132,9 +132,9 @@ struct DecodeMapShares {
 LESS_DEVICE void shares_of_maps(const FeatureMaps& m, int64_t first, int heads, const float* x,
                                 const DecodeMapShares& shares, const DecodeMapScratch& s, float* y,
                                 int stride) {
-  constexpr int kWidth = 2 * kDecodeMapUnits;      // chunks of 16 bytes of a row, a lane each
-  constexpr int kRows = kDecodeThreads / kWidth;   // at once
-  constexpr int kLoads = 8;                        // under way
+  constexpr int kWidth = 2 * kDecodeMapUnits;     // chunks of 16 bytes of a row, a lane each
+  constexpr int kRows = kDecodeThreads / kWidth;  // at once
+  constexpr int kLoads = 8;                       // under way
   const int t = threadIdx.x, lane = t % 32, warp = t / 32;
   const int R = int(m.R), D = int(m.D), E = int(m.E);
   const int bytes = int(bytes_of(m.w_dtype));

@@ -1,6 +1,6 @@
 // Packed rows in decode_step's kernel. A range's rows come to shared memory as they are stored, hot
 // ones and then cold ones, and become int8 rows there, tile by tile: the levels of a cold row are
-// whole numbers, and its scale counts in units of them. From then on they are rows of int8.
+// whole numbers, and its scale counts in units of them. integers.h multiplies them.
 #pragma once
 
 #include "cuda/codec.h"
@@ -57,54 +57,82 @@ LESS_DEVICE uint4 load_two8_shared(const unsigned char* shared) {
 
 // Dims 16 c .. 16 c + 15 of a cold row, as int8.
 template <typename Case>
-LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(DType dtype, const unsigned char* row, int c) {
-  if (dtype == DType::i8) return load16_shared(row + c * 16);
-  if constexpr (kD % 64 != 0) {
+template <DType kType>
+LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(const unsigned char* row, int c) {
+  const int d = c * 16;
+  if constexpr (kType == DType::i8) {
+    return load16_shared(row + d);
+  } else if constexpr (kD % 64 != 0) {
     uint32_t four[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      four[i] = levels_of_codes(dtype, four_codes(dtype, kD, c * 16 + i * 4, row));
+      four[i] = levels_of_codes<kType>(four_codes(kType, kD, d + i * 4, row));
     }
     return make_uint4(four[0], four[1], four[2], four[3]);
-  }
-  constexpr int kEighth = kD / 8;
-  const int d = c * 16, part = dtype == DType::b4 ? kD / 2 : kD / 4;
-  const int bits = dtype == DType::b4 ? 4 : 2, shift = d / part * bits;
-  const uint32_t mask = dtype == DType::b4 ? 0x0f0f0f0fu : 0x03030303u;
-  const uint4 low =
-      dtype == DType::b3 ? load_two8_shared(row + d % part) : load16_shared(row + d % part);
-  uint4 third = make_uint4(0, 0, 0, 0);
-  if (dtype == DType::b3) {
-    if constexpr (kEighth >= 16) {
-      third = load_two8_shared(row + part + d % kEighth);
+  } else {
+    // A byte has codes of several parts of the row; the part's bits move to where levels have them.
+    constexpr int kBits = kType == DType::b4 ? 4 : 2, kPart = kD * kBits / 8, kEighth = kD / 8;
+    const int shift = 8 - kBits - d / kPart * kBits;
+    if constexpr (kType != DType::b3) {
+      const uint4 w = load16_shared(row + d % kPart);
+      constexpr uint32_t kMask = kType == DType::b4 ? 0xf0f0f0f0u : 0xc0c0c0c0u;
+      const auto levels = [=](uint32_t x) { return (x << shift & kMask) ^ kLevelBits<kType>; };
+      return make_uint4(levels(w.x), levels(w.y), levels(w.z), levels(w.w));
+    } else {
+      const uint4 low = load_two8_shared(row + d % kPart);
       const int by = d / kEighth;
-      third = make_uint4(third.x >> by, third.y >> by, third.z >> by, third.w >> by);
-    } else {  // 8 dims are of one bit, the next 8 of the next
-      const uint2 both = load8_shared(row + part);
-      const int by = d / 8;
-      third = make_uint4(both.x >> by, both.y >> by, both.x >> (by + 1), both.y >> (by + 1));
+      uint4 third;
+      if constexpr (kEighth >= 16) {
+        third = load_two8_shared(row + kPart + d % kEighth);
+        third = make_uint4(third.x >> by, third.y >> by, third.z >> by, third.w >> by);
+      } else {  // 8 dims are of one bit, the next 8 of the next
+        const uint2 both = load8_shared(row + kPart);
+        third = make_uint4(both.x >> by, both.y >> by, both.x >> (by + 1), both.y >> (by + 1));
+      }
+      const auto levels = [=](uint32_t x, uint32_t bit) {
+        return ((x << shift >> 1 & 0x60606060u) | (bit << 7 & 0x80808080u)) ^ kLevelBits<kType>;
+      };
+      return make_uint4(levels(low.x, third.x), levels(low.y, third.y), levels(low.z, third.z),
+                        levels(low.w, third.w));
     }
   }
-  const auto levels = [=](uint32_t codes, uint32_t bit) {
-    return levels_of_codes(dtype, (codes >> shift & mask) | (bit & 0x01010101u) << 2);
-  };
-  return make_uint4(levels(low.x, third.x), levels(low.y, third.y), levels(low.z, third.z),
-                    levels(low.w, third.w));
 }
 
-// The rows that have come become a tile of int8.
+template <typename Case>
+template <DType kType>
+LESS_DEVICE void DecodeBlock<Case>::widen_cold(const DecodeRows& rows, const unsigned char* from) {
+  const unsigned char* const cold = from + rows.hot_rows * kD + rows.skew;
+  constexpr int kRowBytes = int(row_bytes(kType, kD));
+#pragma unroll 4
+  for (int i = rows.hot_rows * Tile::kChunks + t; i < rows.rows * Tile::kChunks;
+       i += kDecodeThreads) {
+    const int r = i / Tile::kChunks, c = i % Tile::kChunks;
+    store16_shared(s.widened() + Tile::place(i) * 16,
+                   widened_chunk<kType>(cold + (r - rows.hot_rows) * kRowBytes, c));
+  }
+}
+
+// The rows that have come become a tile of int8, with zeros after them up to a multiple of 32 rows.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int tile, bool values) {
   const DecodeRows rows = rows_of_tile(split(), tile, values);
-  const unsigned char* const cold = from + rows.hot_rows * kD + rows.skew;
-  const int bytes = int(row_bytes(rows.dtype, kD));
 #pragma unroll 1
-  for (int i = t; i < rows.rows * Tile::kChunks; i += kDecodeThreads) {
-    const int r = i / Tile::kChunks, c = i % Tile::kChunks;
-    const uint4 chunk = r < rows.hot_rows
-                            ? load16_shared(from + i * 16)
-                            : widened_chunk(rows.dtype, cold + (r - rows.hot_rows) * bytes, c);
-    store16_shared(s.widened() + Tile::place(i) * 16, chunk);
+  for (int i = t; i < rows.hot_rows * Tile::kChunks; i += kDecodeThreads) {
+    store16_shared(s.widened() + Tile::place(i) * 16, load16_shared(from + i * 16));
+  }
+  if (rows.dtype == DType::b4) {
+    widen_cold<DType::b4>(rows, from);
+  } else if (rows.dtype == DType::b3) {
+    widen_cold<DType::b3>(rows, from);
+  } else if (rows.dtype == DType::b2) {
+    widen_cold<DType::b2>(rows, from);
+  } else {
+    widen_cold<DType::i8>(rows, from);
+  }
+#pragma unroll 1
+  for (int i = rows.rows * Tile::kChunks + t; i < (rows.rows + 31) / 32 * 32 * Tile::kChunks;
+       i += kDecodeThreads) {
+    store16_shared(s.widened() + Tile::place(i) * 16, make_uint4(0, 0, 0, 0));
   }
 }
 
@@ -142,7 +170,7 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
     const auto* const row =
         static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
     encode_row(cold_rows(p.layout, to, !key), slot - W, decoded_row(DType::i8, row, scale, kD), kD,
-               reinterpret_cast<uint8_t*>(s.sums()) + warp * kD);
+               s.widened() + warp * kD);
   }
   __syncthreads();  // who was there is not read any more
 #pragma unroll 1

@@ -51,14 +51,16 @@ struct DecodeTile {
 
 // Where a block's arrays begin in its shared memory, in bytes.
 struct DecodeLayout {
-  int32_t ring;        // [ring, tile, D] of T
-  int32_t widened;     // [tile, D]  of int8: packed rows, as they are multiplied
+  int32_t ring;        // [ring, stage] bytes
+  int32_t widened;     // [tile in 32s, D]  of int8: packed rows, as they are multiplied
   int32_t sums;        // [threads / chunks, heads, D]  of values, by threads; not for tensor cores
   int32_t q;           // [G, D]
-  int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores
+  int32_t narrow_q;    // [8 ceil(G / 8), D + 8] of T, for tensor cores; of packed rows digits,
+                       // [8 ceil(G / 2), D + ..] of int8
   int32_t q_scale;     // [G + ranges]  what its rows were divided by; units of the values' scales
   int32_t mass;        // [ranges, G, per + 8]  logits, e^(logit - top); at `per` the token's
   int32_t part;        // [ranges]  DecodePart
+  int32_t digits;      // [ranges, G, 3, digits]  of int8: of masses times scales, for packed rows
   int32_t position;    // [ranges, per]
   int32_t score;       // [ranges, per]
   int32_t weight;      // [ranges, per]
@@ -106,6 +108,8 @@ struct DecodePlan {
   int tile;        // rows of a tile
   int tiles;       // of a range
   int ring;        // tiles that a block holds
+  int stage;       // bytes of one
+  int digits;      // of a range's slots, a row of them in bytes
   bool clusters;   // the blocks of a head do not meet in the workspace
   bool cluster;    // but are a cluster, of more than one
   bool mma;        // on tensor cores
@@ -163,6 +167,14 @@ __host__ __device__ int decode_passes(int G) {
   return (G + kMost - 1) / kMost;
 }
 
+// Numbers are multiplied with packed rows as int8, three digits each to the base of 256. A row of
+// their digits, in bytes: what 8 rows have at one column is in different banks.
+constexpr int kDecodeDigits = 3;
+
+__host__ __device__ constexpr int decode_digit_row(int numbers) {
+  return ((numbers + 31) / 32 * 2 | 1) * 16;
+}
+
 // Between rows of queries for tensor cores, in 16-bit floats: rows that are read together are then
 // in different banks, 16 bytes of 8 rows of half types, 32 bytes of 4 rows of others.
 template <typename T, int kD>
@@ -182,12 +194,18 @@ __host__ __device__ DecodeLayout decode_layout(SharedCarver& c, const DecodeStep
     return int32_t(reinterpret_cast<uintptr_t>(array) - reinterpret_cast<uintptr_t>(c.base));
   };
   DecodeLayout at{};
-  at.ring = take(int64_t(plan.ring) * plan.tile * Tile::kBytes);
-  if (kFewBits<T>) at.widened = take(int64_t(plan.tile) * Tile::kBytes);
-  if (!kMma) at.sums = take(4 * kDecodeThreads * Tile::kElements * heads);
+  at.ring = take(int64_t(plan.ring) * plan.stage);
   at.q = take(4 * G * kD);
-  if (kMma) at.narrow_q = take((G + 7) / 8 * 8 * (kD + decode_q_pad<T, kD>()) * 2);
-  if (kMma && sizeof(T) == 1) at.q_scale = take(4 * (G + plan.ranges));
+  if (kFewBits<T>) {
+    at.widened = take(int64_t(plan.tile + 31) / 32 * 32 * Tile::kBytes);
+    at.narrow_q = take((G + 1) / 2 * 8 * decode_digit_row(kD));
+    at.digits = take(plan.ranges * G * kDecodeDigits * plan.digits);
+  } else if (kMma) {
+    at.narrow_q = take((G + 7) / 8 * 8 * (kD + decode_q_pad<T, kD>()) * 2);
+  } else {
+    at.sums = take(4 * kDecodeThreads * Tile::kElements * heads);
+  }
+  if ((kMma && sizeof(T) == 1) || kFewBits<T>) at.q_scale = take(4 * (G + plan.ranges));
   const int64_t slots = int64_t(plan.ranges) * plan.per;
   at.mass = take(4 * plan.ranges * G * (plan.per + 8));
   at.part = take(4 * plan.ranges * plan.part);
@@ -238,7 +256,7 @@ LESS_DEVICE void guard_decode_layout(unsigned char* raw, const DecodeStepParams&
 }
 
 // f(integral_constant<int, D>, bool_constant<mma>); false where this build has not D. Tensor cores
-// take half types alone, and not yet packed rows.
+// take half types alone, and packed rows always.
 template <typename T, typename F>
 bool decode_dispatch(int64_t D, bool mma, F f) {
   return with_head_dim(D, [&](auto head_dim) {
