@@ -48,6 +48,9 @@ inline float __int_as_float(int x) { return less_emulator_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return less_emulator_bits<float>(x); }
 
 // Byte i of the result is the byte of b:a that nibble i of the selector names.
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned((unsigned long long)a * b >> 32);
+}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const unsigned long long bytes = (unsigned long long)b << 32 | a;
   unsigned result = 0;

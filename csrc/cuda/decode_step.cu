@@ -92,6 +92,7 @@ void cut(const DecodeStepParams& p, int per, int ranges, DecodePlan& plan) {
     plan.part = DecodePart(G, R, kD).floats;
     const int finishers = plan.cluster ? plan.blocks : 1;
     plan.columns = (kD / 16 + finishers - 1) / finishers * 16;
+    plan.inverse_per = uint32_t(((int64_t{1} << 32) + per - 1) / per);
     plan.inverse = (65536 + finishers - 1) / finishers;
     SharedCarver measure{nullptr};
     plan.layout = decode_layout<T, kD, kMma>(measure, p, plan);

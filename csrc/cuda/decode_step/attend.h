@@ -200,7 +200,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
     sum[j] = 0.0f;
     if constexpr (kPacked) inverse_unit[j] = 1.0f / q_scale()[G + range[j]];
   }
-#pragma unroll 1
+#pragma unroll(kN == 1 ? 4 : 1)
   for (int i = lane; i < plan.per; i += 32) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
@@ -240,7 +240,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
   for (int j = 0; j < kN; ++j) top[j] = fmaxf(top[j], token[j]);
   // Digits of packed rows' masses are multiplied 32 slots at once.
   const int most = kPacked ? (plan.per + 31) / 32 * 32 : plan.per;
-#pragma unroll 1
+#pragma unroll(kN == 1 ? 4 : 1)
   for (int i = lane; i < most; i += 32) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {

@@ -132,10 +132,10 @@ LESS_DEVICE void DecodeBlock<Case>::load() {
   }
 }
 
-// What is known of each slot, of two at once. What an empty one holds is read, and left.
+// What is known of each slot, of several at once. What an empty one holds is read, and left.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::load_slots() {
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = kPacked ? 4 : 2;
   const Slots of = slots();
   const int end = ranges() * plan.per;
 #pragma unroll 1

@@ -11,41 +11,44 @@ namespace less::cuda {
 // Where the rows of a tile are. Of the bytes of cold rows, whole pieces of 16 are copied: fields
 // begin and end with such.
 struct DecodeRows {
-  const unsigned char* hot;   // of the tile's first row
-  const unsigned char* cold;  // the piece in which the first cold row begins
-  DType dtype;                // of cold rows
-  int hot_rows;
-  int rows;    // of both
-  int skew;    // bytes from `cold` to the first cold row
-  int pieces;  // of cold rows
+  DType dtype;  // of cold rows
+  int hot;      // rows, first
+  int rows;     // of both
+  int64_t at;   // bytes from the beginning of the cold rows to the first of the tile's
+  LESS_DEVICE int skew() const { return int(at & 15); }
 };
 
 template <typename Case>
 LESS_DEVICE DecodeRows DecodeBlock<Case>::rows_of_tile(int range, int tile, bool values) const {
-  const Slots of = slots();
   const int begin = range * plan.per + tile * plan.tile, W = hot_slots(p.layout);
-  DecodeRows rows{};
-  rows.rows = rows_from(begin, tile);
-  rows.hot_rows = min(max(W - begin, 0), rows.rows);
-  rows.dtype = values ? p.layout.v_dtype : p.layout.k_dtype;
-  rows.hot = static_cast<const unsigned char*>(values ? of.hot_v : of.hot_k) + int64_t{begin} * kD;
-  const int64_t bytes = row_bytes(rows.dtype, kD);
-  const int64_t from = (begin + rows.hot_rows - W) * bytes;
-  rows.skew = int(from % 16);
-  rows.cold = static_cast<const unsigned char*>(values ? of.v : of.k) + (from - rows.skew);
-  const int cold = rows.rows - rows.hot_rows;
-  rows.pieces = cold == 0 ? 0 : (rows.skew + cold * int(bytes) + 15) / 16;
-  return rows;
+  DecodeRows of{};
+  of.rows = rows_from(begin, tile);
+  of.hot = min(max(W - begin, 0), of.rows);
+  of.dtype = values ? p.layout.v_dtype : p.layout.k_dtype;
+  of.at = int64_t{max(begin - W, 0)} * int(row_bytes(of.dtype, kD));
+  return of;
 }
 
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask_for_rows(unsigned char* to, int range, int tile,
                                                  bool values) {
   const DecodeRows rows = rows_of_tile(range, tile, values);
-  const int hot = rows.hot_rows * Tile::kChunks;
+  const Slots of = slots();
+  if (rows.hot > 0) {
+    const auto* const hot = static_cast<const unsigned char*>(values ? of.hot_v : of.hot_k) +
+                            int64_t{range * plan.per + tile * plan.tile} * kD;
 #pragma unroll 1
-  for (int i = t; i < hot + rows.pieces; i += kDecodeThreads) {
-    copy_async16(to + i * 16, i < hot ? rows.hot + i * 16 : rows.cold + (i - hot) * 16);
+    for (int i = t; i < rows.hot * Tile::kChunks; i += kDecodeThreads) {
+      copy_async16(to + i * 16, hot + i * 16);
+    }
+    to += rows.hot * kD;
+  }
+  const int bytes = rows.skew() + (rows.rows - rows.hot) * int(row_bytes(rows.dtype, kD));
+  const auto* const cold =
+      static_cast<const unsigned char*>(values ? of.v : of.k) + (rows.at - rows.skew());
+#pragma unroll 4
+  for (int i = t * 16; rows.rows > rows.hot && i < bytes; i += kDecodeThreads * 16) {
+    copy_async16(to + i, cold + i);
   }
 }
 
@@ -98,17 +101,20 @@ LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(const unsigned char* row, int
   }
 }
 
+// A thread has the same chunk of every so many rows, where those divide the threads.
 template <typename Case>
 template <DType kType>
 LESS_DEVICE void DecodeBlock<Case>::widen_cold(const DecodeRows& rows, const unsigned char* from) {
-  const unsigned char* const cold = from + rows.hot_rows * kD + rows.skew;
   constexpr int kRowBytes = int(row_bytes(kType, kD));
+  const unsigned char* const cold = from + rows.hot * (kD - kRowBytes) + rows.skew();
+  constexpr bool kSame = kDecodeThreads % (Tile::kChunks << Tile::kShift) == 0;
+  const int place = Tile::place(t);
 #pragma unroll 4
-  for (int i = rows.hot_rows * Tile::kChunks + t; i < rows.rows * Tile::kChunks;
-       i += kDecodeThreads) {
-    const int r = i / Tile::kChunks, c = i % Tile::kChunks;
-    store16_shared(s.widened() + Tile::place(i) * 16,
-                   widened_chunk<kType>(cold + (r - rows.hot_rows) * kRowBytes, c));
+  for (int i = t; i < rows.rows * Tile::kChunks; i += kDecodeThreads) {
+    const int r = i / Tile::kChunks, c = (kSame ? t : i) % Tile::kChunks;
+    if (r < rows.hot) continue;
+    store16_shared(s.widened() + (kSame ? place + (i - t) : Tile::place(i)) * 16,
+                   widened_chunk<kType>(cold + r * kRowBytes, c));
   }
 }
 
@@ -117,7 +123,7 @@ template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int tile, bool values) {
   const DecodeRows rows = rows_of_tile(split(), tile, values);
 #pragma unroll 1
-  for (int i = t; i < rows.hot_rows * Tile::kChunks; i += kDecodeThreads) {
+  for (int i = t; i < rows.hot * Tile::kChunks; i += kDecodeThreads) {
     store16_shared(s.widened() + Tile::place(i) * 16, load16_shared(from + i * 16));
   }
   if (rows.dtype == DType::b4) {

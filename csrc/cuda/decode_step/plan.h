@@ -98,26 +98,27 @@ struct DecodePlan {
   int heads;
   int G;
   int S;
-  HeadOffsets at;  // of those heads' fields, of packed rows
-  int splits;      // ranges of a head's slots
-  int per;         // slots of a range, a multiple of 16; the last one may have fewer
-  int ranges;      // of a block; the last one may have fewer
-  int blocks;      // of a head
-  int shares;      // of psi: splits where clusters can be, else 1
-  int block_of;    // 64 / ranges, rounded up: of up to 8 ranges, the block by a product
-  int tile;        // rows of a tile
-  int tiles;       // of a range
-  int ring;        // tiles that a block holds
-  int stage;       // bytes of one
-  int digits;      // of a range's slots, a row of them in bytes
-  bool clusters;   // the blocks of a head do not meet in the workspace
-  bool cluster;    // but are a cluster, of more than one
-  bool mma;        // on tensor cores
-  bool dependent;  // the launch may begin before the kernel before it is over
-  int64_t shared;  // bytes of shared memory of a block
-  int part;        // floats of a block's part, see DecodePart
-  int columns;     // of H, that a finishing block holds
-  int inverse;     // 2^16 / blocks that finish, rounded up: up to 128 / blocks by a product
+  HeadOffsets at;        // of those heads' fields, of packed rows
+  int splits;            // ranges of a head's slots
+  int per;               // slots of a range, a multiple of 16; the last one may have fewer
+  int ranges;            // of a block; the last one may have fewer
+  int blocks;            // of a head
+  int shares;            // of psi: splits where clusters can be, else 1
+  int block_of;          // 64 / ranges, rounded up: of up to 8 ranges, the block by a product
+  int tile;              // rows of a tile
+  int tiles;             // of a range
+  int ring;              // tiles that a block holds
+  int stage;             // bytes of one
+  int digits;            // of a range's slots, a row of them in bytes
+  bool clusters;         // the blocks of a head do not meet in the workspace
+  bool cluster;          // but are a cluster, of more than one
+  bool mma;              // on tensor cores
+  bool dependent;        // the launch may begin before the kernel before it is over
+  int64_t shared;        // bytes of shared memory of a block
+  int part;              // floats of a block's part, see DecodePart
+  uint32_t inverse_per;  // 2^32 / per, rounded up: slots of a block to their range by a product
+  int columns;           // of H, that a finishing block holds
+  int inverse;           // 2^16 / blocks that finish, rounded up: up to 128 / blocks by a product
   DecodeLayout layout;
   // In the workspace; zero between launches.
   int32_t* row_count;   // [B]     heads of a row that are done

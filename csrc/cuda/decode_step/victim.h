@@ -43,7 +43,10 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
   DecodeCandidate best{kInfinity, INT32_MAX, S, 0.0f};
 #pragma unroll 1
   for (int slot = begin + t; slot < end; slot += kDecodeThreads) {
-    const int of = slot / plan.per, i = slot - of * plan.per;
+    // The slots of a block are few, those of a head may be many.
+    const int of =
+        own ? first_range() + int(__umulhi(slot - begin, plan.inverse_per)) : slot / plan.per;
+    const int i = slot - of * plan.per;
     // narrow: a lane a slot, side by side
     const int32_t position = own ? s.position()[slot - begin] : of_head.position[slot];
     float score = own ? s.score()[slot - begin] : score_at(kPacked, of_head, slot);
