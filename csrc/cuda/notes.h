@@ -17,10 +17,19 @@ LESS_DEVICE float noted_score(bool few, float score) {
   return few ? __half2float(bits_of<__half>(half_of(score))) : score;
 }
 
+// A score's bits as they are stored, and what they say: who asks for several waits for none before
+// all are asked for.
+LESS_DEVICE uint32_t score_bits_at(bool few, const Slots& slots, int64_t s) {
+  if (few) return slots.half[s];             // narrow: lanes take slots side by side
+  return bits_of<uint32_t>(slots.score[s]);  // narrow: lanes take slots side by side
+}
+
+LESS_DEVICE float score_of_bits(bool few, uint32_t bits) {
+  return few ? __half2float(bits_of<__half>(uint16_t(bits))) : bits_of<float>(bits);
+}
+
 LESS_DEVICE float score_at(bool few, const Slots& slots, int64_t s) {
-  if (few)
-    return __half2float(bits_of<__half>(slots.half[s]));  // narrow: lanes take slots side by side
-  return slots.score[s];                                  // narrow: lanes take slots side by side
+  return score_of_bits(few, score_bits_at(few, slots, s));
 }
 
 LESS_DEVICE void put_score(bool few, const Slots& slots, int64_t s, float score) {
@@ -34,10 +43,18 @@ LESS_DEVICE void put_score(bool few, const Slots& slots, int64_t s, float score)
 // What a token that stands for itself alone has as weight: a log-weight, or a count.
 LESS_DEVICE float weight_of_one(bool few) { return few ? 1.0f : 0.0f; }
 
+LESS_DEVICE uint32_t weight_bits_at(bool few, const Slots& slots, int64_t s) {
+  if (few) return slots.count[s];             // narrow: lanes take slots side by side
+  return bits_of<uint32_t>(slots.weight[s]);  // narrow: lanes take slots side by side
+}
+
+LESS_DEVICE float weight_of_bits(bool few, uint32_t bits) {
+  return few ? float(bits) : bits_of<float>(bits);
+}
+
 // A slot's log-weight, or its count.
 LESS_DEVICE float weight_at(bool few, const Slots& slots, int64_t s) {
-  if (few) return float(slots.count[s]);  // narrow: lanes take slots side by side
-  return slots.weight[s];                 // narrow: lanes take slots side by side
+  return weight_of_bits(few, weight_bits_at(few, slots, s));
 }
 
 LESS_DEVICE void put_weight(bool few, const Slots& slots, int64_t s, float weight) {
@@ -54,8 +71,8 @@ LESS_DEVICE float both_weights(bool few, float a, float b) {
 }
 
 // The log-weight of a slot that holds a token.
-LESS_DEVICE float log_weight_at(bool few, const Slots& slots, int64_t s) {
-  return few ? logf(weight_at(true, slots, s)) : weight_at(false, slots, s);
+LESS_DEVICE float log_weight_of_bits(bool few, uint32_t bits) {
+  return few ? logf(weight_of_bits(true, bits)) : weight_of_bits(false, bits);
 }
 
 }  // namespace less::cuda

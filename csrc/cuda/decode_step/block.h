@@ -241,6 +241,7 @@ struct DecodeBlock {
   LESS_DEVICE void ask_for_state();
   LESS_DEVICE void load();
   LESS_DEVICE void load_slots();
+  LESS_DEVICE float scale_of_bits(int slot, bool value, uint32_t bits) const;
   LESS_DEVICE uint4 ask_for_query(int i) const;
   LESS_DEVICE void load_queries(uint4 first);
   LESS_DEVICE void load_scaled_queries();
@@ -258,7 +259,7 @@ struct DecodeBlock {
   template <DType kType>
   LESS_DEVICE void widen_cold(const DecodeRows& rows, const unsigned char* from);
   LESS_DEVICE void widen_rows(const unsigned char* from, int tile, bool values);
-  LESS_DEVICE void load_scales(const Slots& of, int slot, float& k, float& v);
+  LESS_DEVICE void ask_for_scales(const Slots& of, int slot, uint32_t& k, uint32_t& v) const;
   LESS_DEVICE void move_in(int slot);
 
   // -- attend.h: attention over the ranges

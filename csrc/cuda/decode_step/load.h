@@ -141,34 +141,46 @@ LESS_DEVICE void DecodeBlock<Case>::load_slots() {
 #pragma unroll 1
   for (int i0 = t; i0 < end; i0 += kAtOnce * kDecodeThreads) {
     int32_t position[kAtOnce];
-    float score[kAtOnce], weight[kAtOnce], k_scale[kAtOnce], v_scale[kAtOnce];
+    uint32_t score[kAtOnce], weight[kAtOnce], k_scale[kAtOnce], v_scale[kAtOnce];  // bits
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int slot = min(first_slot() + i0 + j * kDecodeThreads, last_slot() - 1);
       position[j] = of.position[slot];  // narrow: a lane a slot, side by side
-      score[j] = score_at(kPacked, of, slot);
-      if constexpr (kWeights) weight[j] = log_weight_at(kPacked, of, slot);
+      score[j] = score_bits_at(kPacked, of, slot);
+      if constexpr (kWeights) weight[j] = weight_bits_at(kPacked, of, slot);
       if constexpr (kPacked) {
-        load_scales(of, slot, k_scale[j], v_scale[j]);
+        ask_for_scales(of, slot, k_scale[j], v_scale[j]);
       } else if constexpr (kScaled) {
-        k_scale[j] = of.k_scale[slot];  // narrow: a lane a slot, side by side
-        v_scale[j] = of.v_scale[slot];  // narrow: a lane a slot, side by side
+        k_scale[j] = bits_of<uint32_t>(of.k_scale[slot]);  // narrow: a lane a slot, side by side
+        v_scale[j] = bits_of<uint32_t>(of.v_scale[slot]);  // narrow: a lane a slot, side by side
       }
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int i = i0 + j * kDecodeThreads;
+      const int i = i0 + j * kDecodeThreads, slot = first_slot() + i;
       if (i >= end) break;
-      const bool in = first_slot() + i < last_slot(), held = in && position[j] >= 0;
+      const bool in = slot < last_slot(), held = in && position[j] >= 0;
       s.position()[i] = in ? position[j] : -1;
-      s.score()[i] = in ? score[j] : 0.0f;
-      if constexpr (kWeights) s.weight()[i] = held ? weight[j] : 0.0f;
+      s.score()[i] = in ? score_of_bits(kPacked, score[j]) : 0.0f;
+      if constexpr (kWeights) {
+        s.weight()[i] = held ? log_weight_of_bits(kPacked, weight[j]) : 0.0f;
+      }
       if constexpr (kScaled) {
-        s.k_scale()[i] = in ? k_scale[j] : 0.0f;
-        s.v_scale()[i] = held ? v_scale[j] : 0.0f;
+        s.k_scale()[i] = in ? scale_of_bits(slot, false, k_scale[j]) : 0.0f;
+        s.v_scale()[i] = held ? scale_of_bits(slot, true, v_scale[j]) : 0.0f;
       }
     }
   }
+}
+
+// The scale of a slot's row as that of an int8 row.
+template <typename Case>
+LESS_DEVICE float DecodeBlock<Case>::scale_of_bits(int slot, bool value, uint32_t bits) const {
+  if constexpr (kPacked) {
+    const DType cold = value ? p.layout.v_dtype : p.layout.k_dtype;
+    if (slot >= hot_slots(p.layout) && packed(cold)) return level_scale(uint16_t(bits));
+  }
+  return bits_of<float>(bits);
 }
 
 template <typename Case>

@@ -142,17 +142,21 @@ LESS_DEVICE void DecodeBlock<Case>::widen_rows(const unsigned char* from, int ti
   }
 }
 
-// The scales of a slot's rows, as those of int8 rows.
+// The scales of a slot's rows, as they are stored.
 template <typename Case>
-LESS_DEVICE void DecodeBlock<Case>::load_scales(const Slots& of, int slot, float& k, float& v) {
+LESS_DEVICE void DecodeBlock<Case>::ask_for_scales(const Slots& of, int slot, uint32_t& k,
+                                                   uint32_t& v) const {
   const int W = hot_slots(p.layout), cold = slot - W;
   if (slot < W) {
-    k = of.hot_k_scale[slot];  // narrow: a lane a slot, side by side
-    v = of.hot_v_scale[slot];  // narrow: a lane a slot, side by side
+    k = bits_of<uint32_t>(of.hot_k_scale[slot]);  // narrow: a lane a slot, side by side
+    v = bits_of<uint32_t>(of.hot_v_scale[slot]);  // narrow: a lane a slot, side by side
   } else {
-    // narrow: a lane a slot, side by side
-    k = of.k_half != nullptr ? level_scale(of.k_half[cold]) : of.k_scale[cold];
-    v = level_scale(of.v_half[cold]);  // narrow: a lane a slot, side by side
+    v = of.v_half[cold];  // narrow: a lane a slot, side by side
+    if (of.k_half != nullptr) {
+      k = of.k_half[cold];  // narrow: a lane a slot, side by side
+    } else {
+      k = bits_of<uint32_t>(of.k_scale[cold]);  // narrow: a lane a slot, side by side
+    }
   }
 }
 
@@ -167,16 +171,15 @@ LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
   }
   const Slots to = slots();
   const int W = hot_slots(p.layout), own = int(hot_slot(p.layout, seen));
+  const bool key = warp == 0;
+  const auto* const row = static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
+  // narrow: the same number for all lanes
+  const float scale = key ? to.hot_k_scale[own] : to.hot_v_scale[own];
   const int32_t left = to.position[own];  // narrow: the same number for all lanes
+  const LaneRow numbers = decoded_row(DType::i8, row, scale, kD);
   const bool moves = left >= 0 && slot != S;
   if (moves && warp < 2) {
-    const bool key = warp == 0;
-    // narrow: the same number for all lanes
-    const float scale = key ? to.hot_k_scale[own] : to.hot_v_scale[own];
-    const auto* const row =
-        static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
-    encode_row(cold_rows(p.layout, to, !key), slot - W, decoded_row(DType::i8, row, scale, kD), kD,
-               s.widened() + warp * kD);
+    encode_row(cold_rows(p.layout, to, !key), slot - W, numbers, kD, s.widened() + warp * kD);
   }
   __syncthreads();  // who was there is not read any more
 #pragma unroll 1
