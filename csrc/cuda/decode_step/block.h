@@ -125,7 +125,7 @@ struct DecodeBlock {
   static constexpr bool kScaled = sizeof(T) == 1;
   // Whether queries are divided by what they are counted in, and so are values.
   static constexpr bool kUnits = kScaled && (kMma || kPacked);
-  using Tile = DecodeTile<T, kD>;
+  using Tile = DecodeTile<std::conditional_t<kPacked, FewBits, T>, kD>;
 
   // Without tensor cores, lanes of a key's row take its chunks in turns, and keep theirs of a few
   // queries; a thread has the sums of values of kHeads queries.
@@ -256,6 +256,8 @@ struct DecodeBlock {
   LESS_DEVICE void ask_for_rows(unsigned char* to, int range, int tile, bool values);
   template <DType kType>
   static LESS_DEVICE uint4 widened_chunk(const unsigned char* row, int c);
+  template <DType kType>
+  LESS_DEVICE void widen_pieces(const DecodeRows& rows, const unsigned char* from);
   template <DType kType>
   LESS_DEVICE void widen_cold(const DecodeRows& rows, const unsigned char* from);
   LESS_DEVICE void widen_rows(const unsigned char* from, int tile, bool values);

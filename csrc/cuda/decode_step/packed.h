@@ -73,48 +73,69 @@ LESS_DEVICE uint4 DecodeBlock<Case>::widened_chunk(const unsigned char* row, int
     }
     return make_uint4(four[0], four[1], four[2], four[3]);
   } else {
-    // A byte has codes of several parts of the row; the part's bits move to where levels have them.
-    constexpr int kBits = kType == DType::b4 ? 4 : 2, kPart = kD * kBits / 8, kEighth = kD / 8;
-    const int shift = 8 - kBits - d / kPart * kBits;
-    if constexpr (kType != DType::b3) {
-      const uint4 w = load16_shared(row + d % kPart);
-      constexpr uint32_t kMask = kType == DType::b4 ? 0xf0f0f0f0u : 0xc0c0c0c0u;
-      const auto levels = [=](uint32_t x) { return (x << shift & kMask) ^ kLevelBits<kType>; };
-      return make_uint4(levels(w.x), levels(w.y), levels(w.z), levels(w.w));
-    } else {
-      const uint4 low = load_two8_shared(row + d % kPart);
-      const int by = d / kEighth;
-      uint4 third;
-      if constexpr (kEighth >= 16) {
-        third = load_two8_shared(row + kPart + d % kEighth);
-        third = make_uint4(third.x >> by, third.y >> by, third.z >> by, third.w >> by);
-      } else {  // 8 dims are of one bit, the next 8 of the next
-        const uint2 both = load8_shared(row + kPart);
-        third = make_uint4(both.x >> by, both.y >> by, both.x >> (by + 1), both.y >> (by + 1));
-      }
-      const auto levels = [=](uint32_t x, uint32_t bit) {
-        return ((x << shift >> 1 & 0x60606060u) | (bit << 7 & 0x80808080u)) ^ kLevelBits<kType>;
+    static_assert(kType == DType::b3, "others have widen_pieces");
+    constexpr int kPart = kD / 4, kEighth = kD / 8;
+    const int by = d / kEighth, shift = 6 - d / kPart * 2;
+    const uint4 low = load_two8_shared(row + d % kPart);
+    uint4 third;
+    if constexpr (kEighth >= 16) {
+      third = load_two8_shared(row + kPart + d % kEighth);
+      third = make_uint4(third.x >> by, third.y >> by, third.z >> by, third.w >> by);
+    } else {  // 8 dims are of one bit, the next 8 of the next
+      const uint2 both = load8_shared(row + kPart);
+      third = make_uint4(both.x >> by, both.y >> by, both.x >> (by + 1), both.y >> (by + 1));
+    }
+    const auto levels = [=](uint32_t x, uint32_t bit) {
+      return ((x << shift >> 1 & 0x60606060u) | (bit << 7 & 0x80808080u)) ^ kLevelBits<kType>;
+    };
+    return make_uint4(levels(low.x, third.x), levels(low.y, third.y), levels(low.z, third.z),
+                      levels(low.w, third.w));
+  }
+}
+
+// Rows of 4 bits or 2: a byte has codes of several parts of the row, so that 16 of them become a
+// chunk of each part. Lanes take the parts in different order: eight of them are then in different
+// banks.
+template <typename Case>
+template <DType kType>
+LESS_DEVICE void DecodeBlock<Case>::widen_pieces(const DecodeRows& rows,
+                                                 const unsigned char* from) {
+  constexpr int kBits = kType == DType::b4 ? 4 : 2, kParts = 8 / kBits;
+  constexpr int kPieces = Tile::kChunks / kParts;  // of a row
+  constexpr uint32_t kMask = kType == DType::b4 ? 0xf0f0f0f0u : 0xc0c0c0c0u;
+  const unsigned char* const cold = from + rows.hot * kD + rows.skew();
+  const int turn = kParts == 2 ? t >> 2 & 1 : t & 3;
+#pragma unroll 4
+  for (int i = t; i < (rows.rows - rows.hot) * kPieces; i += kDecodeThreads) {
+    const int r = rows.hot + i / kPieces, c = i % kPieces;
+    const uint4 w = load16_shared(cold + i * 16);
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) {
+      const int part = j ^ turn;
+      const auto levels = [=](uint32_t x) {
+        return (x << (8 - kBits - part * kBits) & kMask) ^ kLevelBits<kType>;
       };
-      return make_uint4(levels(low.x, third.x), levels(low.y, third.y), levels(low.z, third.z),
-                        levels(low.w, third.w));
+      const int chunk = r * Tile::kChunks + part * kPieces + c;
+      store16_shared(s.widened() + Tile::place(chunk) * 16,
+                     make_uint4(levels(w.x), levels(w.y), levels(w.z), levels(w.w)));
     }
   }
 }
 
-// A thread has the same chunk of every so many rows, where those divide the threads.
 template <typename Case>
 template <DType kType>
 LESS_DEVICE void DecodeBlock<Case>::widen_cold(const DecodeRows& rows, const unsigned char* from) {
-  constexpr int kRowBytes = int(row_bytes(kType, kD));
-  const unsigned char* const cold = from + rows.hot * (kD - kRowBytes) + rows.skew();
-  constexpr bool kSame = kDecodeThreads % (Tile::kChunks << Tile::kShift) == 0;
-  const int place = Tile::place(t);
+  if constexpr ((kType == DType::b4 || kType == DType::b2) && kD % 64 == 0) {
+    widen_pieces<kType>(rows, from);
+  } else {
+    constexpr int kRowBytes = int(row_bytes(kType, kD));
+    const unsigned char* const cold = from + rows.hot * (kD - kRowBytes) + rows.skew();
 #pragma unroll 4
-  for (int i = t; i < rows.rows * Tile::kChunks; i += kDecodeThreads) {
-    const int r = i / Tile::kChunks, c = (kSame ? t : i) % Tile::kChunks;
-    if (r < rows.hot) continue;
-    store16_shared(s.widened() + (kSame ? place + (i - t) : Tile::place(i)) * 16,
-                   widened_chunk<kType>(cold + r * kRowBytes, c));
+    for (int i = rows.hot * Tile::kChunks + t; i < rows.rows * Tile::kChunks; i += kDecodeThreads) {
+      const int r = i / Tile::kChunks, c = i % Tile::kChunks;
+      store16_shared(s.widened() + Tile::place(i) * 16,
+                     widened_chunk<kType>(cold + r * kRowBytes, c));
+    }
   }
 }
 

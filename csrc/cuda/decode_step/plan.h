@@ -34,7 +34,9 @@ struct DecodeTile {
   static constexpr int kElements = 16 / int(sizeof(T));  // of a chunk
   static constexpr int kChunks = kD / kElements;         // of a row
   static constexpr int kBytes = kD * int(sizeof(T));     // of a row
-  static constexpr int kRows = kBytes <= 256 ? 64 : 16384 / kBytes;
+  // Packed rows are half as long where they come from, or less.
+  static constexpr int kMost = kFewBits<T> && kBytes <= 128 ? 128 : 64;
+  static constexpr int kRows = kBytes <= 256 ? kMost : 16384 / kBytes;
   static constexpr int kStages = 49152 / (kRows * kBytes) < 8 ? 49152 / (kRows * kBytes) : 8;
   static constexpr int kPower = kChunks % 64 == 0   ? 6
                                 : kChunks % 32 == 0 ? 5
