@@ -354,6 +354,7 @@ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t
   emulator::mma_m16n8k32(d, a, b, d, at);
 }
 
+inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) ^ bits; }
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;

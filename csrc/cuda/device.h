@@ -291,6 +291,13 @@ LESS_DEVICE void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uin
 
 // -- arithmetic -----------------------------------------------------------------------------------
 
+// (x & mask) ^ bits, one instruction.
+LESS_DEVICE uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
 // 2^x, subnormal results are 0.
 LESS_DEVICE float exp2_approx(float x) {
   float y;

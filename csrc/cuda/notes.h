@@ -40,6 +40,17 @@ LESS_DEVICE void put_score(bool few, const Slots& slots, int64_t s, float score)
   }
 }
 
+// Notes a score, and returns it as it is noted.
+LESS_DEVICE float note_score(bool few, const Slots& slots, int64_t s, float score) {
+  if (!few) {
+    store(slots.score + s, score);  // narrow: lanes take slots side by side
+    return score;
+  }
+  const uint16_t half = half_of(score);
+  store(slots.half + s, half);  // narrow: lanes take slots side by side
+  return score_of_bits(true, half);
+}
+
 // What a token that stands for itself alone has as weight: a log-weight, or a count.
 LESS_DEVICE float weight_of_one(bool few) { return few ? 1.0f : 0.0f; }
 

@@ -308,6 +308,7 @@ struct DecodeBlock {
   static LESS_DEVICE int digit_at(int slot);
   LESS_DEVICE void keep_digits(int item, int slot, float mass, float scale) const;
   static LESS_DEVICE float sum_of_digits(const int32_t (&acc)[4]);
+  static LESS_DEVICE int place_at(int r0, int r, int c);
   LESS_DEVICE void multiply_keys_packed(const unsigned char* tile, int slot0);
   LESS_DEVICE void add_values_packed();
   LESS_DEVICE void multiply_values_packed(const unsigned char* tile, int slot0, int pass,

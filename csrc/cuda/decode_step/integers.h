@@ -102,6 +102,14 @@ LESS_DEVICE float DecodeBlock<Case>::sum_of_digits(const int32_t (&acc)[4]) {
   return (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
 }
 
+// Where chunk c of row r0 + r is in a tile; r0 is a multiple of 16.
+template <typename Case>
+LESS_DEVICE int DecodeBlock<Case>::place_at(int r0, int r, int c) {
+  static_assert((16 * Tile::kChunks >> Tile::kShift) % (Tile::kMask + 1) == 0,
+                "16 rows on, chunks lie in the same order");
+  return Tile::place(r * Tile::kChunks + c) + r0 * Tile::kChunks;
+}
+
 // Slots are the rows of the product, digits of queries its columns.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::multiply_keys_packed(const unsigned char* tile, int slot0) {
@@ -114,7 +122,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_keys_packed(const unsigned char* ti
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int column = min(k * 2 + lane / 16, Tile::kChunks - 1);
-      ldmatrix_x4(keys[k], tile + Tile::place((r0 + lane % 16) * Tile::kChunks + column) * 16);
+      ldmatrix_x4(keys[k], tile + place_at(r0, lane % 16, column) * 16);
     }
 #pragma unroll 1
     for (int g0 = 0; g0 < G; g0 += 2) {
@@ -157,20 +165,25 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_values_packed(
     const unsigned char* tile, int slot0, int pass,
     int32_t (&acc)[kPackedBlocks][kPackedPairs][4]) const {
   const int rows = min(plan.tile, n() - slot0);
-  const int digit = lane / 4 % 4;
+  const int8_t* row[kPackedPairs];  // of digits that this lane takes; null: zeros
+#pragma unroll
+  for (int pair = 0; pair < kPackedPairs; ++pair) {
+    const int g = pass * kHeads + pair * 2 + lane / 16, digit = lane / 4 % 4;
+    const int index = (s.range * G + g) * kDecodeDigits + digit;
+    row[pair] = digit < kDecodeDigits && g < G
+                    ? s.digits() + index * plan.digits + slot0 + lane % 4 * 4
+                    : nullptr;
+  }
 #pragma unroll 2
   for (int r0 = 0; r0 < rows; r0 += 32) {
     uint32_t mass[kPackedPairs][2];
 #pragma unroll
     for (int pair = 0; pair < kPackedPairs; ++pair) {
-      const int g = pass * kHeads + pair * 2 + lane / 16;
-      const bool is = digit < kDecodeDigits && g < G;
-      const int8_t* const row =
-          s.digits() +
-          ((s.range * G + (is ? g : 0)) * kDecodeDigits + (is ? digit : 0)) * plan.digits;
-      const auto* const at_slot = row + slot0 + r0 + lane % 4 * 4;
-      mass[pair][0] = is ? *reinterpret_cast<const uint32_t*>(at_slot) : 0;
-      mass[pair][1] = is ? *reinterpret_cast<const uint32_t*>(at_slot + 16) : 0;
+      mass[pair][0] = mass[pair][1] = 0;
+      if (row[pair] != nullptr) {
+        mass[pair][0] = *reinterpret_cast<const uint32_t*>(row[pair] + r0);
+        mass[pair][1] = *reinterpret_cast<const uint32_t*>(row[pair] + r0 + 16);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kPackedBlocks; ++i) {
@@ -178,7 +191,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_values_packed(
       if (block >= kBlocks) break;
       // Transposed in pairs of columns: a thread has columns 2 i and 2 i + 1 of two slots.
       uint32_t pairs[4];
-      ldmatrix_x4_trans(pairs, tile + Tile::place((r0 + lane) * Tile::kChunks + block) * 16);
+      ldmatrix_x4_trans(pairs, tile + place_at(r0, lane, block) * 16);
       const uint32_t values[4] = {
           __byte_perm(pairs[0], pairs[1], 0x6420), __byte_perm(pairs[0], pairs[1], 0x7531),
           __byte_perm(pairs[2], pairs[3], 0x6420), __byte_perm(pairs[2], pairs[3], 0x7531)};

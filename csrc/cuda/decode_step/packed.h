@@ -43,11 +43,12 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_rows(unsigned char* to, int range, i
     }
     to += rows.hot * kD;
   }
-  const int bytes = rows.skew() + (rows.rows - rows.hot) * int(row_bytes(rows.dtype, kD));
+  const int count = rows.rows - rows.hot;
+  const int bytes = count == 0 ? 0 : rows.skew() + count * int(row_bytes(rows.dtype, kD));
   const auto* const cold =
       static_cast<const unsigned char*>(values ? of.v : of.k) + (rows.at - rows.skew());
 #pragma unroll 4
-  for (int i = t * 16; rows.rows > rows.hot && i < bytes; i += kDecodeThreads * 16) {
+  for (int i = t * 16; i < bytes; i += kDecodeThreads * 16) {
     copy_async16(to + i, cold + i);
   }
 }
@@ -105,18 +106,28 @@ LESS_DEVICE void DecodeBlock<Case>::widen_pieces(const DecodeRows& rows,
   constexpr uint32_t kMask = kType == DType::b4 ? 0xf0f0f0f0u : 0xc0c0c0c0u;
   const unsigned char* const cold = from + rows.hot * kD + rows.skew();
   const int turn = kParts == 2 ? t >> 2 & 1 : t & 3;
+  // Whether a thread's next chunk is as far on in the tile as it is in order.
+  constexpr bool kEven = kDecodeThreads % kPieces == 0 &&
+                         (kDecodeThreads * kParts >> Tile::kShift) % (Tile::kMask + 1) == 0;
+  const auto chunk = [&](int i, int part) {
+    return (rows.hot + i / kPieces) * Tile::kChunks + part * kPieces + i % kPieces;
+  };
+  int shift[kParts], first[kParts];
+#pragma unroll
+  for (int j = 0; j < kParts; ++j) {
+    shift[j] = 8 - kBits - (j ^ turn) * kBits;
+    first[j] = Tile::place(chunk(t, j ^ turn));
+  }
 #pragma unroll 4
   for (int i = t; i < (rows.rows - rows.hot) * kPieces; i += kDecodeThreads) {
-    const int r = rows.hot + i / kPieces, c = i % kPieces;
     const uint4 w = load16_shared(cold + i * 16);
 #pragma unroll
     for (int j = 0; j < kParts; ++j) {
-      const int part = j ^ turn;
-      const auto levels = [=](uint32_t x) {
-        return (x << (8 - kBits - part * kBits) & kMask) ^ kLevelBits<kType>;
+      const auto levels = [&](uint32_t x) {
+        return and_xor(x << shift[j], kMask, kLevelBits<kType>);
       };
-      const int chunk = r * Tile::kChunks + part * kPieces + c;
-      store16_shared(s.widened() + Tile::place(chunk) * 16,
+      const int at = kEven ? first[j] + (i - t) * kParts : Tile::place(chunk(i, j ^ turn));
+      store16_shared(s.widened() + at * 16,
                      make_uint4(levels(w.x), levels(w.y), levels(w.z), levels(w.w)));
     }
   }

@@ -61,8 +61,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
         received = fmaf(mass, s.sum()[of * G + g], received);
       }
       score = position >= 0 ? fmaf(score, p.spec.decay, received) : 0.0f;
-      score = noted_score(kPacked, score);
-      put_score(kPacked, of_head, slot, score);
+      score = note_score(kPacked, of_head, slot, score);
     }
     DecodeCandidate here;
     if (competes(slot, position, score, here) && here.below(best)) best = here;
