@@ -9,16 +9,17 @@
 // (decode_step/packed.h).
 //
 // Grid:   (blocks, K, B); a block of 128 threads owns ranges of a head's slots: one where there are
-//         few heads, all where heads alone fill the device. The blocks of a head are a cluster of
-//         up to 8, or meet in the workspace (decode_step/plan.h). Neighbouring heads of equal
-//         capacity are one launch: as a rule, all.
+//         few heads; all, or as many as its shared memory holds, where heads alone fill the
+//         device. The blocks of a head are a cluster of up to 8, or meet in the workspace
+//         (decode_step/plan.h). Neighbouring heads of equal capacity are one launch: as a rule,
+//         all.
 // Memory: k and v of the slots, position, weight, score, H, z and the maps' weights are read once,
 //         score, H, z and the victim's slot written: bandwidth bound. k and v come through a ring
 //         of tiles by cp.async; the logits stay in shared memory, so that scores need no second
 //         look.
-// Order:  keys, then softmax of the range, then values; parts are merged in the order of the
-//         splits, which follow from the head's capacity alone; no atomics on floats: a row has the
-//         same bits in any batch, at any time.
+// Order:  keys of all of a block's ranges, then the softmax of each, then values; parts are merged
+//         in the order of the splits, which follow from the head's capacity alone; no atomics on
+//         floats: a row has the same bits in any batch, at any time.
 #include "cuda/decode_step/plan.h"
 #include "cuda/kernels.h"
 #include "cuda/types.h"

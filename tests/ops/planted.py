@@ -27,6 +27,7 @@ from tests.ops import flat as ops
 from tests.ops import flat_reference as reference
 from tests.ops.common import SCALES, in_int8, layer
 from tests.ops.test_decode_step_launched import RULES, WRITTEN, make, next_token, run
+from tests.ops.test_packed_cuda import layers
 
 Written = list[torch.Tensor]
 
@@ -141,6 +142,21 @@ def decode(
     return out + [a[n] for n in WRITTEN if n in a]
 
 
+def decode_packed() -> Written:
+    """Two steps on rows of four bits after a prompt, in blocks that have two ranges of a head."""
+    os.environ["LESS_EMULATOR_SMS"] = "1"
+    os.environ["LESS_EMULATOR_ARCHITECTURE"] = "90"
+    native, _ = layers(Q=4, K=2, capacity=150)
+    pool = native.new_pool(1)
+    out = []
+    for i, T in enumerate((160, 1, 1)):
+        q, k, v = random_qkv(1, 4, 2, T, 64, seed=i)
+        out.append(
+            native.attend(pool, q * 10**i, k, v * (1 if i else torch.linspace(1, 9, T)[:, None]))
+        )
+    return [*out, pool]
+
+
 SCENARIOS: dict[str, Callable[[], Written | None]] = {
     "feature_map": feature_map,
     "compact": compact,
@@ -152,6 +168,8 @@ SCENARIOS: dict[str, Callable[[], Written | None]] = {
     "decode_empty": partial(decode, empty=0.3),
     "decode_stateless": partial(decode, state=False),
     "decode_ranges": partial(decode, sms=1),
+    "decode_mma_ranges": partial(decode, G=4, sms=1),
+    "decode_packed": decode_packed,
     "decode_merge": partial(decode, state=False, victim="merge"),
     "decode_workspace": partial(decode, clusters=False),
     "decode_attention": partial(decode, victim="none"),

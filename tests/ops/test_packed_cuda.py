@@ -134,6 +134,33 @@ def test_a_row_of_packed_slots_alone_has_the_bits_that_it_has_in_a_batch(launche
     assert_alone_as_in_a_batch(native, [150, 1, 1, 40, *[1] * 12])
 
 
+@pytest.mark.parametrize("D", D_OF)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_queries_of_any_size_and_values_of_many_keep_their_digits(launched, size, D):
+    """Of float32, and beside numbers a thousand times larger, in their row and in others."""
+    native, reference = layers(D=D, Q=6, K=2, capacity=300, device=launched)
+    pool, want = native.new_pool(1), reference.new_pool(1)
+    for i, T in enumerate([310, 1, 1]):
+        q, k, v = random_qkv(1, 6, 2, T, D, seed=i)
+        q[..., 3] *= 1000.0
+        v *= 10.0 ** torch.linspace(-1.5, 1.5, T)[:, None]
+        k /= size  # logits stay as they are
+        moved = (x.to(native.device) for x in (q * size, k, v))
+        out = native.attend(pool, *moved)
+        assert_close(out, reference.attend(want, q * size, k, v), torch.float32)
+
+
+def test_a_query_of_nan_or_infinity_shows_in_its_own_output_alone(launched):
+    native, _ = layers(Q=4, K=2, capacity=140, device=launched)
+    pool = native.new_pool(1)
+    native.attend(pool, *(x.to(launched) for x in random_qkv(1, 4, 2, 150, 64)))
+    q, k, v = random_qkv(1, 4, 2, 1, 64, seed=1)
+    q[0, 0, 0, 5], q[0, 3, 0, 60] = torch.nan, torch.inf
+    out = native.attend(pool, *(x.to(launched) for x in (q, k, v))).cpu()
+    assert torch.equal(out.isnan().all(-1)[0, :, 0], torch.tensor([True, False, False, True]))
+    assert not out[0, 1:3].isnan().any()
+
+
 @pytest.mark.parametrize("T", [1, 3])
 def test_packed_rows_with_maps_are_refused_by_name(launched, T):
     page = PageLayout(2, 64, 40, "k4v4", rank=4)

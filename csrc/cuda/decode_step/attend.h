@@ -206,11 +206,11 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
     for (int j = 0; j < kN; ++j) {
       const int at_slot = range[j] * plan.per + i;
       float dot = i < slots[j] ? mass[j][i] : 0.0f;
-      if constexpr (kScaled) dot *= s.take<float>(plan.layout.k_scale)[at_slot];
+      if constexpr (kScaled) dot *= s.k_scale()[at_slot];
       if constexpr (kScaled && kMma) dot *= q_scale()[g[j]];
       float logit = capped(dot * p.spec.scale);
-      if constexpr (kWeights) logit += s.take<float>(plan.layout.weight)[at_slot];
-      if (s.take<int32_t>(plan.layout.position)[at_slot] < 0) logit = -kInfinity;
+      if constexpr (kWeights) logit += s.weight()[at_slot];
+      if (s.position()[at_slot] < 0) logit = -kInfinity;
       if (i < slots[j]) {
         mass[j][i] = logit;
         top[j] = fmaxf(top[j], logit);
@@ -250,8 +250,7 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
       if constexpr (kPacked) {
         const int item = first + j * kDecodeWarps;
         if (item < count) {
-          const float scale =
-              i < slots[j] ? s.take<float>(plan.layout.v_scale)[range[j] * plan.per + i] : 0.0f;
+          const float scale = i < slots[j] ? s.v_scale()[range[j] * plan.per + i] : 0.0f;
           keep_digits(item, i, e, scale * inverse_unit[j]);
         }
       }
@@ -284,7 +283,7 @@ LESS_DEVICE void DecodeBlock<Case>::find_value_units() {
     uint32_t largest = 0;
 #pragma unroll 1
     for (int i = lane; i < plan.per; i += 32) {
-      const float scale = s.take<float>(plan.layout.v_scale)[range * plan.per + i];
+      const float scale = s.v_scale()[range * plan.per + i];
       largest = max(largest, bits_of<uint32_t>(scale) & 0x7fffffffu);
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
@@ -334,7 +333,7 @@ LESS_DEVICE void DecodeBlock<Case>::multiply_values(const unsigned char* tile, i
       float v[kM];
       widen16<T>(load16_shared(tile + Tile::place(r * Tile::kChunks + chunk) * 16), v);
       if constexpr (kScaled) {
-        const float scale = s.v_scale()[slot0 + r];
+        const float scale = s.v_scale()[s.range * plan.per + slot0 + r];
 #pragma unroll
         for (int e = 0; e < kM; ++e) v[e] *= scale;
       }

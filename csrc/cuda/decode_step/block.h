@@ -31,7 +31,7 @@ struct DecodeShared {
   unsigned char* raw;
   const DecodePlan& plan;
   const DecodeLayout& at;
-  int range = 0;  // at hand, of this block's: what each has of its own lies one behind the other
+  int range = 0;  // at hand, of this block's: of its mass and part
 
   template <typename T>
   LESS_DEVICE T* take(int offset) const {
@@ -45,10 +45,10 @@ struct DecodeShared {
   LESS_DEVICE float* q() const { return take<float>(at.q); }
   LESS_DEVICE float* mass() const { return take<float>(at.mass) + range * plan.G * (plan.per + 8); }
   LESS_DEVICE float* part() const { return take<float>(at.part) + range * plan.part; }
-  LESS_DEVICE float* score() const { return take<float>(at.score) + range * plan.per; }
-  LESS_DEVICE float* weight() const { return take<float>(at.weight) + range * plan.per; }
-  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale) + range * plan.per; }
-  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale) + range * plan.per; }
+  LESS_DEVICE float* score() const { return take<float>(at.score); }
+  LESS_DEVICE float* weight() const { return take<float>(at.weight); }
+  LESS_DEVICE float* k_scale() const { return take<float>(at.k_scale); }
+  LESS_DEVICE float* v_scale() const { return take<float>(at.v_scale); }
   LESS_DEVICE float* key() const { return take<float>(at.key); }
   LESS_DEVICE float* value() const { return take<float>(at.value); }
   LESS_DEVICE float* token() const { return take<float>(at.token); }
@@ -68,7 +68,7 @@ struct DecodeShared {
   LESS_DEVICE FeatureNumbers* psi_numbers() const { return take<FeatureNumbers>(at.psi_numbers); }
   LESS_DEVICE float* psi_share() const { return take<float>(at.psi_share); }
   LESS_DEVICE float* psi_shares() const { return take<float>(at.psi_shares); }
-  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position) + range * plan.per; }
+  LESS_DEVICE int32_t* position() const { return take<int32_t>(at.position); }
   LESS_DEVICE DecodeCandidate* candidate() const { return take<DecodeCandidate>(at.candidate); }
   LESS_DEVICE DecodeMapScratch maps() const {
     return {take<float>(at.map_sums), take<float>(at.map_hidden), take<float>(at.map_turn),

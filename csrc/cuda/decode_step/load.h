@@ -54,7 +54,7 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_values(unsigned char* to, int range,
   const int rows = rows_from(slot0, tile);
   const auto* const from =
       static_cast<const unsigned char*>(slots().v) + int64_t{slot0} * Tile::kBytes;
-  const int32_t* const position = s.take<int32_t>(plan.layout.position) + (slot0 - first_slot());
+  const int32_t* const position = s.position() + (slot0 - first_slot());
 #pragma unroll 1
   for (int i = t; i < completed(rows * Tile::kChunks); i += kDecodeThreads) {
     const int r = i / Tile::kChunks;

@@ -81,7 +81,7 @@ LESS_DEVICE float2 DecodeBlock<Case>::two_weights(const float* mass, int slot,
                                                   float inverse) const {
   float2 two = bits_of<float2>(load8_shared(mass + slot));
   if constexpr (kScaled) {
-    const float2 scale = bits_of<float2>(load8_shared(s.v_scale() + slot));
+    const float2 scale = bits_of<float2>(load8_shared(s.v_scale() + s.range * plan.per + slot));
     two.x *= scale.x * inverse;
     two.y *= scale.y * inverse;
   }
