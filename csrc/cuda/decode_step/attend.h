@@ -73,8 +73,7 @@ LESS_DEVICE const unsigned char* DecodeBlock<Case>::receive(int tile, bool value
   __syncthreads();
   ask();
   copy_async_commit();
-  const unsigned char* const here = stage(received);
-  received = after(received);
+  const unsigned char* const here = stage(asked);
   if constexpr (kPacked) {
     widen_rows(here, tile, values);
     __syncthreads();
@@ -179,55 +178,61 @@ LESS_DEVICE void DecodeBlock<Case>::softmax() {
   }
 }
 
-// Of queries first, first + kDecodeWarps, ..., those below `count`; one warp.
+// Of queries first, first + kDecodeWarps, ..., those below `count`; one warp. What little is needed
+// of each is worked out anew: registers are dearer.
 template <typename Case>
 template <int kN>
 LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
-  float* mass[kN];
-  float top[kN], token[kN], sum[kN];
-  [[maybe_unused]] float inverse_unit[kN];  // of values
-  int g[kN], range[kN], slots[kN];
+  float* const masses = s.take<float>(plan.layout.mass) + first * stride;
+  const auto mass = [=](int j) { return masses + j * kDecodeWarps * stride; };
   const float inverse = 1.0f / float(G);
+  const auto range_of = [=](int j) {  // both numbers are small
+    return int((float(first + j * kDecodeWarps) + 0.5f) * inverse);
+  };
+  const auto query_of = [=](int j) { return first + j * kDecodeWarps - range_of(j) * G; };
+  float top[kN], sum[kN];
+  int slots[kN], slot0[kN];  // of those that are there, and which of the block's comes first
+  [[maybe_unused]] float inverse_unit[kN];  // of values
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    const int i = min(first + j * kDecodeWarps, count - 1);
-    range[j] = int((float(i) + 0.5f) * inverse);  // i / G: both are small
-    g[j] = i - range[j] * G;
-    mass[j] = s.take<float>(plan.layout.mass) + i * stride;
-    const int of_range = min(plan.per, S - (first_range() + range[j]) * plan.per);
-    slots[j] = first + j * kDecodeWarps < count ? of_range : 0;
-    top[j] = token[j] = -kInfinity;
+    top[j] = -kInfinity;
     sum[j] = 0.0f;
-    if constexpr (kPacked) inverse_unit[j] = 1.0f / q_scale()[G + range[j]];
+    slots[j] = slot0[j] = 0;
+    if (first + j * kDecodeWarps >= count) continue;
+    const int range = range_of(j), split = first_range() + range;
+    slots[j] = min(plan.per, S - split * plan.per);
+    slot0[j] = range * plan.per;
+    if constexpr (kPacked) inverse_unit[j] = 1.0f / q_scale()[G + range];
+    float token = -kInfinity;
+    if (split == plan.splits - 1) {
+      float dot = 0.0f;
+#pragma unroll 1
+      for (int d = lane; d < kD; d += 32) {
+        dot = fmaf(s.q()[query_of(j) * kD + d], s.key()[d], dot);
+      }
+      dot = warp_sum(dot);
+      if constexpr (kScaled) dot *= s.token()[0];
+      token = top[j] = capped(dot * p.spec.scale);
+    }
+    if (lane == 0) {
+      s.take<float>(plan.layout.part)[range * plan.part + at.token + query_of(j)] = token;
+    }
   }
 #pragma unroll(kN == 1 ? 4 : 1)
   for (int i = lane; i < plan.per; i += 32) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const int at_slot = range[j] * plan.per + i;
-      float dot = i < slots[j] ? mass[j][i] : 0.0f;
-      if constexpr (kScaled) dot *= s.k_scale()[at_slot];
-      if constexpr (kScaled && kMma) dot *= q_scale()[g[j]];
+      float dot = i < slots[j] ? mass(j)[i] : 0.0f;
+      if constexpr (kScaled) dot *= s.k_scale()[slot0[j] + i];
+      if constexpr (kScaled && kMma) dot *= q_scale()[query_of(j)];
       float logit = capped(dot * p.spec.scale);
-      if constexpr (kWeights) logit += s.weight()[at_slot];
-      if (s.position()[at_slot] < 0) logit = -kInfinity;
+      if constexpr (kWeights) logit += s.weight()[slot0[j] + i];
+      if (s.position()[slot0[j] + i] < 0) logit = -kInfinity;
       if (i < slots[j]) {
-        mass[j][i] = logit;
+        mass(j)[i] = logit;
         top[j] = fmaxf(top[j], logit);
       }
     }
-  }
-#pragma unroll
-  for (int j = 0; j < kN; ++j) {
-    if (first_range() + range[j] != plan.splits - 1) continue;
-    float dot = 0.0f;
-#pragma unroll 1
-    for (int d = lane; d < kD; d += 32) {
-      dot = fmaf(s.q()[g[j] * kD + d], s.key()[d], dot);
-    }
-    dot = warp_sum(dot);
-    if constexpr (kScaled) dot *= s.token()[0];
-    token[j] = capped(dot * p.spec.scale);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -236,22 +241,19 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
       top[j] = fmaxf(top[j], __shfl_xor_sync(0xffffffffu, top[j], step));
     }
   }
-#pragma unroll
-  for (int j = 0; j < kN; ++j) top[j] = fmaxf(top[j], token[j]);
   // Digits of packed rows' masses are multiplied 32 slots at once.
   const int most = kPacked ? (plan.per + 31) / 32 * 32 : plan.per;
 #pragma unroll(kN == 1 ? 4 : 1)
   for (int i = lane; i < most; i += 32) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const float logit = i < slots[j] ? mass[j][i] : -kInfinity;
+      const float logit = i < slots[j] ? mass(j)[i] : -kInfinity;
       const float e = logit == -kInfinity ? 0.0f : expf(logit - top[j]);
-      if (i < (slots[j] + 15) / 16 * 16) mass[j][i] = e;
+      if (i < (slots[j] + 15) / 16 * 16) mass(j)[i] = e;
       if constexpr (kPacked) {
-        const int item = first + j * kDecodeWarps;
-        if (item < count) {
-          const float scale = i < slots[j] ? s.v_scale()[range[j] * plan.per + i] : 0.0f;
-          keep_digits(item, i, e, scale * inverse_unit[j]);
+        if (first + j * kDecodeWarps < count) {
+          const float scale = i < slots[j] ? s.v_scale()[slot0[j] + i] : 0.0f;
+          keep_digits(first + j * kDecodeWarps, i, e, scale * inverse_unit[j]);
         }
       }
       sum[j] += e;
@@ -265,12 +267,12 @@ LESS_DEVICE void DecodeBlock<Case>::softmax(int first, int count) {
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     if (lane != 0 || slots[j] == 0) continue;
-    const float e = token[j] == -kInfinity ? 0.0f : expf(token[j] - top[j]);
-    float* const part = s.take<float>(plan.layout.part) + range[j] * plan.part + g[j];
-    mass[j][plan.per] = e;
+    float* const part = s.take<float>(plan.layout.part) + range_of(j) * plan.part + query_of(j);
+    const float token = part[at.token];
+    const float e = token == -kInfinity ? 0.0f : expf(token - top[j]);
+    mass(j)[plan.per] = e;
     part[at.top] = top[j];
     part[at.sum] = sum[j] + e;
-    part[at.token] = token[j];
   }
 }
 

@@ -157,11 +157,9 @@ struct DecodeBlock {
   int64_t seen;           // tokens of the row before this one
   DecodeCandidate victim;
   int32_t joining;  // position of who competes as slot S, where it may merge; -1: nobody does
-  int asked = 0;    // the stage that is asked for next
-  int next_range = 0, next_pass = 0, next_tile = 0;  // and what it is asked for: a tile of a range
-  bool next_values = false;                          // of this block, keys or values
-  int received = 0;                                  // the stage that is looked at next
-  int rank, ranks;                                   // of those who finish
+  int asked = 0;  // the stage that is asked for next, and after that the one that is looked at next
+  int next_range = 0, next_tile = 0;  // what it is asked for: a tile of a range of this block,
+  int next_pass = -1;                 // of keys, or of values for this pass over them
 
   LESS_DEVICE DecodeBlock(const DecodeStepParams& params, const DecodePlan& decode_plan,
                           unsigned char* raw)
@@ -179,8 +177,6 @@ struct DecodeBlock {
     R = kState ? int(p.layout.R) : 0;
     S = plan.S;
     stride = plan.per + 8;
-    rank = plan.cluster ? int(blockIdx.x) : 0;
-    ranks = plan.cluster ? plan.blocks : 1;
   }
 
   // The ranges of this block, computed anew at each use: registers are dearer. Slots
@@ -193,12 +189,16 @@ struct DecodeBlock {
   LESS_DEVICE int split() const { return first_range() + s.range; }
   LESS_DEVICE int n() const { return min(plan.per, S - split() * plan.per); }
 
+  // Of those who finish a head.
+  LESS_DEVICE int rank() const { return plan.cluster ? int(blockIdx.x) : 0; }
+  LESS_DEVICE int ranks() const { return plan.cluster ? plan.blocks : 1; }
+
   // The columns of H and out that a block finishes, units of 16: from here to those of the next.
   LESS_DEVICE int column_of(int finisher) const {
     return (kD / 16 * finisher * plan.inverse >> 16) * 16;
   }
-  LESS_DEVICE int first_column() const { return column_of(rank); }
-  LESS_DEVICE int columns() const { return column_of(rank + 1) - column_of(rank); }
+  LESS_DEVICE int first_column() const { return column_of(rank()); }
+  LESS_DEVICE int columns() const { return column_of(rank() + 1) - column_of(rank()); }
 
   LESS_DEVICE Narrow* narrow_q() const { return s.take<Narrow>(plan.layout.narrow_q); }
   LESS_DEVICE float* q_scale() const { return s.take<float>(plan.layout.q_scale); }
@@ -228,8 +228,6 @@ struct DecodeBlock {
 
   // -- load.h: what is read once
   LESS_DEVICE unsigned char* stage(int index) const { return s.ring() + index * plan.stage; }
-  // The stage after that, around the ring.
-  LESS_DEVICE int after(int stage) const { return stage + 1 == plan.ring ? 0 : stage + 1; }
   // Tensor cores take 16 rows at once.
   static LESS_DEVICE int completed(int chunks) {
     constexpr int kBlock = 16 * Tile::kChunks;

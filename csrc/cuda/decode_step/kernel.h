@@ -37,8 +37,6 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
   }
   // Shares of the queries' features while slots are on their way, one for each range, and then,
   // should a token leave, of its key's: one loop, because a map's code is long.
-  const DecodeMapShares of_ranges{first_range(), ranges(), plan.splits};
-  const DecodeMapShares of_key = plan.shares > 1 ? of_ranges : DecodeMapShares{0, 1, 1};
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
     const bool phi = turn == 0;
@@ -57,9 +55,11 @@ LESS_DEVICE void DecodeBlock<Case>::run() {
     }
     if constexpr (kState) {
       const FeatureMaps maps = phi ? p.maps.phi : p.maps.psi;
-      shares_of_maps(maps, phi ? head * G : head, phi ? G : 1, phi ? s.q() : s.victim_key(),
-                     phi ? of_ranges : of_key, s.maps(),
-                     phi ? s.part() + at.feature : s.psi_shares() + of_key.first * R,
+      const bool all = phi || plan.shares > 1;
+      const DecodeMapShares shares{all ? first_range() : 0, all ? ranges() : 1,
+                                   all ? plan.splits : 1};
+      shares_of_maps(maps, phi ? head * G : head, phi ? G : 1, phi ? s.q() : s.victim_key(), shares,
+                     s.maps(), phi ? s.part() + at.feature : s.psi_shares() + shares.first * R,
                      phi ? plan.part : R);
     }
     if (!phi) Leaver::end(*this);

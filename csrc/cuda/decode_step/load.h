@@ -10,19 +10,15 @@ namespace less::cuda {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::ask() {
   unsigned char* const to = stage(asked);
-  asked = after(asked);
+  asked = asked + 1 == Tile::kStages ? 0 : asked + 1;
   if (next_range == ranges()) return;
   const int range = first_range() + next_range, tile = next_tile;
-  const bool values = next_values;
+  const bool values = next_pass >= 0;
   if (++next_tile == plan.tiles) {
     next_tile = 0;
     if (!values || ++next_pass == decode_passes<T, kD, kMma>(G)) {
-      next_pass = 0;
-      ++next_range;
-      if (!values && next_range == ranges()) {
-        next_range = 0;
-        next_values = true;
-      }
+      if (values) next_pass = 0;
+      if (++next_range == ranges() && !values) next_range = next_pass = 0;
     }
   }
   if constexpr (kPacked) {

@@ -195,7 +195,7 @@ LESS_DEVICE void DecodeBlock<Case>::write_out() {
     // narrow: four 16-bit elements a lane, of the one token
     store_four(p.out.data, p.out.dtype, query(p.out, g) + column + c, four);
   }
-  if (R > 0 && rank == 0 && t == 0) {
+  if (R > 0 && rank() == 0 && t == 0) {
     double share = 0.0;
 #pragma unroll 1
     for (int g = 0; g < G; ++g) share += s.share()[g];

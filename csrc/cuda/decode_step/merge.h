@@ -150,7 +150,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::nearest(float mass) const {
     for (int step = 1; step < kRowLanes; step *= 2) far += __shfl_xor_sync(0xffffffffu, far, step);
     if (target) offer(slot, position, score, far);
   }
-  if (rank == ranks - 1 && warp == 0) {
+  if (rank() == ranks() - 1 && warp == 0) {
     const float score = score_of(S);
     if (takes_others(S, joining, score)) {
       const LaneRow row = joining_row(false);
@@ -174,7 +174,7 @@ LESS_DEVICE void DecodeBlock<Case>::merge() {
   const DecodeCandidate target = choose(nearest(mass), 1);
   if (target.slot < 0) return;
   const int slot = target.slot < S ? target.slot : victim.slot;  // where the mean goes
-  if (rank == ranks - 1) {
+  if (rank() == ranks() - 1) {
     const float own = score_of(target.slot), part = mass / (mass + mass_of(own));
     __syncthreads();  // scores are written below
     if (warp < 2) {

@@ -196,22 +196,26 @@ LESS_DEVICE void DecodeBlock<Case>::ask_for_scales(const Slots& of, int slot, ui
 // S is none, and then who was there leaves.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::move_in(int slot) {
-  if (rank != ranks - 1) return;
+  if (rank() != ranks() - 1) return;
   if (!last_block()) {  // all others have not looked at the token
     load_token();
     __syncthreads();
   }
   const Slots to = slots();
   const int W = hot_slots(p.layout), own = int(hot_slot(p.layout, seen));
-  const bool key = warp == 0;
-  const auto* const row = static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
-  // narrow: the same number for all lanes
-  const float scale = key ? to.hot_k_scale[own] : to.hot_v_scale[own];
   const int32_t left = to.position[own];  // narrow: the same number for all lanes
-  const LaneRow numbers = decoded_row(DType::i8, row, scale, kD);
   const bool moves = left >= 0 && slot != S;
+  LaneRow numbers{};  // asked for with that
+  if (warp < 2 && slot != S) {
+    const bool key = warp == 0;
+    // narrow: the same number for all lanes
+    const float scale = key ? to.hot_k_scale[own] : to.hot_v_scale[own];
+    const void* const row =
+        static_cast<const int8_t*>(key ? to.hot_k : to.hot_v) + int64_t{own} * kD;
+    numbers = decoded_row(DType::i8, row, scale, kD);
+  }
   if (moves && warp < 2) {
-    encode_row(cold_rows(p.layout, to, !key), slot - W, numbers, kD, s.widened() + warp * kD);
+    encode_row(cold_rows(p.layout, to, warp == 1), slot - W, numbers, kD, s.widened() + warp * kD);
   }
   __syncthreads();  // who was there is not read any more
 #pragma unroll 1

@@ -66,7 +66,7 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::add_scores() {
     DecodeCandidate here;
     if (competes(slot, position, score, here) && here.below(best)) best = here;
   }
-  if (!kPacked && rank == ranks - 1 && t == 0) {
+  if (!kPacked && rank() == ranks() - 1 && t == 0) {
     const DecodeCandidate token = candidate(S, int32_t(seen), s.token()[2]);
     if (token.below(best)) best = token;
   }
@@ -89,11 +89,11 @@ LESS_DEVICE DecodeCandidate DecodeBlock<Case>::choose(DecodeCandidate best, int 
   if (lane == 0) store16_shared(s.candidate() + warp, bits_of<uint4>(best));
   __syncthreads();
   best = lowest(0, kDecodeWarps);
-  if (ranks == 1) return best;
+  if (ranks() == 1) return best;
   const int met = kDecodeWarps + turn * kDecodeCluster;
-  if (t < ranks) store_cluster(s.candidate() + met + rank, t, best);
+  if (t < ranks()) store_cluster(s.candidate() + met + rank(), t, best);
   cluster_sync();
-  return lowest(met, ranks);
+  return lowest(met, ranks());
 }
 
 template <typename Case>
@@ -139,11 +139,11 @@ LESS_DEVICE void DecodeBlock<Case>::load_victim() {
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::fold() {
 #pragma unroll 1
-  for (int i = t; ranks > 1 && i < ranks * ranges() * R; i += kDecodeThreads) {
+  for (int i = t; ranks() > 1 && i < ranks() * ranges() * R; i += kDecodeThreads) {
     const int to = i / (ranges() * R), at_share = first_range() * R + i % (ranges() * R);
-    if (to != rank) store_cluster(s.psi_shares() + at_share, to, s.psi_shares()[at_share]);
+    if (to != rank()) store_cluster(s.psi_shares() + at_share, to, s.psi_shares()[at_share]);
   }
-  if (ranks > 1) cluster_sync();
+  if (ranks() > 1) cluster_sync();
   if (t < R) {
     float y = 0.0f;
 #pragma unroll 4
@@ -171,7 +171,7 @@ LESS_DEVICE void DecodeBlock<Case>::fold() {
     store16(to.H + r * kD + column + c, bits_of<uint4>(h));
   }
   // narrow: a lane a feature, side by side
-  if (rank == 0 && t < R) store(to.z + t, s.z()[t] + psi[t]);
+  if (rank() == 0 && t < R) store(to.z + t, s.z()[t] + psi[t]);
 }
 
 // The token takes a slot; S is none.
@@ -213,7 +213,7 @@ LESS_DEVICE void DecodeBlock<Case>::take(int slot) {
 // The last of the row's heads counts the token; by then all have read how many there were.
 template <typename Case>
 LESS_DEVICE void DecodeBlock<Case>::count() {
-  if (rank != 0 || t != 0) return;
+  if (rank() != 0 || t != 0) return;
   fence_gpu();
   if (atomic_add(plan.row_count + b, 1) != int(p.spec.K) - 1) return;
   fence_gpu();
