@@ -8,8 +8,8 @@
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
 #   make sanitize  make test-cpp's first half under AddressSanitizer, UBSan and ThreadSanitizer
 #   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged
-#                  files, 20,000 wrong calls of ops (STEPS of each backend, FILES of each kind,
-#                  CALLS for others)
+#                  files, 20,000 wrong calls of ops (STEPS, FILES of each of nine kinds, CALLS for
+#                  others)
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
 #                  emulator/README.md has more)
@@ -81,7 +81,7 @@ sanitize: $(VENV)/requirements.stamp
 	done
 
 # What make test samples: random calls of caches, damaged files, wrong calls of ops.
-STEPS ?= 125000
+STEPS ?= 1000000
 FILES ?= 6000
 CALLS ?= 20000
 soak: ready $(VENV)/dev.stamp
