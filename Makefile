@@ -6,7 +6,8 @@
 #                 ARGS="-n 0" in one process)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
-#   make sanitize  make test-cpp's first half under AddressSanitizer, UBSan and ThreadSanitizer
+#   make sanitize  make test-cpp's first half under ThreadSanitizer, and under AddressSanitizer and
+#                  UBSan, as are then tests of ops and caches
 #   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged
 #                  files, 20,000 wrong calls of ops (STEPS, FILES of each of nine kinds, CALLS for
 #                  others)
@@ -70,15 +71,26 @@ test-cpp: $(VENV)/requirements.stamp
 	$(BIN)/cmake --build build/emulated
 	build/emulated/tests/cpp/kernels_test
 
-# The same test with checks at every access: a build of two sanitizers, and one that looks for races
-# between threads that share a call.
-sanitize: $(VENV)/requirements.stamp
-	for checks in address,undefined thread; do \
-	  $(BIN)/cmake -S . -B build/sanitize-$$checks $(SELFTEST) -DLESS_WERROR=OFF \
-	    -DLESS_SANITIZE=$$checks && \
-	  $(BIN)/cmake --build build/sanitize-$$checks && \
-	  build/sanitize-$$checks/tests/cpp/kernels_test || exit 1; \
-	done
+# The same test with checks at every access: a build that looks for races between threads that share
+# a call, and one of two sanitizers, with the ops as torch calls them. Those two must come before
+# everything else in the process, and count the interpreter's own memory as leaked.
+SANITIZED := build/sanitize-address
+SANITIZED_TESTS ?= tests/ops tests/fuzz tests/test_cache.py tests/test_cache_layers.py \
+	tests/test_cache_packed.py tests/test_merge.py
+sanitize: $(VENV)/dev.stamp
+	$(BIN)/cmake -S . -B build/sanitize-thread $(SELFTEST) -DLESS_WERROR=OFF \
+	  -DLESS_SANITIZE=thread
+	$(BIN)/cmake --build build/sanitize-thread
+	build/sanitize-thread/tests/cpp/kernels_test
+	$(BIN)/cmake -S . -B $(SANITIZED) $(SELFTEST) -DLESS_WERROR=OFF \
+	  -DLESS_SANITIZE=address,undefined -DLESS_PYTHON=ON -DLESS_CUDA=off \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DLESS_TORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
+	$(BIN)/cmake --build $(SANITIZED)
+	$(SANITIZED)/tests/cpp/kernels_test
+	LESS_SANITIZED=$(SANITIZED)/_C.abi3.so LD_PRELOAD="$$($(BIN)/python -m tests.sanitized)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.sanitized \
+	  -k "not emulated and not planted" $(SANITIZED_TESTS) $(ARGS)
 
 # What make test samples: random calls of caches, damaged files, wrong calls of ops.
 STEPS ?= 1000000

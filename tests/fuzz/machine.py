@@ -36,18 +36,22 @@ WRONG = {
 }
 
 
-def formats(backend: str) -> list[torch.dtype | str]:
-    """Formats of slots that the machine draws from."""
-    plain = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
-    return [*plain, "k4v4", "k8v4", "k4v2", "k3v3", "k2v2"] + (
-        [torch.float8_e4m3fn] if backend == "reference" else []
-    )
+#: Formats of slots that every backend has.
+FORMATS = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+FORMATS += ["k4v4", "k8v4", "k4v2", "k3v3", "k2v2"]
+VICTIMS = ("fold", "merge", "forget")
 
 
 @st.composite
-def shapes(draw: st.DrawFn, backend: str) -> dict[str, object]:
+def shapes(
+    draw: st.DrawFn,
+    formats: list[torch.dtype | str],
+    victims: tuple[str, ...],
+    kinds: tuple[str, ...],
+    head_dims: tuple[int, ...],
+) -> dict[str, object]:
     """A small cache: its arguments but the maps, whose kind stands for them."""
-    dtype = draw(st.sampled_from(formats(backend)))
+    dtype = draw(st.sampled_from(formats))
     packed = isinstance(dtype, str)
     K, G = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     least = sum(HOT.values()) + 1 if packed else 2
@@ -60,15 +64,14 @@ def shapes(draw: st.DrawFn, backend: str) -> dict[str, object]:
         SinkRecent(sinks=S - recent, recent=recent),
         HeavyValues(S),
     ]
-    victim = draw(st.sampled_from(["fold", "merge", "forget"]))
-    kinds = ["exp", "paper", "centroid"]
+    victim = draw(st.sampled_from(victims if packed else VICTIMS))
     if victim == "merge":
         policies = policies[1:2]
     ragged = draw(st.booleans())
     return {
         "kv_heads": K,
         "q_heads": K * G,
-        "head_dim": draw(st.sampled_from([16, 32, 64])),
+        "head_dim": draw(st.sampled_from(head_dims)),
         "batch": draw(st.integers(1, 3)),
         "policy": draw(st.sampled_from(policies)),
         "dtype": dtype,
@@ -89,12 +92,17 @@ class CacheMachine(RuleBasedStateMachine):
     """Random calls of one cache of one layer. Subclasses say which backend computes."""
 
     BACKEND = "reference"
+    FORMATS = FORMATS
+    PACKED_VICTIMS: tuple[str, ...] = VICTIMS  # of packed formats
+    KINDS: tuple[str, ...] = ("exp", "paper", "centroid")
+    HEAD_DIMS: tuple[int, ...] = (16, 32, 64)
     steps = 0
 
     @initialize(data=st.data(), seed=st.integers(0, 1 << 16))
     def build(self, data: st.DataObject, seed: int) -> None:
         """An empty cache, of which the test knows the tokens that each row has seen."""
-        of = data.draw(shapes(self.BACKEND))
+        drawn = shapes(self.FORMATS, self.PACKED_VICTIMS, self.KINDS, self.HEAD_DIMS)
+        of = data.draw(drawn)
         kind = of.pop("kind")
         Q, K, D = of["q_heads"], of["kv_heads"], of["head_dim"]
         maps = [random_maps(Q, K, D, 8, 4, kind, seed)] if kind else None

@@ -10,23 +10,33 @@ import random
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.conftest import simd_levels
-from tests.fuzz.machine import CacheMachine
+from tests.emulated import Emulator
+from tests.fuzz.machine import FORMATS, CacheMachine
 
+FP8 = torch.float8_e4m3fn  # not of CPU kernels
 STEPS = int(os.environ.get("LESS_FUZZ_STEPS", 20_000))
 #: A step of the reference, which is slow, is one of so many; the SIMD levels share the others.
 REFERENCE = 12
+EMULATED = 400  # a step of the emulator is one of so many
 PARTS = 10  # of a level's steps: tests of their own, which a failure names
 SEQUENCE = 40  # steps of a sequence, at most
 #: Sequences that Hypothesis draws at once. It remembers them all, so that a round cannot be long.
 ROUND = 100
 
 
-def run(backend: str, steps: int, part: int = 0) -> int:
+def run(backend: str, steps: int, part: int = 0, **of: object) -> int:
     """Sequences of calls on a backend, in rounds, until so many steps were made.
+
+    Args:
+        backend: Of the cache.
+        steps: At the least.
+        part: Which of several tests this is, that do not draw the same.
+        of: What the machine draws from, where that is not what it says.
 
     Returns:
         The steps that were made.
@@ -34,7 +44,7 @@ def run(backend: str, steps: int, part: int = 0) -> int:
     Raises:
         AssertionError: With the number of the round, and the calls that are needed.
     """
-    machine = type("Machine", (CacheMachine,), {"BACKEND": backend, "steps": 0})
+    machine = type("Machine", (CacheMachine,), {"BACKEND": backend, "steps": 0, **of})
     drawn = "LESS_FUZZ_STEPS" in os.environ
     n = random.randrange(1 << 48) if drawn else part << 16
     while machine.steps < steps:
@@ -57,7 +67,9 @@ def run(backend: str, steps: int, part: int = 0) -> int:
 def test_any_sequence_of_calls_keeps_the_reference_whole(
     record_property: Callable[[str, object], None],
 ) -> None:
-    record_property("steps of caches", run("reference", -(-STEPS // REFERENCE)))
+    record_property(
+        "steps of caches", run("reference", -(-STEPS // REFERENCE), FORMATS=[*FORMATS, FP8])
+    )
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -75,3 +87,20 @@ def test_any_sequence_of_calls_keeps_the_kernels_whole_and_right(
     finally:
         _C._test.set_simd(before)
     record_property("steps of caches", steps)
+
+
+def test_any_sequence_of_calls_keeps_the_emulated_kernels_whole_and_right(
+    emulator: Emulator, record_property: Callable[[str, object], None]
+) -> None:
+    """A slice: a launch takes the emulator as long as a hundred calls take the CPU."""
+    dims = os.environ.get("LESS_CUDA_HEAD_DIMS", "64").replace(",", " ").split()
+    steps = run(
+        "native",
+        STEPS // EMULATED,
+        FORMATS=[*FORMATS, FP8],
+        # What has a CUDA kernel yet.
+        PACKED_VICTIMS=("forget",),
+        KINDS=("exp", "paper"),
+        HEAD_DIMS=(int(dims[0]),),
+    )
+    record_property("steps of emulated caches", steps)
