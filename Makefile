@@ -46,7 +46,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 sanitize soak emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 sanitize sanitize-thread sanitize-address soak emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -71,17 +71,24 @@ test-cpp: $(VENV)/requirements.stamp
 	$(BIN)/cmake --build build/emulated
 	build/emulated/tests/cpp/kernels_test
 
-# The same test with checks at every access: a build that looks for races between threads that share
-# a call, and one of two sanitizers, with the ops as torch calls them. Those two must come before
-# everything else in the process, and count the interpreter's own memory as leaked.
+# The same test with checks at every access. First for races between threads that share a call: these
+# lie in how a call is divided, which is the same at every SIMD level, so that PORTABLE=ON, one level,
+# shows most of it.
+sanitize: sanitize-thread sanitize-address
+
+RACES := build/sanitize-thread$(if $(PORTABLE),-portable)
+sanitize-thread: $(VENV)/requirements.stamp
+	$(BIN)/cmake -S . -B $(RACES) $(SELFTEST) -DLESS_WERROR=OFF -DLESS_SANITIZE=thread \
+	  -DLESS_PORTABLE=$(or $(PORTABLE),OFF)
+	$(BIN)/cmake --build $(RACES)
+	$(RACES)/tests/cpp/kernels_test
+
+# Then for accesses out of bounds and undefined behaviour, with the ops as torch calls them. These
+# sanitizers must come before everything else in the process, whose own memory they count as leaked.
 SANITIZED := build/sanitize-address
-SANITIZED_TESTS ?= tests/ops tests/fuzz tests/test_cache.py tests/test_cache_layers.py \
-	tests/test_cache_packed.py tests/test_merge.py
-sanitize: $(VENV)/dev.stamp
-	$(BIN)/cmake -S . -B build/sanitize-thread $(SELFTEST) -DLESS_WERROR=OFF \
-	  -DLESS_SANITIZE=thread
-	$(BIN)/cmake --build build/sanitize-thread
-	build/sanitize-thread/tests/cpp/kernels_test
+SANITIZED_TESTS ?= tests/ops tests/fuzz/test_states.py tests/fuzz/test_ops.py tests/test_cache.py \
+	tests/test_cache_layers.py tests/test_cache_packed.py tests/test_merge.py
+sanitize-address: $(VENV)/dev.stamp
 	$(BIN)/cmake -S . -B $(SANITIZED) $(SELFTEST) -DLESS_WERROR=OFF \
 	  -DLESS_SANITIZE=address,undefined -DLESS_PYTHON=ON -DLESS_CUDA=off \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
@@ -90,7 +97,7 @@ sanitize: $(VENV)/dev.stamp
 	$(SANITIZED)/tests/cpp/kernels_test
 	LESS_SANITIZED=$(SANITIZED)/_C.abi3.so LD_PRELOAD="$$($(BIN)/python -m tests.sanitized)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.sanitized \
-	  -k "not emulated and not planted" $(SANITIZED_TESTS) $(ARGS)
+	  -k "not emulated and not planted and not memory" $(SANITIZED_TESTS) $(ARGS)
 
 # What make test samples: random calls of caches, damaged files, wrong calls of ops.
 STEPS ?= 1000000
