@@ -18,7 +18,7 @@ def use(library: str) -> None:
     """Make a library ``less._C``."""
     import torch  # noqa: F401 - its libraries come first
 
-    spec = importlib.util.spec_from_file_location("less._C", library)
+    spec = importlib.util.spec_from_file_location("less._C", os.path.abspath(library))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
