@@ -111,7 +111,7 @@ def changed(of: random.Random, args: dict[str, Any]) -> dict[str, Any]:
     """One argument is another."""
     name = of.choice(list(args))
     x = args[name]
-    if name == "layer" and of.random() < 0.8:
+    if name == "layer" and of.random() < 0.8 and isinstance(x, torch.Tensor):
         flat = x[0, 0].clone()
         flat[of.randrange(flat.numel())] = of.choice([*INTEGERS, of.randrange(-(2**63), 2**63)])
         return args | {name: flat.expand(x.shape)}
