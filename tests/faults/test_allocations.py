@@ -39,5 +39,7 @@ def test_a_cache_survives_the_failure_of_every_allocation_or_says_that_it_did_no
     print(f"\n{failed} allocations of {len(found)} calls failed; {refused} caches refused to go on")
     record_property("failed allocations", failed)
     assert failed > 400
-    # What stops amid pages is found, and nearly all stops before.
-    assert 0 < refused < failed / 4
+    # What stops amid pages is found, and nearly all stops before; but not amid a model's pass.
+    alone = [x for name, x in found.items() if not name.startswith("model")]
+    assert 0 < sum(x["refused"] for x in alone) < sum(x["points"] for x in alone) / 4
+    assert all(min(x.values()) > 0 for name, x in found.items() if name.startswith("model"))
