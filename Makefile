@@ -6,10 +6,11 @@
 #                 ARGS="-n 0" in one process)
 #   make test-cpp      the kernels alone, without torch: this machine's SIMD levels, AVX-512 emulated
 #   make test-aarch64  the same for aarch64: cross-compiled, run under qemu
-#   make sanitize  make test-cpp's first half under AddressSanitizer, UBSan and ThreadSanitizer
+#   make sanitize  make test-cpp's first half under ThreadSanitizer, and under AddressSanitizer and
+#                  UBSan, as are then tests of ops and caches
 #   make soak      tests/fuzz and tests/faults at length: a million calls of caches, 50,000 damaged
-#                  files, 20,000 wrong calls of ops (STEPS of each backend, FILES of each kind,
-#                  CALLS for others)
+#                  files, 20,000 wrong calls of ops (STEPS, FILES of each of nine kinds, CALLS for
+#                  others)
 #   make emulated  the CUDA kernels on the CPU, under one tier's checks: TIER=fast, asan, track,
 #                  ptx_80 or ptx_90a (ARGS="--sample 1": of each test one case, as in CI;
 #                  emulator/README.md has more)
@@ -45,7 +46,7 @@ CMAKE := CMakeLists.txt $(wildcard */cpp/CMakeLists.txt */cuda/CMakeLists.txt em
 	emulator/CMakeLists.txt tests/emulator/CMakeLists.txt tests/cpp/aarch64.cmake
 PY := setup.py tools emulator less less_vllm.py tests $(wildcard bench examples)
 
-.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 sanitize soak emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
+.PHONY: ready bare converted demo test test-vllm test-cpp test-aarch64 sanitize sanitize-thread sanitize-address soak emulated planted lint format docs bench bench-cpp instructions proof timing dev sdist wheel clean
 .PHONY: lint-cpp lint-python lint-types lint-cmake lint-spelling lint-shell
 .DELETE_ON_ERROR:
 # Two pips at once break an environment.
@@ -70,18 +71,36 @@ test-cpp: $(VENV)/requirements.stamp
 	$(BIN)/cmake --build build/emulated
 	build/emulated/tests/cpp/kernels_test
 
-# The same test with checks at every access: a build of two sanitizers, and one that looks for races
-# between threads that share a call.
-sanitize: $(VENV)/requirements.stamp
-	for checks in address,undefined thread; do \
-	  $(BIN)/cmake -S . -B build/sanitize-$$checks $(SELFTEST) -DLESS_WERROR=OFF \
-	    -DLESS_SANITIZE=$$checks && \
-	  $(BIN)/cmake --build build/sanitize-$$checks && \
-	  build/sanitize-$$checks/tests/cpp/kernels_test || exit 1; \
-	done
+# The same test with checks at every access. First for races between threads that share a call: these
+# lie in how a call is divided, which is the same at every SIMD level, so that PORTABLE=ON, one level,
+# shows most of it.
+sanitize: sanitize-thread sanitize-address
+
+RACES := build/sanitize-thread$(if $(PORTABLE),-portable)
+sanitize-thread: $(VENV)/requirements.stamp
+	$(BIN)/cmake -S . -B $(RACES) $(SELFTEST) -DLESS_WERROR=OFF -DLESS_SANITIZE=thread \
+	  -DLESS_PORTABLE=$(or $(PORTABLE),OFF)
+	$(BIN)/cmake --build $(RACES)
+	$(RACES)/tests/cpp/kernels_test
+
+# Then for accesses out of bounds and undefined behaviour, with the ops as torch calls them. These
+# sanitizers must come before everything else in the process, whose own memory they count as leaked.
+SANITIZED := build/sanitize-address
+SANITIZED_TESTS ?= tests/ops tests/fuzz/test_states.py tests/fuzz/test_ops.py tests/test_cache.py \
+	tests/test_cache_layers.py tests/test_cache_packed.py tests/test_merge.py
+sanitize-address: $(VENV)/dev.stamp
+	$(BIN)/cmake -S . -B $(SANITIZED) $(SELFTEST) -DLESS_WERROR=OFF \
+	  -DLESS_SANITIZE=address,undefined -DLESS_PYTHON=ON -DLESS_CUDA=off \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DLESS_TORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
+	$(BIN)/cmake --build $(SANITIZED)
+	$(SANITIZED)/tests/cpp/kernels_test
+	LESS_SANITIZED=$(SANITIZED)/_C.abi3.so LD_PRELOAD="$$($(BIN)/python -m tests.sanitized)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.sanitized \
+	  -k "not emulated and not planted and not memory" $(SANITIZED_TESTS) $(ARGS)
 
 # What make test samples: random calls of caches, damaged files, wrong calls of ops.
-STEPS ?= 125000
+STEPS ?= 1000000
 FILES ?= 6000
 CALLS ?= 20000
 soak: ready $(VENV)/dev.stamp

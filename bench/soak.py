@@ -2,9 +2,9 @@
 
 One row decodes random tokens, one a call, through a full cache. After each the program looks at
 what must hold however long the text: every slot is taken, by another token each; everything is
-finite; memory does not grow; a step takes as long at the end as at the beginning. The low-rank
-state is summed beside it in float64, from the tokens that left; merged tokens must count all that
-were seen.
+finite; memory does not grow; a step takes as long at the end as at the beginning, and as long as
+that of a new cache beside it, whatever else the machine does by then. The low-rank state is summed
+beside it in float64, from the tokens that left; merged tokens must count all that were seen.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ SHAPES = {"smollm2": (9, 3, 64, 32), "7b": (32, 32, 128, 128)}  # Q, K, D, heavy
 POOL = 4093  # different tokens, a prime: token n has the key of row n % POOL
 RANK, HIDDEN = 8, 64
 BLOCK = 512  # tokens that leave, whose features are taken at once
+SECTION = 1000  # tokens between two looks at memory
+TURN = 50  # steps of the old cache, then of a new one, in turns
 
 
 class State:
@@ -78,20 +81,28 @@ def soak(shape: str, victim: str, tokens: int, rows: str) -> dict[str, Any]:
         sidekick = Sidekick.random(1, Q, K, D, rank=RANK, hidden=HIDDEN, kind="exp", generator=1)
     dtype = getattr(torch, rows, rows)
     policy = H2O(half, half, decay=0.98)
-    cache = LessKVCache(1, Q, K, D, 1, policy, sidekick, dtype, victim=victim)
     S = policy.capacity
+    out = torch.empty(1, Q, 1, D)
+
+    def new() -> LessKVCache:
+        return LessKVCache(1, Q, K, D, 1, policy, sidekick, dtype, victim=victim)
+
+    def timed(cache: LessKVCache, n: int) -> float:
+        """Feed token n; the seconds of its step."""
+        i = n % POOL
+        token = [x[None, :, i : i + 1] for x in (q, k, v)]
+        begun = time.perf_counter()
+        cache.attend(0, *token, out=out)
+        return time.perf_counter() - begun
+
+    cache = new()
     state = State(sidekick, k, v) if sidekick is not None and dtype == torch.float32 else None
     seconds = array.array("d", bytes(8 * tokens))  # all at once: it is memory too
     memory: list[int] = []
     before = cache.positions(0)[0].long()
-    out = torch.empty(1, Q, 1, D)
     lost = 0
     for n in range(tokens):
-        i = n % POOL
-        new = [x[None, :, i : i + 1] for x in (q, k, v)]
-        begun = time.perf_counter()
-        cache.attend(0, *new, out=out)
-        seconds[n] = time.perf_counter() - begun
+        seconds[n] = timed(cache, n)
         after = cache.positions(0)[0].long()
         changed = after != before
         if n >= S:
@@ -100,33 +111,53 @@ def soak(shape: str, victim: str, tokens: int, rows: str) -> dict[str, Any]:
             # A packed row that leaves the ring takes another's slot: more than one changes.
             lost += int((changed.sum(1) < 1).any()) + int((after < 0).any())
             lost += int((after.max(1).values != n).any())
-        if n % 1000 == 0:
+        if n % SECTION == 0:
             memory.append(resident_bytes() or 0)
             if not out.isfinite().all():
                 sys.exit(f"soak: output is not finite at token {n}")
         before = after
-    first = seconds[S : S + max(1, tokens // 100)]
-    last = seconds[-max(1, tokens // 100) :]
+    ends = max(1, tokens // 100)
+    first, last = (1e6 * statistics.median(x) for x in (seconds[S : S + ends], seconds[-ends:]))
     unique = all(int(row.unique().numel()) == S for row in before)
-    kept = memory[len(memory) // 10 :]
     found = {
         "shape": shape,
         "victim": victim,
         "rows": rows,
         "tokens": tokens,
         "lost": lost + int(not unique),
-        "grown": kept[-1] - kept[0],
+        # From the middle on: until then the allocator settles.
+        "grown": memory[-1] - memory[len(memory) // 2],
         "drift": None,
-        "first_us": round(1e6 * statistics.median(first), 1),
-        "last_us": round(1e6 * statistics.median(last), 1),
+        "first_us": round(first, 1),
+        "last_us": round(last, 1),
+        "ratio": round(last / first, 3),
     }
-    found["ratio"] = round(found["last_us"] / found["first_us"], 3)
     if state is not None:
         found["drift"] = state.drift(*cache.state(0))
     if victim == "merge" and dtype == torch.float32:
         count = cache.weights(0)[0].double().exp().sum(-1)
         found["drift"] = float((count / tokens - 1).abs().max())
+    found["beside_new"] = beside(cache, new(), tokens, S, timed, ends)
     return found
+
+
+def beside(
+    old: LessKVCache,
+    new: LessKVCache,
+    tokens: int,
+    S: int,
+    timed: Callable[[LessKVCache, int], float],
+    steps: int,
+) -> float:
+    """A step of a cache of many tokens over one of a new, full cache, timed in turns."""
+    for n in range(S):
+        timed(new, n)
+    turns = max(1, min(steps, 5000) // TURN)
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns):
+        for cache, seen, of in ((old, tokens, times[0]), (new, S, times[1])):
+            of += [timed(cache, seen + turn * TURN + n) for n in range(TURN)][1:]
+    return round(statistics.median(times[0]) / statistics.median(times[1]), 3)
 
 
 def main() -> None:
@@ -141,13 +172,16 @@ def main() -> None:
     print(f"One layer of {args.shape}, batch 1, rows {args.rows}; {in_words(machine())}.")
     print(
         f"{'victim':8}{'tokens':>10}{'lost':>6}{'grown':>12}{'drift':>10}{'first':>12}{'last':>12}"
+        f"{'ratio':>8}{'to a new':>10}",
+        flush=True,
     )
     for victim in args.victims:
         x = soak(args.shape, victim, args.tokens, args.rows)
         drift = "-" if x["drift"] is None else f"{x['drift']:.1e}"
         print(
             f"{victim:8}{x['tokens']:>10,}{x['lost']:>6}{x['grown'] / 1024:>8.0f} KiB{drift:>10}"
-            f"{x['first_us']:>9.1f} us{x['last_us']:>9.1f} us  ({x['ratio']:.3f}x)"
+            f"{x['first_us']:>9.1f} us{x['last_us']:>9.1f} us{x['ratio']:>7.3f}x"
+            f"{x['beside_new']:>9.3f}x"
         )
         print(json.dumps(x), flush=True)
 

@@ -23,6 +23,7 @@ from less._check import require_int, require_shape
 from less.files import (
     CALIBRATION_FILE,
     SHIPPED,
+    parse_json,
     read_json,
     shipped_calibrations,
     write_whole,
@@ -38,6 +39,8 @@ TENSORS_FILE = "rows.safetensors"
 CONFIG_FILE = CALIBRATION_FILE
 #: Of each layer, float32 [K, D]: what its space is made of.
 NAMES = SPACE
+#: In the metadata of ``rows.safetensors``, under its digest: capacities and length once more.
+GRID = "grid"
 #: Of each layer, float32 [K, n], where curves were measured: the error that a head causes in the
 #: output of attention at each of n capacities, times what the layer's error costs the model.
 CURVE = "curve"
@@ -197,7 +200,10 @@ class Calibration:
             if layer is not None
             for name, x in layer.items()
         }
-        content = save(tensors, {"format": FORMAT, "version": str(VERSION)})
+        metadata = {"format": FORMAT, "version": str(VERSION)}
+        if self.capacities:
+            metadata[GRID] = json.dumps([self.capacities, self.length])
+        content = save(tensors, metadata)
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -269,7 +275,7 @@ class Calibration:
             found[i] = {**(found[i] or {}), name: x}
         config = header.get("config")
         try:
-            return cls(
+            read = cls(
                 found,
                 config if isinstance(config, dict) else {},
                 header.get("capacities", ()),
@@ -277,11 +283,27 @@ class Calibration:
             )
         except ValueError as error:
             raise ValueError(f"{at}: {error}") from None
+        _check_grid(at, content, header)
+        return read
 
 
 def _is_half(x: Tensor) -> bool:
     """Whether float16 holds every number exactly."""
     return torch.equal(x.half().float(), x)
+
+
+def _check_grid(at: str, content: bytes, header: Mapping[str, Any]) -> None:
+    """Raise where capacities and length are others than the file of tensors says, if it does."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata = parse_json(f"{at}: {TENSORS_FILE}", content[8:end]).get("__metadata__", {})
+    if GRID not in metadata:  # written before it was
+        return
+    wanted = parse_json(f"{at}: {TENSORS_FILE}", metadata[GRID])
+    got = [header.get("capacities"), header.get("length")]
+    if got != wanted:
+        raise ValueError(
+            f"{at}: capacities and length must be {wanted}, as {TENSORS_FILE} says, got {got}"
+        )
 
 
 def _checked_grid(op: str, capacities: object, length: object) -> tuple[tuple[int, ...], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,6 +89,15 @@ def sample(items: list[pytest.Item], n: int) -> list[pytest.Item]:
         for item in sorted(of_one, key=lambda item: zlib.crc32(item.nodeid.encode()))[:n]
     }
     return [item for item in items if item in kept]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how much of what is counted there was: steps, damaged files, wrong calls."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        counts.update({n: x for n, x in report.user_properties if isinstance(x, int)})
+    for name, count in counts.items():
+        terminalreporter.write_line(f"{count:,} {name}")
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave

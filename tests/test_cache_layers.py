@@ -243,3 +243,14 @@ def test_heads_may_all_have_as_many_slots_as_the_policy_does_not_keep(policy, he
         return cache.positions(0)[:, 0, : heads[0]].sort(-1).values
 
     assert torch.equal(kept(heads), kept([heads[0], heads[1] + 1]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("policy", [H2O(13, 2, per_age=True), SinkRecent(13, 2)], ids=repr)
+def test_a_head_of_few_slots_keeps_the_newest_token(policy, backend):
+    """Two of fifteen are less than one of four."""
+    cache = LessKVCache(1, 4, 2, 8, 2, policy, capacities=[[1, 4]], backend=backend)
+    for t, T in enumerate([9, 1, 1, 4, 1]):
+        cache.attend(0, *random_qkv(2, 4, 2, T, 8, seed=t))
+        newest = cache.seen[:, None].expand(-1, 2) - 1
+        assert torch.equal(cache.positions(0).amax(-1).long(), newest)

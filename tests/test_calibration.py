@@ -156,6 +156,16 @@ def test_a_header_that_contradicts_its_curves_is_refused_with_its_file(
         Calibration.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("field", "value"), [("length", 2**31), ("capacities", [1, 16, 32])])
+def test_a_header_that_another_grid_would_fit_is_refused(tmp_path, field, value):
+    """The file of tensors says once more, under its digest, where the curves were measured."""
+    curved().save_pretrained(tmp_path)
+    assert Calibration.from_pretrained(tmp_path).capacities != (1, 16, 32)
+    change(tmp_path, field, value)
+    with pytest.raises(ValueError, match="capacities and length must be .* as rows.safetensors"):
+        Calibration.from_pretrained(tmp_path)
+
+
 def test_curves_without_their_capacities_are_refused_with_their_file(tmp_path):
     curved().save_pretrained(tmp_path)
     header = json.loads((tmp_path / CONFIG_FILE).read_text())

@@ -22,9 +22,12 @@ struct Rule {
   int64_t capacity;  // slots that `recent` is meant for; 0: it is the same for every head
 };
 
-// The rule of a head with S slots, which keeps recent tokens in proportion.
+// The rule of a head with S slots, which keeps recent tokens in proportion, the newest at least.
 LESS_HD Rule for_slots(Rule rule, int64_t S) {
-  if (rule.capacity > 0) rule.recent = rule.recent * S / rule.capacity;
+  if (rule.capacity > 0 && rule.recent > 0) {
+    const int64_t share = rule.recent * S / rule.capacity;
+    rule.recent = share > 1 ? share : 1;
+  }
   return rule;
 }
 

@@ -182,8 +182,9 @@ LESS_INLINE void round_weights(const float* p, int64_t N, Weights& to) {
   }
   int32_t part[16];
   total.store(part);
-  to.total = 0;
-  for (int32_t x : part) to.total += x;
+  uint32_t of_all = 0;  // unsigned: where a weight is NaN, and with it the unit, these are anything
+  for (int32_t x : part) of_all += uint32_t(x);
+  to.total = int32_t(of_all);
 }
 
 // word[n / 4][j]: of four rows, byte after byte, bytes 16 i + 4 j .. 16 i + 4 j + 3 in
@@ -229,7 +230,8 @@ LESS_INLINE void add_words(const Words& word, int64_t N, const Weights* weights,
       for (int h = 0; h < kHeads; ++h) {
         const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[half][h], 8), low[half][h]);
         x[half][h][j] =
-            _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(15 * weights[h].total));
+            _mm512_sub_epi32(_mm512_add_epi32(sum, sum),
+                             _mm512_set1_epi32(int32_t(15u * uint32_t(weights[h].total))));
       }
     }
   }

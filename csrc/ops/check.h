@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "params.h"
@@ -156,6 +158,26 @@ struct Arguments {
     note_memory(name, tensor.mutable_data_ptr(), bytes, fresh);
   }
 };
+
+// From where to where a tensor's numbers lie, whatever its strides.
+inline std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return {begin, begin + uintptr_t(last + 1) * tensor.element_size()};
+}
+
+// Refuses a tensor that an op writes where another lies in its memory, and would be read after it.
+inline void check_apart(const char* op, const char* name, const Tensor& written,
+                        std::initializer_list<std::pair<const char*, OptionalTensor>> others) {
+  const auto [begin, end] = extent(written);
+  for (const auto& [other_name, other] : others) {
+    if (!other) continue;
+    const auto [first, last] = extent(*other);
+    if (first < end && begin < last) fail(op, ": ", name, " must not overlap ", other_name);
+  }
+}
 
 inline const float* optional_floats(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;

@@ -55,6 +55,15 @@ void compact(Tensor k, Tensor v, OptionalTensor scales, OptionalTensor valid, Te
       .T = T,
   };
   params.pool = read_pool(arguments, of, pool, rows, B);
+  check_apart(kOp, "pool", pool,
+              {{"k", k},
+               {"v", v},
+               {"scales", scales},
+               {"valid", valid},
+               {"score", score},
+               {"rank", rank},
+               {"rows", rows},
+               {"maps", maps}});
 #ifdef LESS_LAUNCHES
   check_any_head_dim(kOp, "k", of.spec.D);
   const OptionalTensor held = scratch(arguments, {}, cuda::compact_workspace(params));

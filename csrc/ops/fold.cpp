@@ -18,6 +18,8 @@ void fold(Tensor H, Tensor z, Tensor psi_k, Tensor v, OptionalTensor keep) {
   arguments.check("psi_k", psi_k, ScalarType::Float, {B, K, N, R});
   arguments.check("v", v, v.scalar_type(), {B, K, N, D});
   arguments.check("keep", keep, ScalarType::Bool, {B, K, N});
+  check_apart(kOp, "H", H, {{"z", z}, {"psi_k", psi_k}, {"v", v}, {"keep", keep}});
+  check_apart(kOp, "z", z, {{"psi_k", psi_k}, {"v", v}, {"keep", keep}});
   const FoldParams params{
       .H = H.mutable_data_ptr<float>(),
       .z = z.mutable_data_ptr<float>(),

@@ -34,6 +34,9 @@ def fake(op: str) -> Callable[[Fake], Fake]:
                     raise RuntimeError(
                         f"{op}: {name} must be on the device of {first}, {x.device}, got {y.device}"
                     )
+            layer = given.get("layer", x)
+            if layer.device.type == "meta" != x.device.type:
+                raise RuntimeError(f"{op}: layer must be on a CPU, got meta")
             return kernel(*args, **kwargs)
 
         registered: Fake = torch.library.register_fake(f"less::{op}")(checked)

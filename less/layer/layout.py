@@ -86,6 +86,10 @@ class Field:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+#: A field in its head: its name, its first byte and bytes, its dtype and its shape.
+_View = tuple[str, int, int, torch.dtype, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class PageViews:
     """Heads of a layer's pages that have equally many slots, as views of the pool.
@@ -348,6 +352,23 @@ class PageLayout:
                 yield slice(first, h)
                 first = h
 
+    @cached_property
+    def _runs(self) -> tuple[tuple[slice, int, int, tuple[_View, ...]], ...]:
+        """Of each run: its heads, where the first begins, bytes of a head, its fields."""
+        heads, begins = self._heads
+        return tuple(
+            (
+                run,
+                begins[run.start],
+                begins[run.start + 1] - begins[run.start],
+                tuple(
+                    (label, f.offset - begins[run.start], f.nbytes, f.dtype, f.shape)
+                    for label, f in heads[run.start].items()
+                ),
+            )
+            for run in self.runs()
+        )
+
     def views(self, pool: Tensor) -> list[PageViews]:
         """The fields of a pool's pages, a list over runs of heads with equally many slots.
 
@@ -359,15 +380,13 @@ class PageLayout:
         seen = self.seen(pool)
         share = numbers.narrow(1, _SHARE // 8, self.kv_heads).view(torch.float64)
         views = []
-        for run in self.runs():
-            head = self.heads[run.start]
-            first, count = self._heads[1][run.start], run.stop - run.start
-            nbytes = self._heads[1][run.start + 1] - first
-            heads = pool.narrow(1, first, count * nbytes).unflatten(1, (count, nbytes))
+        N = pool.shape[0]
+        for run, first, nbytes, fields in self._runs:
+            count = run.stop - run.start
+            heads = pool.narrow(1, first, count * nbytes).view(N, count, nbytes)
             of: dict[str, Tensor] = {}
-            for label, field in head.items():
-                flat = heads.narrow(2, field.offset - first, field.nbytes).view(field.dtype)
-                of[label] = flat.unflatten(2, field.shape)
+            for label, offset, length, dtype, shape in fields:
+                of[label] = heads.narrow(2, offset, length).view(dtype).view(N, count, *shape)
             state = State(of.pop("H"), of.pop("z")) if self.rank else None
             own = share.narrow(1, run.start, count)
             weight = of.pop("weight", None)

@@ -45,8 +45,8 @@ class Rule:
     Tokens at positions >= seen - recent or < sinks are protected. The others rank by score, by
     score per token of age (``per_age``), or all alike where ``by_score`` is false.
 
-    ``recent`` is meant for heads of ``capacity`` slots, and in proportion for others; with a
-    capacity of 0 it is the same for every head.
+    ``recent`` is meant for heads of ``capacity`` slots, and in proportion for others, but at least
+    one unless it is 0; with a capacity of 0 it is the same for every head.
     """
 
     recent: int
@@ -57,9 +57,9 @@ class Rule:
 
     def for_slots(self, slots: int) -> Rule:
         """The rule of a head with so many slots."""
-        if not self.capacity:
+        if not self.capacity or not self.recent:
             return self
-        return replace(self, recent=self.recent * slots // self.capacity)
+        return replace(self, recent=max(1, self.recent * slots // self.capacity))
 
 
 class Policy(ABC):

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 
+import less.hf
 from less import H2O, LessKVCache, Sidekick
+from less.evaluate.families import build
+from less.evaluate.matrix import sidekick_for
+from tests.faults.test_interrupts import ids, passes
 from tests.helpers import HeavyValues, random_maps
 
 Q, K, D = 4, 2, 16
@@ -159,6 +163,50 @@ def attack(start: LessKVCache, call: Callable[[LessKVCache], object], every: int
             fed(cache, 5, seed=3)
 
 
+def attack_model(T: int, every: int) -> dict[str, int]:
+    """Fail every allocation of a model's pass of T tokens, its own and the cache's, or some.
+
+    Until the layers have returned a pass that fails is to be made again, or what follows is refused
+    by name; then it counts.
+    """
+    model = build("llama")
+    sidekick = sidekick_for(model)
+    cache = less.hf.cache_for(model, H2O(4, 4), sidekick, batch=2)
+    before = [] if T > 1 else [ids(11, seed=1)]
+    call, after = ids(T, seed=2), ids(1, seed=3)
+    if before:
+        passes(model, cache, before)
+    start = cache.state_dict()
+    want = passes(model, cache, [call, after])
+    found = {"points": 0, "as before": 0, "refused": 0}
+    n = 1
+    while True:
+        cache.load_state_dict(start)
+        failed, raised, _ = failed_at(n, lambda: passes(model, cache, [call]))
+        if not failed:
+            return found
+        found["points"] += 1
+        n += 1 if n < 12 else every
+        assert isinstance(raised, (RuntimeError, MemoryError, type(None))), repr(raised)
+        counted = torch.equal(cache.session.fed_tokens()[:, 0], start["fed"][:, 0] + T)
+        assert counted or raised is not None
+        rest = [after] if counted else [call, after]
+        refusal = ""
+        try:
+            got = passes(model, cache, rest)
+        except RuntimeError as error:
+            refusal = str(error)
+        if refusal:
+            found["refused"] += 1
+            assert "an earlier call" in refusal, refusal
+            assert "reset()" in refusal, refusal
+            cache.reset()
+            got = passes(model, cache, [*before, call, after])[:, -T - 1 :]
+        else:
+            found["as before"] += 1
+        assert torch.equal(got, want[:, -got.shape[1] :]), f"point {n}"
+
+
 def main() -> None:
     maps_of = [x for x in Path("/proc/self/maps").read_text().splitlines() if "/less/_C." in x]
     ends = [int(end, 16) for x in maps_of for end in x.split()[0].split("-")]
@@ -189,6 +237,9 @@ def main() -> None:
                 )
             except AssertionError as error:
                 raise AssertionError(f"{name}: {label}: {error}") from error
+    torch.set_num_threads(1)
+    for name, T in (("prompt", 13), ("token", 1)):
+        found[f"model: {name}"] = attack_model(T, every if every == 1 else 5 * every)
     print(json.dumps(found))
 
 

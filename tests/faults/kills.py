@@ -3,12 +3,14 @@
 A child does the work, and at the n-th file that it opens for writing, renames, makes or removes in
 the folder it is killed, or its disk is full. Prints a line of JSON: for each work and fault, how
 many points there were and how the folder was found afterwards. An argument N: of a
-training one point in N.
+training one point in N, of a report two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -22,11 +24,12 @@ from typing import Any
 import torch
 
 from less import Calibration, LessConfig, Sidekick
+from less.cli import main as cli
 from less.evaluate.cells import Cells
 from less.fit.recipe import Recipe
 from less.fit.train import train
 from less.policies import H2O
-from tests.tiny_model import tiny_model
+from tests.tiny_model import TEXT, save_tiny, tiny_model
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 FULL = 28  # exit status of a child whose error was that the disk is full
@@ -161,6 +164,41 @@ def attack_training(fault: str, every: int) -> dict[str, int]:
             assert not work.exists()
 
 
+def attack_report(fault: str, every: int) -> dict[str, int]:
+    """End ``less-kv report`` at every point, or one of ``every``; a second run makes the same."""
+    points, n = 0, 1
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
+        at = Path(root)
+        save_tiny(at / "model")
+        (at / "text.txt").write_text(TEXT * 20)
+
+        def run(folder: Path) -> None:
+            words = f"report --model {at / 'model'} --data mine={at / 'text.txt'} --lengths 256"
+            words += " --examples 1 --steps 2 --batches 1 --together 1 --methods full,h2o"
+            words += f" --budgets 64 --threads 1 --tasks perplexity:mine --out {folder}"
+            if cli(words.split()):
+                raise OSError(errno.ENOSPC, "said")  # the one fault that it returns from
+
+        def results(folder: Path) -> list[object]:
+            lines = (folder / "results.jsonl").read_text().splitlines()
+            cells = [x for x in map(json.loads, lines) if x["kind"] == "cell"]
+            return sorted((x["key"], x["scores"]) for x in cells)
+
+        run(at / "whole")
+        want = results(at / "whole")
+        while True:
+            out = at / str(n)
+            status = child(lambda out=out: run(out), out, n, fault)
+            if status == 0:
+                return {"points": points, "resumed": points}
+            assert status == (-signal.SIGKILL if fault == "kill" else FULL), status
+            points += 1
+            n += every
+            run(out)
+            assert results(out) == want
+            assert {x.name for x in out.iterdir()} >= {x.name for x in (at / "whole").iterdir()}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -172,6 +210,7 @@ def main() -> None:
                 at = f"{name}, {'over an old one' if over else 'new'}: {fault}"
                 found[at] = attack_save(name, fault, over)
         found[f"training: {fault}"] = attack_training(fault, every)
+        found[f"report: {fault}"] = attack_report(fault, -(-every // 2))
     print(json.dumps(found))
 
 

@@ -28,7 +28,7 @@ def points(program: str, sampled: int, env: Mapping[str, str]) -> dict[str, Any]
         env={**env, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300 if every > 1 else 3600,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,16 @@ ENVIRONMENT = os.environ | {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="NO fork")
-def test_a_folder_is_old_or_new_or_refused_wherever_its_writing_ends() -> None:
+def test_a_folder_is_old_or_new_or_refused_wherever_its_writing_ends(
+    record_property: Callable[[str, object], None],
+) -> None:
     found = points("kills", 12, ENVIRONMENT)
-    print(f"\nended at {sum(x['points'] for x in found.values())} points")
+    record_property("kills and full disks", sum(x["points"] for x in found.values()))
     for at in ("sidekick, over an old one: kill", "calibration, over an old one: kill"):
         assert min(found[at][kind] for kind in ("old", "new", "refused")) > 0
     assert found["config, over an old one: kill"]["refused"] == 0
     assert found["training: kill"]["points"] >= 2
+    assert found["report: kill"]["points"] >= 2
 
 
 def test_a_process_that_dies_ends_the_others_with_an_error_in_seconds(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from less import H2O, LessKVCache, Sidekick, SinkRecent
-from less.layer import Paged, PageRows
+from less.layer import PageRows
 from tests.helpers import HeavyValues, assert_close, random_maps
 
 HOT = {"sinks": 1, "hot": 3}  # of packed formats
@@ -37,18 +36,22 @@ WRONG = {
 }
 
 
-def formats(backend: str) -> list[torch.dtype | str]:
-    """Formats of slots that the machine draws from."""
-    plain = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
-    return [*plain, "k4v4", "k8v4", "k4v2", "k3v3", "k2v2"] + (
-        [torch.float8_e4m3fn] if backend == "reference" else []
-    )
+#: Formats of slots that every backend has.
+FORMATS = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+FORMATS += ["k4v4", "k8v4", "k4v2", "k3v3", "k2v2"]
+VICTIMS = ("fold", "merge", "forget")
 
 
 @st.composite
-def shapes(draw: st.DrawFn, backend: str) -> dict[str, object]:
+def shapes(
+    draw: st.DrawFn,
+    formats: list[torch.dtype | str],
+    victims: tuple[str, ...],
+    kinds: tuple[str, ...],
+    head_dims: tuple[int, ...],
+) -> dict[str, object]:
     """A small cache: its arguments but the maps, whose kind stands for them."""
-    dtype = draw(st.sampled_from(formats(backend)))
+    dtype = draw(st.sampled_from(formats))
     packed = isinstance(dtype, str)
     K, G = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     least = sum(HOT.values()) + 1 if packed else 2
@@ -61,15 +64,14 @@ def shapes(draw: st.DrawFn, backend: str) -> dict[str, object]:
         SinkRecent(sinks=S - recent, recent=recent),
         HeavyValues(S),
     ]
-    victim = draw(st.sampled_from(["fold", "merge", "forget"]))
-    kinds = ["exp", "paper", "centroid"]
+    victim = draw(st.sampled_from(victims if packed else VICTIMS))
     if victim == "merge":
         policies = policies[1:2]
     ragged = draw(st.booleans())
     return {
         "kv_heads": K,
         "q_heads": K * G,
-        "head_dim": draw(st.sampled_from([16, 32, 64])),
+        "head_dim": draw(st.sampled_from(head_dims)),
         "batch": draw(st.integers(1, 3)),
         "policy": draw(st.sampled_from(policies)),
         "dtype": dtype,
@@ -90,19 +92,27 @@ class CacheMachine(RuleBasedStateMachine):
     """Random calls of one cache of one layer. Subclasses say which backend computes."""
 
     BACKEND = "reference"
+    FORMATS = FORMATS
+    PACKED_VICTIMS: tuple[str, ...] = VICTIMS  # of packed formats
+    KINDS: tuple[str, ...] = ("exp", "paper", "centroid")
+    HEAD_DIMS: tuple[int, ...] = (16, 32, 64)
     steps = 0
 
     @initialize(data=st.data(), seed=st.integers(0, 1 << 16))
     def build(self, data: st.DataObject, seed: int) -> None:
         """An empty cache, of which the test knows the tokens that each row has seen."""
-        of = data.draw(shapes(self.BACKEND))
+        drawn = shapes(self.FORMATS, self.PACKED_VICTIMS, self.KINDS, self.HEAD_DIMS)
+        of = data.draw(drawn)
         kind = of.pop("kind")
         Q, K, D = of["q_heads"], of["kv_heads"], of["head_dim"]
         maps = [random_maps(Q, K, D, 8, 4, kind, seed)] if kind else None
         sidekick = Sidekick(maps, kind=kind) if maps else None
         self.arguments = {"layers": 1, "sidekick": sidekick, **of}
         self.cache = self.made(self.BACKEND)
-        self.changed = True  # since mass was looked at
+        self.empty = bits(self.cache)
+        #: Computes the same calls where they are compared; what it held before does not matter.
+        self.other = self.made("reference") if self.BACKEND != "reference" else None
+        self.changed = True  # since slots were looked at
         self.seen = torch.zeros(self.cache.batch, dtype=torch.int64)
         self.columns = 0
         self.random = torch.Generator().manual_seed(seed)
@@ -132,14 +142,13 @@ class CacheMachine(RuleBasedStateMachine):
         T=st.sampled_from([1, 1, 1, 1, 2, 3, 7, 30]),
         dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
         padding=st.booleans(),
-        compared=st.booleans(),
+        compared=st.sampled_from([True, False, False]),
     )
     def attend(self, T: int, dtype: torch.dtype, padding: bool, compared: bool) -> None:
         """A prompt, a chunk or a token; now and then beside the reference, from the same pages."""
         call = self.call(T, dtype, padding)
-        other = None
-        if compared and self.BACKEND != "reference":
-            other = self.made("reference")
+        other = self.other if compared else None
+        if other is not None:
             other.load_state_dict(self.cache.state_dict())
             want = other.attend(0, **{n: x.clone() for n, x in call.items()})
         out = self.cache.attend(0, **call)
@@ -217,8 +226,7 @@ class CacheMachine(RuleBasedStateMachine):
     def reset(self) -> None:
         """What was held is forgotten: the pages are those of a new cache."""
         self.cache.reset()
-        fresh = self.made(self.BACKEND)
-        assert all(map(torch.equal, bits(fresh), bits(self.cache)))
+        assert all(map(torch.equal, self.empty, bits(self.cache)))
         self.seen.zero_()
         self.columns, self.changed = 0, True
 
@@ -255,13 +263,12 @@ class CacheMachine(RuleBasedStateMachine):
             used[absent] = -1
             call["valid"][absent] = False
         got = layer.attend(large, **call, pages=PageRows(used))
-        want = layer.attend(pool.clone(), **call)
-        mine = Paged(pool.clone())
-        layer.attend(mine.pool, **call)
+        mine = pool.clone()
+        want = layer.attend(mine, **call)
         for b in range(B):
             assert torch.equal(got[b], want[b])
             # A row that is all padding decays scores all the same; one without a page is untouched.
-            there = before[int(pages[b])] if b == absent else mine.pool[b]
+            there = before[int(pages[b])] if b == absent else mine[b]
             assert torch.equal(large[int(pages[b])], there)
         others = [n for n in range(B + 2) if n not in pages.tolist()]
         assert torch.equal(large[others], before[others])
@@ -271,7 +278,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "cache"))
     @invariant()
     def counts(self) -> None:
-        """Tokens, positions and bytes."""
+        """Tokens and bytes."""
         type(self).steps += 1
         cache = self.cache
         assert torch.equal(cache.seen, self.seen)
@@ -282,25 +289,32 @@ class CacheMachine(RuleBasedStateMachine):
             assert memory["total"] == sum(
                 memory[n] for n in ("slots", "state", "maps", "workspace", "native")
             )
-        positions = cache.positions(0)
-        for b, h in itertools.product(range(cache.batch), range(cache.kv_heads)):
-            held = positions[b, h][positions[b, h] >= 0]
-            S = cache.layouts[0].capacities[h]
-            assert held.numel() == min(int(self.seen[b]), S)
-            assert held.unique().numel() == held.numel(), "a token stands twice"
-            if held.numel() > 0 and not isinstance(cache.policy, HeavyValues):  # protects nobody
-                assert int(held.max()) == int(self.seen[b]) - 1
-            assert (held < self.seen[b]).all()
-            assert (positions[b, h] >= -1).all()
 
     @precondition(lambda self: hasattr(self, "cache") and self.changed)
     @invariant()
-    def mass(self) -> None:
+    def slots(self) -> None:
+        """Each head holds as many tokens as there were, up to its slots; none stands twice."""
+        cache = self.cache
+        positions = cache.positions(0)
+        assert (positions >= -1).all()
+        S = torch.tensor(cache.layouts[0].capacities)
+        last = self.seen[:, None] - 1
+        assert torch.equal((positions >= 0).sum(-1), (last + 1).minimum(S))
+        newest = positions.amax(-1)
+        if isinstance(cache.policy, HeavyValues):  # protects nobody
+            assert (newest <= last).all()
+        else:
+            assert torch.equal(newest.long(), last.expand_as(newest))
+        order = positions.sort(-1).values
+        twice = (order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)
+        assert not twice.any(), "a token stands twice"
+        self.mass(positions < 0)
+
+    def mass(self, empty: torch.Tensor) -> None:
         """Scores, weights and state are sums of what is not negative."""
         cache = self.cache
         self.changed = False
         scores, weights = cache.scores(0), cache.weights(0)
-        empty = cache.positions(0) < 0
         assert scores.isfinite().all()
         assert (scores >= 0).all()
         assert not scores[empty].any()

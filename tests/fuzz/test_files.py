@@ -1,6 +1,6 @@
 """Damaged files are refused by name, in bounded time and memory, or change nothing that counts.
 
-LESS_FUZZ_FILES is how many files each test damages; ``make soak`` takes 10,000.
+LESS_FUZZ_FILES is how many files each test damages; ``make soak`` takes more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import resource
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from less.fit.train import _read_layer
 from tests.fuzz import files
 from tests.helpers import random_maps, random_qkv
 
-COUNT = int(os.environ.get("LESS_FUZZ_FILES", 60))
+COUNT = int(os.environ.get("LESS_FUZZ_FILES", 1000))
 SECONDS = 10.0  # of one file, whatever else the machine does
 MEMORY = 512 << 10  # KiB that one test may add to the process
 
@@ -119,7 +120,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_by_name(
+    kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     write, read, exact = KINDS[kind]
     write(tmp_path)
     whole = read(tmp_path)
@@ -151,6 +154,7 @@ def test_a_damaged_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
             raise AssertionError(f"file {n}: {other.name} was made")
     assert read(tmp_path) == whole
     assert refused > COUNT // 8, "the damage is not damage"
+    record_property("damaged files and snapshots", COUNT)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < MEMORY
 
 
@@ -184,7 +188,9 @@ def wrong(of: random.Random, d: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, "k4v4"], ids=str)
-def test_a_damaged_snapshot_is_refused_and_changes_nothing(dtype: torch.dtype | str) -> None:
+def test_a_damaged_snapshot_is_refused_and_changes_nothing(
+    dtype: torch.dtype | str, record_property: Callable[[str, object], None]
+) -> None:
     def build() -> LessKVCache:
         hot = {"sinks": 1, "hot": 3} if isinstance(dtype, str) else {}
         return LessKVCache(2, 4, 2, 16, 2, H2O(6, 6), dtype=dtype, backend="reference", **hot)
@@ -213,3 +219,4 @@ def test_a_damaged_snapshot_is_refused_and_changes_nothing(dtype: torch.dtype | 
                 cache.attend(i, *random_qkv(2, 4, 2, 1, 16))
             cache.load_state_dict(d)
     assert refused > COUNT // 3
+    record_property("damaged files and snapshots", COUNT)

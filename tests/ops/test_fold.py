@@ -152,3 +152,22 @@ def test_fold_passes_opcheck(masked: bool) -> None:
     a = make((2, 3, 5, 4, 8))
     args = (a["H"], a["z"], a["psi_k"], a["v"], a["keep"] if masked else None)
     torch.library.opcheck(torch.ops.less.fold.default, args)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("H", "z"), ("H", "psi_k"), ("H", "v"), ("z", "psi_k"), ("z", "keep")]
+)
+def test_sums_lie_apart_from_each_other_and_from_what_is_read(
+    device: torch.device, name: str, other: str
+) -> None:
+    a = moved(make((2, 3, 5, 8, 64)), device)
+    length = max(a[name].nbytes, a[other].nbytes)
+    memory = torch.zeros(length, dtype=torch.uint8, device=device)
+    for n in (name, other):
+        x = memory[: a[n].nbytes].view(a[n].dtype).view_as(a[n])
+        x.copy_(a[n])
+        a[n] = x
+    before = memory.clone()
+    with pytest.raises(RuntimeError, match=f"fold: {name} must not overlap {other}"):
+        ops.fold(a["H"], a["z"], a["psi_k"], a["v"], a["keep"])
+    assert torch.equal(memory, before)

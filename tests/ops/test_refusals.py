@@ -175,6 +175,16 @@ def test_a_tensor_without_values_among_others_is_refused(op):
             ):
                 pages.call(op, args | {name: x.to("meta")})
             assert all(torch.equal(y, before[n]) for n, y in storages(args).items())
+    with pytest.raises(RuntimeError, match=f"{op}: layer must be on a CPU, got meta"):
+        pages.call(op, args | {"layer": args["layer"].to("meta")})
+
+
+def test_a_pool_lies_apart_from_what_is_read_while_it_is_written():
+    args = pages.arguments("compact", dtype=torch.float32)
+    memory = args["pool"].view(-1)
+    floats = memory.view(torch.float32)[: args["score"].numel()].view_as(args["score"])
+    for name, x in (("maps", memory[-args["maps"].numel() :]), ("score", floats)):
+        assert_refused("compact", args | {name: x}, f"pool must not overlap {name}")
 
 
 # -- the layer -------------------------------------------------------------------------------------
