@@ -88,7 +88,7 @@ LESS_DEVICE void DecodeBlock<Case>::decode_slot(int slot, bool values, float* to
       if (lane < kCodecLanes) to[d] = row.x[i];
     });
   } else {
-    decode_row(cold(values), cold_slot(slot), kD, to);
+    decode_row(cold(values), cold_slot(slot), kD, to);  // narrow: four numbers a lane, of one row
   }
   __syncwarp();
 }
