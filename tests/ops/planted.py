@@ -142,9 +142,13 @@ def decode(
     return out + [a[n] for n in WRITTEN if n in a]
 
 
-def decode_packed() -> Written:
-    """Two steps on rows of four bits after a prompt, in blocks that have two ranges of a head."""
-    os.environ["LESS_EMULATOR_SMS"] = "1"
+def decode_packed(sms: int = 1) -> Written:
+    """Two steps on rows of four bits after a prompt.
+
+    Args:
+        sms: Multiprocessors of the device: of one, a block has both ranges of a head.
+    """
+    os.environ["LESS_EMULATOR_SMS"] = str(sms)
     os.environ["LESS_EMULATOR_ARCHITECTURE"] = "90"
     native, _ = layers(Q=4, K=2, capacity=150)
     pool = native.new_pool(1)
@@ -170,6 +174,7 @@ SCENARIOS: dict[str, Callable[[], Written | None]] = {
     "decode_ranges": partial(decode, sms=1),
     "decode_mma_ranges": partial(decode, G=4, sms=1),
     "decode_packed": decode_packed,
+    "decode_packed_apart": partial(decode_packed, sms=132),
     "decode_merge": partial(decode, state=False, victim="merge"),
     "decode_workspace": partial(decode, clusters=False),
     "decode_attention": partial(decode, victim="none"),
