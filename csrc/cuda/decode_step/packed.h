@@ -104,13 +104,13 @@ LESS_DEVICE void DecodeBlock<Case>::widen_pieces(const DecodeRows& rows,
   constexpr int kBits = kType == DType::b4 ? 4 : 2, kParts = 8 / kBits;
   constexpr int kPieces = Tile::kChunks / kParts;  // of a row
   constexpr uint32_t kMask = kType == DType::b4 ? 0xf0f0f0f0u : 0xc0c0c0c0u;
-  const unsigned char* const cold = from + rows.hot * kD + rows.skew();
+  const unsigned char* const cold = from + rows.hot * (kD - kPieces * 16) + rows.skew();
   const int turn = kParts == 2 ? t >> 2 & 1 : t & 3;
   // Whether a thread's next chunk is as far on in the tile as it is in order.
   constexpr bool kEven = kDecodeThreads % kPieces == 0 &&
                          (kDecodeThreads * kParts >> Tile::kShift) % (Tile::kMask + 1) == 0;
   const auto chunk = [&](int i, int part) {
-    return (rows.hot + i / kPieces) * Tile::kChunks + part * kPieces + i % kPieces;
+    return i / kPieces * Tile::kChunks + part * kPieces + i % kPieces;
   };
   int shift[kParts], first[kParts];
 #pragma unroll
@@ -119,7 +119,8 @@ LESS_DEVICE void DecodeBlock<Case>::widen_pieces(const DecodeRows& rows,
     first[j] = Tile::place(chunk(t, j ^ turn));
   }
 #pragma unroll 4
-  for (int i = t; i < (rows.rows - rows.hot) * kPieces; i += kDecodeThreads) {
+  for (int i = t; i < rows.rows * kPieces; i += kDecodeThreads) {
+    if (i < rows.hot * kPieces) continue;
     const uint4 w = load16_shared(cold + i * 16);
 #pragma unroll
     for (int j = 0; j < kParts; ++j) {
