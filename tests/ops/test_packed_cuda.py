@@ -135,19 +135,16 @@ def test_a_row_of_packed_slots_alone_has_the_bits_that_it_has_in_a_batch(launche
 
 
 @pytest.mark.parametrize("D", D_OF)
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-def test_queries_of_any_size_and_values_of_many_keep_their_digits(launched, size, D):
-    """Of float32, and beside larger numbers, in their row and in others."""
+def test_queries_and_values_keep_their_digits_beside_larger_ones(launched, D):
+    """Of float32; in their row and in others."""
     native, reference = layers(D=D, Q=6, K=2, capacity=300, device=launched)
     pool, want = native.new_pool(1), reference.new_pool(1)
     for i, T in enumerate([310, 1, 1]):
         q, k, v = random_qkv(1, 6, 2, T, D, seed=i)
         q[..., 3] *= 20.0
         v *= 10.0 ** torch.linspace(-1.0, 1.0, T)[:, None]
-        k /= size  # logits stay as they are
-        moved = (x.to(native.device) for x in (q * size, k, v))
-        out = native.attend(pool, *moved)
-        assert_close(out, reference.attend(want, q * size, k, v), torch.float32, factor=3.0)
+        out = native.attend(pool, *(x.to(native.device) for x in (q, k, v)))
+        assert_close(out, reference.attend(want, q, k, v), torch.float32, factor=3.0)
 
 
 def test_a_query_of_nan_or_infinity_shows_in_its_own_output_alone(launched):
