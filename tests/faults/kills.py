@@ -141,16 +141,11 @@ def attack_save(name: str, fault: str, over: bool) -> dict[str, int]:
             assert which() == (1 if over or name != "cells" else 0)
 
 
-def attack_training(fault: str, every: int) -> dict[str, int]:
-    """End a training at every point, or one of ``every``; a second run makes the same sidekick."""
-    model = tiny_model()
-    ids = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(0))
-    recipe = Recipe(steps=4, rows=8, held_rows=16, rank=4, hidden=8)
-
-    def run(work: Path | None) -> Sidekick:
-        return train(model, ids, H2O(heavy=4, recent=4, decay=0.98), recipe=recipe, work=work)
-
-    want, points, n = run(None), 0, 1
+def attack_run(
+    fault: str, every: int, run: Callable[[Path], object], resumes: Callable[[Path], None]
+) -> dict[str, int]:
+    """End what works in a folder at every point, or one of ``every``; then look at a second run."""
+    points, n = 0, 1
     while True:
         with tempfile.TemporaryDirectory() as root:
             work = Path(root) / "work"
@@ -160,13 +155,29 @@ def attack_training(fault: str, every: int) -> dict[str, int]:
             assert status == (-signal.SIGKILL if fault == "kill" else FULL), status
             points += 1
             n += every
-            assert equal(run(work), want)
-            assert not work.exists()
+            resumes(work)
+
+
+def attack_training(fault: str, every: int) -> dict[str, int]:
+    """End a training at every point, or one of ``every``; a second run makes the same sidekick."""
+    model = tiny_model()
+    ids = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(steps=4, rows=8, held_rows=16, rank=4, hidden=8)
+
+    def run(work: Path | None) -> Sidekick:
+        return train(model, ids, H2O(heavy=4, recent=4, decay=0.98), recipe=recipe, work=work)
+
+    want = run(None)
+
+    def resumes(work: Path) -> None:
+        assert equal(run(work), want)
+        assert not work.exists()
+
+    return attack_run(fault, every, run, resumes)
 
 
 def attack_report(fault: str, every: int) -> dict[str, int]:
     """End ``less-kv report`` at every point, or one of ``every``; a second run makes the same."""
-    points, n = 0, 1
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
         at = Path(root)
         save_tiny(at / "model")
@@ -186,17 +197,13 @@ def attack_report(fault: str, every: int) -> dict[str, int]:
 
         run(at / "whole")
         want = results(at / "whole")
-        while True:
-            out = at / str(n)
-            status = child(lambda out=out: run(out), out, n, fault)
-            if status == 0:
-                return {"points": points, "resumed": points}
-            assert status == (-signal.SIGKILL if fault == "kill" else FULL), status
-            points += 1
-            n += every
+
+        def resumes(out: Path) -> None:
             run(out)
             assert results(out) == want
             assert {x.name for x in out.iterdir()} >= {x.name for x in (at / "whole").iterdir()}
+
+        return attack_run(fault, every, run, resumes)
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 // integers.
 //
 // The other factor, an element of a query or a slot's mass times its value's scale, is a whole
-// number of 2^-20 of a power of two at or above the largest, and that is three digits to the base
-// of 256, from -128 to 127. Each digit has a column of the product; column 4 of every four is zero.
+// number of 2^-20 of the power of two at or below the largest, and that is three digits to the base
+// of 256, from -128 to 127. Each digit has a column of the product; the fourth of every four is
+// zero.
 // Products and their sums are exact.
 #pragma once
 

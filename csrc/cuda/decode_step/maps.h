@@ -114,7 +114,7 @@ LESS_DEVICE uint4 load_bytes(const unsigned char* global, int valid) {
 }
 
 // Shares of a layer's map that a block makes: `count` from `first` on, of `of` in all. A share is a
-// run of the units of all heads, and none has the same bits alone and beside others.
+// run of the units of all heads.
 struct DecodeMapShares {
   int first;
   int count;

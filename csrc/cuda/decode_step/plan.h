@@ -259,7 +259,7 @@ LESS_DEVICE void guard_decode_layout(unsigned char* raw, const DecodeStepParams&
 }
 
 // f(integral_constant<int, D>, bool_constant<mma>); false where this build has not D. Tensor cores
-// take half types alone, and packed rows always.
+// of floats take half types and those of 8 bits; packed rows have an instance of their own.
 template <typename T, typename F>
 bool decode_dispatch(int64_t D, bool mma, F f) {
   return with_head_dim(D, [&](auto head_dim) {
